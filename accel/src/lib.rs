@@ -1,0 +1,16 @@
+//! Processors for ftvm: guest memory, the interface between a processor and the machine around
+//! it, and the deterministic software processor (`tcg`).
+//!
+//! Nothing in this crate knows host time, a host thread, a file or a socket. A processor is a
+//! function from (state, guest memory, what [`Bus`] answers) to the next state.
+
+pub mod bus;
+pub mod fault;
+pub mod mem;
+pub mod simd;
+pub mod state;
+
+pub use bus::{ApicMessage, Bus, Exit, Processor, RunResult};
+pub use fault::Exception;
+pub use mem::GuestMemory;
+pub use state::CpuState;

@@ -1,0 +1,510 @@
+//! Guest physical memory: RAM (through `vm-memory`), firmware ROM, the PC's legacy window
+//! between 640 KiB and 1 MiB, and one byte of flags for each page of RAM.
+//!
+//! The flags serve three readers: migration (which pages changed since they were last copied),
+//! divergence hashing (which pages changed since they were last hashed) and the processor's cache
+//! of decoded code (which pages hold decoded instructions).
+
+use std::cell::{Cell, RefCell};
+use std::sync::atomic::{AtomicU32, AtomicU8, Ordering};
+use std::sync::Arc;
+use std::sync::Mutex;
+
+use vm_memory::bitmap::{Bitmap, BitmapSlice, NewBitmap, WithBitmapSlice};
+use vm_memory::{Bytes, GuestAddress, GuestRegionMmap, MmapRegion};
+
+/// Size of a page of guest memory in bytes.
+pub const PAGE_SIZE: u64 = 4096;
+/// Where RAM above 4 GiB starts.
+pub const HIGH_RAM_START: u64 = 1 << 32;
+/// Where the PC's legacy window (video memory, option ROMs, BIOS shadow) starts.
+pub const LEGACY_START: u64 = 0xA_0000;
+/// First byte after the legacy window.
+pub const LEGACY_END: u64 = 0x10_0000;
+
+/// The page was written since migration last took it.
+pub const DIRTY_MIGRATION: u8 = 1;
+/// The page was written since its contents were last hashed.
+pub const DIRTY_HASH: u8 = 2;
+/// The processor holds instructions decoded from this page.
+pub const CODE: u8 = 4;
+/// Both dirty bits: with these set and [`CODE`] clear a write needs no bookkeeping.
+pub const WRITE_FREE: u8 = DIRTY_MIGRATION | DIRTY_HASH;
+
+/// Errors of guest memory.
+#[derive(Debug, thiserror::Error)]
+pub enum MemError {
+    #[error("cannot allocate {0} bytes of guest memory")]
+    Allocate(u64, #[source] Box<dyn std::error::Error + Send + Sync>),
+    #[error("guest memory size {0} is not a multiple of 4096 bytes or is zero")]
+    Size(u64),
+    #[error("guest physical range {0:#x}+{1:#x} is not in RAM")]
+    Range(u64, u64),
+    #[error(
+        "a firmware image of {0} bytes does not fit: the size must be a multiple of 4096, at most 16 MiB"
+    )]
+    Firmware(usize),
+}
+
+struct FlagsInner {
+    flags: Box<[AtomicU8]>,
+    /// RAM page numbers (within this region) whose decoded code became stale by a device's write.
+    stale: Mutex<Vec<u64>>,
+    stale_count: AtomicU32,
+}
+
+/// One byte of flags for each page of a RAM region. It is the `vm-memory` bitmap of the region,
+/// so whatever writes through `vm-memory` (virtio queues, DMA) keeps it right.
+#[derive(Clone)]
+pub struct PageFlags(Arc<FlagsInner>);
+
+impl std::fmt::Debug for PageFlags {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "PageFlags({} pages)", self.0.flags.len())
+    }
+}
+
+impl Default for PageFlags {
+    fn default() -> Self {
+        Self::with_len(0)
+    }
+}
+
+impl NewBitmap for PageFlags {
+    fn with_len(len: usize) -> Self {
+        let pages = len.div_ceil(PAGE_SIZE as usize);
+        PageFlags(Arc::new(FlagsInner {
+            flags: (0..pages).map(|_| AtomicU8::new(WRITE_FREE)).collect(),
+            stale: Mutex::new(Vec::new()),
+            stale_count: AtomicU32::new(0),
+        }))
+    }
+}
+
+impl PageFlags {
+    fn mark(&self, offset: usize, len: usize) {
+        if len == 0 {
+            return;
+        }
+        let first = offset / PAGE_SIZE as usize;
+        let last = (offset.saturating_add(len - 1)) / PAGE_SIZE as usize;
+        for page in first..=last.min(self.0.flags.len().wrapping_sub(1)) {
+            if let Some(flag) = self.0.flags.get(page) {
+                let old = flag.load(Ordering::Relaxed);
+                if old == WRITE_FREE {
+                    continue;
+                }
+                flag.store(WRITE_FREE, Ordering::Relaxed);
+                if old & CODE != 0 {
+                    if let Ok(mut stale) = self.0.stale.lock() {
+                        stale.push(page as u64);
+                    }
+                    self.0.stale_count.fetch_add(1, Ordering::Release);
+                }
+            }
+        }
+    }
+}
+
+/// A view of [`PageFlags`] from an offset on, as `vm-memory` asks for.
+#[derive(Clone, Debug)]
+pub struct PageFlagsSlice<'a> {
+    flags: &'a PageFlags,
+    base: usize,
+}
+
+impl WithBitmapSlice<'_> for PageFlagsSlice<'_> {
+    type S = Self;
+}
+impl BitmapSlice for PageFlagsSlice<'_> {}
+impl Bitmap for PageFlagsSlice<'_> {
+    fn mark_dirty(&self, offset: usize, len: usize) {
+        self.flags.mark(self.base.wrapping_add(offset), len);
+    }
+    fn dirty_at(&self, offset: usize) -> bool {
+        self.flags.dirty_at(self.base.wrapping_add(offset))
+    }
+    fn slice_at(&self, offset: usize) -> Self {
+        PageFlagsSlice { flags: self.flags, base: self.base.wrapping_add(offset) }
+    }
+}
+impl<'a> WithBitmapSlice<'a> for PageFlags {
+    type S = PageFlagsSlice<'a>;
+}
+impl Bitmap for PageFlags {
+    fn mark_dirty(&self, offset: usize, len: usize) {
+        self.mark(offset, len);
+    }
+    fn dirty_at(&self, offset: usize) -> bool {
+        self.0
+            .flags
+            .get(offset / PAGE_SIZE as usize)
+            .is_some_and(|f| f.load(Ordering::Relaxed) & DIRTY_MIGRATION != 0)
+    }
+    fn slice_at(&self, offset: usize) -> PageFlagsSlice<'_> {
+        PageFlagsSlice { flags: self, base: offset }
+    }
+}
+
+/// The `vm-memory` type of guest RAM; what `virtio-queue` works on.
+pub type Ram = vm_memory::GuestMemoryMmap<PageFlags>;
+
+/// How reads and writes of a 4 KiB page of the legacy window behave (i440fx/q35 PAM registers).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shadow {
+    /// Reads come from ROM (or MMIO below 0xC0000), writes go nowhere (or to MMIO).
+    Rom,
+    /// Reads come from RAM, writes go nowhere.
+    ReadRam,
+    /// Reads come from ROM, writes go to RAM.
+    WriteRam,
+    /// Plain RAM.
+    Ram,
+}
+
+/// What backs one 4 KiB page of guest physical address space, for a processor's TLB.
+#[derive(Clone, Copy, Debug)]
+pub struct Backing {
+    /// Host address of the page's first byte for reads and fetches; null: reads are MMIO.
+    pub read: *const u8,
+    /// Host address for writes; null: writes are MMIO (or are dropped, where `read` is not null).
+    pub write: *mut u8,
+    /// The page's flags, where `write` is RAM; null otherwise.
+    pub flags: *const AtomicU8,
+}
+
+/// Guest physical memory of one machine.
+pub struct GuestMemory {
+    ram: Ram,
+    regions: Vec<Region>,
+    size: u64,
+    rom: RefCell<Vec<u8>>,
+    shadow: RefCell<[Shadow; 96]>,
+    generation: Cell<u32>,
+}
+
+struct Region {
+    start: u64,
+    len: u64,
+    host: *mut u8,
+    flags: PageFlags,
+}
+
+// SAFETY: the host pointers lie in mappings owned by `ram`, which live as long as `self`. The
+// machine thread is the only one that uses the interior-mutable fields; moving the whole value to
+// that thread is sound. It is deliberately not Sync.
+unsafe impl Send for GuestMemory {}
+
+impl GuestMemory {
+    /// RAM of `size` bytes: up to 3 GiB below the PCI hole, the rest from 4 GiB on (QEMU's `pc`
+    /// rule: a machine with less than 3.5 GiB keeps all of it below).
+    pub fn new(size: u64) -> Result<Self, MemError> {
+        if size == 0 || size % PAGE_SIZE != 0 {
+            return Err(MemError::Size(size));
+        }
+        let low = if size >= 0xE000_0000 { 0xC000_0000 } else { size };
+        let mut parts = vec![(0u64, low)];
+        if size > low {
+            parts.push((HIGH_RAM_START, size - low));
+        }
+        let mut list = Vec::new();
+        let mut regions = Vec::new();
+        for (start, len) in parts {
+            let map = MmapRegion::<PageFlags>::new(len as usize)
+                .map_err(|e| MemError::Allocate(len, Box::new(e)))?;
+            regions.push(Region { start, len, host: map.as_ptr(), flags: map.bitmap().clone() });
+            let region = GuestRegionMmap::new(map, GuestAddress(start)).ok_or(MemError::Range(start, len))?;
+            list.push(region);
+        }
+        let ram = Ram::from_regions(list).map_err(|e| MemError::Allocate(size, Box::new(e)))?;
+        Ok(GuestMemory {
+            ram,
+            regions,
+            size,
+            rom: RefCell::new(Vec::new()),
+            shadow: RefCell::new([Shadow::Rom; 96]),
+            generation: Cell::new(1),
+        })
+    }
+
+    /// RAM as `vm-memory` sees it, for virtio queues and device DMA.
+    pub fn ram(&self) -> &Ram {
+        &self.ram
+    }
+
+    /// Bytes of RAM in all.
+    pub fn ram_size(&self) -> u64 {
+        self.size
+    }
+
+    /// Bytes of RAM below 4 GiB.
+    pub fn low_ram_size(&self) -> u64 {
+        self.regions[0].len
+    }
+
+    /// (start, length) of each RAM region in guest physical address space, in order.
+    pub fn ram_ranges(&self) -> Vec<(u64, u64)> {
+        self.regions.iter().map(|r| (r.start, r.len)).collect()
+    }
+
+    /// Put a firmware image so that it ends at 4 GiB; its last 128 KiB also show below 1 MiB.
+    pub fn set_firmware(&self, image: Vec<u8>) -> Result<(), MemError> {
+        if image.is_empty() || image.len() % PAGE_SIZE as usize != 0 || image.len() > 16 << 20 {
+            return Err(MemError::Firmware(image.len()));
+        }
+        *self.rom.borrow_mut() = image;
+        self.bump();
+        Ok(())
+    }
+
+    /// Changes whenever the map of physical addresses changed or dirty bits were cleared: a
+    /// processor that sees a new value drops its TLB.
+    pub fn generation(&self) -> u32 {
+        self.generation.get()
+    }
+
+    fn bump(&self) {
+        self.generation.set(self.generation.get().wrapping_add(1));
+    }
+
+    /// Set how the legacy window's 4 KiB page at `addr` (0xA0000..0xFFFFF) behaves.
+    pub fn set_shadow(&self, addr: u64, mode: Shadow) {
+        if (LEGACY_START..LEGACY_END).contains(&addr) {
+            self.shadow.borrow_mut()[((addr - LEGACY_START) / PAGE_SIZE) as usize] = mode;
+            self.bump();
+        }
+    }
+
+    fn region(&self, gpa: u64) -> Option<&Region> {
+        self.regions.iter().find(|r| gpa >= r.start && gpa - r.start < r.len)
+    }
+
+    /// Host address and flags of the RAM page that holds `gpa`.
+    fn ram_page(&self, gpa: u64) -> Option<(*mut u8, *const AtomicU8)> {
+        let r = self.region(gpa)?;
+        let off = (gpa - r.start) & !(PAGE_SIZE - 1);
+        let flag = &r.flags.0.flags[(off / PAGE_SIZE) as usize];
+        // SAFETY: off lies inside the region's mapping.
+        Some((unsafe { r.host.add(off as usize) }, flag))
+    }
+
+    /// Host address for reads of the ROM page that holds `gpa`, if firmware lies there.
+    fn rom_page(&self, gpa: u64) -> Option<*const u8> {
+        let rom = self.rom.borrow();
+        let len = rom.len() as u64;
+        let page = gpa & !(PAGE_SIZE - 1);
+        let off = if (HIGH_RAM_START - len..HIGH_RAM_START).contains(&page) {
+            page - (HIGH_RAM_START - len)
+        } else if (0xE_0000..LEGACY_END).contains(&page) && len > 0 {
+            let low = len.min(0x2_0000);
+            if page < LEGACY_END - low {
+                return None;
+            }
+            len - (LEGACY_END - page)
+        } else {
+            return None;
+        };
+        // SAFETY: off < rom.len(), a multiple of the page size.
+        Some(unsafe { rom.as_ptr().add(off as usize) })
+    }
+
+    /// What backs the page that holds guest physical address `gpa`.
+    pub fn backing(&self, gpa: u64) -> Backing {
+        const NONE: Backing =
+            Backing { read: std::ptr::null(), write: std::ptr::null_mut(), flags: std::ptr::null() };
+        if (LEGACY_START..LEGACY_END).contains(&gpa) {
+            let mode = self.shadow.borrow()[((gpa - LEGACY_START) / PAGE_SIZE) as usize];
+            let ram = self.ram_page(gpa);
+            let rom = self.rom_page(gpa).unwrap_or(std::ptr::null());
+            let (ram_ptr, flags) = ram.unwrap_or((std::ptr::null_mut(), std::ptr::null()));
+            return match mode {
+                Shadow::Rom => Backing { read: rom, ..NONE },
+                Shadow::ReadRam => Backing { read: ram_ptr, ..NONE },
+                Shadow::WriteRam => Backing { read: rom, write: ram_ptr, flags },
+                Shadow::Ram => Backing { read: ram_ptr, write: ram_ptr, flags },
+            };
+        }
+        if let Some((ptr, flags)) = self.ram_page(gpa) {
+            return Backing { read: ptr, write: ptr, flags };
+        }
+        match self.rom_page(gpa) {
+            Some(ptr) => Backing { read: ptr, ..NONE },
+            None => NONE,
+        }
+    }
+
+    /// Write into the firmware image's copy of a flash or ROM is not offered: see `set_firmware`.
+    /// Read RAM at `gpa` into `buf` (for devices, loaders and monitors).
+    pub fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MemError> {
+        self.ram.read_slice(buf, GuestAddress(gpa)).map_err(|_| MemError::Range(gpa, buf.len() as u64))
+    }
+
+    /// Write `buf` to RAM at `gpa`, keeping the page flags right.
+    pub fn write(&self, gpa: u64, buf: &[u8]) -> Result<(), MemError> {
+        self.ram.write_slice(buf, GuestAddress(gpa)).map_err(|_| MemError::Range(gpa, buf.len() as u64))
+    }
+
+    /// Note that the processor decoded code from the RAM page at `gpa` (no effect on ROM).
+    pub fn mark_code(&self, gpa: u64) {
+        if let Some((_, flags)) = self.ram_page(gpa) {
+            // SAFETY: the flag byte lives as long as self.
+            let flags = unsafe { &*flags };
+            if flags.load(Ordering::Relaxed) & CODE == 0 {
+                flags.fetch_or(CODE, Ordering::Relaxed);
+                // Write entries of TLBs filled before now bypass the flag check.
+                self.bump();
+            }
+        }
+    }
+
+    /// A processor's slow write path to a RAM page whose flags are not [`WRITE_FREE`]: sets the
+    /// dirty bits; true if decoded code of the page must be dropped (CODE is cleared then).
+    pub fn note_write(&self, gpa: u64) -> bool {
+        let Some((_, flags)) = self.ram_page(gpa) else { return false };
+        // SAFETY: the flag byte lives as long as self.
+        let flags = unsafe { &*flags };
+        let old = flags.swap(WRITE_FREE, Ordering::Relaxed);
+        old & CODE != 0
+    }
+
+    /// Whether device writes hit pages with decoded code since the last [`Self::take_stale_code`].
+    pub fn has_stale_code(&self) -> bool {
+        self.regions.iter().any(|r| r.flags.0.stale_count.load(Ordering::Acquire) != 0)
+    }
+
+    /// Guest physical addresses of the pages whose decoded code device writes made stale.
+    pub fn take_stale_code(&self) -> Vec<u64> {
+        let mut out = Vec::new();
+        for r in &self.regions {
+            if r.flags.0.stale_count.swap(0, Ordering::AcqRel) == 0 {
+                continue;
+            }
+            if let Ok(mut stale) = r.flags.0.stale.lock() {
+                out.extend(stale.drain(..).map(|p| r.start + p * PAGE_SIZE));
+            }
+        }
+        out
+    }
+
+    /// Guest physical addresses of RAM pages with dirty bit `which` set, clearing it; at most
+    /// `limit` pages, starting the search at `*cursor` (a page index over all regions), which is
+    /// moved on. Returns an empty list when the search reached the end (the cursor goes to 0).
+    pub fn take_dirty(&self, which: u8, cursor: &mut u64, limit: usize) -> Vec<u64> {
+        let mut out = Vec::new();
+        let mut index = 0u64;
+        for r in &self.regions {
+            let pages = r.len / PAGE_SIZE;
+            if *cursor < index + pages {
+                let first = (*cursor).max(index) - index;
+                for p in first..pages {
+                    let flag = &r.flags.0.flags[p as usize];
+                    if flag.load(Ordering::Relaxed) & which != 0 {
+                        if out.len() == limit {
+                            *cursor = index + p;
+                            self.bump();
+                            return out;
+                        }
+                        flag.fetch_and(!which, Ordering::Relaxed);
+                        out.push(r.start + p * PAGE_SIZE);
+                    }
+                }
+            }
+            index += pages;
+        }
+        *cursor = if out.is_empty() { 0 } else { index };
+        if !out.is_empty() {
+            self.bump();
+        }
+        out
+    }
+
+    /// How many RAM pages have dirty bit `which` set.
+    pub fn count_dirty(&self, which: u8) -> u64 {
+        self.regions
+            .iter()
+            .flat_map(|r| r.flags.0.flags.iter())
+            .filter(|f| f.load(Ordering::Relaxed) & which != 0)
+            .count() as u64
+    }
+
+    /// Set dirty bit(s) `which` on every RAM page.
+    pub fn set_all_dirty(&self, which: u8) {
+        for r in &self.regions {
+            for f in r.flags.0.flags.iter() {
+                f.fetch_or(which, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// The shadow modes of the legacy window, for saving.
+    pub fn shadow_modes(&self) -> Vec<u8> {
+        self.shadow.borrow().iter().map(|m| *m as u8).collect()
+    }
+
+    /// Restore what [`Self::shadow_modes`] returned; wrong values count as ROM.
+    pub fn set_shadow_modes(&self, modes: &[u8]) {
+        let mut shadow = self.shadow.borrow_mut();
+        for (slot, mode) in shadow.iter_mut().zip(modes) {
+            *slot = match mode {
+                1 => Shadow::ReadRam,
+                2 => Shadow::WriteRam,
+                3 => Shadow::Ram,
+                _ => Shadow::Rom,
+            };
+        }
+        drop(shadow);
+        self.bump();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn low_and_high_ram_split_at_the_pci_hole() {
+        let mem = GuestMemory::new(4 << 30).unwrap();
+        assert_eq!(mem.ram_ranges(), vec![(0, 0xC000_0000), (1 << 32, 1 << 30)]);
+        assert!(mem.backing(0xC000_0000).read.is_null());
+        assert!(!mem.backing(0x1_3FFF_F000).write.is_null());
+        assert!(mem.backing(0x1_4000_0000).write.is_null());
+    }
+
+    #[test]
+    fn firmware_shows_at_4g_and_below_1m_until_shadowed() {
+        let mem = GuestMemory::new(1 << 24).unwrap();
+        let mut image = vec![0u8; 0x4_0000];
+        image[0x3_FFF0] = 0xEA;
+        image[0x2_0000] = 0x55;
+        mem.set_firmware(image).unwrap();
+        let byte = |a: u64| {
+            let b = mem.backing(a);
+            assert!(!b.read.is_null() && b.write.is_null());
+            // SAFETY: read points at a whole page.
+            unsafe { *b.read.add((a & 0xFFF) as usize) }
+        };
+        assert_eq!(byte(0xFFFF_FFF0), 0xEA);
+        assert_eq!(byte(0xF_FFF0), 0xEA);
+        assert_eq!(byte(0xE_0000), 0x55);
+        let old = mem.generation();
+        mem.set_shadow(0xF_F000, Shadow::Ram);
+        assert_ne!(mem.generation(), old);
+        assert!(!mem.backing(0xF_F000).write.is_null());
+    }
+
+    #[test]
+    fn a_device_write_marks_code_stale_and_pages_dirty() {
+        let mem = GuestMemory::new(1 << 20).unwrap();
+        let mut cursor = 0;
+        while !mem.take_dirty(DIRTY_MIGRATION, &mut cursor, 64).is_empty() {}
+        assert_eq!(mem.count_dirty(DIRTY_MIGRATION), 0);
+        mem.mark_code(0x5000);
+        mem.write(0x4FFF, &[1, 2]).unwrap();
+        assert!(mem.has_stale_code());
+        assert_eq!(mem.take_stale_code(), vec![0x5000]);
+        assert!(!mem.has_stale_code());
+        let mut cursor = 0;
+        assert_eq!(mem.take_dirty(DIRTY_MIGRATION, &mut cursor, 64), vec![0x4000, 0x5000]);
+        assert!(mem.read((1 << 20) - 1, &mut [0; 2]).is_err());
+    }
+}

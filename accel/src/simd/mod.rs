@@ -1,0 +1,79 @@
+//! x87, MMX, SSE to SSE4.2, AES, PCLMULQDQ: everything that computes on floating-point and vector
+//! registers, and FXSAVE/XSAVE images. The core decodes and hands over a [`VecInsn`].
+
+use crate::fault::Exception;
+use crate::state::CpuState;
+
+/// Where an instruction's r/m operand lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rm {
+    /// Register number 0..15 (REX.B applied; x87/MMX use the low three bits).
+    Reg(u8),
+    /// Memory: the core has computed the segmented effective address; offsets are relative to it.
+    Mem,
+}
+
+/// The mandatory prefix that selects among SSE opcodes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Prefix {
+    None,
+    P66,
+    F3,
+    F2,
+}
+
+/// Opcode map of a vector instruction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Map {
+    /// 0F xx
+    M0F,
+    /// 0F 38 xx
+    M0F38,
+    /// 0F 3A xx
+    M0F3A,
+    /// D8..DF (x87); `opcode` is the whole byte.
+    X87,
+}
+
+/// A decoded vector or x87 instruction.
+#[derive(Clone, Copy, Debug)]
+pub struct VecInsn {
+    pub map: Map,
+    pub prefix: Prefix,
+    pub opcode: u8,
+    pub modrm: u8,
+    /// ModRM.reg with REX.R applied.
+    pub reg: u8,
+    pub rm: Rm,
+    /// REX.W
+    pub rex_w: bool,
+    /// The processor executes 64-bit code (FXSAVE64 and FIP/FDP forms, 64-bit GPR operands).
+    pub long: bool,
+    /// Operand size 16 (for FLDENV, FSAVE and so on).
+    pub opsize16: bool,
+    pub imm: u8,
+}
+
+/// What vector and x87 instructions need of the processor core.
+///
+/// `read` and `write` access the instruction's memory operand at `offset` bytes past its effective
+/// address with all segment, paging and privilege checks. `write` either stores all bytes or none.
+/// Alignment checks of legacy SSE (16 bytes, #GP(0)) are asked for with `check_align`.
+pub trait Core {
+    fn state(&mut self) -> &mut CpuState;
+    fn read(&mut self, offset: u64, buf: &mut [u8]) -> Result<(), Exception>;
+    fn write(&mut self, offset: u64, buf: &[u8]) -> Result<(), Exception>;
+    /// #GP(0) unless the operand's linear address is a multiple of `align`.
+    fn check_align(&mut self, align: u64) -> Result<(), Exception>;
+    /// RFLAGS: set exactly ZF, PF, CF as given and clear OF, SF, AF (COMISS, PTEST, PCMPxSTRx set all six).
+    fn set_flags(&mut self, cf: bool, pf: bool, af: bool, zf: bool, sf: bool, of: bool);
+    /// The flags FCMOVcc reads: (CF, ZF, PF).
+    fn flags_for_fcmov(&mut self) -> (bool, bool, bool);
+    /// For x87: (CS selector, RIP of this instruction) and (segment selector, effective address) of
+    /// its memory operand, kept in FIP/FDP.
+    fn pointers(&mut self) -> ((u16, u64), (u16, u64));
+    /// CPL, for instructions that care (XSETBV is the core's own).
+    fn cpl(&mut self) -> u8;
+    /// The linear memory operand [DS:RDI] of MASKMOVQ/MASKMOVDQU: write one byte at offset.
+    fn write_maskmov(&mut self, offset: u64, byte: u8) -> Result<(), Exception>;
+}

@@ -1,0 +1,93 @@
+//! What passes through the machine's input and output doors.
+//!
+//! Everything non-deterministic that the guest can notice is an [`Input`], applied at an exact
+//! position; everything that leaves the machine is an [`Output`].
+
+use serde::{Deserialize, Serialize};
+
+/// Something that comes into the machine from outside.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Input {
+    /// An Ethernet frame (without FCS) for network card number `nic`.
+    NetRx { nic: u32, frame: Vec<u8> },
+    /// The cable of network card `nic` was plugged in or pulled.
+    LinkState { nic: u32, up: bool },
+    /// The disk request `id` ended. `Ok` carries the data of a read (empty otherwise), `Err` an errno.
+    DiskDone { id: u64, result: Result<Vec<u8>, i32> },
+    /// The size of drive `drive` in bytes became `size`.
+    DriveResized { drive: u32, size: u64 },
+    /// Bytes typed into character device `port` (a serial line).
+    CharIn { port: u32, bytes: Vec<u8> },
+    /// A PS/2 scan code sequence (set 2) from a keyboard.
+    Keyboard { bytes: Vec<u8> },
+    /// The ACPI power button was pressed.
+    Powerdown,
+    /// A non-maskable interrupt.
+    Nmi,
+    /// Seconds to add to the real-time clock's offset from virtual time.
+    RtcAdjust { seconds: i64 },
+}
+
+/// One disk operation. Offsets and lengths are in bytes, multiples of 512.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DiskOp {
+    Read {
+        offset: u64,
+        len: u32,
+    },
+    /// The data is copied when the guest submits the request.
+    Write {
+        offset: u64,
+        data: Vec<u8>,
+    },
+    Flush,
+    Discard {
+        offset: u64,
+        len: u64,
+    },
+    WriteZeroes {
+        offset: u64,
+        len: u64,
+        may_unmap: bool,
+    },
+}
+
+/// Something that leaves the machine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Output {
+    /// An Ethernet frame (without FCS) sent by network card number `nic`.
+    NetTx { nic: u32, frame: Vec<u8> },
+    /// A disk request; it ends with [`Input::DiskDone`] of the same id. Ids are unique for the
+    /// life of the machine and are dealt out deterministically (a counter in the machine's saved state).
+    Disk { id: u64, drive: u32, op: DiskOp },
+    /// Bytes sent by character device `port`.
+    CharOut { port: u32, bytes: Vec<u8> },
+    /// Something a management client is told.
+    Event(GuestEvent),
+}
+
+/// Guest-visible events for the outside (they become QMP events).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum GuestEvent {
+    /// The guest wrote the real-time clock: `offset` seconds from the base.
+    RtcChange { offset: i64 },
+    /// pvpanic: the guest says it panicked.
+    Panicked,
+    /// pvpanic: a crash kernel was loaded.
+    CrashLoaded,
+    /// The guest's driver changed the receive filter of network card `nic`.
+    NicRxFilterChanged { nic: u32 },
+}
+
+/// What a device asks of the machine as a whole; handled after the instruction in hand.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MachineRequest {
+    /// Reset (port 0xCF9, keyboard controller, ACPI reset register).
+    Reset,
+    /// ACPI S5.
+    Poweroff,
+    /// isa-debug-exit: end the program with this exit status.
+    Exit(i32),
+    /// ACPI S3.
+    Suspend,
+}

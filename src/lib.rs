@@ -1,0 +1,1 @@
+//! ftvm: the program.
