@@ -1,1 +1,3 @@
-//! ftvm: the program.
+//! ftvm: a virtual machine monitor that survives the death of its host.
+
+pub mod machine;
