@@ -1,3 +1,4 @@
 //! ftvm: a virtual machine monitor that survives the death of its host.
 
+pub mod cli;
 pub mod machine;

@@ -16,9 +16,9 @@ pub struct StateHash {
 impl StateHash {
     /// One value for all.
     pub fn total(&self) -> u64 {
-        self.parts.iter().fold(0, |acc, (name, value)| {
-            mix(acc ^ bytes(name.as_bytes())).wrapping_add(mix(*value))
-        })
+        self.parts
+            .iter()
+            .fold(0, |acc, (name, value)| mix(acc ^ bytes(name.as_bytes())).wrapping_add(mix(*value)))
     }
 
     /// Names of the parts that differ.
@@ -47,9 +47,8 @@ pub fn bytes(data: &[u8]) -> u64 {
     let mut chunks = data.chunks_exact(32);
     for chunk in &mut chunks {
         for (lane, word) in lanes.iter_mut().zip(chunk.chunks_exact(8)) {
-            let w = u64::from_le_bytes([
-                word[0], word[1], word[2], word[3], word[4], word[5], word[6], word[7],
-            ]);
+            let w =
+                u64::from_le_bytes([word[0], word[1], word[2], word[3], word[4], word[5], word[6], word[7]]);
             *lane = (*lane ^ w).wrapping_mul(K).rotate_left(31);
         }
     }

@@ -125,9 +125,8 @@ impl Machine {
             if !self.pick() {
                 return Stop::Idle { next: self.next_deadline() };
             }
-            let timer = self
-                .next_deadline()
-                .map_or(u64::MAX, |d| self.clock.instructions_until(self.position, d));
+            let timer =
+                self.next_deadline().map_or(u64::MAX, |d| self.clock.instructions_until(self.position, d));
             let budget = (end - self.position).min(timer.max(1)).min(self.schedule.slice_left);
             let index = self.schedule.current as usize;
             let mut bus = MachineBus {
