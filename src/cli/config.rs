@@ -398,7 +398,7 @@ impl Config {
                     let p = params(Some("size"))?;
                     p.only(&["size"]).map_err(&err)?;
                     let size = p.size("size", 1 << 20).map_err(&err)?.unwrap_or(128 << 20);
-                    if size < 1 << 20 || size > 1 << 40 {
+                    if !(1 << 20..=1 << 40).contains(&size) {
                         return Err(err(KeyvalError::Other("guest memory must be between 1M and 1T".into())));
                     }
                     m.memory = size.next_multiple_of(8192);
