@@ -1,5 +1,7 @@
 //! ftvm: a virtual machine monitor that survives the death of its host.
 
 pub mod cli;
+pub mod host;
 pub mod lockstep;
 pub mod machine;
+pub mod runtime;

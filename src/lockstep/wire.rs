@@ -34,8 +34,8 @@ pub struct Epoch {
 /// Messages of the channel.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Message {
-    /// Backup to primary: who asks. `options` are what the backup's command line said of the machine.
-    Hello { protocol: u32, version: String, options: Vec<u8> },
+    /// Backup to primary: who asks.
+    Hello { protocol: u32, version: String },
     /// Either way: no, and why.
     Refuse { reason: String },
     /// Primary to backup: the machine's configuration and images, and the pairing.
