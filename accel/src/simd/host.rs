@@ -253,6 +253,8 @@ fn emit(code: &mut Vec<u8>, map: Map, prefix: Prefix, opcode: u8, op: &Op, varia
 fn emit_x87(code: &mut Vec<u8>, opcode: u8, modrm: u8) {
     let memory = modrm < 0xC0;
     // FLD-like memory forms (D9 /0, DD /0, the FILDs, FBLD) push onto an empty stack.
+    // Flags that host code may have left in the status word must not reach the guest's.
+    code.extend([0xDB, 0xE3]); // fninit
     let load = memory && table::x87_is_load(opcode, modrm >> 3 & 7);
     if !memory {
         code.extend([0xDB, 0x2E]); // fld tbyte [rsi]

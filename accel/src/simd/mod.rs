@@ -9,6 +9,14 @@ mod sse;
 mod table;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_x87;
+mod wide;
+mod x87;
+mod x87_env;
+mod x87_math;
+
+pub use x87::wait as x87_wait;
 
 use crate::fault::Exception;
 use crate::state::CpuState;
@@ -126,7 +134,7 @@ pub fn host_supports(feature: Feature) -> bool {
 /// FXRSTOR, LDMXCSR, STMXCSR, XSAVE, XRSTOR, XSAVEOPT, XSAVEC), and D8..DF.
 pub fn resolve<C: Core>(insn: &VecInsn) -> Option<Handler<C>> {
     match insn.map {
-        Map::X87 => None,
+        Map::X87 => x87::resolve(insn),
         _ => moves::resolve(insn).or_else(|| fxsave::resolve(insn)).or_else(|| sse::resolve(insn)),
     }
 }

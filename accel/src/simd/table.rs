@@ -178,10 +178,11 @@ pub(super) fn x87_native() -> Vec<(u8, u8)> {
     {
         list.extend(regs.iter().map(|r| (opcode, r << 3)));
     }
-    // FUCOM ST(1) (DD E1), FTST, FXAM, FPREM1, FPREM, FSQRT, FRNDINT, FSCALE.
+    // FUCOM ST(1) (DD E1), FTST, FXTRACT, FPREM1, FPREM, FSQRT, FRNDINT, FSCALE.
     list.extend([
         (0xDD, 0xE1),
         (0xD9, 0xE4),
+        (0xD9, 0xF4),
         (0xD9, 0xF5),
         (0xD9, 0xF8),
         (0xD9, 0xFA),
