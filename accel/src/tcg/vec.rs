@@ -2,14 +2,13 @@
 
 use super::op::*;
 use super::SoftCpu;
-use crate::simd::{Core, VecInsn};
+use crate::simd::{self, Core, VecInsn};
 use crate::state::CpuState;
 use crate::Exception;
 
 /// The implementation of a vector or x87 instruction.
 pub fn resolve(insn: &VecInsn) -> Option<VecHandler> {
-    let _ = insn;
-    None
+    simd::resolve::<SoftCpu>(insn)
 }
 
 /// Run the vector instruction that `op.imm` points to.
