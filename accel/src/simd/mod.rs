@@ -1,6 +1,23 @@
 //! x87, MMX, SSE to SSE4.2, AES, PCLMULQDQ: everything that computes on floating-point and vector
 //! registers, and FXSAVE/XSAVE images. The core decodes and hands over a [`VecInsn`].
 
+mod approx;
+mod fxsave;
+mod host;
+mod moves;
+mod sse;
+mod table;
+#[cfg(test)]
+mod tests;
+#[cfg(test)]
+mod tests_x87;
+mod wide;
+mod x87;
+mod x87_env;
+mod x87_math;
+
+pub use x87::wait as x87_wait;
+
 use crate::fault::Exception;
 use crate::state::CpuState;
 
@@ -76,4 +93,48 @@ pub trait Core {
     fn cpl(&mut self) -> u8;
     /// The linear memory operand [DS:RDI] of MASKMOVQ/MASKMOVDQU: write one byte at offset.
     fn write_maskmov(&mut self, offset: u64, byte: u8) -> Result<(), Exception>;
+}
+
+/// The function that executes a decoded instruction. On an error nothing has changed but, where
+/// the architecture says so, the sticky exception flags.
+pub type Handler<C> = fn(&mut C, &VecInsn) -> Result<(), Exception>;
+
+/// Instruction set extensions whose results come from the host's own instructions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Feature {
+    /// x87, MMX, SSE, SSE2: every x86-64 host has them.
+    Sse2,
+    Sse3,
+    Ssse3,
+    Sse41,
+    Sse42,
+    Aes,
+    Pclmul,
+    Sha,
+}
+
+/// Whether this host can execute an extension; the processor model offers no other.
+pub fn host_supports(feature: Feature) -> bool {
+    match feature {
+        Feature::Sse2 => true,
+        Feature::Sse3 => is_x86_feature_detected!("sse3"),
+        Feature::Ssse3 => is_x86_feature_detected!("ssse3"),
+        Feature::Sse41 => is_x86_feature_detected!("sse4.1"),
+        Feature::Sse42 => is_x86_feature_detected!("sse4.2"),
+        Feature::Aes => is_x86_feature_detected!("aes"),
+        Feature::Pclmul => is_x86_feature_detected!("pclmulqdq"),
+        Feature::Sha => is_x86_feature_detected!("sha"),
+    }
+}
+
+/// The handler of an instruction; `None`: it is not one of this unit's (or not an instruction at all).
+///
+/// The core asks for: maps 0F, 0F38 and 0F3A with the opcodes of MMX, SSE to SSE4.2, AES,
+/// PCLMULQDQ and SHA (0F C3 MOVNTI among them), 0F AE and 0F C7 with a memory operand (FXSAVE,
+/// FXRSTOR, LDMXCSR, STMXCSR, XSAVE, XRSTOR, XSAVEOPT, XSAVEC), and D8..DF.
+pub fn resolve<C: Core>(insn: &VecInsn) -> Option<Handler<C>> {
+    match insn.map {
+        Map::X87 => x87::resolve(insn),
+        _ => moves::resolve(insn).or_else(|| fxsave::resolve(insn)).or_else(|| sse::resolve(insn)),
+    }
 }

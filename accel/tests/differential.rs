@@ -1,0 +1,68 @@
+//! The processor that runs these tests is the oracle: generated instructions run on it and on
+//! ftvm's software processor, and registers, defined flags, memory and exceptions must agree.
+//!
+//! `FTVM_DIFF_CASES=5000000` runs more cases, `FTVM_DIFF_SEED` others.
+
+#![cfg(all(target_arch = "x86_64", target_os = "linux"))]
+
+#[path = "differential/case.rs"]
+mod case;
+#[path = "differential/compare.rs"]
+mod compare;
+#[path = "differential/generate.rs"]
+mod generate;
+#[path = "differential/native.rs"]
+mod native;
+#[path = "differential/soft_state.rs"]
+mod soft_state;
+#[path = "differential/vector.rs"]
+mod vector;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+fn number(name: &str, default: u64) -> u64 {
+    std::env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(default)
+}
+
+#[test]
+fn generated_instructions_agree_with_this_processor() {
+    let cases = number("FTVM_DIFF_CASES", 400_000);
+    let seed = number("FTVM_DIFF_SEED", 1);
+    let mut real = native::Native::new();
+    let mut unit = vector::Vector::new();
+    let mut covered = BTreeSet::new();
+    let mut failures: BTreeMap<String, (u64, String)> = BTreeMap::new();
+    let mut run = 0u64;
+    for long in [true, false] {
+        let mut generator = generate::Generator::new(long, |_| true);
+        println!("long {long}: {} forms", generator.forms.len());
+        let (mut a, mut b) = (case::Outcome::new(), case::Outcome::new());
+        for n in 0..cases / 2 {
+            let mut rng = generate::Rng(seed.wrapping_mul(0x1_0000_0001) ^ n << 1 ^ u64::from(long) << 60);
+            let case = generator.case(&mut rng, 1);
+            if !unit.run(&case, &mut b) {
+                continue;
+            }
+            real.run(&case, &mut a);
+            run += 1;
+            let codes = generate::codes(&case);
+            if let Some(difference) = compare::difference(&case, &a, &b) {
+                let key = format!("{:?}", codes.last());
+                let entry = failures.entry(key).or_insert_with(|| {
+                    (0, format!("case {n} long {long}\n{}{difference}", compare::describe(&case)))
+                });
+                entry.0 += 1;
+            }
+            covered.extend(codes);
+        }
+    }
+    println!("{run} cases, {} opcodes", covered.len());
+    let shown = number("FTVM_DIFF_SHOW", 5) as usize;
+    for (code, (count, text)) in failures.iter().take(shown) {
+        println!("{code}: {count} failures, the first:\n{text}");
+    }
+    for (code, (count, _)) in &failures {
+        println!("{code}: {count}");
+    }
+    assert!(failures.is_empty(), "{} opcodes differ", failures.len());
+}

@@ -1,0 +1,826 @@
+//! Generates cases: every opcode in every prefix and ModRM form, on operand values that matter.
+
+use iced_x86::{
+    Code, CpuidFeature, Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, Mnemonic,
+    OpKind, Register, RflagsBits,
+};
+
+use super::case::{Case, Compare, Regs, CODE, CODE_SIZE, DATA, DATA_SIZE, READ_ONLY};
+
+/// splitmix64: the whole test is a function of its seed.
+pub struct Rng(pub u64);
+
+impl Rng {
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
+    }
+    pub fn below(&mut self, n: u64) -> u64 {
+        self.next() % n
+    }
+    /// True once in n.
+    pub fn one_in(&mut self, n: u64) -> bool {
+        self.below(n) == 0
+    }
+    fn pick<T: Copy>(&mut self, list: &[T]) -> T {
+        list[self.below(list.len() as u64) as usize]
+    }
+
+    fn integer(&mut self) -> u64 {
+        let n = self.below(64);
+        match self.below(10) {
+            0 => self.pick(&[0, 1, 2, u64::MAX, i64::MAX as u64, 1 << 63]),
+            1 => {
+                self.pick(&[0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x7FFF_FFFF, 0x8000_0000, 0xFFFF_FFFF])
+            }
+            2 => 1 << n,
+            3 => (1 << n) - 1,
+            4 => self.below(256),
+            5 => self.below(65536),
+            6 => self.below(1 << 32),
+            7 => (self.next() as i32) as i64 as u64,
+            _ => self.next(),
+        }
+    }
+
+    fn f32(&mut self) -> u32 {
+        let sign = (self.next() as u32) & 0x8000_0000;
+        let special = [
+            0,
+            1,
+            0x7F_FFFF,
+            0x80_0000,
+            0x80_0001,
+            0x3F80_0000,
+            0x3F80_0001,
+            0x3F7F_FFFF,
+            0x4000_0000,
+            0x7F7F_FFFF,
+            0x7F80_0000,
+            0x7F80_0001,
+            0x7FC0_0000,
+            0x7FFF_FFFF,
+            0x3F00_0000,
+            0x4F00_0000,
+            0x5F00_0000,
+            0x4EFF_FFFF,
+        ];
+        let bits = match self.below(6) {
+            0 | 1 => self.pick(&special),
+            2 => (self.below(500) as f32 * 0.5).to_bits(),
+            3 => (((127 - 20 + self.below(40)) << 23) + self.below(1 << 23)) as u32,
+            4 => (self.next() as u32) & 0x7F_FFFF,
+            _ => self.next() as u32,
+        };
+        bits & 0x7FFF_FFFF | sign
+    }
+
+    fn f64(&mut self) -> u64 {
+        let sign = self.next() & 1 << 63;
+        let special = [
+            0,
+            1,
+            0xF_FFFF_FFFF_FFFF,
+            1 << 52,
+            (1 << 52) + 1,
+            1f64.to_bits(),
+            1f64.to_bits() + 1,
+            1f64.to_bits() - 1,
+            2f64.to_bits(),
+            f64::MAX.to_bits(),
+            f64::INFINITY.to_bits(),
+            f64::INFINITY.to_bits() + 1,
+            f64::NAN.to_bits() & !(1 << 63),
+            0x7FFF_FFFF_FFFF_FFFF,
+            0.5f64.to_bits(),
+            2147483648f64.to_bits(),
+            2147483647.5f64.to_bits(),
+            9223372036854775808f64.to_bits(),
+            (f32::MIN_POSITIVE as f64).to_bits(),
+            (f32::MIN_POSITIVE as f64).to_bits() - 1,
+            (f32::MAX as f64).to_bits() + 1,
+            1e-40f64.to_bits(),
+        ];
+        let bits = match self.below(6) {
+            0 | 1 => self.pick(&special),
+            2 => (self.below(500) as f64 * 0.5).to_bits(),
+            3 => {
+                1f64.to_bits().wrapping_add((self.below(140) << 52).wrapping_sub(70 << 52))
+                    + self.below(1 << 52)
+            }
+            4 => self.below(1 << 52),
+            _ => self.next(),
+        };
+        bits & i64::MAX as u64 | sign
+    }
+
+    fn f80(&mut self) -> [u8; 10] {
+        let mut exp = match self.below(8) {
+            0 => 0,
+            1 => 0x7FFF,
+            2 => self.pick(&[1, 0x7FFE, 0x3FFF, 0x3FFE, 0x4000, 0x403E, 0x401E]),
+            3 => 0x3FFF - 140 + self.below(280),
+            4 => self.below(0x8000),
+            _ => 0x3FFF - 20 + self.below(40),
+        } as u16;
+        let mut mant = match self.below(5) {
+            0 => 1 << 63,
+            1 => self.pick(&[0, 1, 3 << 62, u64::MAX, (1 << 63) + 1, 1 << 62]),
+            2 => (self.next() | 1 << 63) & !0xFF_FFFF_FFFF,
+            3 => (self.next() | 1 << 63) & !0x7FF,
+            _ => self.next(),
+        };
+        if exp != 0 && !self.one_in(30) {
+            mant |= 1 << 63;
+        }
+        if exp == 0 && self.one_in(2) {
+            mant = 0;
+        }
+        if self.one_in(2) {
+            exp |= 0x8000;
+        }
+        let mut out = [0; 10];
+        out[..8].copy_from_slice(&mant.to_le_bytes());
+        out[8..].copy_from_slice(&exp.to_le_bytes());
+        out
+    }
+
+    /// Sixteen bytes of one kind of value.
+    fn vector(&mut self) -> [u8; 16] {
+        let mut out = [0; 16];
+        match self.below(5) {
+            0 | 1 => out.chunks_exact_mut(4).for_each(|c| c.copy_from_slice(&self.f32().to_le_bytes())),
+            2 | 3 => out.chunks_exact_mut(8).for_each(|c| c.copy_from_slice(&self.f64().to_le_bytes())),
+            _ => out.chunks_exact_mut(8).for_each(|c| c.copy_from_slice(&self.integer().to_le_bytes())),
+        }
+        out
+    }
+}
+
+/// One instruction form: prefix, map, opcode and ModRM.reg.
+#[derive(Clone, Copy, Debug)]
+pub struct Form {
+    map: u8,
+    prefix: u8,
+    opcode: u8,
+    reg: u8,
+    memory: bool,
+    rex_w: bool,
+    /// VEX: 0 or the `pp` field plus one (BMI1 and BMI2 alone use it here).
+    vex: u8,
+    /// ModRM.reg is part of the opcode.
+    group: bool,
+}
+
+fn is_prefix(map: u8, opcode: u8, long: bool) -> bool {
+    match map {
+        0 => {
+            matches!(
+                opcode,
+                0x0F | 0x26 | 0x2E | 0x36 | 0x3E | 0x62 | 0x64..=0x67 | 0xC4 | 0xC5 | 0xF0 | 0xF2 | 0xF3
+            ) || long && (0x40..0x50).contains(&opcode)
+        }
+        1 => matches!(opcode, 0x0F | 0x38 | 0x3A),
+        _ => false,
+    }
+}
+
+/// Extensions of the processor model under test.
+fn claimed(feature: CpuidFeature) -> bool {
+    use CpuidFeature::*;
+    matches!(
+        feature,
+        INTEL8086
+            | INTEL8086_ONLY
+            | INTEL186
+            | INTEL286
+            | INTEL386
+            | INTEL486
+            | X64
+            | FPU
+            | FPU287
+            | FPU387
+            | MMX
+            | SSE
+            | SSE2
+            | SSE3
+            | SSSE3
+            | SSE4_1
+            | SSE4_2
+            | AES
+            | PCLMULQDQ
+            | SHA
+            | CMOV
+            | CX8
+            | CMPXCHG16B
+            | FXSR
+            | BMI1
+            | BMI2
+            | ADX
+            | MOVBE
+            | POPCNT
+            | LZCNT
+            | XSAVE
+            | XSAVEC
+            | XSAVEOPT
+            | MULTIBYTENOP
+            | PAUSE
+            | CLFSH
+            | PREFETCHW
+            | D3NOW
+    )
+}
+
+/// Instructions that depend on more than the program's own state.
+fn excluded(i: &Instruction) -> bool {
+    use Mnemonic::*;
+    let m = i.mnemonic();
+    i.is_privileged()
+        || matches!(i.flow_control(), FlowControl::XbeginXabortXend)
+        || matches!(
+            m,
+            Syscall
+                | Sysenter
+                | Sysexit
+                | Sysret
+                | Int
+                | Int1
+                | Iret
+                | Iretd
+                | Iretq
+                | Cpuid
+                | Rdtsc
+                | Rdtscp
+                | Rdpmc
+                | Rdrand
+                | Rdseed
+                | Rdpid
+                | Sgdt
+                | Sidt
+                | Sldt
+                | Str
+                | Smsw
+                | Lar
+                | Lsl
+                | Verr
+                | Verw
+                | Lds
+                | Les
+                | Lss
+                | Lfs
+                | Lgs
+                | Retf
+                | Xgetbv
+                | Rsm
+                | Arpl
+                | Loadall
+                | Storeall
+        )
+        || m == Mov && (i.op0_kind() == OpKind::Register && i.op0_register().is_segment_register())
+        || m == Pop && i.op0_register().is_segment_register()
+        || matches!(i.code(), Code::Call_m1616 | Code::Call_m1632 | Code::Call_m1664 | Code::Jmp_m1616)
+        || matches!(i.code(), Code::Jmp_m1632 | Code::Jmp_m1664 | Code::Call_ptr1616 | Code::Call_ptr1632)
+        || matches!(i.code(), Code::Jmp_ptr1616 | Code::Jmp_ptr1632)
+        || i.cpuid_features().iter().any(|f| !claimed(*f))
+        || i.cpuid_features().contains(&CpuidFeature::D3NOW) && i.mnemonic() != Prefetch
+}
+
+/// Makes cases for one mode.
+pub struct Generator {
+    pub long: bool,
+    pub forms: Vec<Form>,
+    info: InstructionInfoFactory,
+    next: usize,
+}
+
+fn decode(bytes: &[u8], ip: u64, long: bool) -> Instruction {
+    Decoder::with_ip(if long { 64 } else { 32 }, bytes, ip, DecoderOptions::NONE).decode()
+}
+
+impl Generator {
+    /// `filter` chooses among the instructions that are claimed at all.
+    pub fn new(long: bool, filter: impl Fn(&Instruction) -> bool) -> Generator {
+        let mut forms = Vec::new();
+        let mut rng = Rng(1);
+        for vex in 0..5u8 {
+            for map in 0..4u8 {
+                for opcode in 0..=255u8 {
+                    if vex != 0 && map < 2 || is_prefix(map, opcode, long) {
+                        continue;
+                    }
+                    for prefix in if vex == 0 { &[0, 0x66, 0xF3, 0xF2][..] } else { &[0][..] } {
+                        for memory in [false, true] {
+                            for rex_w in [false, true] {
+                                if rex_w && !long && vex == 0 {
+                                    continue;
+                                }
+                                let form = |reg| Form {
+                                    map,
+                                    prefix: *prefix,
+                                    opcode,
+                                    reg,
+                                    memory,
+                                    rex_w,
+                                    vex,
+                                    group: true,
+                                };
+                                let decoded: Vec<Instruction> = (0..8)
+                                    .map(|reg| {
+                                        let mut bytes = assemble(&form(reg), &mut rng, long, true);
+                                        bytes.resize(32, 0);
+                                        decode(&bytes, CODE, long)
+                                    })
+                                    .collect();
+                                let good = |i: &Instruction| !i.is_invalid() && !excluded(i) && filter(i);
+                                let same = decoded.iter().all(|i| i.code() == decoded[0].code());
+                                if same && good(&decoded[0]) {
+                                    forms.push(Form { group: false, ..form(0) });
+                                } else if !same {
+                                    for (reg, i) in decoded.iter().enumerate() {
+                                        if good(i) {
+                                            forms.push(form(reg as u8));
+                                        }
+                                    }
+                                }
+                            }
+                        }
+                    }
+                }
+            }
+        }
+        Generator { long, forms, info: InstructionInfoFactory::new(), next: 0 }
+    }
+
+    /// A case of `count` instructions. Single instructions walk through all forms in turn.
+    pub fn case(&mut self, rng: &mut Rng, count: usize) -> Case {
+        loop {
+            if let Some(case) = self.try_case(rng, count) {
+                return case;
+            }
+        }
+    }
+
+    fn try_case(&mut self, rng: &mut Rng, count: usize) -> Option<Case> {
+        let mut case = Case {
+            long: self.long,
+            code: [0xCC; CODE_SIZE],
+            regs: registers(rng, self.long),
+            data: [0; DATA_SIZE],
+            starts: Vec::new(),
+            undefined: 0,
+            compare: Compare::default(),
+            open_bytes: Vec::new(),
+        };
+        fill_data(rng, &mut case.data);
+        let mut at = 2048usize;
+        case.regs.rip = CODE + at as u64;
+        let mut compare_next = false;
+        let mut left = count;
+        let mut set_up = Vec::new();
+        while left > 0 {
+            if compare_next {
+                // cmp eax, ecx defines all flags again.
+                case.code[at..at + 2].copy_from_slice(&[0x39, 0xC8]);
+                case.starts.push(at as u16);
+                at += 2;
+                compare_next = false;
+                case.undefined = 0;
+            }
+            let form = if count == 1 {
+                self.next = (self.next + 1) % self.forms.len();
+                self.forms[self.next]
+            } else {
+                self.forms[rng.below(self.forms.len() as u64) as usize]
+            };
+            let mut bytes = assemble(&form, rng, self.long, false);
+            bytes.resize(32, 0);
+            bytes[15..].fill_with(|| rng.next() as u8);
+            let ip = CODE + at as u64;
+            let mut i = decode(&bytes, ip, self.long);
+            if i.is_invalid() || excluded(&i) || i.has_lock_prefix() && i.is_invalid() {
+                return None;
+            }
+            if matches!(i.segment_prefix(), Register::FS | Register::GS) {
+                return None;
+            }
+            // Branches stay near: what a jump hits is INT3 in the code page.
+            let len = i.len();
+            if i.near_branch_target() != 0 && i.is_jmp_near() | i.is_jcc_near() | i.is_call_near() {
+                bytes[len - 4..len].copy_from_slice(&((rng.below(1500) as i32) - 700).to_le_bytes());
+                if decode(&bytes, ip, self.long).near_branch_target().wrapping_sub(CODE) >= CODE_SIZE as u64
+                    && !rng.one_in(20)
+                {
+                    return None;
+                }
+                i = decode(&bytes, ip, self.long);
+            }
+            if i.is_ip_rel_memory_operand() {
+                let target = target_address(rng, &i);
+                let disp = target.wrapping_sub(ip + len as u64) as u32;
+                let mut d = Decoder::with_ip(64, &bytes, ip, 0);
+                let again = d.decode();
+                let at = d.get_constant_offsets(&again).displacement_offset();
+                bytes[at..at + 4].copy_from_slice(&disp.to_le_bytes());
+                i = decode(&bytes, ip, self.long);
+            }
+            if count > 1 && (!set_up.is_empty() && touches_memory(&i) && !i.is_ip_rel_memory_operand()) {
+                // Later instructions use the registers that earlier ones were given.
+                set_up.push(());
+            }
+            if !self.settle(rng, &mut case, &i, count == 1 || set_up.is_empty()) {
+                return None;
+            }
+            set_up.push(());
+            if count > 1
+                && (case.compare != Compare::default() || !matches!(i.flow_control(), FlowControl::Next))
+            {
+                return None;
+            }
+            let undefined = u64::from(i.rflags_undefined());
+            if undefined != 0 {
+                let mut bits = 0;
+                for (flag, bit) in [
+                    (RflagsBits::OF, 11),
+                    (RflagsBits::SF, 7),
+                    (RflagsBits::ZF, 6),
+                    (RflagsBits::AF, 4),
+                    (RflagsBits::CF, 0),
+                    (RflagsBits::PF, 2),
+                ] {
+                    if undefined & u64::from(flag) != 0 {
+                        bits |= 1 << bit;
+                    }
+                }
+                case.undefined |= bits;
+                compare_next = true;
+            }
+            case.code[at..at + len].copy_from_slice(&bytes[..len]);
+            case.starts.push(at as u16);
+            at += len;
+            left -= 1;
+        }
+        Some(case)
+    }
+
+    /// Give the registers and data values that make the instruction do something, and note what
+    /// of its results the architecture leaves open. False: not a case worth having.
+    fn settle(&mut self, rng: &mut Rng, case: &mut Case, i: &Instruction, may_set: bool) -> bool {
+        use Mnemonic::*;
+        let m = i.mnemonic();
+        let r = &mut case.regs;
+        if may_set {
+            let wide = |rng: &mut Rng| DATA + 512 + rng.below(DATA_SIZE as u64 - 1024);
+            if i.is_string_instruction() || matches!(m, Maskmovq | Maskmovdqu) {
+                for n in [6, 7] {
+                    if !rng.one_in(30) {
+                        r.gpr[n] = wide(rng);
+                    }
+                }
+                r.gpr[1] = rng.below(40);
+            }
+            if i.is_stack_instruction() || matches!(m, Enter | Leave) {
+                if !rng.one_in(30) {
+                    r.gpr[4] = wide(rng) & if rng.one_in(4) { !0 } else { !7 };
+                }
+                if !rng.one_in(10) {
+                    r.gpr[5] = wide(rng);
+                }
+            }
+            if m == Xlatb && !rng.one_in(10) {
+                r.gpr[3] = wide(rng);
+            }
+        }
+        let mut address = None;
+        if touches_memory(i) && !i.is_string_instruction() && !matches!(m, Maskmovq | Maskmovdqu | Xlatb) {
+            if i.is_ip_rel_memory_operand() {
+                address = Some(i.memory_displacement64());
+            } else if may_set {
+                let target = target_address(rng, i);
+                address = Some(target);
+                if !place(rng, r, i, target) {
+                    return false;
+                }
+            } else {
+                return false;
+            }
+        }
+        let offset = address.map(|a| a.wrapping_sub(DATA)).filter(|o| *o < DATA_SIZE as u64 - 640);
+        // Bit strings reach far from the operand's address.
+        if matches!(m, Bt | Btc | Btr | Bts)
+            && address.is_some()
+            && i.op1_kind() == OpKind::Register
+            && !rng.one_in(20)
+        {
+            let reg = i.op1_register().full_register();
+            if reg == i.memory_base().full_register() || reg == i.memory_index().full_register() {
+                return false;
+            }
+            r.gpr[reg.number()] = rng.next() & 0x7FF | if rng.one_in(2) { 0 } else { !0x7FF };
+        }
+        match m {
+            Ldmxcsr => {
+                if let (Some(o), false) = (offset, rng.one_in(10)) {
+                    case.data[o as usize + 2..o as usize + 4].fill(0);
+                } else if offset.is_some() {
+                    return false;
+                }
+            }
+            Fxrstor | Fxrstor64 | Fxsave | Fxsave64 | Xsave | Xsave64 | Xsaveopt | Xsaveopt64 | Xrstor
+            | Xrstor64 | Xsavec | Xsavec64 => {
+                let Some(o) = offset else { return address.is_some() && false };
+                let o = o as usize;
+                case.data[o + 26..o + 28].fill(0);
+                r.gpr[0] &= 3;
+                r.gpr[2] = 0;
+                if matches!(i.memory_base().full_register(), Register::RAX | Register::RDX)
+                    || matches!(i.memory_index().full_register(), Register::RAX | Register::RDX)
+                {
+                    return false;
+                }
+                if matches!(m, Xrstor | Xrstor64) && !rng.one_in(8) {
+                    case.data[o + 512..o + 576].fill(0);
+                    case.data[o + 512] = rng.below(4) as u8;
+                    if rng.one_in(2) {
+                        case.data[o + 527] = 0x80;
+                        case.data[o + 520] = 3;
+                    }
+                }
+                if matches!(m, Xsave | Xsave64 | Xsaveopt | Xsaveopt64) {
+                    case.data[o + 512..o + 576].fill(0);
+                }
+                case.open_bytes.push((o + 6, 18));
+                case.open_bytes.push((o + 28, 4));
+                for k in 0..8 {
+                    // Bits above a register's 80 are reserved.
+                    case.data[o + 32 + k * 16 + 10..o + 32 + k * 16 + 16].fill(0);
+                }
+            }
+            Fnsave | Fnstenv => {
+                if let Some(o) = offset {
+                    case.open_bytes.push((o as usize + 6, 22));
+                } else {
+                    return false;
+                }
+            }
+            Fldenv | Frstor => {}
+            Rcpps | Rcpss | Rsqrtps | Rsqrtss => case.compare.xmm_close = true,
+            F2xm1 | Fyl2x | Fyl2xp1 | Fptan | Fpatan | Fsin | Fcos | Fsincos => case.compare.x87_close = true,
+            Bswap if i.op0_register().is_gpr16() => return false,
+            Shld | Shrd if i.op0_kind() != OpKind::Memory && i.op0_register().is_gpr16() => {
+                case.compare.exception_only = shift_count(i, r) > 16;
+            }
+            Shld | Shrd if matches!(i.memory_size().size(), 2) => {
+                case.compare.exception_only = shift_count(i, r) > 16;
+            }
+            Popf | Popfd | Popfq => {
+                let o = r.gpr[4].wrapping_sub(DATA) as usize;
+                if o < DATA_SIZE - 8 {
+                    case.data[o + 1] &= !0x41;
+                    case.data[o + 2] &= !0x04;
+                }
+            }
+            _ => {}
+        }
+        if case.compare.exception_only && !may_set {
+            return false;
+        }
+        let _ = self.info.info(i);
+        true
+    }
+}
+
+fn shift_count(i: &Instruction, r: &Regs) -> u64 {
+    let count = if i.op2_kind() == OpKind::Register { r.gpr[1] } else { i.immediate(2) };
+    count & 31
+}
+
+fn touches_memory(i: &Instruction) -> bool {
+    (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory)
+}
+
+/// Where a memory operand is to lie: nearly always in the data, sometimes across its edges,
+/// in the read-only page, or nowhere.
+fn target_address(rng: &mut Rng, i: &Instruction) -> u64 {
+    let size = i.memory_size().size().max(1) as u64;
+    let any = DATA + rng.below(DATA_SIZE as u64 - 640);
+    match rng.below(40) {
+        0 => DATA + DATA_SIZE as u64 - rng.below(size + 1),
+        1 => DATA.wrapping_sub(rng.below(size + 1)),
+        2 => READ_ONLY + rng.below(4000),
+        3 => DATA + 4096 - rng.below(size + 1),
+        4 => CODE + rng.below(2000),
+        5..=12 => any,
+        _ if size >= 64 => any & !63,
+        _ => any & !15,
+    }
+}
+
+/// Set base and index registers so that the operand lies at `target`.
+fn place(rng: &mut Rng, r: &mut Regs, i: &Instruction, target: u64) -> bool {
+    let (base, index) = (i.memory_base(), i.memory_index());
+    let number = |reg: Register| reg.full_register().number();
+    let small = |reg: Register| !matches!(reg.size(), 4 | 8);
+    if base != Register::None && small(base) || index != Register::None && small(index) {
+        // 16-bit addresses reach nothing that is mapped: a page fault either way.
+        return rng.one_in(50);
+    }
+    let disp = i.memory_displacement64();
+    let mut rest = target.wrapping_sub(disp);
+    if index != Register::None {
+        if base == Register::None {
+            let scale = u64::from(i.memory_index_scale());
+            r.gpr[number(index)] = rest / scale;
+            return true;
+        }
+        if number(index) == number(base) {
+            r.gpr[number(base)] = rest / (u64::from(i.memory_index_scale()) + 1);
+            return true;
+        }
+        let value = rng.below(64).wrapping_sub(rng.below(64));
+        r.gpr[number(index)] = value;
+        rest = rest.wrapping_sub(value.wrapping_mul(i.memory_index_scale().into()));
+    }
+    if base == Register::None {
+        return rng.one_in(50);
+    }
+    if base.size() == 4 {
+        rest &= 0xFFFF_FFFF;
+        if rng.one_in(2) && i.code_size() == iced_x86::CodeSize::Code64 {
+            rest |= rng.next() << 32;
+        }
+    }
+    r.gpr[number(base)] = rest;
+    true
+}
+
+fn registers(rng: &mut Rng, long: bool) -> Regs {
+    let mut r = Regs::default();
+    for n in 0..16 {
+        let mut v = if rng.one_in(3) { DATA + rng.below(DATA_SIZE as u64) } else { rng.integer() };
+        if rng.one_in(12) {
+            v = CODE + rng.below(2000);
+        }
+        r.gpr[n] = if long { v } else { v & 0xFFFF_FFFF };
+    }
+    if !long {
+        r.gpr[8..].fill(0);
+    }
+    r.flags = 0x202 | rng.next() & 0x8D5;
+    if rng.one_in(4) {
+        r.flags |= 0x400;
+    }
+    let fx = &mut r.fx;
+    let all_masked = !rng.one_in(3);
+    let fcw = 0x40 | (rng.next() & 0xF00) as u16 | if all_masked { 0x3F } else { (rng.next() & 0x3F) as u16 };
+    let mut fsw = (rng.next() & 0x7F00) as u16;
+    if rng.one_in(2) {
+        fsw |= (rng.next() & 0x7F) as u16;
+        if !rng.one_in(8) {
+            fsw &= fcw & 0x3F | 0xFF40;
+        }
+    }
+    if fsw & !fcw & 0x3F != 0 {
+        fsw |= 0x8080;
+    }
+    fx[0..2].copy_from_slice(&fcw.to_le_bytes());
+    fx[2..4].copy_from_slice(&fsw.to_le_bytes());
+    fx[4] = match rng.below(4) {
+        0 => 0xFF,
+        1 => rng.next() as u8,
+        _ => {
+            // ST(0) to ST(n) in use, as programs have it.
+            let top = fsw >> 11 & 7;
+            (0..1 + rng.below(7) as u16).fold(0, |t, i| t | 1 << ((top + i) & 7))
+        }
+    };
+    for n in 0..8 {
+        let v = if rng.one_in(8) {
+            let mut m = [0xFF; 10];
+            m[..8].copy_from_slice(&rng.integer().to_le_bytes());
+            m
+        } else {
+            rng.f80()
+        };
+        fx[32 + n * 16..42 + n * 16].copy_from_slice(&v);
+    }
+    let masks = if all_masked || rng.one_in(2) { 0x1F80 } else { (rng.next() & 0x1F80) as u32 };
+    let mut mxcsr = masks | (rng.next() & 0x6000) as u32 | (rng.next() & 0x3F) as u32;
+    if rng.one_in(4) {
+        mxcsr |= (rng.next() & 0x8040) as u32;
+    }
+    if rng.one_in(2) {
+        mxcsr &= !0x3F;
+    }
+    fx[24..28].copy_from_slice(&mxcsr.to_le_bytes());
+    for n in 0..if long { 16 } else { 8 } {
+        let v = rng.vector();
+        fx[160 + n * 16..176 + n * 16].copy_from_slice(&v);
+    }
+    r
+}
+
+fn fill_data(rng: &mut Rng, data: &mut [u8; DATA_SIZE]) {
+    // A pool of values repeated: filling each byte afresh would be most of the time.
+    let mut pool = [0u8; 640];
+    for c in pool.chunks_exact_mut(16) {
+        if rng.one_in(4) {
+            c[..10].copy_from_slice(&rng.f80());
+            c[10..].fill(rng.next() as u8);
+        } else {
+            c.copy_from_slice(&rng.vector());
+        }
+    }
+    let shift = rng.below(40) as usize * 16;
+    for (k, c) in data.chunks_exact_mut(16).enumerate() {
+        let at = (shift + k * 16) % 640;
+        c.copy_from_slice(&pool[at..at + 16]);
+    }
+}
+
+/// The bytes of an instruction of this form with random rest; the length is what decoding says.
+fn assemble(form: &Form, rng: &mut Rng, long: bool, plain: bool) -> Vec<u8> {
+    let mut b = Vec::with_capacity(32);
+    if !plain {
+        if rng.one_in(30) {
+            b.push(rng.pick(&[0x2E, 0x36, 0x3E, 0x26]));
+        }
+        if rng.one_in(20) {
+            b.push(0x67);
+        }
+        if rng.one_in(12) && form.memory {
+            b.push(0xF0);
+        }
+        if rng.one_in(16) && form.vex == 0 {
+            b.push(0x66);
+        }
+    }
+    let extend = if plain || !long { 0 } else { rng.below(8) as u8 };
+    if form.vex == 0 {
+        if form.prefix != 0 {
+            b.push(form.prefix);
+        }
+        if long && (form.rex_w || extend != 0) {
+            b.push(0x40 | u8::from(form.rex_w) << 3 | extend);
+        }
+        match form.map {
+            1 => b.push(0x0F),
+            2 => b.extend([0x0F, 0x38]),
+            3 => b.extend([0x0F, 0x3A]),
+            _ => {}
+        }
+    } else {
+        let v = if plain { 0 } else { rng.below(if long { 16 } else { 8 }) as u8 };
+        b.extend([
+            0xC4,
+            (!extend & 7) << 5 | form.map,
+            u8::from(form.rex_w) << 7 | (!v & 15) << 3 | (form.vex - 1),
+        ]);
+    }
+    b.push(form.opcode);
+    let rm = if plain { 0 } else { rng.below(8) as u8 };
+    let mode = match (form.memory, plain) {
+        (false, _) => 3,
+        (true, true) => 0,
+        _ => rng.below(3) as u8,
+    };
+    let reg = if form.group {
+        form.reg
+    } else if plain {
+        form.reg
+    } else {
+        rng.below(8) as u8
+    };
+    b.push(mode << 6 | reg << 3 | rm);
+    if plain {
+        return b;
+    }
+    if rm == 4 && mode != 3 {
+        b.push(rng.next() as u8);
+    }
+    let disp = match mode {
+        1 => 1,
+        2 => 4,
+        _ => 0,
+    };
+    for k in 0..disp {
+        b.push(if k == 3 { rng.pick(&[0, 0, 0xFF]) } else { rng.next() as u8 });
+    }
+    for _ in 0..12 {
+        b.push(rng.next() as u8);
+    }
+    b
+}
+
+/// All opcodes that occur in a case, for the count of what was covered.
+pub fn codes(case: &Case) -> Vec<Code> {
+    case.starts
+        .iter()
+        .map(|s| {
+            let ip = CODE + u64::from(*s);
+            decode(&case.code[*s as usize..(*s as usize + 16).min(CODE_SIZE)], ip, case.long).code()
+        })
+        .collect()
+}

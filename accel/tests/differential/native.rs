@@ -1,0 +1,186 @@
+//! Runs a case on the real processor, in user mode: registers are loaded, the code is entered with
+//! IRET (64-bit or compatibility mode), and whatever exception ends it comes back as a signal whose
+//! frame holds the final state.
+
+use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
+
+use super::case::{Case, Outcome, Regs, CODE, CODE_SIZE, DATA, DATA_SIZE, READ_ONLY, STACK_SELECTOR};
+
+/// What the entry code reads.
+#[repr(C, align(64))]
+struct Entry {
+    fx: [u8; 512],
+    gpr: [u64; 16],
+    frame: [u64; 5],
+}
+
+core::arch::global_asm!(
+    ".globl ftvm_diff_enter",
+    "ftvm_diff_enter:",
+    "push rbx",
+    "push rbp",
+    "push r12",
+    "push r13",
+    "push r14",
+    "push r15",
+    "mov [rsi], rsp",
+    "fxrstor64 [rdi]",
+    "mov eax, 0x2b",
+    "mov ds, eax",
+    "mov es, eax",
+    "lea rsp, [rdi + 640]",
+    "mov rax, [rdi + 512]",
+    "mov rcx, [rdi + 520]",
+    "mov rdx, [rdi + 528]",
+    "mov rbx, [rdi + 536]",
+    "mov rbp, [rdi + 552]",
+    "mov rsi, [rdi + 560]",
+    "mov r8, [rdi + 576]",
+    "mov r9, [rdi + 584]",
+    "mov r10, [rdi + 592]",
+    "mov r11, [rdi + 600]",
+    "mov r12, [rdi + 608]",
+    "mov r13, [rdi + 616]",
+    "mov r14, [rdi + 624]",
+    "mov r15, [rdi + 632]",
+    "mov rdi, [rdi + 568]",
+    "iretq",
+    ".globl ftvm_diff_leave",
+    "ftvm_diff_leave:",
+    "fninit",
+    "push 0x1f80",
+    "ldmxcsr [rsp]",
+    "pop rax",
+    "xor eax, eax",
+    "mov ds, eax",
+    "mov es, eax",
+    "pop r15",
+    "pop r14",
+    "pop r13",
+    "pop r12",
+    "pop rbp",
+    "pop rbx",
+    "ret",
+);
+
+extern "sysv64" {
+    fn ftvm_diff_enter(entry: *const Entry, stack: *mut u64);
+    fn ftvm_diff_leave();
+}
+
+/// The outcome that the handler fills, while a case runs.
+static TARGET: AtomicPtr<Outcome> = AtomicPtr::new(std::ptr::null_mut());
+static RUNNING: AtomicBool = AtomicBool::new(false);
+static mut HOST_STACK: u64 = 0;
+
+extern "C" fn on_signal(signal: i32, _: *mut libc::siginfo_t, context: *mut libc::c_void) {
+    if !RUNNING.swap(false, Ordering::SeqCst) {
+        // SAFETY: restoring the default action is what makes the second delivery final.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
+        return;
+    }
+    // SAFETY: the kernel passes a valid context; TARGET and HOST_STACK were set before RUNNING.
+    unsafe {
+        let uc = &mut *context.cast::<libc::ucontext_t>();
+        let out = &mut *TARGET.load(Ordering::SeqCst);
+        let g = &mut uc.uc_mcontext.gregs;
+        let order = [
+            libc::REG_RAX,
+            libc::REG_RCX,
+            libc::REG_RDX,
+            libc::REG_RBX,
+            libc::REG_RSP,
+            libc::REG_RBP,
+            libc::REG_RSI,
+            libc::REG_RDI,
+            libc::REG_R8,
+            libc::REG_R9,
+            libc::REG_R10,
+            libc::REG_R11,
+            libc::REG_R12,
+            libc::REG_R13,
+            libc::REG_R14,
+            libc::REG_R15,
+        ];
+        for (slot, reg) in out.regs.gpr.iter_mut().zip(order) {
+            *slot = g[reg as usize] as u64;
+        }
+        out.regs.rip = g[libc::REG_RIP as usize] as u64;
+        out.regs.flags = g[libc::REG_EFL as usize] as u64;
+        out.vector = g[libc::REG_TRAPNO as usize] as u8;
+        out.error = g[libc::REG_ERR as usize] as u32;
+        out.cr2 = g[libc::REG_CR2 as usize] as u64;
+        out.signal = signal;
+        let fx = uc.uc_mcontext.fpregs.cast::<u8>();
+        std::ptr::copy_nonoverlapping(fx, out.regs.fx.as_mut_ptr(), 416);
+        g[libc::REG_RIP as usize] = ftvm_diff_leave as *const () as i64;
+        g[libc::REG_RSP as usize] = HOST_STACK as i64;
+        g[libc::REG_EFL as usize] = 0x202;
+        let selectors = &mut g[libc::REG_CSGSFS as usize];
+        *selectors = *selectors & !0xFFFF | 0x33;
+    }
+}
+
+/// The real processor, ready to run cases.
+pub struct Native {
+    code: *mut u8,
+    entry: Box<Entry>,
+}
+
+fn map(addr: u64, len: usize, prot: i32, fd: i32) -> *mut u8 {
+    let mut flags = if fd < 0 { libc::MAP_PRIVATE | libc::MAP_ANONYMOUS } else { libc::MAP_SHARED };
+    if addr != 0 {
+        flags |= libc::MAP_FIXED_NOREPLACE;
+    }
+    // SAFETY: a new mapping that replaces nothing.
+    let p = unsafe { libc::mmap(addr as *mut _, len, prot, flags, fd, 0) };
+    assert!(p != libc::MAP_FAILED && (addr == 0 || p as u64 == addr), "mmap at {addr:#x}");
+    p.cast()
+}
+
+impl Native {
+    pub fn new() -> Native {
+        // SAFETY: plain system calls with valid arguments.
+        let fd = unsafe { libc::memfd_create(c"code".as_ptr(), 0) };
+        assert!(fd >= 0);
+        // SAFETY: as above.
+        assert_eq!(unsafe { libc::ftruncate(fd, CODE_SIZE as i64) }, 0);
+        map(CODE, CODE_SIZE, libc::PROT_READ | libc::PROT_EXEC, fd);
+        let code = map(0, CODE_SIZE, libc::PROT_READ | libc::PROT_WRITE, fd);
+        map(DATA, DATA_SIZE, libc::PROT_READ | libc::PROT_WRITE, -1);
+        map(READ_ONLY, 4096, libc::PROT_READ, -1);
+        let stack = map(0, 1 << 17, libc::PROT_READ | libc::PROT_WRITE, -1);
+        // SAFETY: the alternate stack is a live mapping; the handler has the SA_SIGINFO signature.
+        unsafe {
+            let ss = libc::stack_t { ss_sp: stack.cast(), ss_flags: 0, ss_size: 1 << 17 };
+            assert_eq!(libc::sigaltstack(&ss, std::ptr::null_mut()), 0);
+            let mut action: libc::sigaction = std::mem::zeroed();
+            action.sa_sigaction = on_signal as *const () as usize;
+            action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+            for signal in [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGTRAP] {
+                assert_eq!(libc::sigaction(signal, &action, std::ptr::null_mut()), 0);
+            }
+        }
+        Native { code, entry: Box::new(Entry { fx: [0; 512], gpr: [0; 16], frame: [0; 5] }) }
+    }
+
+    pub fn run(&mut self, case: &Case, out: &mut Outcome) {
+        out.regs = Regs::default();
+        // SAFETY: `code` and DATA are the mappings made in `new`; the entry code gets a complete
+        // entry, and every way out of the case goes through the handler back to `ftvm_diff_leave`.
+        unsafe {
+            std::ptr::copy_nonoverlapping(case.code.as_ptr(), self.code, CODE_SIZE);
+            let data = DATA as *mut u8;
+            std::ptr::copy_nonoverlapping(case.data.as_ptr(), data, DATA_SIZE);
+            let e = &mut self.entry;
+            e.fx = case.regs.fx;
+            e.gpr = case.regs.gpr;
+            let cs = if case.long { 0x33 } else { 0x23 };
+            e.frame = [case.regs.rip, cs, case.regs.flags, case.regs.gpr[4], STACK_SELECTOR];
+            TARGET.store(out, Ordering::SeqCst);
+            RUNNING.store(true, Ordering::SeqCst);
+            ftvm_diff_enter(&**e, &raw mut HOST_STACK);
+            std::ptr::copy_nonoverlapping(data, out.data.as_mut_ptr(), DATA_SIZE);
+        }
+    }
+}
