@@ -295,6 +295,7 @@ impl Blueprint {
         let model = CpuModel::parse(&self.cpu_model)
             .map_err(|e| BuildError::Cpu(self.cpu_model.clone(), e.to_string()))?;
         let mem = GuestMemory::new(self.pc.ram_size)?;
+        mem.set_firmware(self.pc.firmware.clone())?;
         let pc = Pc::new(self.pc.clone(), &mem)?;
         let cpus = (0..self.pc.cpus)
             .map(|i| Box::new(SoftCpu::new(i, self.pc.cpus, &model)) as Box<dyn Processor>)

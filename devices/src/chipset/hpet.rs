@@ -122,6 +122,9 @@ impl Hpet {
                 }
                 if old & 2 != new & 2 {
                     (0..2).for_each(|n| self.lower(ctx, n));
+                    // From here on the PIT and the RTC do not drive these lines: none may stay high.
+                    ctx.set_line(0, Source::Isa, false);
+                    ctx.set_line(8, Source::Isa, false);
                 }
                 self.s.config = new;
                 ctx.board.s.hpet_legacy = new & 2 != 0;
