@@ -140,8 +140,7 @@ impl Machine {
             self.position += result.retired;
             self.schedule.slice_left = self.schedule.slice_left.saturating_sub(result.retired);
             match result.exit {
-                Exit::Budget | Exit::Break => {}
-                Exit::Halt => self.schedule.slice_left = 0,
+                Exit::Budget | Exit::Break | Exit::Halt => {}
                 Exit::Pause => {
                     if self.cpus.len() > 1 {
                         self.schedule.slice_left = 0;

@@ -316,7 +316,10 @@ impl SoftCpu {
         self.attention = true;
         loop {
             if self.pos >= self.limit {
-                return done(self, Exit::Budget);
+                // PAUSE as the last instruction of a budget is still reported: the schedule must not
+                // depend on how the budget was divided.
+                let exit = if std::mem::take(&mut self.paused) { Exit::Pause } else { Exit::Budget };
+                return done(self, exit);
             }
             if self.attention {
                 if let Some(exit) = self.attend_to() {
