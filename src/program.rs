@@ -535,21 +535,22 @@ fn start_qmp(monitor: &Monitor, dev: &Char, control: &Arc<Control>) -> Result<()
         events: control.shared.events.clone(),
         pretty: monitor.pretty,
     };
-    let listener =
-        match dev {
-            Char::Unix { path, server: true, .. } => {
-                let _ = std::fs::remove_file(path);
-                Listener::Unix(UnixListener::bind(path).map_err(|e| format!("-qmp unix:{path}: {e}"))?)
-            }
-            Char::Tcp { addr, server: true, .. } => {
-                Listener::Tcp(TcpListener::bind(addr).map_err(|e| format!("-qmp tcp:{addr}: {e}"))?)
-            }
-            // SAFETY: the descriptor was passed to this process as a listening socket for this use.
-            Char::Fd { fd, server: true } => Listener::Unix(unsafe { UnixListener::from_raw_fd(*fd) }),
-            other => return Err(format!(
+    let listener = match dev {
+        Char::Unix { path, server: true, .. } => {
+            let _ = std::fs::remove_file(path);
+            Listener::Unix(UnixListener::bind(path).map_err(|e| format!("-qmp unix:{path}: {e}"))?)
+        }
+        Char::Tcp { addr, server: true, .. } => {
+            Listener::Tcp(TcpListener::bind(addr).map_err(|e| format!("-qmp tcp:{addr}: {e}"))?)
+        }
+        // SAFETY: the descriptor was passed to this process as a listening socket for this use.
+        Char::Fd { fd, server: true } => Listener::Unix(unsafe { UnixListener::from_raw_fd(*fd) }),
+        other => {
+            return Err(format!(
                 "-qmp: {other:?} cannot carry QMP here: give unix:PATH,server=on or tcp:ADDR:PORT,server=on"
-            )),
-        };
+            ))
+        }
+    };
     std::thread::Builder::new()
         .name("qmp".into())
         .spawn(move || serve_listener(listener, &hub))

@@ -15,8 +15,8 @@ pub enum BlockError {
     OutOfRange { offset: u64, len: u64, size: u64 },
     #[error("the image is read-only")]
     ReadOnly,
-    #[error("Failed to get \"{lock}\" lock\nIs another process using the image [{}]?", path.display())]
-    Locked { lock: &'static str, path: PathBuf },
+    #[error("Failed to get {}\"{lock}\" lock\nIs another process using the image [{}]?", if *shared { "shared " } else { "" }, path.display())]
+    Locked { lock: &'static str, shared: bool, path: PathBuf },
     #[error("Could not open '{}': {reason}", path.display())]
     Format { path: PathBuf, reason: String },
     #[error("the image is damaged: {0}")]

@@ -5,6 +5,9 @@
 //! that touch the same bytes.
 
 mod error;
+mod file;
+mod lock;
+pub mod qcow2;
 pub mod raw;
 
 pub use error::BlockError;
@@ -65,11 +68,43 @@ impl Default for OpenOptions {
     }
 }
 
-/// Open an image.
+/// Open an image. Without a format the file is looked at: qcow2 by its magic number, else raw.
 pub fn open(path: &Path, options: &OpenOptions) -> Result<Box<dyn Image>, BlockError> {
+    open_depth(path, options, 0)
+}
+
+/// Backing chains longer than this are refused (a chain that refers to itself never ends).
+const MAX_DEPTH: u32 = 100;
+
+fn open_depth(path: &Path, options: &OpenOptions, depth: u32) -> Result<Box<dyn Image>, BlockError> {
+    if depth > MAX_DEPTH {
+        return Err(BlockError::Format {
+            path: path.to_owned(),
+            reason: "the backing chain is too long".into(),
+        });
+    }
     match options.format.as_deref() {
-        Some("raw") => Ok(Box::new(raw::Raw::open(path, options)?)),
-        Some(other) => Err(BlockError::UnknownFormat(other.to_owned())),
-        None => Ok(Box::new(raw::Raw::open(path, options)?)),
+        None | Some("raw" | "qcow2") => {}
+        Some(other) => return Err(BlockError::UnknownFormat(other.to_owned())),
+    }
+    let file = file::HostFile::open(path, options)?;
+    let mut magic = [0; 4];
+    file.read_at(0, &mut magic)?;
+    let is_qcow2 = &magic == qcow2::MAGIC;
+    match options.format.as_deref() {
+        Some("qcow2") => Ok(Box::new(qcow2::Qcow2::over(file, options, depth)?)),
+        None if is_qcow2 => Ok(Box::new(qcow2::Qcow2::over(file, options, depth)?)),
+        _ => Ok(Box::new(raw::Raw::over(file, options))),
+    }
+}
+
+/// Check a request against an image's size and mode.
+fn check_range(image: &dyn Image, offset: u64, len: u64, write: bool) -> Result<(), BlockError> {
+    if write && image.read_only() {
+        return Err(BlockError::ReadOnly);
+    }
+    match offset.checked_add(len) {
+        Some(end) if end <= image.size() => Ok(()),
+        _ => Err(BlockError::OutOfRange { offset, len, size: image.size() }),
     }
 }
