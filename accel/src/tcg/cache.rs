@@ -51,6 +51,8 @@ pub struct Cache {
     pub blocks: KeyMap<Box<Block>>,
     pages: KeyMap<CodePage>,
     /// Blocks dropped while one of them may be running.
+    /// (Boxed: a running block must not move.)
+    #[allow(clippy::vec_box)]
     pub graveyard: Vec<Box<Block>>,
 }
 
@@ -69,7 +71,7 @@ impl SoftCpu {
 
     /// The table's key: epoch, privilege and code mode.
     pub fn update_key(&mut self) {
-        self.jump_key = self.epoch << 4 | (self.cpl == 3) as u64 * 4 | self.code_mode as u64;
+        self.jump_key = self.epoch << 4 | ((self.cpl == 3) as u64) << 2 | self.code_mode as u64;
     }
 
     pub fn insert_block(&mut self, block: Box<Block>) -> *const Block {

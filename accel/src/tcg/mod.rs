@@ -418,11 +418,7 @@ impl SoftCpu {
     /// The block at CS:RIP.
     #[inline(always)]
     fn find_block(&mut self) -> R<*const Block> {
-        let lin = if self.long {
-            self.rip
-        } else {
-            self.segs[CS].base.wrapping_add(self.rip) & 0xFFFF_FFFF
-        };
+        let lin = if self.long { self.rip } else { self.segs[CS].base.wrapping_add(self.rip) & 0xFFFF_FFFF };
         let j = &self.jumps[(lin ^ lin >> 13) as usize & (JUMPS - 1)];
         if j.lin == lin && j.key == self.jump_key {
             // SAFETY: a block of the current epoch is in the cache.
@@ -456,8 +452,7 @@ impl SoftCpu {
         }
         // SAFETY: the block is in the cache.
         let fits = !block.is_null()
-            && (self.long
-                || self.rip + unsafe { (*block).bytes } as u64 - 1 <= self.segs[CS].limit as u64);
+            && (self.long || self.rip + unsafe { (*block).bytes } as u64 - 1 <= self.segs[CS].limit as u64);
         if !fits {
             return self.lone_block(lin);
         }
@@ -683,11 +678,14 @@ impl Processor for SoftCpu {
 }
 
 impl SoftCpu {
-    pub(crate) fn model(&self) -> &CpuModel {
-        &self.model
-    }
-    pub(crate) fn cpuid_context(&self) -> (u32, u32, bool, bool, u64) {
-        let osxsave = self.st.cr4 & CR4_OSXSAVE != 0;
-        (self.lapic.id, self.cpus, osxsave, self.lapic.enabled(), self.st.xcr0)
+    /// CPUID as this processor answers it now.
+    fn cpuid_leaf(&self, leaf: u32, sub: u32) -> [u32; 4] {
+        let at = crate::model::CpuidContext {
+            apic_id: self.lapic.id,
+            cpus: self.cpus,
+            osxsave: self.st.cr4 & CR4_OSXSAVE != 0,
+            apic_on: self.lapic.enabled(),
+        };
+        self.model.cpuid(leaf, sub, at)
     }
 }

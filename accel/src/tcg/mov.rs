@@ -204,7 +204,7 @@ pub fn push_seg(c: &mut SoftCpu, op: &Op) -> R<()> {
     c.push_sz(op.osz, v)
 }
 pub fn pop_seg(c: &mut SoftCpu, op: &Op) -> R<()> {
-    let v = c.peek_sz(0, 2.max(op.osz.min(2)))?;
+    let v = c.peek::<u16>(0)?;
     c.load_seg(op.reg as usize, v as u16)?;
     c.add_sp(op.osz as u64);
     if op.reg as usize == SS {

@@ -87,6 +87,7 @@ pub struct Block {
     pub ops: Vec<Op>,
     pub bytes: u32,
     /// Owns what the vector ops' `imm` points to.
+    #[allow(clippy::vec_box)]
     pub vecs: Vec<Box<VecOp>>,
 }
 

@@ -19,7 +19,6 @@ pub const NO_TAG: u64 = 1;
 /// CR0 and CR4 bits.
 pub const CR0_PE: u64 = 1;
 pub const CR0_MP: u64 = 2;
-pub const CR0_EM: u64 = 4;
 pub const CR0_TS: u64 = 8;
 pub const CR0_NE: u64 = 0x20;
 pub const CR0_WP: u64 = 0x1_0000;
@@ -33,10 +32,6 @@ pub const CR4_TSD: u64 = 4;
 pub const CR4_DE: u64 = 8;
 pub const CR4_PSE: u64 = 0x10;
 pub const CR4_PAE: u64 = 0x20;
-pub const CR4_PGE: u64 = 0x80;
-pub const CR4_PCE: u64 = 0x100;
-pub const CR4_OSFXSR: u64 = 0x200;
-pub const CR4_OSXMM: u64 = 0x400;
 pub const CR4_UMIP: u64 = 0x800;
 pub const CR4_FSGSBASE: u64 = 0x1_0000;
 pub const CR4_PCIDE: u64 = 0x2_0000;
@@ -145,7 +140,7 @@ impl SoftCpu {
     }
 
     fn page_fault<T>(&mut self, lin: u64, access: Access, user: bool, present: bool, rsvd: bool) -> R<T> {
-        let mut e = present as u32 | (access == Access::Write) as u32 * 2 | (user as u32) * 4;
+        let mut e = present as u32 | ((access == Access::Write) as u32) << 1 | (user as u32) << 2;
         if rsvd {
             e |= 8;
         }
@@ -211,8 +206,7 @@ impl SoftCpu {
             let long = self.efer & EFER_LMA != 0;
             let addr_mask = self.phys_mask & !0xFFF;
             let rsvd = !self.phys_mask & 0x000F_FFFF_FFFF_F000 | if nxe { 0 } else { 1 << 63 };
-            let (mut table, mut level) =
-                if long { (self.cr3 & addr_mask, 4) } else { (0, 2) };
+            let (mut table, mut level) = if long { (self.cr3 & addr_mask, 4) } else { (0, 2) };
             if !long {
                 // The PDPTEs were loaded with CR3 (SDM vol. 3, section 4.4.1).
                 let pdpte = self.pdpte[(lin >> 30 & 3) as usize];
@@ -262,10 +256,8 @@ impl SoftCpu {
                 }
         } else {
             match access {
-                Access::Exec => !nx && !(can_user && cr4 & CR4_SMEP != 0),
-                _ => {
-                    (!can_user || cr4 & CR4_SMAP == 0 || mmu == MMU_SUP_AC) && (!write || write_ok)
-                }
+                Access::Exec => !(nx || can_user && cr4 & CR4_SMEP != 0),
+                _ => (!can_user || cr4 & CR4_SMAP == 0 || mmu == MMU_SUP_AC) && (!write || write_ok),
             }
         };
         if !ok {
