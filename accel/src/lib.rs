@@ -7,10 +7,14 @@
 pub mod bus;
 pub mod fault;
 pub mod mem;
+pub mod model;
 pub mod simd;
 pub mod state;
+pub mod tcg;
 
 pub use bus::{ApicMessage, Bus, Exit, Processor, RunResult};
 pub use fault::Exception;
 pub use mem::GuestMemory;
+pub use model::CpuModel;
 pub use state::CpuState;
+pub use tcg::SoftCpu;

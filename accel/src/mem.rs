@@ -28,7 +28,9 @@ pub const DIRTY_MIGRATION: u8 = 1;
 pub const DIRTY_HASH: u8 = 2;
 /// The processor holds instructions decoded from this page.
 pub const CODE: u8 = 4;
-/// Both dirty bits: with these set and [`CODE`] clear a write needs no bookkeeping.
+/// A processor's TLB holds translations that were read from this page.
+pub const TABLE: u8 = 8;
+/// Both dirty bits: with these set and [`CODE`] and [`TABLE`] clear a write needs no bookkeeping.
 pub const WRITE_FREE: u8 = DIRTY_MIGRATION | DIRTY_HASH;
 
 /// Errors of guest memory.
@@ -95,7 +97,7 @@ impl PageFlags {
                     continue;
                 }
                 flag.store(WRITE_FREE, Ordering::Relaxed);
-                if old & CODE != 0 {
+                if old & (CODE | TABLE) != 0 {
                     if let Ok(mut stale) = self.0.stale.lock() {
                         stale.push(page as u64);
                     }
@@ -181,6 +183,23 @@ pub struct GuestMemory {
     rom: RefCell<Vec<u8>>,
     shadow: RefCell<[Shadow; 96]>,
     generation: Cell<u32>,
+    events: RefCell<Events>,
+}
+
+/// What processors tell one another about pages (each has its own TLB and decoded code).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PageEvent {
+    /// Bytes of the page changed: drop decoded code and translations that came from it.
+    Changed(u64),
+    /// The page's flags are no longer [`WRITE_FREE`]: drop direct write access to it.
+    Protected(u64),
+}
+
+const EVENTS: usize = 256;
+
+struct Events {
+    ring: [PageEvent; EVENTS],
+    count: u64,
 }
 
 struct Region {
@@ -224,6 +243,7 @@ impl GuestMemory {
             rom: RefCell::new(Vec::new()),
             shadow: RefCell::new([Shadow::Rom; 96]),
             generation: Cell::new(1),
+            events: RefCell::new(Events { ring: [PageEvent::Changed(0); EVENTS], count: 0 }),
         })
     }
 
@@ -344,27 +364,57 @@ impl GuestMemory {
         self.ram.write_slice(buf, GuestAddress(gpa)).map_err(|_| MemError::Range(gpa, buf.len() as u64))
     }
 
-    /// Note that the processor decoded code from the RAM page at `gpa` (no effect on ROM).
-    pub fn mark_code(&self, gpa: u64) {
-        if let Some((_, flags)) = self.ram_page(gpa) {
-            // SAFETY: the flag byte lives as long as self.
-            let flags = unsafe { &*flags };
-            if flags.load(Ordering::Relaxed) & CODE == 0 {
-                flags.fetch_or(CODE, Ordering::Relaxed);
-                // Write entries of TLBs filled before now bypass the flag check.
-                self.bump();
-            }
-        }
-    }
-
-    /// A processor's slow write path to a RAM page whose flags are not [`WRITE_FREE`]: sets the
-    /// dirty bits; true if decoded code of the page must be dropped (CODE is cleared then).
-    pub fn note_write(&self, gpa: u64) -> bool {
+    /// Note that a processor decoded code ([`CODE`]) or read translations ([`TABLE`]) from the RAM page at
+    /// `gpa` (no effect on ROM). Returns whether the page's writes were free until now; then other
+    /// processors hear of it through [`Self::events_since`], and the caller drops its own write entries.
+    pub fn protect(&self, gpa: u64, kind: u8) -> bool {
         let Some((_, flags)) = self.ram_page(gpa) else { return false };
         // SAFETY: the flag byte lives as long as self.
         let flags = unsafe { &*flags };
-        let old = flags.swap(WRITE_FREE, Ordering::Relaxed);
-        old & CODE != 0
+        let old = flags.fetch_or(kind, Ordering::Relaxed);
+        if old & (CODE | TABLE) == 0 {
+            self.push_event(PageEvent::Protected(gpa & !(PAGE_SIZE - 1)));
+            return true;
+        }
+        false
+    }
+
+    /// Tell the other processors.
+    pub fn push_event(&self, event: PageEvent) {
+        let mut e = self.events.borrow_mut();
+        let slot = (e.count % EVENTS as u64) as usize;
+        e.ring[slot] = event;
+        e.count += 1;
+    }
+
+    /// How many events there were so far.
+    pub fn event_count(&self) -> u64 {
+        self.events.borrow().count
+    }
+
+    /// The events from number `seen` on; `None` when they are no longer all known.
+    pub fn events_since(&self, seen: u64) -> Option<Vec<PageEvent>> {
+        let e = self.events.borrow();
+        if seen > e.count || e.count - seen > EVENTS as u64 {
+            return None;
+        }
+        Some((seen..e.count).map(|n| e.ring[(n % EVENTS as u64) as usize]).collect())
+    }
+
+    /// Set the dirty bits of the RAM page at `gpa`, leaving [`CODE`] and [`TABLE`] as they are; returns
+    /// the flags as they were.
+    pub fn set_dirty(&self, gpa: u64) -> u8 {
+        let Some((_, flags)) = self.ram_page(gpa) else { return WRITE_FREE };
+        // SAFETY: the flag byte lives as long as self.
+        unsafe { &*flags }.fetch_or(WRITE_FREE, Ordering::Relaxed)
+    }
+
+    /// Clear [`CODE`] or [`TABLE`] of the RAM page at `gpa`.
+    pub fn unprotect(&self, gpa: u64, kind: u8) {
+        if let Some((_, flags)) = self.ram_page(gpa) {
+            // SAFETY: the flag byte lives as long as self.
+            unsafe { &*flags }.fetch_and(!kind, Ordering::Relaxed);
+        }
     }
 
     /// Whether device writes hit pages with decoded code since the last [`Self::take_stale_code`].
@@ -372,18 +422,18 @@ impl GuestMemory {
         self.regions.iter().any(|r| r.flags.0.stale_count.load(Ordering::Acquire) != 0)
     }
 
-    /// Guest physical addresses of the pages whose decoded code device writes made stale.
-    pub fn take_stale_code(&self) -> Vec<u64> {
-        let mut out = Vec::new();
+    /// Turn what device writes made stale into events.
+    pub fn collect_stale(&self) {
         for r in &self.regions {
             if r.flags.0.stale_count.swap(0, Ordering::AcqRel) == 0 {
                 continue;
             }
             if let Ok(mut stale) = r.flags.0.stale.lock() {
-                out.extend(stale.drain(..).map(|p| r.start + p * PAGE_SIZE));
+                for p in stale.drain(..) {
+                    self.push_event(PageEvent::Changed(r.start + p * PAGE_SIZE));
+                }
             }
         }
-        out
     }
 
     /// Guest physical addresses of RAM pages with dirty bit `which` set, clearing it; at most
@@ -498,10 +548,12 @@ mod tests {
         let mut cursor = 0;
         while !mem.take_dirty(DIRTY_MIGRATION, &mut cursor, 64).is_empty() {}
         assert_eq!(mem.count_dirty(DIRTY_MIGRATION), 0);
-        mem.mark_code(0x5000);
+        mem.protect(0x5000, CODE);
+        let seen = mem.event_count();
         mem.write(0x4FFF, &[1, 2]).unwrap();
         assert!(mem.has_stale_code());
-        assert_eq!(mem.take_stale_code(), vec![0x5000]);
+        mem.collect_stale();
+        assert_eq!(mem.events_since(seen), Some(vec![PageEvent::Changed(0x5000)]));
         assert!(!mem.has_stale_code());
         let mut cursor = 0;
         assert_eq!(mem.take_dirty(DIRTY_MIGRATION, &mut cursor, 64), vec![0x4000, 0x5000]);

@@ -58,8 +58,9 @@ impl Default for Vector {
 /// (segment caches, control registers, MSRs, APIC, TLB) lies beside this in its own structure.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct CpuState {
-    /// RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI, R8..R15.
-    pub gpr: [u64; 16],
+    /// RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI, R8..R15; the rest is the core's: 16 always reads 0 (no
+    /// base or index register), 17 is the RIP that a block of decoded code started at.
+    pub gpr: [u64; 32],
     pub x87: X87,
     pub vector: Vector,
     pub cr0: u64,

@@ -1,0 +1,693 @@
+//! The deterministic software processor: an interpreter of cached, decoded blocks.
+//!
+//! `decode` turns bytes into [`op::Op`]s with a handler each; `cache` keeps straight runs of them as blocks
+//! by physical address; the loop here runs blocks and, between them, looks at what needs attention
+//! (interrupts, halts, the bus's wish to stop). A compiler of hot blocks would sit beside the loop: a block
+//! is its unit.
+
+mod access;
+mod alu;
+mod bits;
+mod cache;
+mod ctl;
+mod debug;
+mod decode;
+mod decode0f;
+mod far;
+mod flags;
+mod interrupt;
+mod lapic;
+mod mov;
+mod msr;
+pub(crate) mod op;
+mod paging;
+mod save;
+mod segment;
+mod shift;
+mod string;
+mod sys;
+mod task;
+#[cfg(test)]
+mod tests;
+mod undefined;
+mod vec;
+
+use crate::bus::Ipi;
+use crate::mem::GuestMemory;
+use crate::state::{CpuState, Segment};
+use crate::{ApicMessage, Bus, CpuModel, Exception, Exit, Processor, RunResult};
+use cache::{Cache, Jump, JUMPS};
+use flags::{IF, TF};
+use lapic::Lapic;
+use msr::Msrs;
+use op::*;
+use paging::*;
+
+static IDLE: Op = decode::BLANK;
+
+/// At most so many instructions in a block.
+const MAX_BLOCK: usize = 48;
+
+/// A software processor with its local APIC.
+pub struct SoftCpu {
+    // What the architecture defines.
+    pub(crate) st: CpuState,
+    pub(crate) rip: u64,
+    /// See `flags`.
+    f_res: u64,
+    f_aux: u64,
+    /// RFLAGS without the six arithmetic flags.
+    eflags: u64,
+    segs: [Segment; 6],
+    ldtr: Segment,
+    tr: Segment,
+    gdt: (u64, u16),
+    idt: (u64, u16),
+    cr2: u64,
+    cr3: u64,
+    pdpte: [u64; 4],
+    dr: [u64; 8],
+    efer: u64,
+    cpl: u8,
+    msr: Msrs,
+    lapic: Lapic,
+    halted: bool,
+    wait_sipi: bool,
+    shutdown: bool,
+    /// Interrupts wait until after the next instruction (STI, MOV SS).
+    shadow: bool,
+    nmi_pending: bool,
+    nmi_blocked: bool,
+    extint_vector: Option<u8>,
+    /// Bits of DR6 for a #DB that is due before the next instruction.
+    pending_db: u64,
+    /// Deliveries since an instruction last retired, and where.
+    deliveries: u32,
+    delivery_at: u64,
+
+    // Derived from the above.
+    long: bool,
+    code_mode: u8,
+    ip_mask: u64,
+    sp_mask: u64,
+    mmu: usize,
+    dr_watch: bool,
+    dr_exec: bool,
+
+    // The model.
+    model: CpuModel,
+    cpus: u32,
+    phys_mask: u64,
+    cr4_mask: u64,
+    xcr0_mask: u64,
+
+    // Of the instruction in hand.
+    fault: Exception,
+    db_bits: u64,
+    ext: u32,
+    implicit: bool,
+    rep_again: bool,
+    paused: bool,
+
+    // Of the run in hand.
+    mem: *const GuestMemory,
+    bus: *mut dyn Bus,
+    cur: *const Op,
+    end: *const Op,
+    pos: u64,
+    limit: u64,
+    attention: bool,
+    brk: bool,
+    single: bool,
+
+    // Caches, never visible.
+    tlb: [Box<[TlbEntry]>; 3],
+    code_tlb: [Box<[CodeEntry]>; 2],
+    cache: Cache,
+    jumps: Box<[Jump]>,
+    jump_key: u64,
+    epoch: u64,
+    generation: u32,
+    seen: u64,
+}
+
+// SAFETY: the raw pointers `mem`, `bus`, `cur` and `end` mean something only within `run`; the others point
+// into boxes that the value owns (or into guest memory, dropped with the TLB at the start of the next `run`
+// when its generation differs).
+unsafe impl Send for SoftCpu {}
+
+/// Stands in for the bus outside `run`.
+struct NoBus;
+impl Bus for NoBus {
+    fn io_read(&mut self, _: u64, _: u16, _: u8) -> u32 {
+        u32::MAX
+    }
+    fn io_write(&mut self, _: u64, _: u16, _: u8, _: u32) {}
+    fn mmio_read(&mut self, _: u64, _: u64, _: u8) -> u64 {
+        u64::MAX
+    }
+    fn mmio_write(&mut self, _: u64, _: u64, _: u8, _: u64) {}
+    fn clock_ns(&mut self, _: u64) -> u64 {
+        0
+    }
+    fn intr(&mut self) -> bool {
+        false
+    }
+    fn intr_ack(&mut self, _: u64) -> u8 {
+        0
+    }
+    fn eoi(&mut self, _: u64, _: u8) {}
+    fn send_ipi(&mut self, _: Ipi) {}
+    fn random(&mut self) -> u64 {
+        0
+    }
+    fn break_requested(&self) -> bool {
+        false
+    }
+}
+
+impl SoftCpu {
+    /// A processor after power-on. `apic_id` 0 is the boot processor; `cpus` is the machine's count.
+    pub fn new(apic_id: u32, cpus: u32, model: &CpuModel) -> Self {
+        let nobus: *mut dyn Bus = std::ptr::NonNull::<NoBus>::dangling().as_ptr();
+        let tlb = || vec![EMPTY; TLB_SIZE].into_boxed_slice();
+        let code = || vec![EMPTY_CODE; 256].into_boxed_slice();
+        let mut c = SoftCpu {
+            st: CpuState::default(),
+            rip: 0,
+            f_res: 0,
+            f_aux: 0,
+            eflags: 2,
+            segs: [Segment::default(); 6],
+            ldtr: Segment::default(),
+            tr: Segment::default(),
+            gdt: (0, 0xFFFF),
+            idt: (0, 0x3FF),
+            cr2: 0,
+            cr3: 0,
+            pdpte: [0; 4],
+            dr: [0; 8],
+            efer: 0,
+            cpl: 0,
+            msr: Msrs::reset(),
+            lapic: Lapic::new(apic_id),
+            halted: false,
+            wait_sipi: false,
+            shutdown: false,
+            shadow: false,
+            nmi_pending: false,
+            nmi_blocked: false,
+            extint_vector: None,
+            pending_db: 0,
+            deliveries: 0,
+            delivery_at: 0,
+            long: false,
+            code_mode: 0,
+            ip_mask: 0,
+            sp_mask: 0,
+            mmu: 0,
+            dr_watch: false,
+            dr_exec: false,
+            model: model.clone(),
+            cpus,
+            phys_mask: (1 << model.phys_bits()) - 1,
+            cr4_mask: model.cr4_mask(),
+            xcr0_mask: model.xcr0_mask(),
+            fault: Exception::UD,
+            db_bits: 0,
+            ext: 0,
+            implicit: false,
+            rep_again: false,
+            paused: false,
+            mem: std::ptr::null(),
+            bus: nobus,
+            cur: &IDLE,
+            end: std::ptr::null(),
+            pos: 0,
+            limit: 0,
+            attention: true,
+            brk: false,
+            single: false,
+            tlb: [tlb(), tlb(), tlb()],
+            code_tlb: [code(), code()],
+            cache: Cache::default(),
+            jumps: vec![Jump { lin: 0, key: u64::MAX, block: std::ptr::null() }; JUMPS].into_boxed_slice(),
+            jump_key: 0,
+            epoch: 1,
+            generation: 0,
+            seen: 0,
+        };
+        c.reset_state(false);
+        c
+    }
+
+    fn reset_state(&mut self, init: bool) {
+        let bsp = self.lapic.id == 0;
+        let keep = (self.st.x87, self.st.vector, self.st.xcr0, self.st.cr0);
+        self.st = CpuState::default();
+        if init {
+            (self.st.x87, self.st.vector, self.st.xcr0) = (keep.0, keep.1, keep.2);
+            self.st.cr0 = keep.3 & (CR0_CD | CR0_NW) | 0x10;
+        } else {
+            self.st.cr0 = 0x6000_0010;
+            self.st.xcr0 = 1;
+            self.msr = Msrs::reset();
+            self.st.x87.fcw = 0x40;
+        }
+        self.lapic.reset(init);
+        self.st.gpr[RDX] = self.model.signature() as u64;
+        self.rip = 0xFFF0;
+        self.f_aux = 0;
+        self.set_arith_flags(0);
+        self.eflags = 2;
+        for s in &mut self.segs {
+            *s = Segment { selector: 0, base: 0, limit: 0xFFFF, attr: 0x93 };
+        }
+        self.segs[CS] = Segment { selector: 0xF000, base: 0xFFFF_0000, limit: 0xFFFF, attr: 0x9B };
+        self.ldtr = Segment { selector: 0, base: 0, limit: 0xFFFF, attr: 0x82 };
+        self.tr = Segment { selector: 0, base: 0, limit: 0xFFFF, attr: 0x8B };
+        self.gdt = (0, 0xFFFF);
+        self.idt = (0, 0xFFFF);
+        self.cr2 = 0;
+        self.cr3 = 0;
+        self.efer = 0;
+        self.cpl = 0;
+        self.dr = [0; 8];
+        self.dr[6] = 0xFFFF_0FF0;
+        self.dr[7] = 0x400;
+        self.halted = false;
+        self.wait_sipi = !bsp;
+        self.shutdown = false;
+        self.shadow = false;
+        self.nmi_pending = false;
+        self.nmi_blocked = false;
+        self.extint_vector = None;
+        self.pending_db = 0;
+        self.debug_changed();
+        self.flush_tlb();
+        self.update_mode();
+        self.attention = true;
+    }
+
+    pub(super) fn protected_or_vm(&self) -> bool {
+        self.st.cr0 & CR0_PE != 0
+    }
+
+    /// #AC checks are on: CR0.AM, EFLAGS.AC, privilege level 3.
+    fn alignment_checks(&self) -> bool {
+        self.cpl == 3 && self.eflags & flags::AC != 0 && self.st.cr0 & CR0_AM != 0
+    }
+
+    /// After a change of RFLAGS outside the arithmetic flags.
+    pub(super) fn flags_changed(&mut self) {
+        self.update_mmu();
+        if self.cpl == 3 && self.st.cr0 & CR0_AM != 0 {
+            // AC may have changed: the user TLB holds what was filled without checks.
+            self.flush_tlb();
+        }
+        self.attend();
+    }
+
+    // ---- the loop
+
+    fn run_loop(&mut self, start: u64) -> RunResult {
+        let done = |c: &Self, exit| RunResult { exit, retired: c.pos - start };
+        self.sync_memory();
+        self.attention = true;
+        loop {
+            if self.pos >= self.limit {
+                return done(self, Exit::Budget);
+            }
+            if self.attention {
+                if let Some(exit) = self.attend_to() {
+                    return done(self, exit);
+                }
+                if self.pos >= self.limit {
+                    return done(self, Exit::Budget);
+                }
+            }
+            if !self.cache.graveyard.is_empty() {
+                self.cache.graveyard.clear();
+            }
+            let shadow = self.shadow;
+            let tf = self.eflags & TF != 0;
+            self.single = shadow || tf || self.dr_exec;
+            if self.dr_exec && self.check_exec_break() {
+                self.fault = Exception::DB;
+                self.deliver_exception();
+                continue;
+            }
+            match self.find_block() {
+                Ok(block) => {
+                    let faulted = self.run_block(block);
+                    if faulted {
+                        self.shadow = false;
+                        self.deliver_exception();
+                        continue;
+                    }
+                }
+                Err(Fault) => {
+                    self.shadow = false;
+                    self.deliver_exception();
+                    continue;
+                }
+            }
+            if self.single {
+                self.eflags &= !flags::RF;
+                if shadow {
+                    self.shadow = false;
+                    self.attention = true;
+                }
+                if tf {
+                    self.pending_db |= 0x4000;
+                }
+                self.attention = true;
+            }
+        }
+    }
+
+    /// Run a block (or as much of it as the budget allows). Returns whether it ended with a fault.
+    #[inline(always)]
+    fn run_block(&mut self, block: *const Block) -> bool {
+        // SAFETY: blocks dropped from the cache go to the graveyard, which is emptied between blocks only.
+        let b = unsafe { &*block };
+        let len = b.ops.len();
+        let room = self.limit - self.pos;
+        let n_max = if self.single { 1 } else { (len as u64).min(room) as usize };
+        let start = self.rip;
+        self.st.gpr[BLOCKIP as usize] = start;
+        self.rip = start.wrapping_add(b.bytes as u64) & self.ip_mask;
+        let first = b.ops.as_ptr();
+        let mut p = first;
+        // SAFETY: n_max <= len.
+        self.end = unsafe { first.add(n_max) };
+        let faulted = loop {
+            self.cur = p;
+            // SAFETY: p lies within the block's ops: it is below `end`.
+            let op = unsafe { &*p };
+            match (op.f)(self, op) {
+                Ok(()) => {
+                    // SAFETY: at most one past the last op.
+                    p = unsafe { p.add(1) };
+                    if p >= self.end {
+                        break false;
+                    }
+                }
+                Err(Fault) => break true,
+            }
+        };
+        let n = (p as usize - first as usize) / std::mem::size_of::<Op>();
+        // SAFETY: `cur` points into the block.
+        let cur = unsafe { &*self.cur };
+        self.cur = &IDLE;
+        self.pos += n as u64;
+        if faulted {
+            self.rip = start.wrapping_add(cur.off as u64) & self.ip_mask;
+            return true;
+        }
+        if n < len {
+            self.rip = start.wrapping_add(cur.off as u64 + cur.len as u64) & self.ip_mask;
+        }
+        if self.rep_again {
+            self.rep_again = false;
+            self.rip = start.wrapping_add(cur.off as u64) & self.ip_mask;
+        }
+        false
+    }
+
+    /// The block at CS:RIP.
+    #[inline(always)]
+    fn find_block(&mut self) -> R<*const Block> {
+        let lin = if self.long {
+            self.rip
+        } else {
+            self.segs[CS].base.wrapping_add(self.rip) & 0xFFFF_FFFF
+        };
+        let j = &self.jumps[(lin ^ lin >> 13) as usize & (JUMPS - 1)];
+        if j.lin == lin && j.key == self.jump_key {
+            // SAFETY: a block of the current epoch is in the cache.
+            let bytes = unsafe { (*j.block).bytes } as u64;
+            if self.long || self.rip + bytes - 1 <= self.segs[CS].limit as u64 {
+                return Ok(j.block);
+            }
+        }
+        self.find_slow(lin)
+    }
+
+    #[inline(never)]
+    fn find_slow(&mut self, lin: u64) -> R<*const Block> {
+        if self.long {
+            if !access::canonical(lin) {
+                return self.gp(0);
+            }
+        } else if self.rip > self.segs[CS].limit as u64 {
+            return self.gp(0);
+        }
+        let e = self.fetch_page(lin)?;
+        let phys = e.phys | lin & 0xFFF;
+        let key = phys | (self.code_mode as u64) << 60;
+        let mut block: *const Block = std::ptr::null();
+        if !e.host.is_null() {
+            if let Some(b) = self.cache.blocks.get(&key) {
+                block = &**b;
+            } else if let Some(b) = self.decode_block(e, lin, key) {
+                block = self.insert_block(b);
+            }
+        }
+        // SAFETY: the block is in the cache.
+        let fits = !block.is_null()
+            && (self.long
+                || self.rip + unsafe { (*block).bytes } as u64 - 1 <= self.segs[CS].limit as u64);
+        if !fits {
+            return self.lone_block(lin);
+        }
+        self.jumps[(lin ^ lin >> 13) as usize & (JUMPS - 1)] = Jump { lin, key: self.jump_key, block };
+        Ok(block)
+    }
+
+    /// Decode from one page; `None` if the first instruction crosses into the next.
+    fn decode_block(&mut self, e: CodeEntry, lin: u64, key: u64) -> Option<Box<Block>> {
+        let at = (lin & 0xFFF) as usize;
+        // SAFETY: `host` is a whole page of guest memory; it is copied before anything can write to it.
+        let bytes: Vec<u8> =
+            unsafe { std::slice::from_raw_parts(e.host.add(at), (4096 - at).min(MAX_BLOCK * 15)) }.to_vec();
+        let whole = bytes.len() == 4096 - at;
+        let mut b = Block { key, ops: Vec::with_capacity(8), bytes: 0, vecs: Vec::new() };
+        loop {
+            match decode::decode(&bytes[b.bytes as usize..], self.code_mode) {
+                Ok(d) => {
+                    let ends = d.ends;
+                    add_op(&mut b, d);
+                    if ends || b.ops.len() >= MAX_BLOCK {
+                        break;
+                    }
+                }
+                Err(_) => {
+                    debug_assert!(whole || !b.ops.is_empty());
+                    break;
+                }
+            }
+        }
+        (!b.ops.is_empty()).then(|| Box::new(b))
+    }
+
+    /// One instruction that crosses a page, runs into the code segment's limit, or is not in memory:
+    /// decoded afresh each time.
+    fn lone_block(&mut self, lin: u64) -> R<*const Block> {
+        let mut bytes = Vec::with_capacity(15);
+        let mut page = self.fetch_page(lin)?;
+        let limit = self.segs[CS].limit as u64;
+        loop {
+            let n = bytes.len() as u64;
+            if !self.long && self.rip + n > limit {
+                return self.gp(0);
+            }
+            let mut at = lin.wrapping_add(n);
+            if !self.lma() {
+                at &= 0xFFFF_FFFF;
+            }
+            if at & !0xFFF != page.tag & !0xFFF {
+                if self.long && !access::canonical(at) {
+                    return self.gp(0);
+                }
+                page = self.fetch_page(at)?;
+            }
+            let v = if page.host.is_null() {
+                self.phys_load(page.phys | at & 0xFFF, 1) as u8
+            } else {
+                // SAFETY: `host` is a whole page of guest memory.
+                unsafe { *page.host.add((at & 0xFFF) as usize) }
+            };
+            bytes.push(v);
+            if let Ok(d) = decode::decode(&bytes, self.code_mode) {
+                let mut b = Block { key: 0, ops: Vec::new(), bytes: 0, vecs: Vec::new() };
+                add_op(&mut b, d);
+                let b = Box::new(b);
+                let p: *const Block = &*b;
+                self.cache.graveyard.push(b);
+                return Ok(p);
+            }
+        }
+    }
+
+    /// Whatever must be looked at between instructions. Some: `run` returns.
+    fn attend_to(&mut self) -> Option<Exit> {
+        self.attention = false;
+        if self.shutdown {
+            self.attention = true;
+            return Some(Exit::Shutdown);
+        }
+        if self.brk {
+            self.brk = false;
+            self.attention = true;
+            return Some(Exit::Break);
+        }
+        if self.paused {
+            self.paused = false;
+            self.attention = true;
+            return Some(Exit::Pause);
+        }
+        if self.wait_sipi {
+            self.attention = true;
+            return Some(Exit::Halt);
+        }
+        if self.pending_db != 0 && !self.shadow {
+            self.db_bits = std::mem::take(&mut self.pending_db);
+            self.fault = Exception::DB;
+            self.halted = false;
+            self.deliver_exception();
+            self.attention = true;
+            return None;
+        }
+        if self.shadow && !self.halted {
+            self.attention = true;
+            return None;
+        }
+        self.shadow = false;
+        if self.nmi_pending && !self.nmi_blocked {
+            self.nmi_pending = false;
+            self.nmi_blocked = true;
+            self.halted = false;
+            self.deliver_interrupt(2);
+            self.attention = true;
+            return None;
+        }
+        if self.eflags & IF != 0 {
+            let vector = if let Some(v) = self.extint_vector.take() {
+                Some(v)
+            } else if self.lapic.accepts_extint() && self.bus().intr() {
+                let position = self.position();
+                let v = self.bus().intr_ack(position);
+                self.after_bus();
+                Some(v)
+            } else if let Some(v) = self.lapic.pending() {
+                self.lapic.accept(v);
+                Some(v)
+            } else {
+                None
+            };
+            if let Some(v) = vector {
+                self.halted = false;
+                self.deliver_interrupt(v);
+                self.attention = true;
+                return None;
+            }
+        }
+        if self.halted {
+            self.attention = true;
+            return Some(Exit::Halt);
+        }
+        None
+    }
+}
+
+fn add_op(b: &mut Block, d: decode::Decoded) {
+    let mut op = d.op;
+    op.idx = b.ops.len() as u8;
+    op.off = b.bytes as u16;
+    if op.base == BLOCKIP {
+        op.disp += op.off as i64 + op.len as i64;
+    }
+    b.bytes += op.len as u32;
+    b.ops.push(op);
+    b.vecs.extend(d.vec);
+}
+
+impl Processor for SoftCpu {
+    fn run(&mut self, mem: &GuestMemory, bus: &mut dyn Bus, position: u64, budget: u64) -> RunResult {
+        if !std::ptr::eq(self.mem, mem) {
+            self.mem = mem;
+            self.drop_all_code();
+            self.flush_tlb();
+        }
+        let p: *mut (dyn Bus + '_) = bus;
+        // SAFETY: the pointer is used under this call only; `NoBus` replaces it before the return.
+        self.bus = unsafe { std::mem::transmute::<*mut (dyn Bus + '_), *mut (dyn Bus + 'static)>(p) };
+        self.pos = position;
+        self.limit = position.saturating_add(budget);
+        let r = self.run_loop(position);
+        self.bus = std::ptr::NonNull::<NoBus>::dangling().as_ptr();
+        r
+    }
+
+    fn reset(&mut self, init: bool) {
+        self.reset_state(init);
+    }
+
+    fn is_idle(&self, intr: bool) -> bool {
+        if self.wait_sipi {
+            return true;
+        }
+        if !self.halted || self.shutdown || self.pending_db != 0 || self.nmi_pending && !self.nmi_blocked {
+            return false;
+        }
+        !(self.eflags & IF != 0
+            && (self.lapic.pending().is_some()
+                || self.extint_vector.is_some()
+                || intr && self.lapic.accepts_extint()))
+    }
+
+    fn apic_message(&mut self, message: ApicMessage) -> bool {
+        self.take_message(message)
+    }
+
+    fn ipi(&mut self, ipi: Ipi) -> bool {
+        self.take_ipi(ipi)
+    }
+
+    fn nmi(&mut self) {
+        self.nmi_pending = true;
+        self.attention = true;
+    }
+
+    fn next_deadline(&self) -> Option<u64> {
+        self.lapic.next_deadline()
+    }
+
+    fn advance(&mut self, now_ns: u64) {
+        self.lapic.advance(now_ns);
+        self.attention = true;
+    }
+
+    fn save(&self) -> Vec<u8> {
+        self.save_state()
+    }
+
+    fn load(&mut self, saved: &[u8]) -> Result<(), String> {
+        self.load_state(saved)
+    }
+
+    fn describe(&self) -> String {
+        self.describe_registers()
+    }
+}
+
+impl SoftCpu {
+    pub(crate) fn model(&self) -> &CpuModel {
+        &self.model
+    }
+    pub(crate) fn cpuid_context(&self) -> (u32, u32, bool, bool, u64) {
+        let osxsave = self.st.cr4 & CR4_OSXSAVE != 0;
+        (self.lapic.id, self.cpus, osxsave, self.lapic.enabled(), self.st.xcr0)
+    }
+}

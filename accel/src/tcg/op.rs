@@ -1,0 +1,197 @@
+//! Decoded instructions, blocks of them, and access to general registers by width.
+
+use super::SoftCpu;
+use crate::simd::VecInsn;
+use crate::Exception;
+
+/// An exception was raised; its details are in [`SoftCpu::fault`].
+#[derive(Clone, Copy, Debug)]
+pub struct Fault;
+/// What handlers return. One register wide, which an `Exception` is not.
+pub type R<T> = Result<T, Fault>;
+/// Executes one decoded instruction.
+pub type Handler = fn(&mut SoftCpu, &Op) -> R<()>;
+/// Executes one vector or x87 instruction.
+pub type VecHandler = fn(&mut SoftCpu, &VecInsn) -> Result<(), Exception>;
+
+/// `Op::kind`: the r/m operand is a register.
+pub const K_REG: u8 = 0;
+/// The r/m operand is memory in 64-bit mode, without segment base or 32-bit address size.
+pub const K_FLAT: u8 = 1;
+/// Memory with a segment base or limit, or a short address size.
+pub const K_SEG: u8 = 2;
+
+/// No register (reads as zero).
+pub const NOREG: u8 = 16;
+/// RIP at the start of the block.
+pub const BLOCKIP: u8 = 17;
+/// Marks the high-byte registers AH, CH, DH, BH (numbers 0..3).
+pub const HIGH: u8 = 0x80;
+
+pub const ES: usize = 0;
+pub const CS: usize = 1;
+pub const SS: usize = 2;
+pub const DS: usize = 3;
+pub const FS: usize = 4;
+pub const GS: usize = 5;
+
+pub const RAX: usize = 0;
+pub const RCX: usize = 1;
+pub const RDX: usize = 2;
+pub const RBX: usize = 3;
+pub const RSP: usize = 4;
+pub const RBP: usize = 5;
+pub const RSI: usize = 6;
+pub const RDI: usize = 7;
+
+/// One decoded instruction.
+#[derive(Clone, Copy)]
+pub struct Op {
+    pub f: Handler,
+    pub imm: u64,
+    pub disp: i64,
+    pub base: u8,
+    pub index: u8,
+    pub scale: u8,
+    pub seg: u8,
+    /// ModRM.reg with REX.R, as a register number.
+    pub reg: u8,
+    /// ModRM.rm with REX.B where `kind` is `K_REG`.
+    pub rm: u8,
+    pub kind: u8,
+    /// Operand size in bytes.
+    pub osz: u8,
+    /// Address size in bytes.
+    pub asz: u8,
+    /// 0, 0xF2 or 0xF3.
+    pub rep: u8,
+    pub lock: bool,
+    /// Number within the block.
+    pub idx: u8,
+    /// First byte, relative to the block's start.
+    pub off: u16,
+    pub len: u8,
+    pub opcode: u8,
+}
+
+/// A vector instruction's own description, which `Op::imm` points to.
+pub struct VecOp {
+    pub insn: VecInsn,
+    pub f: VecHandler,
+}
+
+/// Straight-line decoded code: the unit of caching (and of compilation, one day).
+pub struct Block {
+    /// Guest physical address of the first byte, with the code mode in the top bits.
+    pub key: u64,
+    pub ops: Vec<Op>,
+    pub bytes: u32,
+    /// Owns what the vector ops' `imm` points to.
+    pub vecs: Vec<Box<VecOp>>,
+}
+
+/// Operand widths.
+pub trait Int: Copy + Eq + 'static {
+    const BITS: u32;
+    const BYTES: u64;
+    const MASK: u64;
+    fn from64(v: u64) -> Self;
+    fn to64(self) -> u64;
+    /// Sign-extended to 64 bits.
+    fn sx(v: u64) -> u64;
+}
+
+macro_rules! int {
+    ($t:ty, $s:ty) => {
+        impl Int for $t {
+            const BITS: u32 = <$t>::BITS;
+            const BYTES: u64 = (<$t>::BITS / 8) as u64;
+            const MASK: u64 = <$t>::MAX as u64;
+            #[inline(always)]
+            fn from64(v: u64) -> Self {
+                v as $t
+            }
+            #[inline(always)]
+            fn to64(self) -> u64 {
+                self as u64
+            }
+            #[inline(always)]
+            fn sx(v: u64) -> u64 {
+                v as $s as i64 as u64
+            }
+        }
+    };
+}
+int!(u8, i8);
+int!(u16, i16);
+int!(u32, i32);
+int!(u64, i64);
+
+impl SoftCpu {
+    /// Read a general register at width `T`, zero-extended.
+    #[inline(always)]
+    pub fn get<T: Int>(&self, r: u8) -> u64 {
+        if T::BITS == 8 {
+            let v = self.st.gpr[(r & 31) as usize];
+            if r & HIGH != 0 {
+                v >> 8 & 0xFF
+            } else {
+                v & 0xFF
+            }
+        } else {
+            self.st.gpr[(r & 31) as usize] & T::MASK
+        }
+    }
+
+    /// Write a general register at width `T` (32 bits clear the upper half).
+    #[inline(always)]
+    pub fn set<T: Int>(&mut self, r: u8, v: u64) {
+        let slot = &mut self.st.gpr[(r & 31) as usize];
+        match T::BITS {
+            8 => {
+                if r & HIGH != 0 {
+                    *slot = *slot & !0xFF00 | (v & 0xFF) << 8;
+                } else {
+                    *slot = *slot & !0xFF | v & 0xFF;
+                }
+            }
+            16 => *slot = *slot & !0xFFFF | v & 0xFFFF,
+            32 => *slot = v & 0xFFFF_FFFF,
+            _ => *slot = v,
+        }
+    }
+
+    /// Write a general register with a width known at run time.
+    pub fn set_sz(&mut self, r: u8, size: u8, v: u64) {
+        match size {
+            1 => self.set::<u8>(r, v),
+            2 => self.set::<u16>(r, v),
+            4 => self.set::<u32>(r, v),
+            _ => self.set::<u64>(r, v),
+        }
+    }
+
+    /// Read a general register with a width known at run time.
+    pub fn get_sz(&self, r: u8, size: u8) -> u64 {
+        match size {
+            1 => self.get::<u8>(r),
+            2 => self.get::<u16>(r),
+            4 => self.get::<u32>(r),
+            _ => self.get::<u64>(r),
+        }
+    }
+}
+
+/// Picks the instance of a generic handler by operand size.
+#[macro_export]
+#[doc(hidden)]
+macro_rules! by_size {
+    ($sz:expr, $($f:tt)+) => {
+        match $sz {
+            1 => $($f)+::<u8> as $crate::tcg::op::Handler,
+            2 => $($f)+::<u16> as $crate::tcg::op::Handler,
+            4 => $($f)+::<u32> as $crate::tcg::op::Handler,
+            _ => $($f)+::<u64> as $crate::tcg::op::Handler,
+        }
+    };
+}

@@ -1,0 +1,344 @@
+//! Address translation: the page walk and the software TLB.
+//!
+//! The TLB is never visible to the guest: every page that a walk read is marked [`TABLE`], a write to an
+//! entry that a walk used (its accessed bit is set) drops the TLB, so each access behaves as if it walked
+//! the tables. That keeps accessed and dirty bits a function of the guest's instructions alone, whatever
+//! the TLB holds (SDM vol. 3, sections 4.8 and 4.10 allow it).
+
+use super::flags::AC;
+use super::op::{Fault, R};
+use super::SoftCpu;
+use crate::mem::{TABLE, WRITE_FREE};
+use crate::Exception;
+
+/// Entries of each TLB.
+pub const TLB_SIZE: usize = 1024;
+/// A tag that matches no page.
+pub const NO_TAG: u64 = 1;
+
+/// CR0 and CR4 bits.
+pub const CR0_PE: u64 = 1;
+pub const CR0_MP: u64 = 2;
+pub const CR0_EM: u64 = 4;
+pub const CR0_TS: u64 = 8;
+pub const CR0_NE: u64 = 0x20;
+pub const CR0_WP: u64 = 0x1_0000;
+pub const CR0_AM: u64 = 0x4_0000;
+pub const CR0_NW: u64 = 0x2000_0000;
+pub const CR0_CD: u64 = 0x4000_0000;
+pub const CR0_PG: u64 = 0x8000_0000;
+pub const CR4_VME: u64 = 1;
+pub const CR4_PVI: u64 = 2;
+pub const CR4_TSD: u64 = 4;
+pub const CR4_DE: u64 = 8;
+pub const CR4_PSE: u64 = 0x10;
+pub const CR4_PAE: u64 = 0x20;
+pub const CR4_PGE: u64 = 0x80;
+pub const CR4_PCE: u64 = 0x100;
+pub const CR4_OSFXSR: u64 = 0x200;
+pub const CR4_OSXMM: u64 = 0x400;
+pub const CR4_UMIP: u64 = 0x800;
+pub const CR4_FSGSBASE: u64 = 0x1_0000;
+pub const CR4_PCIDE: u64 = 0x2_0000;
+pub const CR4_OSXSAVE: u64 = 0x4_0000;
+pub const CR4_SMEP: u64 = 0x10_0000;
+pub const CR4_SMAP: u64 = 0x20_0000;
+pub const EFER_SCE: u64 = 1;
+pub const EFER_LME: u64 = 0x100;
+pub const EFER_LMA: u64 = 0x400;
+pub const EFER_NXE: u64 = 0x800;
+
+/// One TLB entry: for reads and writes with one host pointer.
+#[derive(Clone, Copy)]
+pub struct TlbEntry {
+    /// Linear page if reads may go straight to memory.
+    pub rtag: u64,
+    /// Linear page if writes may.
+    pub wtag: u64,
+    /// Host address minus linear address.
+    pub addend: u64,
+    /// Guest physical page.
+    pub phys: u64,
+}
+
+/// One entry of the fetch TLB.
+#[derive(Clone, Copy)]
+pub struct CodeEntry {
+    pub tag: u64,
+    pub host: *const u8,
+    pub phys: u64,
+}
+
+pub const EMPTY: TlbEntry = TlbEntry { rtag: NO_TAG, wtag: NO_TAG, addend: 0, phys: 0 };
+pub const EMPTY_CODE: CodeEntry = CodeEntry { tag: NO_TAG, host: std::ptr::null(), phys: 0 };
+
+/// Why memory is accessed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Access {
+    Read,
+    Write,
+    Exec,
+}
+
+/// What a walk found.
+#[derive(Clone, Copy, Debug)]
+pub struct Walk {
+    pub phys: u64,
+    /// Writes are permitted too and the dirty bit is set.
+    pub writable: bool,
+}
+
+/// Supervisor; supervisor with EFLAGS.AC set under SMAP; user.
+pub const MMU_SUP: usize = 0;
+pub const MMU_SUP_AC: usize = 1;
+pub const MMU_USER: usize = 2;
+
+impl SoftCpu {
+    /// Choose the TLB by privilege and AC.
+    pub fn update_mmu(&mut self) {
+        self.mmu = if self.cpl == 3 {
+            MMU_USER
+        } else if self.st.cr4 & CR4_SMAP != 0 && self.eflags & AC != 0 {
+            MMU_SUP_AC
+        } else {
+            MMU_SUP
+        };
+        self.update_key();
+    }
+
+    /// Drop all translations.
+    pub fn flush_tlb(&mut self) {
+        for t in &mut self.tlb {
+            t.fill(EMPTY);
+        }
+        for t in &mut self.code_tlb {
+            t.fill(EMPTY_CODE);
+        }
+        self.new_epoch();
+    }
+
+    /// Drop direct write access to one physical page.
+    pub fn drop_writes(&mut self, page: u64) {
+        for t in &mut self.tlb {
+            for e in t.iter_mut() {
+                if e.phys == page {
+                    e.wtag = NO_TAG;
+                }
+            }
+        }
+    }
+
+    fn entry64(&mut self, addr: u64) -> u64 {
+        self.phys_read(addr, 8)
+    }
+
+    fn set_bits(&mut self, addr: u64, old: u64, new: u64, size: u8) {
+        if old != new {
+            self.phys_write_table(addr, size, new);
+        }
+    }
+
+    fn protect_table(&mut self, addr: u64) {
+        if self.mem().protect(addr, TABLE) {
+            self.drop_writes(addr & !0xFFF);
+        }
+    }
+
+    fn page_fault<T>(&mut self, lin: u64, access: Access, user: bool, present: bool, rsvd: bool) -> R<T> {
+        let mut e = present as u32 | (access == Access::Write) as u32 * 2 | (user as u32) * 4;
+        if rsvd {
+            e |= 8;
+        }
+        let nx = self.st.cr4 & CR4_PAE != 0 && self.efer & EFER_NXE != 0;
+        if access == Access::Exec && (nx || self.st.cr4 & CR4_SMEP != 0) {
+            e |= 16;
+        }
+        self.fault = Exception::page_fault(e, lin);
+        Err(Fault)
+    }
+
+    /// Translate `lin`, setting accessed and dirty bits, or raise #PF (SDM vol. 3, chapter 4).
+    pub fn walk(&mut self, lin: u64, access: Access, mmu: usize) -> R<Walk> {
+        if self.st.cr0 & CR0_PG == 0 {
+            return Ok(Walk { phys: lin & 0xFFFF_FFFF, writable: true });
+        }
+        let user = mmu == MMU_USER;
+        let write = access == Access::Write;
+        let cr0 = self.st.cr0;
+        let cr4 = self.st.cr4;
+        let nxe = self.efer & EFER_NXE != 0;
+        // Collected over the levels.
+        let mut can_user = true;
+        let mut can_write = true;
+        let mut nx = false;
+        let mut used: [(u64, u64); 4] = [(0, 0); 4];
+        let mut n = 0;
+        let (phys, size);
+        if cr4 & CR4_PAE == 0 {
+            let dir = self.cr3 & 0xFFFF_F000 | lin >> 20 & 0xFFC;
+            self.protect_table(dir);
+            let pde = self.phys_read(dir, 4);
+            if pde & 1 == 0 {
+                return self.page_fault(lin, access, user, false, false);
+            }
+            used[0] = (dir, pde);
+            n = 1;
+            can_user &= pde & 4 != 0;
+            can_write &= pde & 2 != 0;
+            if pde & 0x80 != 0 && cr4 & CR4_PSE != 0 {
+                if pde & 0x20_0000 != 0 {
+                    return self.page_fault(lin, access, user, true, true);
+                }
+                // PSE-36: bits 13..20 are address bits 32..39.
+                let base = pde & 0xFFC0_0000 | (pde >> 13 & 0xFF) << 32;
+                phys = base | lin & 0x3F_FFFF;
+            } else {
+                let at = pde & 0xFFFF_F000 | lin >> 10 & 0xFFC;
+                self.protect_table(at);
+                let pte = self.phys_read(at, 4);
+                if pte & 1 == 0 {
+                    return self.page_fault(lin, access, user, false, false);
+                }
+                used[1] = (at, pte);
+                n = 2;
+                can_user &= pte & 4 != 0;
+                can_write &= pte & 2 != 0;
+                phys = pte & 0xFFFF_F000 | lin & 0xFFF;
+            }
+            size = 4;
+        } else {
+            size = 8;
+            let long = self.efer & EFER_LMA != 0;
+            let addr_mask = self.phys_mask & !0xFFF;
+            let rsvd = !self.phys_mask & 0x000F_FFFF_FFFF_F000 | if nxe { 0 } else { 1 << 63 };
+            let (mut table, mut level) =
+                if long { (self.cr3 & addr_mask, 4) } else { (0, 2) };
+            if !long {
+                // The PDPTEs were loaded with CR3 (SDM vol. 3, section 4.4.1).
+                let pdpte = self.pdpte[(lin >> 30 & 3) as usize];
+                if pdpte & 1 == 0 {
+                    return self.page_fault(lin, access, user, false, false);
+                }
+                table = pdpte & addr_mask;
+            }
+            loop {
+                let shift = 3 + 9 * level;
+                let at = table | (lin >> shift & 0x1FF) << 3;
+                self.protect_table(at);
+                let e = self.entry64(at);
+                if e & 1 == 0 {
+                    return self.page_fault(lin, access, user, false, false);
+                }
+                let large = e & 0x80 != 0 && (level == 2 || level == 3 && long);
+                let bad = e & rsvd != 0
+                    || !long && e & 0x7FF0_0000_0000_0000 != 0
+                    || e & 0x80 != 0 && (level == 4)
+                    || large && e & ((1u64 << shift) - 1) & !0x1FFF != 0;
+                if bad {
+                    return self.page_fault(lin, access, user, true, true);
+                }
+                used[n] = (at, e);
+                n += 1;
+                can_user &= e & 4 != 0;
+                can_write &= e & 2 != 0;
+                nx |= nxe && e >> 63 != 0;
+                if level == 1 || large {
+                    let m = (1u64 << shift) - 1;
+                    phys = e & addr_mask & !m | lin & m;
+                    break;
+                }
+                table = e & addr_mask;
+                level -= 1;
+            }
+        }
+        // Permissions (SDM vol. 3, section 4.6).
+        let write_ok = can_write || !user && cr0 & CR0_WP == 0;
+        let ok = if user {
+            can_user
+                && match access {
+                    Access::Read => true,
+                    Access::Write => can_write,
+                    Access::Exec => !nx,
+                }
+        } else {
+            match access {
+                Access::Exec => !nx && !(can_user && cr4 & CR4_SMEP != 0),
+                _ => {
+                    (!can_user || cr4 & CR4_SMAP == 0 || mmu == MMU_SUP_AC) && (!write || write_ok)
+                }
+            }
+        };
+        if !ok {
+            return self.page_fault(lin, access, user, true, false);
+        }
+        let mut dirty = false;
+        for (i, &(at, e)) in used[..n].iter().enumerate() {
+            let mut new = e | 0x20;
+            if i == n - 1 {
+                if write {
+                    new |= 0x40;
+                }
+                dirty = new & 0x40 != 0;
+            }
+            self.set_bits(at, e, new, size);
+        }
+        Ok(Walk { phys, writable: dirty && write_ok })
+    }
+
+    /// Load the four PDPTEs of PAE paging; #GP(0) for reserved bits.
+    pub fn load_pdptes(&mut self, cr3: u64) -> R<()> {
+        let base = cr3 & 0xFFFF_FFE0;
+        let mut new = [0; 4];
+        for (i, e) in new.iter_mut().enumerate() {
+            *e = self.phys_read(base + 8 * i as u64, 8);
+            if *e & 1 != 0 && *e & (0x1E6 | !self.phys_mask) != 0 {
+                return self.gp(0);
+            }
+        }
+        self.pdpte = new;
+        Ok(())
+    }
+
+    /// Fill the data TLB after a successful walk, if the page is plain memory.
+    pub fn fill(&mut self, lin: u64, w: &Walk, mmu: usize) {
+        let page = lin & !0xFFF;
+        let phys = w.phys & !0xFFF;
+        if self.lapic.covers(phys) || self.alignment_checks() {
+            return;
+        }
+        let b = self.mem().backing(phys);
+        if b.read.is_null() {
+            return;
+        }
+        let mut wtag = NO_TAG;
+        if w.writable && b.write.cast_const() == b.read && !b.flags.is_null() && self.watch_free(page) {
+            // SAFETY: the flag byte lives as long as guest memory.
+            if unsafe { &*b.flags }.load(std::sync::atomic::Ordering::Relaxed) == WRITE_FREE {
+                wtag = page;
+            }
+        }
+        let rtag = if self.watch_free(page) { page } else { NO_TAG };
+        self.tlb[mmu][(lin >> 12) as usize & (TLB_SIZE - 1)] =
+            TlbEntry { rtag, wtag, addend: (b.read as u64).wrapping_sub(page), phys };
+    }
+
+    /// Host page and guest physical page to fetch instructions of linear page `lin` from; the host page is
+    /// null where it is not memory.
+    pub fn fetch_page(&mut self, lin: u64) -> R<CodeEntry> {
+        let page = lin & !0xFFF;
+        let user = (self.mmu == MMU_USER) as usize;
+        let slot = (lin >> 12) as usize & 255;
+        let e = self.code_tlb[user][slot];
+        if e.tag == page {
+            return Ok(e);
+        }
+        let w = self.walk(lin, Access::Exec, self.mmu)?;
+        let phys = w.phys & !0xFFF;
+        let host = if self.lapic.covers(phys) { std::ptr::null() } else { self.mem().backing(phys).read };
+        let e = CodeEntry { tag: page, host, phys };
+        if !host.is_null() {
+            self.code_tlb[user][slot] = e;
+        }
+        Ok(e)
+    }
+}

@@ -1,0 +1,280 @@
+//! Segment registers, descriptors, and what depends on the mode (SDM vol. 3, chapters 3 and 5).
+
+use super::decode::{MODE16, MODE32, MODE64};
+use super::flags::{IOPL, VM};
+use super::op::*;
+use super::paging::*;
+use super::SoftCpu;
+use crate::state::Segment;
+use crate::Exception;
+
+/// A descriptor as two words.
+#[derive(Clone, Copy, Debug)]
+pub struct Desc {
+    pub lo: u32,
+    pub hi: u32,
+}
+
+impl Desc {
+    pub fn base(&self) -> u64 {
+        (self.lo >> 16 | (self.hi & 0xFF) << 16 | self.hi & 0xFF00_0000) as u64
+    }
+    pub fn limit(&self) -> u32 {
+        let l = self.lo & 0xFFFF | self.hi & 0xF_0000;
+        if self.hi & 1 << 23 != 0 {
+            l << 12 | 0xFFF
+        } else {
+            l
+        }
+    }
+    pub fn attr(&self) -> u16 {
+        (self.hi >> 8) as u16 & 0xF0FF
+    }
+    /// Type field with the S bit above it.
+    pub fn kind(&self) -> u32 {
+        self.hi >> 8 & 31
+    }
+    pub fn dpl(&self) -> u8 {
+        (self.hi >> 13 & 3) as u8
+    }
+    pub fn present(&self) -> bool {
+        self.hi & 0x8000 != 0
+    }
+    /// S set and type code.
+    pub fn is_code(&self) -> bool {
+        self.hi & 0x1800 == 0x1800
+    }
+    pub fn conforming(&self) -> bool {
+        self.hi & 0x400 != 0
+    }
+    pub fn segment(&self, selector: u16) -> Segment {
+        Segment { selector, base: self.base(), limit: self.limit(), attr: self.attr() }
+    }
+}
+
+impl SoftCpu {
+    pub fn protected(&self) -> bool {
+        self.st.cr0 & CR0_PE != 0 && self.eflags & VM == 0
+    }
+    pub fn vm86(&self) -> bool {
+        self.eflags & VM != 0 && self.st.cr0 & CR0_PE != 0
+    }
+    pub fn iopl(&self) -> u64 {
+        (self.eflags & IOPL) >> 12
+    }
+    pub fn lma(&self) -> bool {
+        self.efer & EFER_LMA != 0
+    }
+
+    /// Bring everything that is derived from CS, SS, CPL, CR0, EFER and RFLAGS up to date.
+    pub fn update_mode(&mut self) {
+        let cs = self.segs[CS].attr;
+        self.long = self.lma() && cs & 0x2000 != 0;
+        self.code_mode = if self.long {
+            MODE64
+        } else if cs & 0x4000 != 0 {
+            MODE32
+        } else {
+            MODE16
+        };
+        self.ip_mask = if self.long { u64::MAX } else { 0xFFFF_FFFF };
+        self.sp_mask = if self.long {
+            u64::MAX
+        } else if self.segs[SS].attr & 0x4000 != 0 {
+            0xFFFF_FFFF
+        } else {
+            0xFFFF
+        };
+        self.update_mmu();
+    }
+
+    /// Run `f`; if it faults, put the registers it may have changed back.
+    pub fn atomically<X>(&mut self, f: impl FnOnce(&mut Self) -> R<X>) -> R<X> {
+        let keep = (self.segs, self.ldtr, self.tr, self.cpl, self.eflags, self.f_res, self.f_aux, self.rip);
+        let gpr = self.st.gpr;
+        let cr3 = self.cr3;
+        let r = f(self);
+        if r.is_err() {
+            (self.segs, self.ldtr, self.tr, self.cpl, self.eflags, self.f_res, self.f_aux, self.rip) = keep;
+            self.st.gpr = gpr;
+            if self.cr3 != cr3 {
+                self.cr3 = cr3;
+                self.flush_tlb();
+            }
+            self.flags_changed();
+            self.update_mode();
+        }
+        r
+    }
+
+    /// Linear address of a selector's descriptor, or `None` beyond the table.
+    pub fn desc_addr(&self, sel: u16, size: u64) -> Option<u64> {
+        let (base, limit) = if sel & 4 != 0 {
+            if self.ldtr.attr & 0x80 == 0 {
+                return None;
+            }
+            (self.ldtr.base, self.ldtr.limit as u64)
+        } else {
+            (self.gdt.0, self.gdt.1 as u64)
+        };
+        let off = (sel & !7) as u64;
+        (off + size - 1 <= limit).then(|| base.wrapping_add(off))
+    }
+
+    /// Read a descriptor; beyond the table is exception `vector` with the selector.
+    pub fn read_desc(&mut self, sel: u16, vector: u8) -> R<Desc> {
+        let Some(at) = self.desc_addr(sel, 8) else {
+            return self.raise(Exception::with_error(vector, (sel & !3) as u32 | self.ext));
+        };
+        let at = self.wrap_lin(at);
+        let v = self.as_system(|c| c.load::<u64>(at))?;
+        Ok(Desc { lo: v as u32, hi: (v >> 32) as u32 })
+    }
+
+    pub fn wrap_lin(&self, a: u64) -> u64 {
+        if self.lma() {
+            a
+        } else {
+            a & 0xFFFF_FFFF
+        }
+    }
+
+    /// Set bits in the second word of a descriptor in memory (accessed, busy).
+    pub fn mark_desc(&mut self, sel: u16, set: u32, clear: u32) -> R<()> {
+        if let Some(at) = self.desc_addr(sel, 8) {
+            let at = self.wrap_lin(at + 4);
+            self.as_system(|c| {
+                let v = c.load::<u32>(at)? as u32;
+                let n = v & !clear | set;
+                if n != v {
+                    c.store::<u32>(at, n as u64)?;
+                }
+                Ok(())
+            })?;
+        }
+        Ok(())
+    }
+
+    /// #GP, #NP, #SS or #TS naming a selector.
+    pub fn sel_fault<T>(&mut self, vector: u8, sel: u16) -> R<T> {
+        let e = (sel & !3) as u32 | self.ext;
+        self.raise(Exception::with_error(vector, e))
+    }
+
+    /// Load ES, SS, DS, FS or GS.
+    pub fn load_seg(&mut self, seg: usize, sel: u16) -> R<()> {
+        if !self.protected() {
+            let vm = self.vm86();
+            let s = &mut self.segs[seg];
+            s.selector = sel;
+            s.base = (sel as u64) << 4;
+            if vm {
+                s.limit = 0xFFFF;
+                s.attr = 0xF3;
+            } else {
+                // Limits stay what they were ("unreal" mode), unless there was no segment.
+                if s.attr & 0x80 == 0 {
+                    s.limit = 0xFFFF;
+                    s.attr = 0;
+                }
+                s.attr = s.attr & 0xF000 | 0x93;
+            }
+            if seg == SS {
+                self.update_mode();
+            }
+            return Ok(());
+        }
+        if sel & !3 == 0 {
+            if seg == SS && !(self.long && self.cpl < 3 && (sel & 3) as u8 == self.cpl) {
+                return self.gp(self.ext);
+            }
+            self.segs[seg] = Segment { selector: sel, base: 0, limit: 0, attr: 0 };
+            if seg == SS {
+                self.segs[seg].attr = (self.cpl as u16) << 5;
+                self.update_mode();
+            }
+            return Ok(());
+        }
+        let d = self.read_desc(sel, 13)?;
+        let rpl = (sel & 3) as u8;
+        if seg == SS {
+            if rpl != self.cpl || d.hi & 0x1A00 != 0x1200 || d.dpl() != self.cpl {
+                return self.sel_fault(13, sel);
+            }
+            if !d.present() {
+                return self.sel_fault(12, sel);
+            }
+        } else {
+            let code = d.is_code();
+            if d.hi & 0x1000 == 0 || code && d.hi & 0x200 == 0 {
+                return self.sel_fault(13, sel);
+            }
+            if !(code && d.conforming()) && d.dpl() < self.cpl.max(rpl) {
+                return self.sel_fault(13, sel);
+            }
+            if !d.present() {
+                return self.sel_fault(11, sel);
+            }
+        }
+        self.mark_accessed(sel, d)?;
+        let mut s = d.segment(sel);
+        s.attr |= 1;
+        self.segs[seg] = s;
+        if seg == SS {
+            self.update_mode();
+        }
+        Ok(())
+    }
+
+    pub fn mark_accessed(&mut self, sel: u16, d: Desc) -> R<()> {
+        if d.hi & 0x100 == 0 {
+            self.mark_desc(sel, 0x100, 0)?;
+        }
+        Ok(())
+    }
+
+    /// CS from a checked descriptor; `cpl` becomes the privilege level.
+    pub fn set_cs(&mut self, sel: u16, d: Desc, cpl: u8) -> R<()> {
+        self.mark_accessed(sel, d)?;
+        let mut s = d.segment(sel & !3 | cpl as u16);
+        s.attr |= 1;
+        self.segs[CS] = s;
+        self.cpl = cpl;
+        self.update_mode();
+        Ok(())
+    }
+
+    /// CS in real and virtual-8086 mode.
+    pub fn set_cs_real(&mut self, sel: u16) {
+        let vm = self.vm86();
+        let s = &mut self.segs[CS];
+        s.selector = sel;
+        s.base = (sel as u64) << 4;
+        if vm {
+            s.limit = 0xFFFF;
+            s.attr = 0xF3;
+        } else {
+            s.attr = s.attr & 0xF000 | 0x93;
+        }
+        self.update_mode();
+    }
+
+    /// After entering virtual-8086 mode: all six segments by their selectors.
+    pub fn set_vm86_segments(&mut self, sels: [u16; 6]) {
+        for (s, sel) in self.segs.iter_mut().zip(sels) {
+            *s = Segment { selector: sel, base: (sel as u64) << 4, limit: 0xFFFF, attr: 0xF3 };
+        }
+    }
+
+    /// On a return to less privileged code: data segments that it may not use become null.
+    pub fn drop_privileged_segments(&mut self) {
+        for i in [ES, DS, FS, GS] {
+            let s = self.segs[i];
+            let dpl = (s.attr >> 5 & 3) as u8;
+            let conforming = s.attr & 0x1C == 0x1C;
+            if s.attr & 0x80 != 0 && dpl < self.cpl && !conforming {
+                self.segs[i] = Segment { selector: 0, base: 0, limit: 0, attr: 0 };
+            }
+        }
+    }
+}

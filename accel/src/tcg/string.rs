@@ -1,0 +1,143 @@
+//! String instructions. Each iteration of a repeated one counts as an instruction and may be interrupted.
+
+use super::alu::alu;
+use super::flags::DF;
+use super::op::*;
+use super::SoftCpu;
+
+/// Run `body` once, or under REP until the count is zero, `body` says stop, or the budget is used up.
+#[inline(always)]
+fn repeat(c: &mut SoftCpu, op: &Op, body: impl Fn(&mut SoftCpu) -> R<bool>) -> R<()> {
+    if op.rep == 0 {
+        body(c)?;
+        return Ok(());
+    }
+    let mut n = c.get_sz(RCX as u8, op.asz);
+    if n == 0 {
+        return Ok(());
+    }
+    loop {
+        let go_on = body(c)?;
+        n -= 1;
+        c.set_sz(RCX as u8, op.asz, n);
+        if n == 0 || !go_on {
+            return Ok(());
+        }
+        if c.end.is_null() || c.single || c.position() + 1 >= c.limit {
+            c.rep_again = true;
+            c.end = std::ptr::null();
+            return Ok(());
+        }
+        c.pos += 1;
+    }
+}
+
+#[inline(always)]
+fn advance<T: Int>(c: &mut SoftCpu, op: &Op, r: usize) {
+    let step = if c.eflags & DF != 0 { T::BYTES.wrapping_neg() } else { T::BYTES };
+    let v = c.st.gpr[r].wrapping_add(step);
+    match op.asz {
+        8 => c.st.gpr[r] = v,
+        4 => c.set::<u32>(r as u8, v),
+        _ => c.set::<u16>(r as u8, v),
+    }
+}
+#[inline(always)]
+fn src<T: Int>(c: &mut SoftCpu, op: &Op) -> R<u64> {
+    let off = c.get_sz(RSI as u8, op.asz);
+    let lin = c.seg_lin(op.seg as usize, off, T::BYTES, false)?;
+    c.load::<T>(lin)
+}
+#[inline(always)]
+fn dst_lin<T: Int>(c: &mut SoftCpu, op: &Op, write: bool) -> R<u64> {
+    let off = c.get_sz(RDI as u8, op.asz);
+    c.seg_lin(ES, off, T::BYTES, write)
+}
+
+pub fn movs<T: Int>(c: &mut SoftCpu, op: &Op) -> R<()> {
+    repeat(c, op, |c| {
+        let v = src::<T>(c, op)?;
+        let lin = dst_lin::<T>(c, op, true)?;
+        c.store::<T>(lin, v)?;
+        advance::<T>(c, op, RSI);
+        advance::<T>(c, op, RDI);
+        Ok(true)
+    })
+}
+pub fn stos<T: Int>(c: &mut SoftCpu, op: &Op) -> R<()> {
+    repeat(c, op, |c| {
+        let lin = dst_lin::<T>(c, op, true)?;
+        let v = c.get::<T>(0);
+        c.store::<T>(lin, v)?;
+        advance::<T>(c, op, RDI);
+        Ok(true)
+    })
+}
+pub fn lods<T: Int>(c: &mut SoftCpu, op: &Op) -> R<()> {
+    repeat(c, op, |c| {
+        let v = src::<T>(c, op)?;
+        c.set::<T>(0, v);
+        advance::<T>(c, op, RSI);
+        Ok(true)
+    })
+}
+pub fn cmps<T: Int>(c: &mut SoftCpu, op: &Op) -> R<()> {
+    repeat(c, op, |c| {
+        let a = src::<T>(c, op)?;
+        let lin = dst_lin::<T>(c, op, false)?;
+        let b = c.load::<T>(lin)?;
+        alu::<7, T>(c, a, b);
+        advance::<T>(c, op, RSI);
+        advance::<T>(c, op, RDI);
+        Ok(c.zf() == (op.rep == 0xF3))
+    })
+}
+pub fn scas<T: Int>(c: &mut SoftCpu, op: &Op) -> R<()> {
+    repeat(c, op, |c| {
+        let lin = dst_lin::<T>(c, op, false)?;
+        let b = c.load::<T>(lin)?;
+        let a = c.get::<T>(0);
+        alu::<7, T>(c, a, b);
+        advance::<T>(c, op, RDI);
+        Ok(c.zf() == (op.rep == 0xF3))
+    })
+}
+pub fn ins(c: &mut SoftCpu, op: &Op) -> R<()> {
+    let port = c.get::<u16>(RDX as u8) as u16;
+    repeat(c, op, |c| {
+        c.check_io(port, op.osz)?;
+        let off = c.get_sz(RDI as u8, op.asz);
+        let lin = c.seg_lin(ES, off, op.osz as u64, true)?;
+        c.check_write(lin, op.osz as u64)?;
+        let v = c.port_in(port, op.osz);
+        c.store_sz(lin, op.osz, v as u64)?;
+        step(c, op, RDI);
+        Ok(true)
+    })
+}
+pub fn outs(c: &mut SoftCpu, op: &Op) -> R<()> {
+    let port = c.get::<u16>(RDX as u8) as u16;
+    repeat(c, op, |c| {
+        c.check_io(port, op.osz)?;
+        let off = c.get_sz(RSI as u8, op.asz);
+        let lin = c.seg_lin(op.seg as usize, off, op.osz as u64, false)?;
+        let v = c.load_sz(lin, op.osz)?;
+        c.port_out(port, op.osz, v as u32);
+        step(c, op, RSI);
+        Ok(true)
+    })
+}
+fn step(c: &mut SoftCpu, op: &Op, r: usize) {
+    match op.osz {
+        1 => advance::<u8>(c, op, r),
+        2 => advance::<u16>(c, op, r),
+        _ => advance::<u32>(c, op, r),
+    }
+}
+pub fn xlat(c: &mut SoftCpu, op: &Op) -> R<()> {
+    let off = c.st.gpr[RBX].wrapping_add(c.get::<u8>(0)) & (u64::MAX >> (64 - 8 * op.asz as u32));
+    let lin = c.seg_lin(op.seg as usize, off, 1, false)?;
+    let v = c.load::<u8>(lin)?;
+    c.set::<u8>(0, v);
+    Ok(())
+}
