@@ -32,7 +32,7 @@ fn generated_instructions_agree_with_this_processor() {
     let mut unit = vector::Vector::new();
     let mut covered = BTreeSet::new();
     let mut failures: BTreeMap<String, (u64, String)> = BTreeMap::new();
-    let mut run = 0u64;
+    let (mut run, mut unstable) = (0u64, 0u64);
     for long in [true, false] {
         let mut generator = generate::Generator::new(long, |_| true);
         println!("long {long}: {} forms", generator.forms.len());
@@ -47,6 +47,13 @@ fn generated_instructions_agree_with_this_processor() {
             run += 1;
             let codes = generate::codes(&case);
             if let Some(difference) = compare::difference(&case, &a, &b) {
+                // A hypervisor below may have got in the way: only what happens twice counts.
+                let first = a.clone();
+                real.run(&case, &mut a);
+                if compare::difference(&case, &first, &a).is_some() {
+                    unstable += 1;
+                    continue;
+                }
                 let key = format!("{:?}", codes.last());
                 let entry = failures.entry(key).or_insert_with(|| {
                     (0, format!("case {n} long {long}\n{}{difference}", compare::describe(&case)))
@@ -56,7 +63,7 @@ fn generated_instructions_agree_with_this_processor() {
             covered.extend(codes);
         }
     }
-    println!("{run} cases, {} opcodes", covered.len());
+    println!("{run} cases, {} opcodes, {unstable} not repeatable on the processor", covered.len());
     let shown = number("FTVM_DIFF_SHOW", 5) as usize;
     for (code, (count, text)) in failures.iter().take(shown) {
         println!("{code}: {count} failures, the first:\n{text}");

@@ -52,7 +52,8 @@ pub fn difference(case: &Case, real: &Outcome, soft: &Outcome) -> Option<String>
     let hex = |v: u64| format!("{v:#x}");
     let bytes = |v: &[u8]| v.iter().rev().map(|b| format!("{b:02x}")).collect::<String>();
     if real.vector != soft.vector {
-        note("exception", real.vector.to_string(), soft.vector.to_string());
+        let show = |o: &Outcome| format!("{} error {:#x} cr2 {:#x}", o.vector, o.error, o.cr2);
+        note("exception", show(real), show(soft));
     }
     if case.compare.exception_only {
         return (!text.is_empty()).then_some(text);
@@ -66,7 +67,7 @@ pub fn difference(case: &Case, real: &Outcome, soft: &Outcome) -> Option<String>
         if real.error != soft.error && real.cr2 >> 47 == 0 {
             note("error code", hex(real.error.into()), hex(soft.error.into()));
         }
-        if real.vector == 14 && real.cr2 != soft.cr2 {
+        if real.vector == 14 && real.cr2 != soft.cr2 && !case.compare.cr2_open {
             note("cr2", hex(real.cr2), hex(soft.cr2));
         }
     }
@@ -95,6 +96,9 @@ pub fn difference(case: &Case, real: &Outcome, soft: &Outcome) -> Option<String>
     }
     for i in 0..8 {
         let at = 32 + i * 16;
+        if c.x87_open && i < 2 {
+            continue;
+        }
         if !x87_equal(&r.fx[at..at + 10], &s.fx[at..at + 10], c.x87_close) {
             note(&format!("st{i}"), bytes(&r.fx[at..at + 10]), bytes(&s.fx[at..at + 10]));
         }
@@ -133,7 +137,8 @@ pub fn describe(case: &Case) -> String {
         let i = Decoder::with_ip(if case.long { 64 } else { 32 }, bytes, ip, DecoderOptions::NONE).decode();
         let mut text = String::new();
         formatter.format(&i, &mut text);
-        let hex: Vec<String> = bytes[..i.len()].iter().map(|b| format!("{b:02x}")).collect();
+        let shown = if start == case.starts[case.starts.len() - 1] as usize { 15 } else { i.len() };
+        let hex: Vec<String> = bytes[..shown].iter().map(|b| format!("{b:02x}")).collect();
         let _ = writeln!(out, "  {ip:#x}: {:32} {text}", hex.join(" "));
     }
     let r = &case.regs;

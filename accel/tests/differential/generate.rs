@@ -435,7 +435,7 @@ impl Generator {
             }
             set_up.push(());
             if count > 1
-                && (case.compare != Compare::default() || !matches!(i.flow_control(), FlowControl::Next))
+                && (case.compare.unusual() || !matches!(i.flow_control(), FlowControl::Next))
             {
                 return None;
             }
@@ -503,6 +503,7 @@ impl Generator {
                 if !place(rng, r, i, target) {
                     return false;
                 }
+                address = effective_address(i, r);
             } else {
                 return false;
             }
@@ -520,6 +521,7 @@ impl Generator {
             }
             r.gpr[reg.number()] = rng.next() & 0x7FF | if rng.one_in(2) { 0 } else { !0x7FF };
         }
+        case.compare.cr2_open |= !matches!(i.memory_size().size(), 0..=10 | 16);
         match m {
             Ldmxcsr => {
                 if let (Some(o), false) = (offset, rng.one_in(10)) {
@@ -565,9 +567,42 @@ impl Generator {
                     return false;
                 }
             }
-            Fldenv | Frstor => {}
+            Dpps | Dppd if r.mxcsr() & 0xC00 != 0xC00 => return false,
             Rcpps | Rcpss | Rsqrtps | Rsqrtss => case.compare.xmm_close = true,
-            F2xm1 | Fyl2x | Fyl2xp1 | Fptan | Fpatan | Fsin | Fcos | Fsincos => case.compare.x87_close = true,
+            F2xm1 | Fyl2x | Fyl2xp1 | Fptan | Fpatan | Fsin | Fcos | Fsincos => {
+                let st = |n: usize| (r.word(40 + n * 16) & 0x7FFF, r.word(40 + n * 16) >> 15 != 0);
+                // Outside their ranges F2XM1 and FYL2XP1 are undefined; a processor's pi of 66 bits
+                // makes other sines than ftvm's.
+                let bound = match m {
+                    F2xm1 => 0x3FFF,
+                    Fyl2xp1 => 0x3FFD,
+                    Fptan | Fsin | Fcos | Fsincos => 0x3FFE,
+                    _ => 0x8000,
+                };
+                let special = st(0).0 == 0x7FFF;
+                if matches!(m, F2xm1 | Fyl2xp1) && st(0).0 >= bound && !special {
+                    return false;
+                }
+                case.compare.x87_close = true;
+                case.compare.x87_open = st(0).0 >= bound && !special;
+            }
+            Fld if i.memory_size().size() < 10 && r.word(0) & 2 == 0 && touches_memory(i) => {
+                // With denormals unmasked processors differ in whether the value is pushed.
+                return false;
+            }
+            Sha1msg1 | Sha1msg2 | Sha1nexte | Sha1rnds4 | Sha256msg1 | Sha256msg2 | Sha256rnds2
+                if address.is_some_and(|a| a & 15 != 0) =>
+            {
+                // AMD's processors do not ask for alignment.
+                return false;
+            }
+            Maskmovq | Maskmovdqu => {
+                // Whether a masked-out byte faults is the implementation's choice.
+                if i.has_segment_prefix() || i.op0_register() == Register::EDI && self.long {
+                    return false;
+                }
+                r.gpr[7] = DATA + 64 + rng.below(DATA_SIZE as u64 - 128);
+            }
             Bswap if i.op0_register().is_gpr16() => return false,
             Shld | Shrd if i.op0_kind() != OpKind::Memory && i.op0_register().is_gpr16() => {
                 case.compare.exception_only = shift_count(i, r) > 16;
@@ -599,6 +634,17 @@ fn shift_count(i: &Instruction, r: &Regs) -> u64 {
 
 fn touches_memory(i: &Instruction) -> bool {
     (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory)
+}
+
+fn effective_address(i: &Instruction, r: &Regs) -> Option<u64> {
+    let operand = (0..i.op_count()).find(|n| i.op_kind(*n) == OpKind::Memory)?;
+    i.virtual_address(operand, 0, |reg, _, _| {
+        if reg.is_segment_register() {
+            return Some(0);
+        }
+        let mask = u64::MAX >> (64 - reg.size() * 8);
+        Some(r.gpr[reg.full_register().number()] & mask)
+    })
 }
 
 /// Where a memory operand is to lie: nearly always in the data, sometimes across its edges,

@@ -41,6 +41,10 @@ impl Vector {
         let bytes = &case.code[start..start + 15];
         let mut d = Decoder::with_ip(if case.long { 64 } else { 32 }, bytes, case.regs.rip, 0);
         let i = d.decode();
+        let odd = matches!(i.mnemonic(), iced_x86::Mnemonic::Maskmovq | iced_x86::Mnemonic::Maskmovdqu);
+        if odd && bytes[..4].contains(&0x67) {
+            return false;
+        }
         let offsets = d.get_constant_offsets(&i);
         let Some(insn) = describe(bytes, &i, case.long, offsets.immediate_offset()) else { return false };
         let Some(f) = resolve::<Vector>(&insn) else { return false };
@@ -96,6 +100,7 @@ fn describe(bytes: &[u8], i: &Instruction, long: bool, imm_at: usize) -> Option<
             0x66 => p66 = true,
             0xF2 => rep = Prefix::F2,
             0xF3 => rep = Prefix::F3,
+            0x2E if !long => return None,
             0x67 | 0x26 | 0x2E | 0x36 | 0x3E => {}
             0xF0 => return None,
             b if long && b & 0xF0 == 0x40 => {
