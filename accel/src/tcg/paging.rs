@@ -90,7 +90,7 @@ pub const MMU_USER: usize = 2;
 
 impl SoftCpu {
     /// Choose the TLB by privilege and AC.
-    pub fn update_mmu(&mut self) {
+    pub(crate) fn update_mmu(&mut self) {
         self.mmu = if self.cpl == 3 {
             MMU_USER
         } else if self.st.cr4 & CR4_SMAP != 0 && self.eflags & AC != 0 {
@@ -102,7 +102,7 @@ impl SoftCpu {
     }
 
     /// Drop all translations.
-    pub fn flush_tlb(&mut self) {
+    pub(crate) fn flush_tlb(&mut self) {
         for t in &mut self.tlb {
             t.fill(EMPTY);
         }
@@ -113,7 +113,7 @@ impl SoftCpu {
     }
 
     /// Drop direct write access to one physical page.
-    pub fn drop_writes(&mut self, page: u64) {
+    pub(crate) fn drop_writes(&mut self, page: u64) {
         for t in &mut self.tlb {
             for e in t.iter_mut() {
                 if e.phys == page {
@@ -153,7 +153,7 @@ impl SoftCpu {
     }
 
     /// Translate `lin`, setting accessed and dirty bits, or raise #PF (SDM vol. 3, chapter 4).
-    pub fn walk(&mut self, lin: u64, access: Access, mmu: usize) -> R<Walk> {
+    pub(crate) fn walk(&mut self, lin: u64, access: Access, mmu: usize) -> R<Walk> {
         if self.st.cr0 & CR0_PG == 0 {
             return Ok(Walk { phys: lin & 0xFFFF_FFFF, writable: true });
         }
@@ -278,7 +278,7 @@ impl SoftCpu {
     }
 
     /// Load the four PDPTEs of PAE paging; #GP(0) for reserved bits.
-    pub fn load_pdptes(&mut self, cr3: u64) -> R<()> {
+    pub(crate) fn load_pdptes(&mut self, cr3: u64) -> R<()> {
         let base = cr3 & 0xFFFF_FFE0;
         let mut new = [0; 4];
         for (i, e) in new.iter_mut().enumerate() {
@@ -292,7 +292,7 @@ impl SoftCpu {
     }
 
     /// Fill the data TLB after a successful walk, if the page is plain memory.
-    pub fn fill(&mut self, lin: u64, w: &Walk, mmu: usize) {
+    pub(crate) fn fill(&mut self, lin: u64, w: &Walk, mmu: usize) {
         let page = lin & !0xFFF;
         let phys = w.phys & !0xFFF;
         if self.lapic.covers(phys) || self.alignment_checks() {
@@ -316,7 +316,7 @@ impl SoftCpu {
 
     /// Host page and guest physical page to fetch instructions of linear page `lin` from; the host page is
     /// null where it is not memory.
-    pub fn fetch_page(&mut self, lin: u64) -> R<CodeEntry> {
+    pub(crate) fn fetch_page(&mut self, lin: u64) -> R<CodeEntry> {
         let page = lin & !0xFFF;
         let user = (self.mmu == MMU_USER) as usize;
         let slot = (lin >> 12) as usize & 255;

@@ -434,9 +434,7 @@ impl Generator {
                 return None;
             }
             set_up.push(());
-            if count > 1
-                && (case.compare.unusual() || !matches!(i.flow_control(), FlowControl::Next))
-            {
+            if count > 1 && (case.compare.unusual() || !matches!(i.flow_control(), FlowControl::Next)) {
                 return None;
             }
             let undefined = u64::from(i.rflags_undefined());
