@@ -75,6 +75,7 @@ struct Ports {
     port61: u8,
     latched: Option<u16>,
     want: bool,
+    rearmed: bool,
 }
 impl Ports {
     fn period(&self) -> u64 {
@@ -85,11 +86,6 @@ impl Ports {
         if self.next != 0 && now >= self.next {
             self.master.irr |= 1;
             self.next = if self.mode & 7 == 2 || self.mode & 7 == 3 { self.next + self.period() } else { 0 };
-        }
-        if self.ier & 2 != 0 {
-            self.master.irr |= 16;
-        } else {
-            self.master.irr &= !16;
         }
     }
 }
@@ -174,6 +170,7 @@ impl Bus for Ports {
                     self.reload = self.latch as u32 | (v as u32) << 8;
                     self.since = position;
                     self.next = position + self.period();
+                    self.rearmed = true;
                 }
             }
             0x42 => {
@@ -188,6 +185,10 @@ impl Bus for Ports {
             0x61 => self.port61 = v,
             0x64 if v == 0xFE => self.want = true,
             _ => {}
+        }
+        if matches!(port, 0x3F8 | 0x3F9) {
+            // The transmitter is always ready.
+            self.master.irr = self.master.irr & !16 | (self.ier & 2) << 3;
         }
         self.tick(position);
     }
@@ -215,7 +216,7 @@ impl Bus for Ports {
         4
     }
     fn break_requested(&self) -> bool {
-        self.master.pending().is_some() || self.want
+        self.master.pending().is_some() || self.want || self.rearmed
     }
 }
 
@@ -284,6 +285,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             to = to.min(d.max(position + 1));
         }
         let r = cpu.run(&mem, &mut bus, position, to - position);
+        bus.rearmed = false;
         position += r.retired;
         run += r.retired;
         if r.exit == Exit::Halt && cpu.is_idle(bus.intr()) {
