@@ -97,9 +97,11 @@ const ALIASES: &[(&str, &str)] = &[
     ("tsc_deadline", "tsc-deadline"),
 ];
 
-const BASE32: &str = "fpu vme de pse tsc msr pae mce cx8 apic sep mtrr pge mca cmov pat pse36 clflush mmx fxsr \
+const BASE32: &str =
+    "fpu vme de pse tsc msr pae mce cx8 apic sep mtrr pge mca cmov pat pse36 clflush mmx fxsr \
                       sse sse2 hypervisor";
-const BASE64: &str = "fpu vme de pse tsc msr pae mce cx8 apic sep mtrr pge mca cmov pat pse36 clflush mmx fxsr \
+const BASE64: &str =
+    "fpu vme de pse tsc msr pae mce cx8 apic sep mtrr pge mca cmov pat pse36 clflush mmx fxsr \
                       sse sse2 pni cx16 hypervisor syscall nx lm lahf_lm";
 const NEHALEM: &str = "ssse3 sse4.1 sse4.2 popcnt";
 
@@ -158,7 +160,9 @@ const MODELS: &[Named] = &[
         model: 8,
         stepping: 3,
         level: 3,
-        features: &["fpu vme de pse tsc msr pae mce cx8 apic sep mtrr pge mca cmov pat pse36 mmx fxsr sse hypervisor"],
+        features: &[
+            "fpu vme de pse tsc msr pae mce cx8 apic sep mtrr pge mca cmov pat pse36 mmx fxsr sse hypervisor",
+        ],
     },
     Named {
         name: "pentium",
@@ -315,10 +319,8 @@ impl CpuModel {
         // "base" and "host" make no sense for a deterministic processor: "host" is "max".
         let wanted = if name == "host" { "max" } else { name };
         let wanted = wanted.strip_suffix("-x86_64-cpu").or(wanted.strip_suffix("-v1")).unwrap_or(wanted);
-        let named = MODELS
-            .iter()
-            .find(|m| m.name == wanted)
-            .ok_or_else(|| ModelError::Unknown(name.to_string()))?;
+        let named =
+            MODELS.iter().find(|m| m.name == wanted).ok_or_else(|| ModelError::Unknown(name.to_string()))?;
         let mut m = CpuModel::from_named(named);
         for p in parts.filter(|p| !p.is_empty()) {
             let (key, on) = if let Some(k) = p.strip_prefix('+') {
@@ -337,8 +339,8 @@ impl CpuModel {
                 "check" | "enforce" | "migratable" => {}
                 "hv" | "tcg-cpuid" => m.hypervisor_leaf = on,
                 _ => {
-                    let (w, b) = feature(key)
-                        .ok_or_else(|| ModelError::Feature(m.name.clone(), key.to_string()))?;
+                    let (w, b) =
+                        feature(key).ok_or_else(|| ModelError::Feature(m.name.clone(), key.to_string()))?;
                     if on {
                         m.words[w as usize] |= 1 << b;
                     } else {
@@ -444,9 +446,20 @@ impl CpuModel {
 
     /// CPUID: EAX, EBX, ECX, EDX. `apic_id` and `cpus` fill the topology leaves; `osxsave` and `apic_on` show
     /// CR4.OSXSAVE and the APIC's global enable.
-    pub fn cpuid(&self, leaf: u32, sub: u32, apic_id: u32, cpus: u32, osxsave: bool, apic_on: bool, xcr0: u64) -> [u32; 4] {
+    pub fn cpuid(
+        &self,
+        leaf: u32,
+        sub: u32,
+        apic_id: u32,
+        cpus: u32,
+        osxsave: bool,
+        apic_on: bool,
+        xcr0: u64,
+    ) -> [u32; 4] {
         let w = |x: Word| self.words[x as usize];
-        let v = |i: usize| u32::from_le_bytes([self.vendor[i], self.vendor[i + 1], self.vendor[i + 2], self.vendor[i + 3]]);
+        let v = |i: usize| {
+            u32::from_le_bytes([self.vendor[i], self.vendor[i + 1], self.vendor[i + 2], self.vendor[i + 3]])
+        };
         let amd = &self.vendor == b"AuthenticAMD";
         let top_ext = if self.has_long() || !self.brand.is_empty() { 0x8000_0008 } else { 0x8000_0000 };
         let leaf = if leaf >= 0x8000_0000 {

@@ -349,9 +349,8 @@ impl SoftCpu {
         let v = if size.is_power_of_two() {
             self.bus().mmio_read(position, phys, size)
         } else {
-            (0..size as u64).fold(0, |v, i| {
-                v | (self.bus().mmio_read(position, phys + i, 1) & 0xFF) << (8 * i)
-            })
+            (0..size as u64)
+                .fold(0, |v, i| v | (self.bus().mmio_read(position, phys + i, 1) & 0xFF) << (8 * i))
         };
         self.after_bus();
         v

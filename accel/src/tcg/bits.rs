@@ -377,4 +377,3 @@ pub fn crc32<T: Int>(c: &mut SoftCpu, op: &Op) -> R<()> {
     c.set::<u64>(op.reg, crc as u64);
     Ok(())
 }
-

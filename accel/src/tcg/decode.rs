@@ -282,8 +282,7 @@ impl Decoder<'_> {
             };
         }
         self.o.seg = self.seg.unwrap_or(seg as u8);
-        self.o.kind =
-            if self.long() && self.o.asz == 8 && self.o.seg < FS as u8 { K_FLAT } else { K_SEG };
+        self.o.kind = if self.long() && self.o.asz == 8 && self.o.seg < FS as u8 { K_FLAT } else { K_SEG };
         Ok(())
     }
 
@@ -592,11 +591,8 @@ impl Decoder<'_> {
                     4 => self.u32()? as i64,
                     _ => self.u64()? as i64,
                 };
-                self.o.kind = if self.long() && self.o.asz == 8 && self.o.seg < FS as u8 {
-                    K_FLAT
-                } else {
-                    K_SEG
-                };
+                self.o.kind =
+                    if self.long() && self.o.asz == 8 && self.o.seg < FS as u8 { K_FLAT } else { K_SEG };
                 self.o.reg = 0;
                 if b < 0xA2 {
                     by_size!(self.o.osz, mov::mov_rm)

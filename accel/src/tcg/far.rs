@@ -48,11 +48,8 @@ impl SoftCpu {
                 return self.sel_fault(13, sel);
             }
             let rpl = (sel & 3) as u8;
-            let ok = if d.conforming() {
-                d.dpl() <= self.cpl
-            } else {
-                rpl <= self.cpl && d.dpl() == self.cpl
-            };
+            let ok =
+                if d.conforming() { d.dpl() <= self.cpl } else { rpl <= self.cpl && d.dpl() == self.cpl };
             if !ok {
                 return self.sel_fault(13, sel);
             }
@@ -82,7 +79,12 @@ impl SoftCpu {
                     return self.sel_fault(11, sel);
                 }
                 self.rip = next;
-                self.task_switch(sel, d, if call { super::task::Why::Call } else { super::task::Why::Jump }, None)
+                self.task_switch(
+                    sel,
+                    d,
+                    if call { super::task::Why::Call } else { super::task::Why::Jump },
+                    None,
+                )
             }
             5 if !self.lma() => {
                 if !d.present() {
@@ -199,7 +201,8 @@ impl SoftCpu {
             if !canonical(rsp) {
                 return self.raise(Exception::ss(self.ext));
             }
-            self.segs[SS] = crate::state::Segment { selector: cpl as u16, base: 0, limit: 0, attr: (cpl as u16) << 5 };
+            self.segs[SS] =
+                crate::state::Segment { selector: cpl as u16, base: 0, limit: 0, attr: (cpl as u16) << 5 };
             self.st.gpr[RSP] = rsp;
             return Ok(());
         }

@@ -43,11 +43,7 @@ impl SoftCpu {
             }
             let double = contributory(e.vector) && contributory(second.vector)
                 || e.vector == 14 && (contributory(second.vector) || second.vector == 14);
-            e = if double {
-                Exception::with_error(8, 0)
-            } else {
-                second
-            };
+            e = if double { Exception::with_error(8, 0) } else { second };
         }
     }
 
@@ -133,7 +129,11 @@ impl SoftCpu {
             if vm && d.dpl() != 0 {
                 return self.sel_fault(13, sel);
             }
-            let sp = if vm { sp } else { sp & if self.sp_mask == 0xFFFF && size == 2 { 0xFFFF } else { 0xFFFF_FFFF } };
+            let sp = if vm {
+                sp
+            } else {
+                sp & if self.sp_mask == 0xFFFF && size == 2 { 0xFFFF } else { 0xFFFF_FFFF }
+            };
             let old = self.segs;
             if vm {
                 self.eflags &= !VM;

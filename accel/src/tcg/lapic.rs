@@ -215,8 +215,7 @@ impl Lapic {
     }
     fn arm(&mut self, now: u64) {
         self.started = now;
-        self.deadline =
-            (self.initial != 0).then(|| now.saturating_add(self.initial as u64 * self.divisor()));
+        self.deadline = (self.initial != 0).then(|| now.saturating_add(self.initial as u64 * self.divisor()));
     }
     /// Virtual time is `now`.
     pub fn advance(&mut self, now: u64) {

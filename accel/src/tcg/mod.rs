@@ -21,6 +21,7 @@ mod mov;
 mod msr;
 pub(crate) mod op;
 mod paging;
+mod registers;
 mod save;
 mod segment;
 mod shift;
@@ -31,6 +32,8 @@ mod task;
 mod tests;
 mod undefined;
 mod vec;
+
+pub use registers::Registers;
 
 use crate::bus::Ipi;
 use crate::mem::GuestMemory;
@@ -418,11 +421,7 @@ impl SoftCpu {
     /// The block at CS:RIP.
     #[inline(always)]
     fn find_block(&mut self) -> R<*const Block> {
-        let lin = if self.long {
-            self.rip
-        } else {
-            self.segs[CS].base.wrapping_add(self.rip) & 0xFFFF_FFFF
-        };
+        let lin = if self.long { self.rip } else { self.segs[CS].base.wrapping_add(self.rip) & 0xFFFF_FFFF };
         let j = &self.jumps[(lin ^ lin >> 13) as usize & (JUMPS - 1)];
         if j.lin == lin && j.key == self.jump_key {
             // SAFETY: a block of the current epoch is in the cache.
@@ -456,8 +455,7 @@ impl SoftCpu {
         }
         // SAFETY: the block is in the cache.
         let fits = !block.is_null()
-            && (self.long
-                || self.rip + unsafe { (*block).bytes } as u64 - 1 <= self.segs[CS].limit as u64);
+            && (self.long || self.rip + unsafe { (*block).bytes } as u64 - 1 <= self.segs[CS].limit as u64);
         if !fits {
             return self.lone_block(lin);
         }

@@ -160,9 +160,7 @@ impl SoftCpu {
             0x1D9 => self.msr.debug_ctl = v & 0x3,
             0x200..=0x20F => self.msr.mtrr_var[n as usize - 0x200] = v,
             0x277 => {
-                if v & 0xF8F8_F8F8_F8F8_F8F8 != 0
-                    || v.to_le_bytes().iter().any(|b| matches!(b, 2 | 3))
-                {
+                if v & 0xF8F8_F8F8_F8F8_F8F8 != 0 || v.to_le_bytes().iter().any(|b| matches!(b, 2 | 3)) {
                     return self.gp(0);
                 }
                 self.msr.pat = v;

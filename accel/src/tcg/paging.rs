@@ -211,8 +211,7 @@ impl SoftCpu {
             let long = self.efer & EFER_LMA != 0;
             let addr_mask = self.phys_mask & !0xFFF;
             let rsvd = !self.phys_mask & 0x000F_FFFF_FFFF_F000 | if nxe { 0 } else { 1 << 63 };
-            let (mut table, mut level) =
-                if long { (self.cr3 & addr_mask, 4) } else { (0, 2) };
+            let (mut table, mut level) = if long { (self.cr3 & addr_mask, 4) } else { (0, 2) };
             if !long {
                 // The PDPTEs were loaded with CR3 (SDM vol. 3, section 4.4.1).
                 let pdpte = self.pdpte[(lin >> 30 & 3) as usize];
@@ -263,9 +262,7 @@ impl SoftCpu {
         } else {
             match access {
                 Access::Exec => !nx && !(can_user && cr4 & CR4_SMEP != 0),
-                _ => {
-                    (!can_user || cr4 & CR4_SMAP == 0 || mmu == MMU_SUP_AC) && (!write || write_ok)
-                }
+                _ => (!can_user || cr4 & CR4_SMAP == 0 || mmu == MMU_SUP_AC) && (!write || write_ok),
             }
         };
         if !ok {

@@ -177,4 +177,3 @@ pub fn shld_cl<T: Int>(c: &mut SoftCpu, op: &Op) -> R<()> {
 pub fn shrd_cl<T: Int>(c: &mut SoftCpu, op: &Op) -> R<()> {
     double::<T>(c, op, c.st.gpr[1], false)
 }
-

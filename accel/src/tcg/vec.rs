@@ -108,9 +108,7 @@ impl Core for SoftCpu {
     }
     fn set_flags(&mut self, cf: bool, pf: bool, af: bool, zf: bool, sf: bool, of: bool) {
         let bit = |b: bool, n: u32| (b as u64) << n;
-        self.set_arith_flags(
-            bit(cf, 0) | bit(pf, 2) | bit(af, 4) | bit(zf, 6) | bit(sf, 7) | bit(of, 11),
-        );
+        self.set_arith_flags(bit(cf, 0) | bit(pf, 2) | bit(af, 4) | bit(zf, 6) | bit(sf, 7) | bit(of, 11));
     }
     fn flags_for_fcmov(&mut self) -> (bool, bool, bool) {
         (self.cf(), self.zf(), self.pf())
@@ -118,11 +116,8 @@ impl Core for SoftCpu {
     fn pointers(&mut self) -> ((u16, u64), (u16, u64)) {
         let op = self.op();
         let ip = self.st.gpr[17].wrapping_add(op.off as u64) & self.ip_mask;
-        let data = if op.kind == K_REG {
-            (0, 0)
-        } else {
-            (self.segs[op.seg as usize].selector, self.offset(op))
-        };
+        let data =
+            if op.kind == K_REG { (0, 0) } else { (self.segs[op.seg as usize].selector, self.offset(op)) };
         ((self.segs[CS].selector, ip), data)
     }
     fn cpl(&mut self) -> u8 {
@@ -132,9 +127,8 @@ impl Core for SoftCpu {
         let op = self.op();
         let m = u64::MAX >> (64 - 8 * op.asz as u32);
         let off = self.st.gpr[RDI].wrapping_add(offset) & m;
-        let r = self
-            .seg_lin(op.seg as usize, off, 1, true)
-            .and_then(|lin| self.store::<u8>(lin, byte as u64));
+        let r =
+            self.seg_lin(op.seg as usize, off, 1, true).and_then(|lin| self.store::<u8>(lin, byte as u64));
         r.map_err(|_| self.fault)
     }
 }

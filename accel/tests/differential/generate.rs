@@ -408,14 +408,29 @@ impl Generator {
             }
             // Branches stay near: what a jump hits is INT3 in the code page.
             let len = i.len();
-            if i.near_branch_target() != 0 && i.is_jmp_near() | i.is_jcc_near() | i.is_call_near() {
-                bytes[len - 4..len].copy_from_slice(&((rng.below(1500) as i32) - 700).to_le_bytes());
-                if decode(&bytes, ip, self.long).near_branch_target().wrapping_sub(CODE) >= CODE_SIZE as u64
-                    && !rng.one_in(20)
-                {
+            let branch = !matches!(
+                i.flow_control(),
+                FlowControl::Next | FlowControl::Interrupt | FlowControl::Exception
+            );
+            if branch && self.long && bytes[..len].contains(&0x66) {
+                // With this prefix AMD's processors branch to 16 bits of the address.
+                return None;
+            }
+            if (0..i.op_count()).any(|n| {
+                matches!(i.op_kind(n), OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64)
+            }) {
+                let mut d = Decoder::with_ip(if self.long { 64 } else { 32 }, &bytes, ip, 0);
+                let again = d.decode();
+                let size = d.get_constant_offsets(&again).immediate_size();
+                if size > 1 {
+                    let disp = (rng.below(1500) as i32 - 1500).to_le_bytes();
+                    bytes[len - size..len].copy_from_slice(&disp[..size]);
+                    i = decode(&bytes, ip, self.long);
+                }
+                let to = i.near_branch_target().wrapping_sub(ip);
+                if i.len() != len || to < 15 {
                     return None;
                 }
-                i = decode(&bytes, ip, self.long);
             }
             if i.is_ip_rel_memory_operand() {
                 let target = target_address(rng, &i);
@@ -434,9 +449,7 @@ impl Generator {
                 return None;
             }
             set_up.push(());
-            if count > 1
-                && (case.compare.unusual() || !matches!(i.flow_control(), FlowControl::Next))
-            {
+            if count > 1 && (case.compare.unusual() || !matches!(i.flow_control(), FlowControl::Next)) {
                 return None;
             }
             let undefined = u64::from(i.rflags_undefined());

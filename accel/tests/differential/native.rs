@@ -24,6 +24,9 @@ core::arch::global_asm!(
     "push r14",
     "push r15",
     "mov [rsi], rsp",
+    // NT, which a case may have set, is not among the flags that sigreturn sets.
+    "push 0x202",
+    "popfq",
     "fxrstor64 [rdi]",
     "mov eax, 0x2b",
     "mov ds, eax",
