@@ -218,7 +218,7 @@ impl GuestMemory {
     /// RAM of `size` bytes: up to 3 GiB below the PCI hole, the rest from 4 GiB on (QEMU's `pc`
     /// rule: a machine with less than 3.5 GiB keeps all of it below).
     pub fn new(size: u64) -> Result<Self, MemError> {
-        if size == 0 || size % PAGE_SIZE != 0 {
+        if size == 0 || !size.is_multiple_of(PAGE_SIZE) {
             return Err(MemError::Size(size));
         }
         let low = if size >= 0xE000_0000 { 0xC000_0000 } else { size };
@@ -269,7 +269,7 @@ impl GuestMemory {
 
     /// Put a firmware image so that it ends at 4 GiB; its last 128 KiB also show below 1 MiB.
     pub fn set_firmware(&self, image: Vec<u8>) -> Result<(), MemError> {
-        if image.is_empty() || image.len() % PAGE_SIZE as usize != 0 || image.len() > 16 << 20 {
+        if image.is_empty() || !image.len().is_multiple_of(PAGE_SIZE as usize) || image.len() > 16 << 20 {
             return Err(MemError::Firmware(image.len()));
         }
         *self.rom.borrow_mut() = image;

@@ -581,7 +581,7 @@ fn binary(x: &mut X87, modrm: u8) {
     }
     let status = native(x.fcw, 0xD9, modrm, &mut a, &mut b);
     let nan = va.is_nan_or_unsupported() || vb.is_nan_or_unsupported();
-    if remainder && (nan || status & IE != 0) {
+    if remainder && (nan || blocked(x, status, DE) || status & IE != 0) {
         // Without a quotient, C0 and C3 keep their values.
         raise(x, status);
         x.fsw &= !C2;

@@ -681,11 +681,14 @@ impl Processor for SoftCpu {
 }
 
 impl SoftCpu {
-    pub(crate) fn model(&self) -> &CpuModel {
-        &self.model
-    }
-    pub(crate) fn cpuid_context(&self) -> (u32, u32, bool, bool, u64) {
-        let osxsave = self.st.cr4 & CR4_OSXSAVE != 0;
-        (self.lapic.id, self.cpus, osxsave, self.lapic.enabled(), self.st.xcr0)
+    /// CPUID as this processor answers it now.
+    fn cpuid_leaf(&self, leaf: u32, sub: u32) -> [u32; 4] {
+        let at = crate::model::CpuidContext {
+            apic_id: self.lapic.id,
+            cpus: self.cpus,
+            osxsave: self.st.cr4 & CR4_OSXSAVE != 0,
+            apic_on: self.lapic.enabled(),
+        };
+        self.model.cpuid(leaf, sub, at)
     }
 }

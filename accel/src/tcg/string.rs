@@ -46,7 +46,7 @@ fn advance<T: Int>(c: &mut SoftCpu, op: &Op, r: usize) {
 fn src<T: Int>(c: &mut SoftCpu, op: &Op) -> R<u64> {
     let off = c.get_sz(RSI as u8, op.asz);
     let lin = c.seg_lin(op.seg as usize, off, T::BYTES, false)?;
-    c.load::<T>(lin)
+    c.ld::<T>(lin)
 }
 #[inline(always)]
 fn dst_lin<T: Int>(c: &mut SoftCpu, op: &Op, write: bool) -> R<u64> {
@@ -58,7 +58,7 @@ pub fn movs<T: Int>(c: &mut SoftCpu, op: &Op) -> R<()> {
     repeat(c, op, |c| {
         let v = src::<T>(c, op)?;
         let lin = dst_lin::<T>(c, op, true)?;
-        c.store::<T>(lin, v)?;
+        c.wr::<T>(lin, v)?;
         advance::<T>(c, op, RSI);
         advance::<T>(c, op, RDI);
         Ok(true)
@@ -68,7 +68,7 @@ pub fn stos<T: Int>(c: &mut SoftCpu, op: &Op) -> R<()> {
     repeat(c, op, |c| {
         let lin = dst_lin::<T>(c, op, true)?;
         let v = c.get::<T>(0);
-        c.store::<T>(lin, v)?;
+        c.wr::<T>(lin, v)?;
         advance::<T>(c, op, RDI);
         Ok(true)
     })
@@ -85,7 +85,7 @@ pub fn cmps<T: Int>(c: &mut SoftCpu, op: &Op) -> R<()> {
     repeat(c, op, |c| {
         let a = src::<T>(c, op)?;
         let lin = dst_lin::<T>(c, op, false)?;
-        let b = c.load::<T>(lin)?;
+        let b = c.ld::<T>(lin)?;
         alu::<7, T>(c, a, b);
         advance::<T>(c, op, RSI);
         advance::<T>(c, op, RDI);
@@ -95,7 +95,7 @@ pub fn cmps<T: Int>(c: &mut SoftCpu, op: &Op) -> R<()> {
 pub fn scas<T: Int>(c: &mut SoftCpu, op: &Op) -> R<()> {
     repeat(c, op, |c| {
         let lin = dst_lin::<T>(c, op, false)?;
-        let b = c.load::<T>(lin)?;
+        let b = c.ld::<T>(lin)?;
         let a = c.get::<T>(0);
         alu::<7, T>(c, a, b);
         advance::<T>(c, op, RDI);
@@ -137,7 +137,7 @@ fn step(c: &mut SoftCpu, op: &Op, r: usize) {
 pub fn xlat(c: &mut SoftCpu, op: &Op) -> R<()> {
     let off = c.st.gpr[RBX].wrapping_add(c.get::<u8>(0)) & (u64::MAX >> (64 - 8 * op.asz as u32));
     let lin = c.seg_lin(op.seg as usize, off, 1, false)?;
-    let v = c.load::<u8>(lin)?;
+    let v = c.ld::<u8>(lin)?;
     c.set::<u8>(0, v);
     Ok(())
 }

@@ -532,8 +532,10 @@ impl Generator {
             if reg == i.memory_base().full_register() || reg == i.memory_index().full_register() {
                 return false;
             }
-            r.gpr[reg.number()] = rng.next() & 0x7FF | if rng.one_in(2) { 0 } else { !0x7FF };
+            let far = if self.long { !0x7FF } else { 0xFFFF_F800 };
+            r.gpr[reg.number()] = rng.next() & 0x7FF | if rng.one_in(2) { 0 } else { far };
         }
+        case.compare.call |= m == Call;
         case.compare.cr2_open |= !matches!(i.memory_size().size(), 0..=10 | 16);
         match m {
             Ldmxcsr => {
@@ -611,7 +613,7 @@ impl Generator {
             }
             Maskmovq | Maskmovdqu => {
                 // Whether a masked-out byte faults is the implementation's choice.
-                if i.has_segment_prefix() || i.op0_register() == Register::EDI && self.long {
+                if i.has_segment_prefix() || !matches!(i.op0_register().size(), 4 | 8) || i.op0_register() == Register::EDI && self.long {
                     return false;
                 }
                 r.gpr[7] = DATA + 64 + rng.below(DATA_SIZE as u64 - 128);
@@ -622,6 +624,18 @@ impl Generator {
             }
             Shld | Shrd if matches!(i.memory_size().size(), 2) => {
                 case.compare.exception_only = shift_count(i, r) > 16;
+            }
+            // Prefixes that the manuals do not define for these.
+            Loope | Loopne if i.has_rep_prefix() || i.has_repne_prefix() => return false,
+            Reservednop if i.code() as u32 == Code::Reservednop_rm16_r16_0F0D as u32
+                || i.code() == Code::Reservednop_rm32_r32_0F0D
+                || i.code() == Code::Reservednop_rm64_r64_0F0D => return false,
+            // The upper half of the slot is written or not.
+            Push if !self.long && i.op0_register().is_segment_register() => {
+                let o = r.gpr[4].wrapping_sub(DATA) as usize;
+                if o < DATA_SIZE {
+                    case.open_bytes.push((o.saturating_sub(4), 4));
+                }
             }
             Popf | Popfd | Popfq => {
                 let o = r.gpr[4].wrapping_sub(DATA) as usize;

@@ -151,7 +151,9 @@ impl Native {
         map(CODE, CODE_SIZE, libc::PROT_READ | libc::PROT_EXEC, fd);
         let code = map(0, CODE_SIZE, libc::PROT_READ | libc::PROT_WRITE, fd);
         map(DATA, DATA_SIZE, libc::PROT_READ | libc::PROT_WRITE, -1);
-        map(READ_ONLY, 4096, libc::PROT_READ, -1);
+        let page = map(READ_ONLY, 4096, libc::PROT_READ, -1);
+        // SAFETY: the page was just mapped. Touched, it is present when a case first writes to it.
+        unsafe { page.read_volatile() };
         let stack = map(0, 1 << 17, libc::PROT_READ | libc::PROT_WRITE, -1);
         // SAFETY: the alternate stack is a live mapping; the handler has the SA_SIGINFO signature.
         unsafe {

@@ -10,12 +10,13 @@ use ftvm_accel::{Bus, CpuModel, Exit, GuestMemory, Processor};
 use super::case::{Case, Outcome, CODE, CODE_SIZE, DATA, DATA_SIZE, READ_ONLY};
 use super::soft_state;
 
-const HANDLERS: u64 = 0x20_0000;
-const IDT: u64 = 0x21_0000;
-const GDT: u64 = 0x22_0000;
-const TSS: u64 = 0x23_0000;
-const STACK: u64 = 0x24_0000;
-const TABLES: u64 = 0x30_0000;
+// Addresses that generated operands do not hit by chance.
+const HANDLERS: u64 = 0x175_3000;
+const IDT: u64 = 0x175_5000;
+const GDT: u64 = 0x175_7000;
+const TSS: u64 = 0x175_9000;
+const STACK: u64 = 0x175_B000;
+const TABLES: u64 = 0x180_0000;
 const PRESENT: u64 = 1;
 const WRITE: u64 = 2;
 const USER: u64 = 4;
@@ -153,8 +154,12 @@ impl Soft {
             r.segs[1] = segment(0x23, 0xC0FB);
         }
         self.cpu.set_registers(&r);
-        let result = self.cpu.run(&self.mem, &mut Nothing, self.position, 1 << 20);
+        let mut result = self.cpu.run(&self.mem, &mut Nothing, self.position, 1 << 20);
         self.position += result.retired;
+        while result.exit == Exit::Pause {
+            result = self.cpu.run(&self.mem, &mut Nothing, self.position, 1 << 20);
+            self.position += result.retired;
+        }
         soft_state::store(self.cpu.state(), &mut out.regs);
         let end = self.cpu.registers();
         if result.exit != Exit::Halt {
