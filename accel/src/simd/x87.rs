@@ -570,11 +570,12 @@ fn binary(x: &mut X87, modrm: u8) {
         if let Some(partial) = partial_remainder(va, vb) {
             // DE aside, the reduction is exact.
             let de = if vb.exp == 0 { DE } else { 0 };
-            raise_cc(x, de | C2);
-            if !blocked(x, de, DE) {
-                put(x, 0, partial.image());
-            } else {
+            if blocked(x, de, DE) {
+                raise(x, de);
                 x.fsw &= !C2;
+            } else {
+                raise_cc(x, de | C2);
+                put(x, 0, partial.image());
             }
             return;
         }

@@ -547,10 +547,6 @@ impl Decoder<'_> {
                 if self.modrm >> 3 & 7 != 0 {
                     return Err(Stop::Undefined);
                 }
-                if self.is_reg() {
-                    // What can fault is the stack.
-                    self.o.seg = SS as u8;
-                }
                 mov::pop_m
             }
             0x90 if self.rex & 1 == 0 => {

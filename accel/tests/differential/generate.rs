@@ -224,7 +224,6 @@ fn claimed(feature: CpuidFeature) -> bool {
             | POPCNT
             | LZCNT
             | XSAVE
-            | XSAVEC
             | XSAVEOPT
             | MULTIBYTENOP
             | PAUSE
@@ -379,7 +378,8 @@ impl Generator {
         case.regs.rip = CODE + at as u64;
         let mut compare_next = false;
         let mut left = count;
-        let mut set_up = Vec::new();
+        // General registers that earlier instructions used: their values are spoken for.
+        let mut touched = 0u32;
         while left > 0 {
             if compare_next {
                 // cmp eax, ecx defines all flags again.
@@ -427,8 +427,9 @@ impl Generator {
                     bytes[len - size..len].copy_from_slice(&disp[..size]);
                     i = decode(&bytes, ip, self.long);
                 }
-                let to = i.near_branch_target().wrapping_sub(ip);
-                if i.len() != len || to < 15 {
+                // Not into the case itself, which might not end.
+                let to = i.near_branch_target().wrapping_sub(CODE + 2048);
+                if i.len() != len || to < at as u64 - 2048 + 16 {
                     return None;
                 }
             }
@@ -441,16 +442,51 @@ impl Generator {
                 bytes[at..at + 4].copy_from_slice(&disp.to_le_bytes());
                 i = decode(&bytes, ip, self.long);
             }
-            if count > 1 && (!set_up.is_empty() && touches_memory(&i) && !i.is_ip_rel_memory_operand()) {
-                // Later instructions use the registers that earlier ones were given.
-                set_up.push(());
-            }
-            if !self.settle(rng, &mut case, &i, count == 1 || set_up.is_empty()) {
+            let needs = needs(&i);
+            if needs & touched != 0 {
                 return None;
             }
-            set_up.push(());
-            if count > 1 && (case.compare.unusual() || !matches!(i.flow_control(), FlowControl::Next)) {
+            let first = case.starts.is_empty();
+            if !self.settle(rng, &mut case, &i) {
                 return None;
+            }
+            if count > 1 {
+                let fragile = !case.open_bytes.is_empty()
+                    || case.compare.unusual()
+                    || !matches!(i.flow_control(), FlowControl::Next);
+                let loads_state = matches!(
+                    i.mnemonic(),
+                    Mnemonic::Ldmxcsr
+                        | Mnemonic::Fxrstor
+                        | Mnemonic::Fxrstor64
+                        | Mnemonic::Xrstor
+                        | Mnemonic::Xrstor64
+                        | Mnemonic::Popf
+                        | Mnemonic::Popfd
+                        | Mnemonic::Popfq
+                );
+                // What `settle` knows of operand values holds for the first instruction only.
+                let by_value = matches!(
+                    i.mnemonic(),
+                    Mnemonic::F2xm1
+                        | Mnemonic::Fyl2x
+                        | Mnemonic::Fyl2xp1
+                        | Mnemonic::Fptan
+                        | Mnemonic::Fpatan
+                        | Mnemonic::Fsin
+                        | Mnemonic::Fcos
+                        | Mnemonic::Fsincos
+                        | Mnemonic::Shld
+                        | Mnemonic::Shrd
+                );
+                if fragile && left > 1 || (loads_state || by_value) && !first {
+                    return None;
+                }
+                for used in self.info.info(&i).used_registers() {
+                    if used.register().is_gpr() {
+                        touched |= 1 << used.register().full_register().number();
+                    }
+                }
             }
             let undefined = u64::from(i.rflags_undefined());
             if undefined != 0 {
@@ -480,45 +516,41 @@ impl Generator {
 
     /// Give the registers and data values that make the instruction do something, and note what
     /// of its results the architecture leaves open. False: not a case worth having.
-    fn settle(&mut self, rng: &mut Rng, case: &mut Case, i: &Instruction, may_set: bool) -> bool {
+    fn settle(&mut self, rng: &mut Rng, case: &mut Case, i: &Instruction) -> bool {
         use Mnemonic::*;
         let m = i.mnemonic();
         let r = &mut case.regs;
-        if may_set {
-            let wide = |rng: &mut Rng| DATA + 512 + rng.below(DATA_SIZE as u64 - 1024);
-            if i.is_string_instruction() || matches!(m, Maskmovq | Maskmovdqu) {
-                for n in [6, 7] {
-                    if !rng.one_in(30) {
-                        r.gpr[n] = wide(rng);
-                    }
-                }
-                r.gpr[1] = rng.below(40);
-            }
-            if i.is_stack_instruction() || matches!(m, Enter | Leave) {
+        let wide = |rng: &mut Rng| DATA + 512 + rng.below(DATA_SIZE as u64 - 1024);
+        if i.is_string_instruction() || matches!(m, Maskmovq | Maskmovdqu) {
+            for n in [6, 7] {
                 if !rng.one_in(30) {
-                    r.gpr[4] = wide(rng) & if rng.one_in(4) { !0 } else { !7 };
-                }
-                if !rng.one_in(10) {
-                    r.gpr[5] = wide(rng);
+                    r.gpr[n] = wide(rng);
                 }
             }
-            if m == Xlatb && !rng.one_in(10) {
-                r.gpr[3] = wide(rng);
+            r.gpr[1] = rng.below(40);
+        }
+        if i.is_stack_instruction() || matches!(m, Enter | Leave) {
+            if !rng.one_in(30) {
+                r.gpr[4] = wide(rng) & if rng.one_in(4) { !0 } else { !7 };
             }
+            if !rng.one_in(10) {
+                r.gpr[5] = wide(rng);
+            }
+        }
+        if m == Xlatb && !rng.one_in(10) {
+            r.gpr[3] = wide(rng);
         }
         let mut address = None;
         if touches_memory(i) && !i.is_string_instruction() && !matches!(m, Maskmovq | Maskmovdqu | Xlatb) {
             if i.is_ip_rel_memory_operand() {
                 address = Some(i.memory_displacement64());
-            } else if may_set {
+            } else {
                 let target = target_address(rng, i);
                 address = Some(target);
                 if !place(rng, r, i, target) {
                     return false;
                 }
                 address = effective_address(i, r);
-            } else {
-                return false;
             }
         }
         let offset = address.map(|a| a.wrapping_sub(DATA)).filter(|o| *o < DATA_SIZE as u64 - 640);
@@ -582,7 +614,9 @@ impl Generator {
                     return false;
                 }
             }
-            Dpps | Dppd if r.mxcsr() & 0xC00 != 0xC00 => return false,
+            // The roundings within a dot product have no defined order of exceptions.
+            Dpps | Dppd if r.mxcsr() & 0x1F80 != 0x1F80 => return false,
+            Movsxd if i.op0_register().is_gpr16() => return false,
             Rcpps | Rcpss | Rsqrtps | Rsqrtss => case.compare.xmm_close = true,
             F2xm1 | Fyl2x | Fyl2xp1 | Fptan | Fpatan | Fsin | Fcos | Fsincos => {
                 let st = |n: usize| (r.word(40 + n * 16) & 0x7FFF, r.word(40 + n * 16) >> 15 != 0);
@@ -613,7 +647,10 @@ impl Generator {
             }
             Maskmovq | Maskmovdqu => {
                 // Whether a masked-out byte faults is the implementation's choice.
-                if i.has_segment_prefix() || !matches!(i.op0_register().size(), 4 | 8) || i.op0_register() == Register::EDI && self.long {
+                if i.has_segment_prefix()
+                    || !matches!(i.op0_register().size(), 4 | 8)
+                    || i.op0_register() == Register::EDI && self.long
+                {
                     return false;
                 }
                 r.gpr[7] = DATA + 64 + rng.below(DATA_SIZE as u64 - 128);
@@ -627,9 +664,13 @@ impl Generator {
             }
             // Prefixes that the manuals do not define for these.
             Loope | Loopne if i.has_rep_prefix() || i.has_repne_prefix() => return false,
-            Reservednop if i.code() as u32 == Code::Reservednop_rm16_r16_0F0D as u32
-                || i.code() == Code::Reservednop_rm32_r32_0F0D
-                || i.code() == Code::Reservednop_rm64_r64_0F0D => return false,
+            Reservednop
+                if i.code() as u32 == Code::Reservednop_rm16_r16_0F0D as u32
+                    || i.code() == Code::Reservednop_rm32_r32_0F0D
+                    || i.code() == Code::Reservednop_rm64_r64_0F0D =>
+            {
+                return false
+            }
             // The upper half of the slot is written or not.
             Push if !self.long && i.op0_register().is_segment_register() => {
                 let o = r.gpr[4].wrapping_sub(DATA) as usize;
@@ -646,11 +687,31 @@ impl Generator {
             }
             _ => {}
         }
-        if case.compare.exception_only && !may_set {
-            return false;
-        }
-        let _ = self.info.info(i);
         true
+    }
+}
+
+/// The registers that [`Generator::settle`] may give values.
+fn needs(i: &Instruction) -> u32 {
+    use Mnemonic::*;
+    let mut list = 0;
+    let bit = |r: Register| if r.is_gpr() { 1 << r.full_register().number() } else { 0 };
+    if touches_memory(i) {
+        list |= bit(i.memory_base()) | bit(i.memory_index());
+        if matches!(i.mnemonic(), Bt | Btc | Btr | Bts) && i.op1_kind() == OpKind::Register {
+            list |= bit(i.op1_register());
+        }
+    }
+    if i.is_string_instruction() || matches!(i.mnemonic(), Maskmovq | Maskmovdqu) {
+        list |= 0xC2;
+    }
+    if i.is_stack_instruction() || matches!(i.mnemonic(), Enter | Leave) {
+        list |= 0x30;
+    }
+    match i.mnemonic() {
+        Xlatb => list | 8,
+        Xsave | Xsave64 | Xsaveopt | Xsaveopt64 | Xrstor | Xrstor64 => list | 5,
+        _ => list,
     }
 }
 
