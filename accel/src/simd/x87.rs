@@ -570,18 +570,19 @@ fn binary(x: &mut X87, modrm: u8) {
         if let Some(partial) = partial_remainder(va, vb) {
             // DE aside, the reduction is exact.
             let de = if vb.exp == 0 { DE } else { 0 };
-            raise_cc(x, de | C2);
-            if !blocked(x, de, DE) {
-                put(x, 0, partial.image());
-            } else {
+            if blocked(x, de, DE) {
+                raise(x, de);
                 x.fsw &= !C2;
+            } else {
+                raise_cc(x, de | C2);
+                put(x, 0, partial.image());
             }
             return;
         }
     }
     let status = native(x.fcw, 0xD9, modrm, &mut a, &mut b);
     let nan = va.is_nan_or_unsupported() || vb.is_nan_or_unsupported();
-    if remainder && (nan || status & IE != 0) {
+    if remainder && (nan || blocked(x, status, DE) || status & IE != 0) {
         // Without a quotient, C0 and C3 keep their values.
         raise(x, status);
         x.fsw &= !C2;

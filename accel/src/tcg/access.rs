@@ -418,13 +418,22 @@ impl SoftCpu {
 
     // ---- stack
 
+    /// A stack address that is not canonical is #SS, whatever segment the instruction's operand has.
+    #[cold]
+    fn stack_fault(&mut self, f: Fault) -> Fault {
+        if self.fault.vector == 13 {
+            self.fault.vector = 12;
+        }
+        f
+    }
+
     /// Push `size` bytes.
     #[inline(always)]
     pub(crate) fn push<T: Int>(&mut self, v: u64) -> R<()> {
         let rsp = self.st.gpr[RSP];
         if self.long {
             let n = rsp.wrapping_sub(T::BYTES);
-            self.wr::<T>(n, v)?;
+            self.wr::<T>(n, v).map_err(|f| self.stack_fault(f))?;
             self.st.gpr[RSP] = n;
             return Ok(());
         }
@@ -449,7 +458,7 @@ impl SoftCpu {
     pub(crate) fn peek<T: Int>(&mut self, delta: u64) -> R<u64> {
         let rsp = self.st.gpr[RSP];
         if self.long {
-            return self.ld::<T>(rsp.wrapping_add(delta));
+            return self.ld::<T>(rsp.wrapping_add(delta)).map_err(|f| self.stack_fault(f));
         }
         let off = rsp.wrapping_add(delta) & self.sp_mask;
         let lin = self.seg_lin(SS, off, T::BYTES, false)?;

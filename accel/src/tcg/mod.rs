@@ -21,6 +21,7 @@ mod mov;
 mod msr;
 pub(crate) mod op;
 mod paging;
+mod registers;
 mod save;
 mod segment;
 mod shift;
@@ -31,6 +32,8 @@ mod task;
 mod tests;
 mod undefined;
 mod vec;
+
+pub use registers::Registers;
 
 use crate::bus::Ipi;
 use crate::mem::GuestMemory;

@@ -70,10 +70,10 @@ impl Core for SoftCpu {
         let r = self.vec_lin(offset, len, true).and_then(|lin| {
             if len > 8 {
                 // All or nothing: the only places where it can fail are the pages it touches.
-                self.check_write(lin, 1)?;
+                SoftCpu::check_write(self, lin, 1)?;
                 let last = lin.wrapping_add(len - 1);
                 if last & !0xFFF != lin & !0xFFF {
-                    self.check_write(last, 1)?;
+                    SoftCpu::check_write(self, last & !0xFFF, 1)?;
                 }
             }
             let mut at = 0;
@@ -96,6 +96,10 @@ impl Core for SoftCpu {
             }
             Ok(())
         });
+        r.map_err(|_| self.fault)
+    }
+    fn check_write(&mut self, offset: u64, len: usize) -> Result<(), Exception> {
+        let r = self.vec_lin(offset, len as u64, true).and_then(|lin| SoftCpu::check_write(self, lin, len as u64));
         r.map_err(|_| self.fault)
     }
     fn check_align(&mut self, align: u64) -> Result<(), Exception> {

@@ -61,6 +61,8 @@ pub struct Compare {
     pub xmm_close: bool,
     /// The values of ST(0) and ST(1) are not compared at all.
     pub x87_open: bool,
+    /// It is a call.
+    pub call: bool,
     /// Which byte of a large operand faults is the implementation's choice.
     pub cr2_open: bool,
     /// x87 condition codes are partly undefined: these bits of FSW are not compared.
@@ -89,6 +91,6 @@ impl Outcome {
 impl Compare {
     /// Whether later instructions would compute with values that are not fixed.
     pub fn unusual(&self) -> bool {
-        Compare { cr2_open: false, ..*self } != Compare::default()
+        Compare { cr2_open: false, call: false, ..*self } != Compare::default()
     }
 }
