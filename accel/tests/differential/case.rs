@@ -59,6 +59,12 @@ pub struct Compare {
     pub x87_close: bool,
     /// Single-precision XMM results within 2^-11.
     pub xmm_close: bool,
+    /// The values of ST(0) and ST(1) are not compared at all.
+    pub x87_open: bool,
+    /// It is a call.
+    pub call: bool,
+    /// Which byte of a large operand faults is the implementation's choice.
+    pub cr2_open: bool,
     /// x87 condition codes are partly undefined: these bits of FSW are not compared.
     pub fsw_open: u16,
     /// The instruction's destination is undefined for these operands: compare nothing but the exception.
@@ -79,5 +85,12 @@ pub struct Outcome {
 impl Outcome {
     pub fn new() -> Outcome {
         Outcome { regs: Regs::default(), vector: 0, error: 0, cr2: 0, signal: 0, data: [0; DATA_SIZE] }
+    }
+}
+
+impl Compare {
+    /// Whether later instructions would compute with values that are not fixed.
+    pub fn unusual(&self) -> bool {
+        Compare { cr2_open: false, call: false, ..*self } != Compare::default()
     }
 }

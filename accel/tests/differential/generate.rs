@@ -224,7 +224,6 @@ fn claimed(feature: CpuidFeature) -> bool {
             | POPCNT
             | LZCNT
             | XSAVE
-            | XSAVEC
             | XSAVEOPT
             | MULTIBYTENOP
             | PAUSE
@@ -379,7 +378,8 @@ impl Generator {
         case.regs.rip = CODE + at as u64;
         let mut compare_next = false;
         let mut left = count;
-        let mut set_up = Vec::new();
+        // General registers that earlier instructions used: their values are spoken for.
+        let mut touched = 0u32;
         while left > 0 {
             if compare_next {
                 // cmp eax, ecx defines all flags again.
@@ -408,14 +408,30 @@ impl Generator {
             }
             // Branches stay near: what a jump hits is INT3 in the code page.
             let len = i.len();
-            if i.near_branch_target() != 0 && i.is_jmp_near() | i.is_jcc_near() | i.is_call_near() {
-                bytes[len - 4..len].copy_from_slice(&((rng.below(1500) as i32) - 700).to_le_bytes());
-                if decode(&bytes, ip, self.long).near_branch_target().wrapping_sub(CODE) >= CODE_SIZE as u64
-                    && !rng.one_in(20)
-                {
+            let branch = !matches!(
+                i.flow_control(),
+                FlowControl::Next | FlowControl::Interrupt | FlowControl::Exception
+            );
+            if branch && self.long && bytes[..len].contains(&0x66) {
+                // With this prefix AMD's processors branch to 16 bits of the address.
+                return None;
+            }
+            if (0..i.op_count()).any(|n| {
+                matches!(i.op_kind(n), OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64)
+            }) {
+                let mut d = Decoder::with_ip(if self.long { 64 } else { 32 }, &bytes, ip, 0);
+                let again = d.decode();
+                let size = d.get_constant_offsets(&again).immediate_size();
+                if size > 1 {
+                    let disp = (rng.below(1500) as i32 - 1500).to_le_bytes();
+                    bytes[len - size..len].copy_from_slice(&disp[..size]);
+                    i = decode(&bytes, ip, self.long);
+                }
+                // Not into the case itself, which might not end.
+                let to = i.near_branch_target().wrapping_sub(CODE + 2048);
+                if i.len() != len || to < at as u64 - 2048 + 16 {
                     return None;
                 }
-                i = decode(&bytes, ip, self.long);
             }
             if i.is_ip_rel_memory_operand() {
                 let target = target_address(rng, &i);
@@ -426,18 +442,51 @@ impl Generator {
                 bytes[at..at + 4].copy_from_slice(&disp.to_le_bytes());
                 i = decode(&bytes, ip, self.long);
             }
-            if count > 1 && (!set_up.is_empty() && touches_memory(&i) && !i.is_ip_rel_memory_operand()) {
-                // Later instructions use the registers that earlier ones were given.
-                set_up.push(());
-            }
-            if !self.settle(rng, &mut case, &i, count == 1 || set_up.is_empty()) {
+            let needs = needs(&i);
+            if needs & touched != 0 {
                 return None;
             }
-            set_up.push(());
-            if count > 1
-                && (case.compare != Compare::default() || !matches!(i.flow_control(), FlowControl::Next))
-            {
+            let first = case.starts.is_empty();
+            if !self.settle(rng, &mut case, &i) {
                 return None;
+            }
+            if count > 1 {
+                let fragile = !case.open_bytes.is_empty()
+                    || case.compare.unusual()
+                    || !matches!(i.flow_control(), FlowControl::Next);
+                let loads_state = matches!(
+                    i.mnemonic(),
+                    Mnemonic::Ldmxcsr
+                        | Mnemonic::Fxrstor
+                        | Mnemonic::Fxrstor64
+                        | Mnemonic::Xrstor
+                        | Mnemonic::Xrstor64
+                        | Mnemonic::Popf
+                        | Mnemonic::Popfd
+                        | Mnemonic::Popfq
+                );
+                // What `settle` knows of operand values holds for the first instruction only.
+                let by_value = matches!(
+                    i.mnemonic(),
+                    Mnemonic::F2xm1
+                        | Mnemonic::Fyl2x
+                        | Mnemonic::Fyl2xp1
+                        | Mnemonic::Fptan
+                        | Mnemonic::Fpatan
+                        | Mnemonic::Fsin
+                        | Mnemonic::Fcos
+                        | Mnemonic::Fsincos
+                        | Mnemonic::Shld
+                        | Mnemonic::Shrd
+                );
+                if fragile && left > 1 || (loads_state || by_value) && !first {
+                    return None;
+                }
+                for used in self.info.info(&i).used_registers() {
+                    if used.register().is_gpr() {
+                        touched |= 1 << used.register().full_register().number();
+                    }
+                }
             }
             let undefined = u64::from(i.rflags_undefined());
             if undefined != 0 {
@@ -467,44 +516,41 @@ impl Generator {
 
     /// Give the registers and data values that make the instruction do something, and note what
     /// of its results the architecture leaves open. False: not a case worth having.
-    fn settle(&mut self, rng: &mut Rng, case: &mut Case, i: &Instruction, may_set: bool) -> bool {
+    fn settle(&mut self, rng: &mut Rng, case: &mut Case, i: &Instruction) -> bool {
         use Mnemonic::*;
         let m = i.mnemonic();
         let r = &mut case.regs;
-        if may_set {
-            let wide = |rng: &mut Rng| DATA + 512 + rng.below(DATA_SIZE as u64 - 1024);
-            if i.is_string_instruction() || matches!(m, Maskmovq | Maskmovdqu) {
-                for n in [6, 7] {
-                    if !rng.one_in(30) {
-                        r.gpr[n] = wide(rng);
-                    }
-                }
-                r.gpr[1] = rng.below(40);
-            }
-            if i.is_stack_instruction() || matches!(m, Enter | Leave) {
+        let wide = |rng: &mut Rng| DATA + 512 + rng.below(DATA_SIZE as u64 - 1024);
+        if i.is_string_instruction() || matches!(m, Maskmovq | Maskmovdqu) {
+            for n in [6, 7] {
                 if !rng.one_in(30) {
-                    r.gpr[4] = wide(rng) & if rng.one_in(4) { !0 } else { !7 };
-                }
-                if !rng.one_in(10) {
-                    r.gpr[5] = wide(rng);
+                    r.gpr[n] = wide(rng);
                 }
             }
-            if m == Xlatb && !rng.one_in(10) {
-                r.gpr[3] = wide(rng);
+            r.gpr[1] = rng.below(40);
+        }
+        if i.is_stack_instruction() || matches!(m, Enter | Leave) {
+            if !rng.one_in(30) {
+                r.gpr[4] = wide(rng) & if rng.one_in(4) { !0 } else { !7 };
             }
+            if !rng.one_in(10) {
+                r.gpr[5] = wide(rng);
+            }
+        }
+        if m == Xlatb && !rng.one_in(10) {
+            r.gpr[3] = wide(rng);
         }
         let mut address = None;
         if touches_memory(i) && !i.is_string_instruction() && !matches!(m, Maskmovq | Maskmovdqu | Xlatb) {
             if i.is_ip_rel_memory_operand() {
                 address = Some(i.memory_displacement64());
-            } else if may_set {
+            } else {
                 let target = target_address(rng, i);
                 address = Some(target);
                 if !place(rng, r, i, target) {
                     return false;
                 }
-            } else {
-                return false;
+                address = effective_address(i, r);
             }
         }
         let offset = address.map(|a| a.wrapping_sub(DATA)).filter(|o| *o < DATA_SIZE as u64 - 640);
@@ -518,8 +564,11 @@ impl Generator {
             if reg == i.memory_base().full_register() || reg == i.memory_index().full_register() {
                 return false;
             }
-            r.gpr[reg.number()] = rng.next() & 0x7FF | if rng.one_in(2) { 0 } else { !0x7FF };
+            let far = if self.long { !0x7FF } else { 0xFFFF_F800 };
+            r.gpr[reg.number()] = rng.next() & 0x7FF | if rng.one_in(2) { 0 } else { far };
         }
+        case.compare.call |= m == Call;
+        case.compare.cr2_open |= !matches!(i.memory_size().size(), 0..=10 | 16);
         match m {
             Ldmxcsr => {
                 if let (Some(o), false) = (offset, rng.one_in(10)) {
@@ -565,15 +614,69 @@ impl Generator {
                     return false;
                 }
             }
-            Fldenv | Frstor => {}
+            // The roundings within a dot product have no defined order of exceptions.
+            Dpps | Dppd if r.mxcsr() & 0x1F80 != 0x1F80 => return false,
+            Movsxd if i.op0_register().is_gpr16() => return false,
             Rcpps | Rcpss | Rsqrtps | Rsqrtss => case.compare.xmm_close = true,
-            F2xm1 | Fyl2x | Fyl2xp1 | Fptan | Fpatan | Fsin | Fcos | Fsincos => case.compare.x87_close = true,
+            F2xm1 | Fyl2x | Fyl2xp1 | Fptan | Fpatan | Fsin | Fcos | Fsincos => {
+                let st = |n: usize| (r.word(40 + n * 16) & 0x7FFF, r.word(40 + n * 16) >> 15 != 0);
+                // Outside their ranges F2XM1 and FYL2XP1 are undefined; a processor's pi of 66 bits
+                // makes other sines than ftvm's.
+                let bound = match m {
+                    F2xm1 => 0x3FFF,
+                    Fyl2xp1 => 0x3FFD,
+                    Fptan | Fsin | Fcos | Fsincos => 0x3FFE,
+                    _ => 0x8000,
+                };
+                let special = st(0).0 == 0x7FFF;
+                if matches!(m, F2xm1 | Fyl2xp1) && st(0).0 >= bound && !special {
+                    return false;
+                }
+                case.compare.x87_close = true;
+                case.compare.x87_open = st(0).0 >= bound && !special;
+            }
+            Fld if i.memory_size().size() < 10 && r.word(0) & 2 == 0 && touches_memory(i) => {
+                // With denormals unmasked processors differ in whether the value is pushed.
+                return false;
+            }
+            Sha1msg1 | Sha1msg2 | Sha1nexte | Sha1rnds4 | Sha256msg1 | Sha256msg2 | Sha256rnds2
+                if address.is_some_and(|a| a & 15 != 0) =>
+            {
+                // AMD's processors do not ask for alignment.
+                return false;
+            }
+            Maskmovq | Maskmovdqu => {
+                // Whether a masked-out byte faults is the implementation's choice.
+                if i.has_segment_prefix()
+                    || !matches!(i.op0_register().size(), 4 | 8)
+                    || i.op0_register() == Register::EDI && self.long
+                {
+                    return false;
+                }
+                r.gpr[7] = DATA + 64 + rng.below(DATA_SIZE as u64 - 128);
+            }
             Bswap if i.op0_register().is_gpr16() => return false,
             Shld | Shrd if i.op0_kind() != OpKind::Memory && i.op0_register().is_gpr16() => {
                 case.compare.exception_only = shift_count(i, r) > 16;
             }
             Shld | Shrd if matches!(i.memory_size().size(), 2) => {
                 case.compare.exception_only = shift_count(i, r) > 16;
+            }
+            // Prefixes that the manuals do not define for these.
+            Loope | Loopne if i.has_rep_prefix() || i.has_repne_prefix() => return false,
+            Reservednop
+                if i.code() as u32 == Code::Reservednop_rm16_r16_0F0D as u32
+                    || i.code() == Code::Reservednop_rm32_r32_0F0D
+                    || i.code() == Code::Reservednop_rm64_r64_0F0D =>
+            {
+                return false
+            }
+            // The upper half of the slot is written or not.
+            Push if !self.long && i.op0_register().is_segment_register() => {
+                let o = r.gpr[4].wrapping_sub(DATA) as usize;
+                if o < DATA_SIZE {
+                    case.open_bytes.push((o.saturating_sub(4), 4));
+                }
             }
             Popf | Popfd | Popfq => {
                 let o = r.gpr[4].wrapping_sub(DATA) as usize;
@@ -584,11 +687,31 @@ impl Generator {
             }
             _ => {}
         }
-        if case.compare.exception_only && !may_set {
-            return false;
-        }
-        let _ = self.info.info(i);
         true
+    }
+}
+
+/// The registers that [`Generator::settle`] may give values.
+fn needs(i: &Instruction) -> u32 {
+    use Mnemonic::*;
+    let mut list = 0;
+    let bit = |r: Register| if r.is_gpr() { 1 << r.full_register().number() } else { 0 };
+    if touches_memory(i) {
+        list |= bit(i.memory_base()) | bit(i.memory_index());
+        if matches!(i.mnemonic(), Bt | Btc | Btr | Bts) && i.op1_kind() == OpKind::Register {
+            list |= bit(i.op1_register());
+        }
+    }
+    if i.is_string_instruction() || matches!(i.mnemonic(), Maskmovq | Maskmovdqu) {
+        list |= 0xC2;
+    }
+    if i.is_stack_instruction() || matches!(i.mnemonic(), Enter | Leave) {
+        list |= 0x30;
+    }
+    match i.mnemonic() {
+        Xlatb => list | 8,
+        Xsave | Xsave64 | Xsaveopt | Xsaveopt64 | Xrstor | Xrstor64 => list | 5,
+        _ => list,
     }
 }
 
@@ -599,6 +722,17 @@ fn shift_count(i: &Instruction, r: &Regs) -> u64 {
 
 fn touches_memory(i: &Instruction) -> bool {
     (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory)
+}
+
+fn effective_address(i: &Instruction, r: &Regs) -> Option<u64> {
+    let operand = (0..i.op_count()).find(|n| i.op_kind(*n) == OpKind::Memory)?;
+    i.virtual_address(operand, 0, |reg, _, _| {
+        if reg.is_segment_register() {
+            return Some(0);
+        }
+        let mask = u64::MAX >> (64 - reg.size() * 8);
+        Some(r.gpr[reg.full_register().number()] & mask)
+    })
 }
 
 /// Where a memory operand is to lie: nearly always in the data, sometimes across its edges,

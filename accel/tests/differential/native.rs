@@ -24,6 +24,9 @@ core::arch::global_asm!(
     "push r14",
     "push r15",
     "mov [rsi], rsp",
+    // NT, which a case may have set, is not among the flags that sigreturn sets.
+    "push 0x202",
+    "popfq",
     "fxrstor64 [rdi]",
     "mov eax, 0x2b",
     "mov ds, eax",
@@ -148,7 +151,9 @@ impl Native {
         map(CODE, CODE_SIZE, libc::PROT_READ | libc::PROT_EXEC, fd);
         let code = map(0, CODE_SIZE, libc::PROT_READ | libc::PROT_WRITE, fd);
         map(DATA, DATA_SIZE, libc::PROT_READ | libc::PROT_WRITE, -1);
-        map(READ_ONLY, 4096, libc::PROT_READ, -1);
+        let page = map(READ_ONLY, 4096, libc::PROT_READ, -1);
+        // SAFETY: the page was just mapped. Touched, it is present when a case first writes to it.
+        unsafe { page.read_volatile() };
         let stack = map(0, 1 << 17, libc::PROT_READ | libc::PROT_WRITE, -1);
         // SAFETY: the alternate stack is a live mapping; the handler has the SA_SIGINFO signature.
         unsafe {
