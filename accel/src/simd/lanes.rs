@@ -136,8 +136,17 @@ impl Lanes {
 
     /// Change the operands of lanes that overflowed or underflowed (as `unmasked` says) so that the
     /// same operation is inexact exactly if it is with an unbounded exponent.
-    pub fn unbounded(self, dst: &mut [u8; 16], src: &mut [u8; 16], result: &[u8; 16], unmasked: u32) {
+    pub fn unbounded(
+        self,
+        dst: &mut [u8; 16],
+        src: &mut [u8; 16],
+        result: &[u8; 16],
+        unmasked: u32,
+        daz: bool,
+    ) {
         let f = self.format();
+        // Zero, or a denormal that counts as zero.
+        let zero = |f: Format, v: u64| f.zero(v) || daz && f.tiny(v);
         for i in 0..self.count {
             let r = f.get(result, i);
             let tiny = unmasked & UE != 0 && (f.tiny(r) || f.exponent_of(r) <= 1);
@@ -145,14 +154,14 @@ impl Lanes {
             match self.kind {
                 Kind::Product if tiny || huge => {
                     let (a, b) = (f.get(dst, i), f.get(src, i));
-                    if f.finite(a) && f.finite(b) && !f.zero(a) && !f.zero(b) {
+                    if f.finite(a) && f.finite(b) && !zero(f, a) && !zero(f, b) {
                         f.set(dst, i, f.significand(a));
                         f.set(src, i, f.significand(b));
                     }
                 }
                 Kind::Narrow if tiny || huge => {
                     let a = DOUBLE.get(src, i);
-                    if DOUBLE.finite(a) && !DOUBLE.zero(a) {
+                    if DOUBLE.finite(a) && !zero(DOUBLE, a) {
                         DOUBLE.set(src, i, DOUBLE.significand(a));
                     }
                 }

@@ -159,7 +159,7 @@ fn run_fp<C: Core>(
         if flags & !masks & (OE | UE) != 0 && flags & PE != 0 {
             // Precision then tells whether the result with an unbounded exponent is inexact.
             let (mut a, mut b) = before;
-            lanes.unbounded(&mut a, &mut b, dst, flags & !masks);
+            lanes.unbounded(&mut a, &mut b, dst, flags & !masks, guest & 0x40 != 0);
             context = [run, 0];
             // SAFETY: as above.
             unsafe { routine(a.as_mut_ptr(), b.as_mut_ptr(), context.as_mut_ptr().cast()) };

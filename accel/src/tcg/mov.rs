@@ -285,8 +285,7 @@ pub fn enter(c: &mut SoftCpu, op: &Op) -> R<()> {
     })();
     match done {
         Ok(frame) => {
-            let bp_size = if m == 0xFFFF { 2 } else { op.osz };
-            c.set_sz(RBP as u8, bp_size.max(op.osz), frame & m | rbp & !m);
+            c.set_sz(RBP as u8, op.osz, frame);
             Ok(())
         }
         Err(f) => {

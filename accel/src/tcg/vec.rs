@@ -105,12 +105,13 @@ impl Core for SoftCpu {
         r.map_err(|_| self.fault)
     }
     fn check_align(&mut self, align: u64) -> Result<(), Exception> {
-        let r = self.vec_lin(0, 1, false);
-        match r {
-            Ok(lin) if lin & (align - 1) == 0 => Ok(()),
-            Ok(_) => Err(Exception::gp(0)),
-            Err(_) => Err(self.fault),
+        // Alignment comes before the segment's limit.
+        let op = self.op();
+        let base = if self.long && op.seg < FS as u8 { 0 } else { self.segs[op.seg as usize].base };
+        if base.wrapping_add(self.offset(op)) & (align - 1) != 0 {
+            return Err(Exception::gp(0));
         }
+        Ok(())
     }
     fn set_flags(&mut self, cf: bool, pf: bool, af: bool, zf: bool, sf: bool, of: bool) {
         let bit = |b: bool, n: u32| (b as u64) << n;

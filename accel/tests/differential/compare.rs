@@ -52,8 +52,7 @@ pub fn difference(case: &Case, real: &Outcome, soft: &Outcome) -> Option<String>
     };
     let hex = |v: u64| format!("{v:#x}");
     let bytes = |v: &[u8]| v.iter().rev().map(|b| format!("{b:02x}")).collect::<String>();
-    // A call checks its target before or after it pushes.
-    if case.compare.call && matches!((real.vector, soft.vector), (12 | 14, 13)) {
+    if case.compare.order_open && matches!((real.vector, soft.vector), (12..=14, 12..=14)) {
         return None;
     }
     if real.vector != soft.vector {
@@ -83,6 +82,11 @@ pub fn difference(case: &Case, real: &Outcome, soft: &Outcome) -> Option<String>
     for i in 0..16 {
         if r.gpr[i] != s.gpr[i] {
             note(NAMES[i], hex(r.gpr[i]), hex(s.gpr[i]));
+        }
+    }
+    for (i, name) in ["es", "cs", "ss", "ds"].iter().enumerate() {
+        if r.selectors[i] != s.selectors[i] {
+            note(name, hex(r.selectors[i].into()), hex(s.selectors[i].into()));
         }
     }
     let c = &case.compare;
@@ -133,13 +137,13 @@ pub fn difference(case: &Case, real: &Outcome, soft: &Outcome) -> Option<String>
 
 /// The instructions and the initial state.
 pub fn describe(case: &Case) -> String {
-    let mut out = String::new();
+    let mut out = format!("  {:?}\n", case.mode);
     let mut formatter = IntelFormatter::new();
     for start in &case.starts {
         let start = *start as usize;
         let bytes = &case.code[start..(start + 15).min(CODE_SIZE)];
-        let ip = CODE + start as u64;
-        let i = Decoder::with_ip(if case.long { 64 } else { 32 }, bytes, ip, DecoderOptions::NONE).decode();
+        let ip = CODE - case.mode.code_base() + start as u64;
+        let i = Decoder::with_ip(case.mode.bits(), bytes, ip, DecoderOptions::NONE).decode();
         let mut text = String::new();
         formatter.format(&i, &mut text);
         let shown = if start == case.starts[case.starts.len() - 1] as usize { 15 } else { i.len() };

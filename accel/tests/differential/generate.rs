@@ -1,11 +1,11 @@
 //! Generates cases: every opcode in every prefix and ModRM form, on operand values that matter.
 
 use iced_x86::{
-    Code, CpuidFeature, Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, Mnemonic,
-    OpKind, Register, RflagsBits,
+    Code, ConstantOffsets, CpuidFeature, Decoder, DecoderOptions, FlowControl, Instruction,
+    InstructionInfoFactory, Mnemonic, OpKind, Register, RflagsBits,
 };
 
-use super::case::{Case, Compare, Regs, CODE, CODE_SIZE, DATA, DATA_SIZE, READ_ONLY};
+use super::case::{Case, Compare, Mode, Regs, CODE, CODE_SIZE, DATA, DATA_SIZE, ENTRY, READ_ONLY};
 
 /// splitmix64: the whole test is a function of its seed.
 pub struct Rng(pub u64);
@@ -180,7 +180,7 @@ fn is_prefix(map: u8, opcode: u8, long: bool) -> bool {
         0 => {
             matches!(
                 opcode,
-                0x0F | 0x26 | 0x2E | 0x36 | 0x3E | 0x62 | 0x64..=0x67 | 0xC4 | 0xC5 | 0xF0 | 0xF2 | 0xF3
+                0x0F | 0x26 | 0x2E | 0x36 | 0x3E | 0x64..=0x67 | 0xC4 | 0xC5 | 0xF0 | 0xF2 | 0xF3
             ) || long && (0x40..0x50).contains(&opcode)
         }
         1 => matches!(opcode, 0x0F | 0x38 | 0x3A),
@@ -287,27 +287,39 @@ fn excluded(i: &Instruction) -> bool {
         || i.cpuid_features().contains(&CpuidFeature::D3NOW) && i.mnemonic() != Prefetch
 }
 
+/// Offset of the first instruction: one that generated integers do not hit.
+const START: usize = 0x863;
+
 /// Makes cases for one mode.
 pub struct Generator {
-    pub long: bool,
+    mode: Mode,
     pub forms: Vec<Form>,
     info: InstructionInfoFactory,
     next: usize,
 }
 
-fn decode(bytes: &[u8], ip: u64, long: bool) -> Instruction {
-    Decoder::with_ip(if long { 64 } else { 32 }, bytes, ip, DecoderOptions::NONE).decode()
+fn decode(bytes: &[u8], ip: u64, mode: Mode) -> Instruction {
+    Decoder::with_ip(mode.bits(), bytes, ip, DecoderOptions::NONE).decode()
+}
+
+/// Where immediate and displacement lie in the instruction.
+fn layout(bytes: &[u8], mode: Mode) -> ConstantOffsets {
+    let mut d = Decoder::with_ip(mode.bits(), bytes, 0, DecoderOptions::NONE);
+    let i = d.decode();
+    d.get_constant_offsets(&i)
 }
 
 impl Generator {
     /// `filter` chooses among the instructions that are claimed at all.
-    pub fn new(long: bool, filter: impl Fn(&Instruction) -> bool) -> Generator {
+    pub fn new(mode: Mode, filter: impl Fn(&Instruction) -> bool) -> Generator {
+        let long = mode == Mode::Long;
         let mut forms = Vec::new();
         let mut rng = Rng(1);
         for vex in 0..5u8 {
             for map in 0..4u8 {
                 for opcode in 0..=255u8 {
-                    if vex != 0 && map < 2 || is_prefix(map, opcode, long) {
+                    // ftvm has no VEX in 16-bit code, which hardly any program uses.
+                    if vex != 0 && (map < 2 || mode == Mode::Segmented16) || is_prefix(map, opcode, long) {
                         continue;
                     }
                     for prefix in if vex == 0 { &[0, 0x66, 0xF3, 0xF2][..] } else { &[0][..] } {
@@ -330,7 +342,7 @@ impl Generator {
                                     .map(|reg| {
                                         let mut bytes = assemble(&form(reg), &mut rng, long, true);
                                         bytes.resize(32, 0);
-                                        decode(&bytes, CODE, long)
+                                        decode(&bytes, 0, mode)
                                     })
                                     .collect();
                                 let good = |i: &Instruction| !i.is_invalid() && !excluded(i) && filter(i);
@@ -350,7 +362,7 @@ impl Generator {
                 }
             }
         }
-        Generator { long, forms, info: InstructionInfoFactory::new(), next: 0 }
+        Generator { mode, forms, info: InstructionInfoFactory::new(), next: 0 }
     }
 
     /// A case of `count` instructions. Single instructions walk through all forms in turn.
@@ -364,9 +376,9 @@ impl Generator {
 
     fn try_case(&mut self, rng: &mut Rng, count: usize) -> Option<Case> {
         let mut case = Case {
-            long: self.long,
+            mode: self.mode,
             code: [0xCC; CODE_SIZE],
-            regs: registers(rng, self.long),
+            regs: registers(rng, self.mode),
             data: [0; DATA_SIZE],
             starts: Vec::new(),
             undefined: 0,
@@ -374,8 +386,8 @@ impl Generator {
             open_bytes: Vec::new(),
         };
         fill_data(rng, &mut case.data);
-        let mut at = 2048usize;
-        case.regs.rip = CODE + at as u64;
+        let mut at = START;
+        case.regs.rip = CODE - self.mode.code_base() + at as u64;
         let mut compare_next = false;
         let mut left = count;
         // General registers that earlier instructions used: their values are spoken for.
@@ -395,11 +407,11 @@ impl Generator {
             } else {
                 self.forms[rng.below(self.forms.len() as u64) as usize]
             };
-            let mut bytes = assemble(&form, rng, self.long, false);
+            let mut bytes = assemble(&form, rng, self.mode == Mode::Long, false);
             bytes.resize(32, 0);
             bytes[15..].fill_with(|| rng.next() as u8);
-            let ip = CODE + at as u64;
-            let mut i = decode(&bytes, ip, self.long);
+            let ip = CODE - self.mode.code_base() + at as u64;
+            let mut i = decode(&bytes, ip, self.mode);
             if i.is_invalid() || excluded(&i) || i.has_lock_prefix() && i.is_invalid() {
                 return None;
             }
@@ -412,35 +424,43 @@ impl Generator {
                 i.flow_control(),
                 FlowControl::Next | FlowControl::Interrupt | FlowControl::Exception
             );
-            if branch && self.long && bytes[..len].contains(&0x66) {
+            if branch && (self.mode == Mode::Long) && bytes[..len].contains(&0x66) {
                 // With this prefix AMD's processors branch to 16 bits of the address.
                 return None;
             }
             if (0..i.op_count()).any(|n| {
                 matches!(i.op_kind(n), OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64)
             }) {
-                let mut d = Decoder::with_ip(if self.long { 64 } else { 32 }, &bytes, ip, 0);
-                let again = d.decode();
-                let size = d.get_constant_offsets(&again).immediate_size();
+                let size = layout(&bytes, self.mode).immediate_size();
                 if size > 1 {
                     let disp = (rng.below(1500) as i32 - 1500).to_le_bytes();
                     bytes[len - size..len].copy_from_slice(&disp[..size]);
-                    i = decode(&bytes, ip, self.long);
+                    i = decode(&bytes, ip, self.mode);
                 }
                 // Not into the case itself, which might not end.
-                let to = i.near_branch_target().wrapping_sub(CODE + 2048);
-                if i.len() != len || to < at as u64 - 2048 + 16 {
+                let to = i
+                    .near_branch_target()
+                    .wrapping_add(self.mode.code_base())
+                    .wrapping_sub(CODE + START as u64);
+                if i.len() != len || to < (at - START) as u64 + 16 {
                     return None;
                 }
             }
             if i.is_ip_rel_memory_operand() {
                 let target = target_address(rng, &i);
                 let disp = target.wrapping_sub(ip + len as u64) as u32;
-                let mut d = Decoder::with_ip(64, &bytes, ip, 0);
-                let again = d.decode();
-                let at = d.get_constant_offsets(&again).displacement_offset();
+                let at = layout(&bytes, self.mode).displacement_offset();
                 bytes[at..at + 4].copy_from_slice(&disp.to_le_bytes());
-                i = decode(&bytes, ip, self.long);
+                i = decode(&bytes, ip, self.mode);
+            }
+            let absolute =
+                touches_memory(&i) && i.memory_base() == Register::None && i.memory_index() == Register::None;
+            if absolute && !rng.one_in(20) {
+                let offsets = layout(&bytes, self.mode);
+                let (at, size) = (offsets.displacement_offset(), offsets.displacement_size());
+                let target = target_address(rng, &i).wrapping_sub(segment_base(&i, self.mode));
+                bytes[at..at + size].copy_from_slice(&target.to_le_bytes()[..size]);
+                i = decode(&bytes, ip, self.mode);
             }
             let needs = needs(&i);
             if needs & touched != 0 {
@@ -454,6 +474,12 @@ impl Generator {
                 let fragile = !case.open_bytes.is_empty()
                     || case.compare.unusual()
                     || !matches!(i.flow_control(), FlowControl::Next);
+                if matches!(
+                    i.flow_control(),
+                    FlowControl::IndirectBranch | FlowControl::IndirectCall | FlowControl::Return
+                ) {
+                    return None;
+                }
                 let loads_state = matches!(
                     i.mnemonic(),
                     Mnemonic::Ldmxcsr
@@ -506,6 +532,10 @@ impl Generator {
                 case.undefined |= bits;
                 compare_next = true;
             }
+            if self.mode == Mode::Segmented16 {
+                let sp = &mut case.regs.gpr[4];
+                *sp = ENTRY & !0xFFFF | *sp & 0xFFFF;
+            }
             case.code[at..at + len].copy_from_slice(&bytes[..len]);
             case.starts.push(at as u16);
             at += len;
@@ -520,7 +550,8 @@ impl Generator {
         use Mnemonic::*;
         let m = i.mnemonic();
         let r = &mut case.regs;
-        let wide = |rng: &mut Rng| DATA + 512 + rng.below(DATA_SIZE as u64 - 1024);
+        let base = self.mode.data_base();
+        let wide = |rng: &mut Rng| DATA - base + 512 + rng.below(DATA_SIZE as u64 - 1024);
         if i.is_string_instruction() || matches!(m, Maskmovq | Maskmovdqu) {
             for n in [6, 7] {
                 if !rng.one_in(30) {
@@ -540,20 +571,29 @@ impl Generator {
         if m == Xlatb && !rng.one_in(10) {
             r.gpr[3] = wide(rng);
         }
-        let mut address = None;
+        let mut address: Option<u64> = None;
         if touches_memory(i) && !i.is_string_instruction() && !matches!(m, Maskmovq | Maskmovdqu | Xlatb) {
             if i.is_ip_rel_memory_operand() {
                 address = Some(i.memory_displacement64());
             } else {
-                let target = target_address(rng, i);
-                address = Some(target);
+                let segment = segment_base(i, self.mode);
+                let target = target_address(rng, i).wrapping_sub(segment);
                 if !place(rng, r, i, target) {
                     return false;
                 }
-                address = effective_address(i, r);
+                if self.mode == Mode::Segmented16 {
+                    if i.memory_base() == Register::ESP {
+                        return false;
+                    }
+                    r.gpr[4] = ENTRY & !0xFFFF | r.gpr[4] & 0xFFFF;
+                }
+                address = effective_address(i, r).map(|a| a.wrapping_add(segment));
             }
         }
         let offset = address.map(|a| a.wrapping_sub(DATA)).filter(|o| *o < DATA_SIZE as u64 - 640);
+        if !(self.mode == Mode::Long) {
+            r.gpr.iter_mut().for_each(|v| *v &= 0xFFFF_FFFF);
+        }
         // Bit strings reach far from the operand's address.
         if matches!(m, Bt | Btc | Btr | Bts)
             && address.is_some()
@@ -564,10 +604,12 @@ impl Generator {
             if reg == i.memory_base().full_register() || reg == i.memory_index().full_register() {
                 return false;
             }
-            let far = if self.long { !0x7FF } else { 0xFFFF_F800 };
+            let far = if (self.mode == Mode::Long) { !0x7FF } else { 0xFFFF_F800 };
             r.gpr[reg.number()] = rng.next() & 0x7FF | if rng.one_in(2) { 0 } else { far };
         }
-        case.compare.call |= m == Call;
+        let stack_mask = if self.mode == Mode::Segmented16 { 0xFFFF } else { u64::MAX };
+        // A call checks its target before or after it pushes; ENTER checks the new top early or late.
+        case.compare.order_open |= matches!(m, Call | Enter);
         case.compare.cr2_open |= !matches!(i.memory_size().size(), 0..=10 | 16);
         match m {
             Ldmxcsr => {
@@ -647,13 +689,15 @@ impl Generator {
             }
             Maskmovq | Maskmovdqu => {
                 // Whether a masked-out byte faults is the implementation's choice.
-                if i.has_segment_prefix()
-                    || !matches!(i.op0_register().size(), 4 | 8)
-                    || i.op0_register() == Register::EDI && self.long
-                {
+                let narrow = match self.mode {
+                    Mode::Long => i.op0_kind() != OpKind::MemorySegRDI,
+                    Mode::Segmented16 => i.op0_kind() != OpKind::MemorySegDI,
+                    _ => i.op0_kind() != OpKind::MemorySegEDI,
+                };
+                if i.has_segment_prefix() || narrow {
                     return false;
                 }
-                r.gpr[7] = DATA + 64 + rng.below(DATA_SIZE as u64 - 128);
+                r.gpr[7] = DATA - base + 64 + rng.below(DATA_SIZE as u64 - 128);
             }
             Bswap if i.op0_register().is_gpr16() => return false,
             Shld | Shrd if i.op0_kind() != OpKind::Memory && i.op0_register().is_gpr16() => {
@@ -672,14 +716,14 @@ impl Generator {
                 return false
             }
             // The upper half of the slot is written or not.
-            Push if !self.long && i.op0_register().is_segment_register() => {
-                let o = r.gpr[4].wrapping_sub(DATA) as usize;
+            Push if !(self.mode == Mode::Long) && i.op0_register().is_segment_register() => {
+                let o = (r.gpr[4] & stack_mask).wrapping_sub(DATA - base) as usize;
                 if o < DATA_SIZE {
                     case.open_bytes.push((o.saturating_sub(4), 4));
                 }
             }
             Popf | Popfd | Popfq => {
-                let o = r.gpr[4].wrapping_sub(DATA) as usize;
+                let o = (r.gpr[4] & stack_mask).wrapping_sub(DATA - base) as usize;
                 if o < DATA_SIZE - 8 {
                     case.data[o + 1] &= !0x41;
                     case.data[o + 2] &= !0x04;
@@ -756,11 +800,6 @@ fn target_address(rng: &mut Rng, i: &Instruction) -> u64 {
 fn place(rng: &mut Rng, r: &mut Regs, i: &Instruction, target: u64) -> bool {
     let (base, index) = (i.memory_base(), i.memory_index());
     let number = |reg: Register| reg.full_register().number();
-    let small = |reg: Register| !matches!(reg.size(), 4 | 8);
-    if base != Register::None && small(base) || index != Register::None && small(index) {
-        // 16-bit addresses reach nothing that is mapped: a page fault either way.
-        return rng.one_in(50);
-    }
     let disp = i.memory_displacement64();
     let mut rest = target.wrapping_sub(disp);
     if index != Register::None {
@@ -778,7 +817,13 @@ fn place(rng: &mut Rng, r: &mut Regs, i: &Instruction, target: u64) -> bool {
         rest = rest.wrapping_sub(value.wrapping_mul(i.memory_index_scale().into()));
     }
     if base == Register::None {
-        return rng.one_in(50);
+        return true;
+    }
+    if base.size() == 2 {
+        // BP, BX, SI, DI: the upper half is anything.
+        let old = r.gpr[number(base)];
+        r.gpr[number(base)] = old & !0xFFFF | rest & 0xFFFF;
+        return true;
     }
     if base.size() == 4 {
         rest &= 0xFFFF_FFFF;
@@ -790,12 +835,23 @@ fn place(rng: &mut Rng, r: &mut Regs, i: &Instruction, target: u64) -> bool {
     true
 }
 
-fn registers(rng: &mut Rng, long: bool) -> Regs {
+/// Base of the segment of a memory operand.
+fn segment_base(i: &Instruction, mode: Mode) -> u64 {
+    if i.memory_segment() == Register::CS {
+        mode.code_base()
+    } else {
+        mode.data_base()
+    }
+}
+
+fn registers(rng: &mut Rng, mode: Mode) -> Regs {
+    let long = mode == Mode::Long;
     let mut r = Regs::default();
     for n in 0..16 {
-        let mut v = if rng.one_in(3) { DATA + rng.below(DATA_SIZE as u64) } else { rng.integer() };
+        let mut v =
+            if rng.one_in(3) { DATA - mode.data_base() + rng.below(DATA_SIZE as u64) } else { rng.integer() };
         if rng.one_in(12) {
-            v = CODE + rng.below(2000);
+            v = CODE - mode.code_base() + rng.below(2000);
         }
         r.gpr[n] = if long { v } else { v & 0xFFFF_FFFF };
     }
@@ -954,7 +1010,18 @@ pub fn codes(case: &Case) -> Vec<Code> {
         .iter()
         .map(|s| {
             let ip = CODE + u64::from(*s);
-            decode(&case.code[*s as usize..(*s as usize + 16).min(CODE_SIZE)], ip, case.long).code()
+            decode(&case.code[*s as usize..(*s as usize + 16).min(CODE_SIZE)], ip, case.mode).code()
         })
         .collect()
+}
+
+/// Whether a case ends with a branch to an address from a register, memory or the stack.
+pub fn jumps_anywhere(case: &Case) -> bool {
+    case.starts.last().is_some_and(|s| {
+        let i = decode(&case.code[*s as usize..(*s as usize + 16).min(CODE_SIZE)], 0, case.mode);
+        matches!(
+            i.flow_control(),
+            FlowControl::IndirectBranch | FlowControl::IndirectCall | FlowControl::Return
+        )
+    })
 }

@@ -4,7 +4,7 @@
 
 use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
 
-use super::case::{Case, Outcome, Regs, CODE, CODE_SIZE, DATA, DATA_SIZE, READ_ONLY, STACK_SELECTOR};
+use super::case::{Case, Outcome, Regs, CODE, CODE_SIZE, DATA, DATA_SIZE, ENTRY, LDT, READ_ONLY};
 
 /// What the entry code reads.
 #[repr(C, align(64))]
@@ -12,6 +12,7 @@ struct Entry {
     fx: [u8; 512],
     gpr: [u64; 16],
     frame: [u64; 5],
+    data_selector: u64,
 }
 
 core::arch::global_asm!(
@@ -28,7 +29,7 @@ core::arch::global_asm!(
     "push 0x202",
     "popfq",
     "fxrstor64 [rdi]",
-    "mov eax, 0x2b",
+    "mov eax, [rdi + 680]",
     "mov ds, eax",
     "mov es, eax",
     "lea rsp, [rdi + 640]",
@@ -120,14 +121,17 @@ extern "C" fn on_signal(signal: i32, _: *mut libc::siginfo_t, context: *mut libc
         g[libc::REG_RSP as usize] = HOST_STACK as i64;
         g[libc::REG_EFL as usize] = 0x202;
         let selectors = &mut g[libc::REG_CSGSFS as usize];
-        *selectors = *selectors & !0xFFFF | 0x33;
+        let (es, ds): (u16, u16);
+        core::arch::asm!("mov {0:e}, es", "mov {1:e}, ds", out(reg) es, out(reg) ds);
+        out.regs.selectors = [es, *selectors as u16, (*selectors >> 48) as u16, ds];
+        *selectors = 0x33 | 0x2B << 48;
     }
 }
 
 /// The real processor, ready to run cases.
 pub struct Native {
     code: *mut u8,
-    entry: Box<Entry>,
+    entry: *mut Entry,
 }
 
 fn map(addr: u64, len: usize, prot: i32, fd: i32) -> *mut u8 {
@@ -166,7 +170,19 @@ impl Native {
                 assert_eq!(libc::sigaction(signal, &action, std::ptr::null_mut()), 0);
             }
         }
-        Native { code, entry: Box::new(Entry { fx: [0; 512], gpr: [0; 16], frame: [0; 5] }) }
+        let entry = map(ENTRY, 4096, libc::PROT_READ | libc::PROT_WRITE, -1).cast();
+        for (i, d) in LDT.iter().enumerate() {
+            // struct user_desc of modify_ldt(2).
+            let bits = u32::from(d.big)
+                | d.contents << 1
+                | u32::from(d.restricted) << 3
+                | u32::from(!d.present) << 5;
+            let desc = [i as u32 + 1, d.base as u32, d.limit, bits];
+            // SAFETY: function 1 reads one user_desc of 16 bytes.
+            let r = unsafe { libc::syscall(libc::SYS_modify_ldt, 1, desc.as_ptr(), 16) };
+            assert_eq!(r as i32, 0, "modify_ldt");
+        }
+        Native { code, entry }
     }
 
     pub fn run(&mut self, case: &Case, out: &mut Outcome) {
@@ -177,14 +193,15 @@ impl Native {
             std::ptr::copy_nonoverlapping(case.code.as_ptr(), self.code, CODE_SIZE);
             let data = DATA as *mut u8;
             std::ptr::copy_nonoverlapping(case.data.as_ptr(), data, DATA_SIZE);
-            let e = &mut self.entry;
+            let e = &mut *self.entry;
             e.fx = case.regs.fx;
             e.gpr = case.regs.gpr;
-            let cs = if case.long { 0x33 } else { 0x23 };
-            e.frame = [case.regs.rip, cs, case.regs.flags, case.regs.gpr[4], STACK_SELECTOR];
+            let (cs, ss) = (case.mode.code_selector().into(), case.mode.data_selector().into());
+            e.frame = [case.regs.rip, cs, case.regs.flags, case.regs.gpr[4], ss];
+            e.data_selector = ss;
             TARGET.store(out, Ordering::SeqCst);
             RUNNING.store(true, Ordering::SeqCst);
-            ftvm_diff_enter(&**e, &raw mut HOST_STACK);
+            ftvm_diff_enter(e, &raw mut HOST_STACK);
             std::ptr::copy_nonoverlapping(data, out.data.as_mut_ptr(), DATA_SIZE);
         }
     }

@@ -7,7 +7,7 @@ use ftvm_accel::state::Segment;
 use ftvm_accel::tcg::{Registers, SoftCpu};
 use ftvm_accel::{Bus, CpuModel, Exit, GuestMemory, Processor};
 
-use super::case::{Case, Outcome, CODE, CODE_SIZE, DATA, DATA_SIZE, READ_ONLY};
+use super::case::{Case, Descriptor, Mode, Outcome, CODE, CODE_SIZE, DATA, DATA_SIZE, LDT, READ_ONLY};
 use super::soft_state;
 
 // Addresses that generated operands do not hit by chance.
@@ -16,6 +16,7 @@ const IDT: u64 = 0x175_5000;
 const GDT: u64 = 0x175_7000;
 const TSS: u64 = 0x175_9000;
 const STACK: u64 = 0x175_B000;
+const LOCAL: u64 = 0x175_D000;
 const TABLES: u64 = 0x180_0000;
 const PRESENT: u64 = 1;
 const WRITE: u64 = 2;
@@ -66,6 +67,24 @@ fn segment(selector: u16, attr: u16) -> Segment {
     Segment { selector, base: 0, limit: 0xFFFF_FFFF, attr }
 }
 
+/// The descriptor as Linux writes it: accessed, DPL 3.
+fn raw(d: &Descriptor) -> u64 {
+    let kind = u64::from(d.contents) << 2 | u64::from(!d.restricted) << 1 | 1;
+    let access = kind | 0x10 | 3 << 5 | u64::from(d.present) << 7;
+    let high = u64::from(d.limit >> 16) | u64::from(d.big) << 6;
+    u64::from(d.limit & 0xFFFF)
+        | (d.base & 0xFF_FFFF) << 16
+        | access << 40
+        | high << 48
+        | (d.base >> 24) << 56
+}
+
+fn local(selector: u16) -> Segment {
+    let d = &LDT[(selector >> 3) as usize - 1];
+    let v = raw(d);
+    Segment { selector, base: d.base, limit: d.limit, attr: (v >> 40 & 0xF0FF) as u16 }
+}
+
 impl Soft {
     pub fn new() -> Soft {
         let mem = GuestMemory::new(32 << 20).unwrap();
@@ -78,7 +97,7 @@ impl Soft {
             put(pd + i * 8, (pt + i * 4096) | PRESENT | WRITE | USER | USED);
         }
         let mut page = |at: u64, flags: u64| put(pt + (at >> 12) * 8, at | flags | PRESENT | USED);
-        for at in [HANDLERS, IDT, GDT, TSS, STACK] {
+        for at in [HANDLERS, IDT, GDT, TSS, STACK, LOCAL] {
             page(at, WRITE);
         }
         page(CODE, USER);
@@ -106,6 +125,9 @@ impl Soft {
         ] {
             put(GDT + i * 8, d);
         }
+        for (i, d) in (1u64..).zip(&LDT) {
+            put(LOCAL + i * 8, raw(d));
+        }
         put(TSS + 4, STACK + 0x1000);
         put(TSS + 36, STACK + 0x1000);
         let mut cpu = SoftCpu::new(0, 1, &CpuModel::parse("max").unwrap());
@@ -120,7 +142,7 @@ impl Soft {
             rip: CODE,
             rflags: 0x202,
             segs: [data, segment(0x33, 0xA0FB), data, data, null, null],
-            ldtr: null,
+            ldtr: Segment { selector: 0x50, base: LOCAL, limit: 8 * (LDT.len() as u32 + 1) - 1, attr: 0x82 },
             tr: Segment { selector: 0x40, base: TSS, limit: 0x67, attr: 0x8B },
             gdt: (GDT, 0x37),
             idt: (IDT, 0xFFF),
@@ -150,8 +172,13 @@ impl Soft {
         let mut r = self.base.clone();
         r.rip = case.regs.rip;
         r.rflags = case.regs.flags;
-        if !case.long {
+        if case.mode == Mode::Flat32 {
             r.segs[1] = segment(0x23, 0xC0FB);
+        } else if case.mode.segmented() {
+            r.segs[1] = local(case.mode.code_selector());
+            for i in [0, 2, 3] {
+                r.segs[i] = local(case.mode.data_selector());
+            }
         }
         self.cpu.set_registers(&r);
         let mut result = self.cpu.run(&self.mem, &mut Nothing, self.position, 1 << 20);
@@ -176,6 +203,9 @@ impl Soft {
         if self.cpu.state().gpr[4] != frame - if has_error { 8 } else { 0 } {
             frame = self.cpu.state().gpr[4];
         }
+        let selector = |i: usize| end.segs[i].selector;
+        out.regs.selectors =
+            [selector(0), self.qword(frame + 8) as u16, self.qword(frame + 32) as u16, selector(3)];
         out.regs.rip = self.qword(frame);
         out.regs.flags = self.qword(frame + 16);
         out.regs.gpr[4] = self.qword(frame + 24);
