@@ -257,11 +257,7 @@ impl SoftCpu {
                 }
         } else {
             match access {
-<<<<<<< HEAD
-                Access::Exec => !nx && !(can_user && cr4 & CR4_SMEP != 0),
-=======
                 Access::Exec => !(nx || can_user && cr4 & CR4_SMEP != 0),
->>>>>>> cpu
                 _ => (!can_user || cr4 & CR4_SMAP == 0 || mmu == MMU_SUP_AC) && (!write || write_ok),
             }
         };
