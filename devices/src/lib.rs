@@ -7,6 +7,7 @@ mod chipset;
 pub mod config;
 pub mod ctx;
 pub mod door;
+mod ide;
 pub mod pc;
 pub mod pci;
 mod random;
