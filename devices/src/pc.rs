@@ -200,7 +200,7 @@ impl Pc {
     pub fn io_read(&mut self, mem: &GuestMemory, now_ns: u64, port: u16, size: u8) -> u32 {
         let ones = u32::MAX >> (32 - 8 * u32::from(size.clamp(1, 4)));
         if port & !3 == CONFIG_DATA {
-            return self.config_read(port, size) & ones;
+            return self.config_read(mem, now_ns, port, size) & ones;
         }
         if port == CONFIG_ADDRESS && size == 4 {
             return self.board.s.config_address;
@@ -269,9 +269,12 @@ impl Pc {
         (device != NONE).then_some((device, (a & 0xFC) as u8 | (port & 3) as u8))
     }
 
-    fn config_read(&self, port: u16, size: u8) -> u32 {
+    fn config_read(&mut self, mem: &GuestMemory, now: u64, port: u16, size: u8) -> u32 {
         let Some((device, offset)) = self.config_target(port) else { return u32::MAX };
-        self.devices[usize::from(device)].pci().map_or(u32::MAX, |p| p.config_read(offset, size))
+        self.with(mem, now, device, |d, ctx| {
+            d.config_reading(ctx, offset, size);
+            d.pci().map_or(u32::MAX, |p| p.config_read(offset, size))
+        })
     }
 
     fn config_write(&mut self, mem: &GuestMemory, now: u64, port: u16, size: u8, value: u32) {

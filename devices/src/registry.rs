@@ -4,6 +4,10 @@ use crate::chipset::debug::{DebugCon, DebugExit, PvPanic};
 use crate::chipset::testdev::PcTestDev;
 use crate::config::{DeviceSpec, DriveSpec, NicSpec, PcConfig};
 use crate::ctx::{Device, DeviceError};
+use crate::virtio::blk::Blk;
+use crate::virtio::net::Net;
+use crate::virtio::rng::Rng;
+use crate::virtio::VirtioPci;
 
 /// Where a model plugs in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -122,6 +126,30 @@ pub static MODELS: &[Model] = &[
         description: "for kvm-unit-tests",
         properties: &[],
         build: Some(|_| Ok(Box::<PcTestDev>::default())),
+    },
+    Model {
+        name: "virtio-blk-pci",
+        attach: Attach::Pci,
+        category: "Storage",
+        description: "virtio disk",
+        properties: &[],
+        build: Some(|b| Ok(Box::new(VirtioPci::new(b, Box::new(Blk::new(b.drive()?)))?))),
+    },
+    Model {
+        name: "virtio-net-pci",
+        attach: Attach::Pci,
+        category: "Network",
+        description: "virtio network card",
+        properties: &[],
+        build: Some(|b| Ok(Box::new(VirtioPci::new(b, Box::new(Net::new(b.nic())))?))),
+    },
+    Model {
+        name: "virtio-rng-pci",
+        attach: Attach::Pci,
+        category: "Misc",
+        description: "virtio random numbers",
+        properties: &[("rng", Kind::Text, "ID of an rng object (the machine's own generator serves)")],
+        build: Some(|b| Ok(Box::new(VirtioPci::new(b, Box::new(Rng))?))),
     },
     Model {
         name: "pvpanic",
