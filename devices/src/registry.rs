@@ -4,6 +4,7 @@ use crate::chipset::debug::{DebugCon, DebugExit, PvPanic};
 use crate::chipset::testdev::PcTestDev;
 use crate::config::{DeviceSpec, DriveSpec, NicSpec, PcConfig};
 use crate::ctx::{Device, DeviceError};
+use crate::net::e1000::E1000;
 use crate::virtio::blk::Blk;
 use crate::virtio::net::Net;
 use crate::virtio::rng::Rng;
@@ -75,6 +76,14 @@ const VIRTIO: &[(&str, Kind, &str)] = &[
 
 /// All models, in the order of `-device help`.
 pub static MODELS: &[Model] = &[
+    Model {
+        name: "e1000",
+        attach: Attach::Pci,
+        category: "Network",
+        description: "Intel Gigabit Ethernet",
+        properties: &[],
+        build: Some(|b| Ok(Box::new(E1000::new(b.pci_name(), b.devfn, b.nic())))),
+    },
     Model {
         name: "ide-cd",
         attach: Attach::Ide,

@@ -1,6 +1,9 @@
 //! What network cards share: finishing checksums and cutting large TCP segments, which guests
 //! leave to the card.
 
+pub mod e1000;
+mod e1000_rings;
+
 /// A frame that a card sends is never longer than this after segmentation.
 pub const MAX_FRAME: usize = 65_550 + 14;
 /// The largest TCP super-segment with its headers that a guest may hand over.
