@@ -128,6 +128,11 @@ impl Hpet {
                 }
                 self.s.config = new;
                 ctx.board.s.hpet_legacy = new & 2 != 0;
+                if new & 2 != 0 {
+                    // The interval timer and the clock are cut off from their lines.
+                    ctx.set_irq(0, false);
+                    ctx.set_irq(8, false);
+                }
                 (0..TIMERS).for_each(|n| self.schedule(ctx, n));
             }
             0x20 => {
