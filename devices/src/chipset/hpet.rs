@@ -179,10 +179,7 @@ impl Hpet {
                         if t.config & PERIODIC != 0 && t.config & SET_ACCUMULATOR == 0 {
                             t.period = merged(t.period);
                         }
-                        // The high half of a 64-bit accumulator may follow in a second write.
-                        if mask == u64::MAX || shift != 0 || t.config & MODE_32 != 0 {
-                            t.config &= !SET_ACCUMULATOR;
-                        }
+                        t.config &= !SET_ACCUMULATOR;
                         self.schedule(ctx, n);
                     }
                     _ => {}
