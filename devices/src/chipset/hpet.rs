@@ -141,11 +141,7 @@ impl Hpet {
                 }
                 self.s.status &= !clear;
             }
-            0xF0 => {
-                if !self.enabled() {
-                    self.s.counter = merge(self.s.counter);
-                }
-            }
+            0xF0 if !self.enabled() => self.s.counter = merge(self.s.counter),
             0x100..=0x15F => {
                 let n = ((at - 0x100) / 0x20) as usize;
                 match at & 0x18 {

@@ -94,7 +94,7 @@ impl Rtc {
         if self.s.cmos[REG_B] & 4 != 0 {
             value as u8
         } else {
-            ((value / 10 % 10) << 4 | value % 10) as u8
+            (((value / 10 % 10) << 4) | (value % 10)) as u8
         }
     }
 

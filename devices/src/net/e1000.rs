@@ -375,12 +375,10 @@ impl E1000 {
                 }
             }
             EECD => self.eecd_write(value),
-            EERD => {
-                if value & 1 != 0 {
-                    let word = (value >> 8 & 0xFF) as usize;
-                    let data = u32::from(self.s.eeprom.get(word).copied().unwrap_or(0xFFFF));
-                    self.set(EERD, value & 0xFF00 | data << 16 | 0x10);
-                }
+            EERD if value & 1 != 0 => {
+                let word = (value >> 8 & 0xFF) as usize;
+                let data = u32::from(self.s.eeprom.get(word).copied().unwrap_or(0xFFFF));
+                self.set(EERD, value & 0xFF00 | data << 16 | 0x10);
             }
             MDIC => self.mdic_write(ctx, value),
             ICR => {

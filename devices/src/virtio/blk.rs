@@ -95,13 +95,14 @@ impl Blk {
         };
         let op = match kind {
             T_IN => {
-                if in_len == 0 || in_len % 512 != 0 || in_len > MAX_DATA || !inside(in_len) {
+                if in_len == 0 || !in_len.is_multiple_of(512) || in_len > MAX_DATA || !inside(in_len) {
                     return end(io, S_IOERR, 0);
                 }
                 DiskOp::Read { offset: sector * 512, len: in_len as u32 }
             }
             T_OUT => {
-                let bad = out_len == 0 || out_len % 512 != 0 || out_len > MAX_DATA || !inside(out_len);
+                let bad =
+                    out_len == 0 || !out_len.is_multiple_of(512) || out_len > MAX_DATA || !inside(out_len);
                 if bad || self.spec.read_only {
                     return end(io, S_IOERR, 0);
                 }
