@@ -67,6 +67,9 @@ const REQ: u32 = 0x40;
 const GNT: u32 = 0x80;
 const PRES: u32 = 0x100;
 
+/// Timers: 0 is the interrupt throttle, this one goes on with a long transmit ring.
+pub const TX_TIMER: u8 = 1;
+
 /// Checksum context of the transmitter (section 3.3.6).
 #[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 pub struct TxContext {
@@ -232,6 +235,7 @@ impl E1000 {
         self.set(RA + 4, high);
         self.show_link();
         ctx.set_timer(0, None);
+        ctx.set_timer(TX_TIMER, None);
         self.update_irq(ctx);
     }
 
@@ -472,9 +476,13 @@ impl Device for E1000 {
             _ => {}
         }
     }
-    fn timer(&mut self, ctx: &mut Ctx, _id: u8) {
-        self.s.throttled = false;
-        self.update_irq(ctx);
+    fn timer(&mut self, ctx: &mut Ctx, id: u8) {
+        if id == TX_TIMER {
+            self.transmit(ctx);
+        } else {
+            self.s.throttled = false;
+            self.update_irq(ctx);
+        }
     }
     fn input(&mut self, ctx: &mut Ctx, input: &Input) {
         match input {
