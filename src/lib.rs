@@ -1,1 +1,9 @@
-//! ftvm: the program.
+//! ftvm: a virtual machine monitor that survives the death of its host.
+
+pub mod assembly;
+pub mod cli;
+pub mod host;
+pub mod lockstep;
+pub mod machine;
+pub mod program;
+pub mod runtime;

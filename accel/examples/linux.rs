@@ -1,5 +1,7 @@
 //! Boots a Linux bzImage on the software processor with the least machine around it that Linux bears: an
-//! 8259, a PIT channel and a serial port. `linux KERNEL INITRD CMDLINE [MILLIONS] [CPU]`.
+//! 8259, a PIT channel and a serial port. `linux KERNEL INITRD CMDLINE [MILLIONS] [CPU] [CHUNK]`: with
+//! CHUNK the run is cut into calls of varying length up to it, and the processor is now and then saved and
+//! loaded into a fresh one; the hash at the end must not depend on it.
 
 use ftvm_accel::bus::Ipi;
 use ftvm_accel::{Bus, CpuModel, Exit, GuestMemory, Processor, SoftCpu};
@@ -73,6 +75,7 @@ struct Ports {
     port61: u8,
     latched: Option<u16>,
     want: bool,
+    rearmed: bool,
 }
 impl Ports {
     fn period(&self) -> u64 {
@@ -83,11 +86,6 @@ impl Ports {
         if self.next != 0 && now >= self.next {
             self.master.irr |= 1;
             self.next = if self.mode & 7 == 2 || self.mode & 7 == 3 { self.next + self.period() } else { 0 };
-        }
-        if self.ier & 2 != 0 {
-            self.master.irr |= 16;
-        } else {
-            self.master.irr &= !16;
         }
     }
 }
@@ -172,6 +170,7 @@ impl Bus for Ports {
                     self.reload = self.latch as u32 | (v as u32) << 8;
                     self.since = position;
                     self.next = position + self.period();
+                    self.rearmed = true;
                 }
             }
             0x42 => {
@@ -186,6 +185,10 @@ impl Bus for Ports {
             0x61 => self.port61 = v,
             0x64 if v == 0xFE => self.want = true,
             _ => {}
+        }
+        if matches!(port, 0x3F8 | 0x3F9) {
+            // The transmitter is always ready.
+            self.master.irr = self.master.irr & !16 | (self.ier & 2) << 3;
         }
         self.tick(position);
     }
@@ -213,7 +216,7 @@ impl Bus for Ports {
         4
     }
     fn break_requested(&self) -> bool {
-        self.master.pending().is_some() || self.want
+        self.master.pending().is_some() || self.want || self.rearmed
     }
 }
 
@@ -224,6 +227,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     }
     let millions: u64 = args.get(4).map_or(Ok(20_000), |s| s.parse())?;
     let model = CpuModel::parse(args.get(5).map_or("qemu64", |s| s))?;
+    let chunk: u64 = args.get(6).map_or(Ok(0), |s| s.parse())?;
+    let mut seed = 1u64;
     const SIZE: u64 = 256 << 20;
     let mem = GuestMemory::new(SIZE)?;
     let mut rom = vec![0u8; 65536];
@@ -263,7 +268,16 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut run = 0u64;
     let start = std::time::Instant::now();
     while position < millions * 1_000_000 && !bus.want {
-        let mut to = position + 1_000_000;
+        let mut to = (position + 1_000_000).min(millions * 1_000_000);
+        if chunk != 0 {
+            seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            to = to.min(position + 1 + (seed >> 33) % chunk);
+            if seed >> 40 & 0xFFF == 0 {
+                let saved = cpu.save();
+                cpu = SoftCpu::new(0, 1, &model);
+                cpu.load(&saved)?;
+            }
+        }
         if bus.next != 0 {
             to = to.min(bus.next.max(position + 1));
         }
@@ -271,6 +285,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             to = to.min(d.max(position + 1));
         }
         let r = cpu.run(&mem, &mut bus, position, to - position);
+        bus.rearmed = false;
         position += r.retired;
         run += r.retired;
         if r.exit == Exit::Halt && cpu.is_idle(bus.intr()) {
@@ -294,5 +309,18 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         position as f64 / 1e9
     );
     print!("{}", cpu.describe());
+    let mut page = vec![0u8; 4096];
+    let mut hash = 0xCBF2_9CE4_8422_2325u64;
+    let mut mix = |bytes: &[u8]| {
+        for b in bytes {
+            hash = (hash ^ *b as u64).wrapping_mul(0x100_0000_01B3);
+        }
+    };
+    mix(&cpu.save());
+    for at in (0..SIZE).step_by(4096) {
+        mem.read(at, &mut page)?;
+        mix(&page);
+    }
+    println!("state {hash:016x} at {position}");
     Ok(())
 }

@@ -1,1 +1,110 @@
-//! ftvm-block
+//! Disk images: formats over protocols.
+//!
+//! An [`Image`] is what a drive reads and writes. Its methods block; callers run them on threads of
+//! their own. Requests that overlap in time may be served in any order, so the caller orders those
+//! that touch the same bytes.
+
+mod error;
+mod file;
+mod lock;
+pub mod qcow2;
+pub mod raw;
+
+pub use error::BlockError;
+use std::path::Path;
+
+/// A disk image. Offsets and lengths are in bytes.
+pub trait Image: Send + Sync {
+    /// Virtual size in bytes.
+    fn size(&self) -> u64;
+    /// Whether writes are refused.
+    fn read_only(&self) -> bool;
+    /// Name of the format (`raw`, `qcow2`).
+    fn format(&self) -> &'static str;
+    /// Fill `buf` from `offset`; past the end is an error.
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), BlockError>;
+    /// Store `data` at `offset`; past the end is an error.
+    fn write_at(&self, offset: u64, data: &[u8]) -> Result<(), BlockError>;
+    /// Make a range read as zeroes; `may_unmap` allows giving the space back.
+    fn write_zeroes(&self, offset: u64, len: u64, may_unmap: bool) -> Result<(), BlockError>;
+    /// The guest does not need a range any more; what it reads afterwards is fixed by the format (never stale data of others).
+    fn discard(&self, offset: u64, len: u64) -> Result<(), BlockError>;
+    /// Everything written before, and all metadata that leads to it, is on stable storage when this returns.
+    fn flush(&self) -> Result<(), BlockError>;
+}
+
+/// How to open an image.
+#[derive(Clone, Debug)]
+pub struct OpenOptions {
+    /// `raw`, `qcow2`; `None` looks at the file.
+    pub format: Option<String>,
+    pub read_only: bool,
+    /// Take QEMU's byte locks.
+    pub locking: bool,
+    /// Open even though another program writes the image: reads only, and nothing is cached (a backup before go-live).
+    pub force_share: bool,
+    /// Bypass the host's page cache (`cache=none`, `directsync`).
+    pub direct: bool,
+    /// Flushes do nothing (`cache=unsafe`).
+    pub no_flush: bool,
+    /// Pass discards down (`discard=unmap`).
+    pub discard: bool,
+    /// Turn writes of zeroes into [`Image::write_zeroes`].
+    pub detect_zeroes: bool,
+}
+
+impl Default for OpenOptions {
+    fn default() -> Self {
+        OpenOptions {
+            format: None,
+            read_only: false,
+            locking: true,
+            force_share: false,
+            direct: false,
+            no_flush: false,
+            discard: false,
+            detect_zeroes: false,
+        }
+    }
+}
+
+/// Open an image. Without a format the file is looked at: qcow2 by its magic number, else raw.
+pub fn open(path: &Path, options: &OpenOptions) -> Result<Box<dyn Image>, BlockError> {
+    open_depth(path, options, 0)
+}
+
+/// Backing chains longer than this are refused (a chain that refers to itself never ends).
+const MAX_DEPTH: u32 = 100;
+
+fn open_depth(path: &Path, options: &OpenOptions, depth: u32) -> Result<Box<dyn Image>, BlockError> {
+    if depth > MAX_DEPTH {
+        return Err(BlockError::Format {
+            path: path.to_owned(),
+            reason: "the backing chain is too long".into(),
+        });
+    }
+    match options.format.as_deref() {
+        None | Some("raw" | "qcow2") => {}
+        Some(other) => return Err(BlockError::UnknownFormat(other.to_owned())),
+    }
+    let file = file::HostFile::open(path, options)?;
+    let mut magic = [0; 4];
+    file.read_at(0, &mut magic)?;
+    let is_qcow2 = &magic == qcow2::MAGIC;
+    match options.format.as_deref() {
+        Some("qcow2") => Ok(Box::new(qcow2::Qcow2::over(file, options, depth)?)),
+        None if is_qcow2 => Ok(Box::new(qcow2::Qcow2::over(file, options, depth)?)),
+        _ => Ok(Box::new(raw::Raw::over(file, options))),
+    }
+}
+
+/// Check a request against an image's size and mode.
+fn check_range(image: &dyn Image, offset: u64, len: u64, write: bool) -> Result<(), BlockError> {
+    if write && image.read_only() {
+        return Err(BlockError::ReadOnly);
+    }
+    match offset.checked_add(len) {
+        Some(end) if end <= image.size() => Ok(()),
+        _ => Err(BlockError::OutOfRange { offset, len, size: image.size() }),
+    }
+}

@@ -1,6 +1,25 @@
 //! Device models of the PC. A device model knows guest memory, the virtual clock, its interrupt
 //! line and the doors ([`door`]); it never names a file, a socket, a thread or a host clock.
 
+mod acpi;
+mod boot;
+mod chipset;
+pub mod config;
+pub mod ctx;
 pub mod door;
+mod ide;
+mod net;
+pub mod pc;
+pub mod pci;
+mod random;
+pub mod registry;
+mod smbios;
+mod virtio;
 
+pub use boot::KernelKind;
+pub use config::{DeviceSpec, DriveSpec, InitrdFile, KernelImages, NicSpec, PcConfig, SerialSpec};
+pub use ctx::DeviceError;
 pub use door::{DiskOp, Input, MachineRequest, Output};
+pub use ftvm_accel::ApicMessage;
+pub use pc::Pc;
+pub use registry::{device_help, model_help};

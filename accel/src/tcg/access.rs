@@ -155,6 +155,20 @@ impl SoftCpu {
         self.store_slow(lin, T::BYTES, v)
     }
 
+    /// Host address to read at `lin`, if the TLB has its page.
+    #[inline(always)]
+    pub(crate) fn host_read(&self, lin: u64) -> Option<*const u8> {
+        let e = &self.tlb[self.mmu][(lin >> 12) as usize & (TLB_SIZE - 1)];
+        (e.rtag == lin & !0xFFF).then(|| lin.wrapping_add(e.addend) as *const u8)
+    }
+
+    /// Host address to write at `lin`, if the TLB has its page for plain writes.
+    #[inline(always)]
+    pub(crate) fn host_write(&self, lin: u64) -> Option<*mut u8> {
+        let e = &self.tlb[self.mmu][(lin >> 12) as usize & (TLB_SIZE - 1)];
+        (e.wtag == lin & !0xFFF).then(|| lin.wrapping_add(e.addend) as *mut u8)
+    }
+
     /// Read, change and write back. Faults as a write before anything changes; `f` cannot fail.
     #[inline(always)]
     pub(crate) fn rmw<T: Int>(&mut self, lin: u64, f: impl FnOnce(&mut Self, u64) -> u64) -> R<()> {

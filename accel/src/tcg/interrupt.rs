@@ -36,6 +36,9 @@ impl SoftCpu {
                 return;
             }
             let second = self.fault;
+            if second.vector == 14 {
+                self.cr2 = second.cr2;
+            }
             if e.vector == 8 {
                 self.shutdown = true;
                 self.attention = true;

@@ -124,8 +124,11 @@ pub struct SoftCpu {
     single: bool,
 
     // Caches, never visible.
-    tlb: [Box<[TlbEntry]>; 3],
+    tlb: [Box<[TlbEntry]>; 4],
     code_tlb: [Box<[CodeEntry]>; 2],
+    /// Which entries of the two are in use.
+    filled: Vec<(u8, u16)>,
+    code_filled: Vec<(u8, u16)>,
     cache: Cache,
     jumps: Box<[Jump]>,
     jump_key: u64,
@@ -231,8 +234,10 @@ impl SoftCpu {
             attention: true,
             brk: false,
             single: false,
-            tlb: [tlb(), tlb(), tlb()],
+            tlb: [tlb(), tlb(), tlb(), tlb()],
             code_tlb: [code(), code()],
+            filled: Vec::new(),
+            code_filled: Vec::new(),
             cache: Cache::default(),
             jumps: vec![Jump { lin: 0, key: u64::MAX, block: std::ptr::null() }; JUMPS].into_boxed_slice(),
             jump_key: 0,
@@ -304,10 +309,6 @@ impl SoftCpu {
     /// After a change of RFLAGS outside the arithmetic flags.
     pub(super) fn flags_changed(&mut self) {
         self.update_mmu();
-        if self.cpl == 3 && self.st.cr0 & CR0_AM != 0 {
-            // AC may have changed: the user TLB holds what was filled without checks.
-            self.flush_tlb();
-        }
         self.attend();
     }
 
@@ -319,7 +320,10 @@ impl SoftCpu {
         self.attention = true;
         loop {
             if self.pos >= self.limit {
-                return done(self, Exit::Budget);
+                // PAUSE as the last instruction of a budget is still reported: the schedule must not
+                // depend on how the budget was divided.
+                let exit = if std::mem::take(&mut self.paused) { Exit::Pause } else { Exit::Budget };
+                return done(self, exit);
             }
             if self.attention {
                 if let Some(exit) = self.attend_to() {

@@ -87,12 +87,14 @@ pub struct Walk {
 pub const MMU_SUP: usize = 0;
 pub const MMU_SUP_AC: usize = 1;
 pub const MMU_USER: usize = 2;
+/// User with alignment checks: its TLB stays empty, so that every access is checked.
+pub const MMU_USER_AC: usize = 3;
 
 impl SoftCpu {
     /// Choose the TLB by privilege and AC.
     pub(crate) fn update_mmu(&mut self) {
         self.mmu = if self.cpl == 3 {
-            MMU_USER
+            MMU_USER + self.alignment_checks() as usize
         } else if self.st.cr4 & CR4_SMAP != 0 && self.eflags & AC != 0 {
             MMU_SUP_AC
         } else {
@@ -103,22 +105,21 @@ impl SoftCpu {
 
     /// Drop all translations.
     pub(crate) fn flush_tlb(&mut self) {
-        for t in &mut self.tlb {
-            t.fill(EMPTY);
+        for (mmu, slot) in self.filled.drain(..) {
+            self.tlb[mmu as usize][slot as usize] = EMPTY;
         }
-        for t in &mut self.code_tlb {
-            t.fill(EMPTY_CODE);
+        for (user, slot) in self.code_filled.drain(..) {
+            self.code_tlb[user as usize][slot as usize] = EMPTY_CODE;
         }
         self.new_epoch();
     }
 
     /// Drop direct write access to one physical page.
     pub(crate) fn drop_writes(&mut self, page: u64) {
-        for t in &mut self.tlb {
-            for e in t.iter_mut() {
-                if e.phys == page {
-                    e.wtag = NO_TAG;
-                }
+        for (mmu, slot) in &self.filled {
+            let e = &mut self.tlb[*mmu as usize][*slot as usize];
+            if e.phys == page {
+                e.wtag = NO_TAG;
             }
         }
     }
@@ -157,7 +158,7 @@ impl SoftCpu {
         if self.st.cr0 & CR0_PG == 0 {
             return Ok(Walk { phys: lin & 0xFFFF_FFFF, writable: true });
         }
-        let user = mmu == MMU_USER;
+        let user = mmu >= MMU_USER;
         let write = access == Access::Write;
         let cr0 = self.st.cr0;
         let cr4 = self.st.cr4;
@@ -295,7 +296,7 @@ impl SoftCpu {
     pub(crate) fn fill(&mut self, lin: u64, w: &Walk, mmu: usize) {
         let page = lin & !0xFFF;
         let phys = w.phys & !0xFFF;
-        if self.lapic.covers(phys) || self.alignment_checks() {
+        if self.lapic.covers(phys) || mmu == MMU_USER_AC {
             return;
         }
         let b = self.mem().backing(phys);
@@ -310,15 +311,19 @@ impl SoftCpu {
             }
         }
         let rtag = if self.watch_free(page) { page } else { NO_TAG };
-        self.tlb[mmu][(lin >> 12) as usize & (TLB_SIZE - 1)] =
-            TlbEntry { rtag, wtag, addend: (b.read as u64).wrapping_sub(page), phys };
+        let slot = (lin >> 12) as usize & (TLB_SIZE - 1);
+        let e = &mut self.tlb[mmu][slot];
+        if e.addend == 0 {
+            self.filled.push((mmu as u8, slot as u16));
+        }
+        *e = TlbEntry { rtag, wtag, addend: (b.read as u64).wrapping_sub(page), phys };
     }
 
     /// Host page and guest physical page to fetch instructions of linear page `lin` from; the host page is
     /// null where it is not memory.
     pub(crate) fn fetch_page(&mut self, lin: u64) -> R<CodeEntry> {
         let page = lin & !0xFFF;
-        let user = (self.mmu == MMU_USER) as usize;
+        let user = (self.mmu >= MMU_USER) as usize;
         let slot = (lin >> 12) as usize & 255;
         let e = self.code_tlb[user][slot];
         if e.tag == page {
@@ -329,6 +334,9 @@ impl SoftCpu {
         let host = if self.lapic.covers(phys) { std::ptr::null() } else { self.mem().backing(phys).read };
         let e = CodeEntry { tag: page, host, phys };
         if !host.is_null() {
+            if self.code_tlb[user][slot].host.is_null() {
+                self.code_filled.push((user as u8, slot as u16));
+            }
             self.code_tlb[user][slot] = e;
         }
         Ok(e)

@@ -99,7 +99,9 @@ impl Core for SoftCpu {
         r.map_err(|_| self.fault)
     }
     fn check_write(&mut self, offset: u64, len: usize) -> Result<(), Exception> {
-        let r = self.vec_lin(offset, len as u64, true).and_then(|lin| SoftCpu::check_write(self, lin, len as u64));
+        let r = self
+            .vec_lin(offset, len as u64, true)
+            .and_then(|lin| SoftCpu::check_write(self, lin, len as u64));
         r.map_err(|_| self.fault)
     }
     fn check_align(&mut self, align: u64) -> Result<(), Exception> {

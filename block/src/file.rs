@@ -1,0 +1,184 @@
+//! The file protocol: a regular file or block device of this host.
+
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::{lock, BlockError, OpenOptions};
+
+/// Alignment of buffers and requests with O_DIRECT.
+const ALIGN: u64 = 4096;
+
+/// An open image file.
+pub struct HostFile {
+    file: File,
+    path: PathBuf,
+    length: AtomicU64,
+    direct: bool,
+    no_flush: bool,
+}
+
+impl HostFile {
+    /// Open and lock.
+    pub fn open(path: &Path, options: &OpenOptions) -> Result<Self, BlockError> {
+        let fail = |source| BlockError::Open { path: path.to_owned(), source };
+        let mut how = File::options();
+        how.read(true).write(!options.read_only);
+        let mut direct = options.direct;
+        let file = if direct {
+            match how.clone().custom_flags(libc::O_DIRECT).open(path) {
+                // Some file systems have no O_DIRECT; QEMU refuses, and so does this.
+                Err(e) => return Err(fail(e)),
+                Ok(f) => f,
+            }
+        } else {
+            how.open(path).map_err(fail)?
+        };
+        let meta = file.metadata().map_err(fail)?;
+        if meta.is_dir() {
+            return Err(fail(std::io::Error::from_raw_os_error(libc::EISDIR)));
+        }
+        let mut length = meta.len();
+        if meta.file_type().is_block_device() {
+            length = std::io::Seek::seek(&mut &file, std::io::SeekFrom::End(0)).map_err(fail)?;
+        } else if !meta.is_file() {
+            direct = false;
+        }
+        if options.locking && !options.force_share && meta.is_file() {
+            lock::acquire(&file, path, !options.read_only)?;
+        }
+        Ok(HostFile {
+            file,
+            path: path.to_owned(),
+            length: AtomicU64::new(length),
+            direct,
+            no_flush: options.no_flush || options.read_only,
+        })
+    }
+
+    /// Where the file lies.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Length in bytes.
+    pub fn length(&self) -> u64 {
+        self.length.load(Ordering::Relaxed)
+    }
+
+    /// Fill `buf`; what lies past the end reads as zero.
+    pub fn read_at(&self, mut offset: u64, mut buf: &mut [u8]) -> std::io::Result<()> {
+        if self.direct {
+            return self.read_direct(offset, buf);
+        }
+        while !buf.is_empty() {
+            match self.file.read_at(buf, offset) {
+                Ok(0) => {
+                    buf.fill(0);
+                    return Ok(());
+                }
+                Ok(n) => {
+                    offset += n as u64;
+                    buf = &mut buf[n..];
+                }
+                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(())
+    }
+
+    fn read_direct(&self, offset: u64, buf: &mut [u8]) -> std::io::Result<()> {
+        let start = offset / ALIGN * ALIGN;
+        let end = (offset + buf.len() as u64).next_multiple_of(ALIGN);
+        let mut bounce = Bounce::new((end - start) as usize);
+        let area = bounce.slice();
+        let mut done = 0;
+        while done < area.len() {
+            match self.file.read_at(&mut area[done..], start + done as u64) {
+                Ok(0) => break,
+                Ok(n) => done += n,
+                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+        }
+        area[done..].fill(0);
+        let at = (offset - start) as usize;
+        buf.copy_from_slice(&area[at..at + buf.len()]);
+        Ok(())
+    }
+
+    /// Write all of `data`.
+    pub fn write_at(&self, offset: u64, data: &[u8]) -> std::io::Result<()> {
+        if self.direct {
+            let start = offset / ALIGN * ALIGN;
+            let end = (offset + data.len() as u64).next_multiple_of(ALIGN);
+            let mut bounce = Bounce::new((end - start) as usize);
+            if start != offset || end != offset + data.len() as u64 {
+                self.read_direct(start, bounce.slice())?;
+            }
+            let at = (offset - start) as usize;
+            bounce.slice()[at..at + data.len()].copy_from_slice(data);
+            self.file.write_all_at(bounce.slice(), start)?;
+            self.length.fetch_max(end, Ordering::Relaxed);
+        } else {
+            self.file.write_all_at(data, offset)?;
+            self.length.fetch_max(offset + data.len() as u64, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    /// Grow the file so that it has at least `length` bytes; the new ones read as zero.
+    pub fn grow(&self, length: u64) -> std::io::Result<()> {
+        if length > self.length() {
+            self.file.set_len(length)?;
+            self.length.fetch_max(length, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    /// Make a range read as zero by the file system's own means; false if it has none.
+    pub fn zero_range(&self, offset: u64, len: u64, unmap: bool) -> bool {
+        let keep = libc::FALLOC_FL_KEEP_SIZE;
+        let call = |mode: i32| {
+            // SAFETY: fallocate on our own descriptor takes no pointers.
+            unsafe { libc::fallocate(self.file.as_raw_fd(), mode, offset as i64, len as i64) == 0 }
+        };
+        unmap && call(libc::FALLOC_FL_PUNCH_HOLE | keep) || call(libc::FALLOC_FL_ZERO_RANGE | keep)
+    }
+
+    /// Give a range back to the file system, if it takes it.
+    pub fn punch(&self, offset: u64, len: u64) {
+        let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        // SAFETY: fallocate on our own descriptor takes no pointers.
+        unsafe { libc::fallocate(self.file.as_raw_fd(), mode, offset as i64, len as i64) };
+    }
+
+    /// All that was written is on stable storage when this returns.
+    pub fn sync(&self) -> std::io::Result<()> {
+        if self.no_flush {
+            return Ok(());
+        }
+        self.file.sync_data()
+    }
+}
+
+/// An aligned buffer for O_DIRECT.
+struct Bounce {
+    data: Vec<u8>,
+    at: usize,
+    len: usize,
+}
+
+impl Bounce {
+    fn new(len: usize) -> Self {
+        let data = vec![0; len + ALIGN as usize];
+        let at = data.as_ptr().align_offset(ALIGN as usize);
+        Bounce { data, at, len }
+    }
+    fn slice(&mut self) -> &mut [u8] {
+        &mut self.data[self.at..self.at + self.len]
+    }
+}

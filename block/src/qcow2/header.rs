@@ -1,0 +1,160 @@
+//! The qcow2 header (QEMU's `docs/interop/qcow2.txt`, "Header" and "Header extensions").
+
+use std::path::PathBuf;
+
+use crate::file::HostFile;
+use crate::BlockError;
+
+/// The first four bytes of an image.
+pub const MAGIC: &[u8; 4] = b"QFI\xfb";
+
+const INCOMPAT_DIRTY: u64 = 1;
+const INCOMPAT_CORRUPT: u64 = 1 << 1;
+const INCOMPAT_DATA_FILE: u64 = 1 << 2;
+const INCOMPAT_COMPRESSION: u64 = 1 << 3;
+const INCOMPAT_EXTENDED_L2: u64 = 1 << 4;
+
+/// Names of incompatible feature bits that this engine does not serve.
+const UNSERVED: &[(u64, &str)] = &[
+    (INCOMPAT_DIRTY, "dirty (lazy refcounts): run 'qemu-img check -r all' first"),
+    (INCOMPAT_CORRUPT, "corrupt: run 'qemu-img check -r all' first"),
+    (INCOMPAT_DATA_FILE, "external data file"),
+    (INCOMPAT_COMPRESSION, "compression type"),
+    (INCOMPAT_EXTENDED_L2, "extended L2 entries"),
+];
+
+/// What the header says.
+#[derive(Clone, Debug)]
+pub struct Header {
+    pub version: u32,
+    pub cluster_bits: u32,
+    pub size: u64,
+    pub l1_size: u32,
+    pub l1_offset: u64,
+    pub refcount_offset: u64,
+    pub refcount_clusters: u32,
+    /// log2 of the width of a reference count in bits.
+    pub refcount_order: u32,
+    pub snapshots: u32,
+    pub autoclear: u64,
+    pub backing: Option<PathBuf>,
+    pub backing_format: Option<String>,
+}
+
+fn be32(b: &[u8], at: usize) -> u32 {
+    b.get(at..at + 4).map_or(0, |s| u32::from_be_bytes([s[0], s[1], s[2], s[3]]))
+}
+
+fn be64(b: &[u8], at: usize) -> u64 {
+    u64::from(be32(b, at)) << 32 | u64::from(be32(b, at + 4))
+}
+
+impl Header {
+    /// Read and check a header.
+    pub fn read(file: &HostFile) -> Result<Self, BlockError> {
+        let bad = |reason: String| BlockError::Format { path: file.path().to_owned(), reason };
+        let mut raw = vec![0u8; 104];
+        file.read_at(0, &mut raw)?;
+        if &raw[..4] != MAGIC {
+            return Err(bad("Image is not in qcow2 format".into()));
+        }
+        let version = be32(&raw, 4);
+        if version != 2 && version != 3 {
+            return Err(bad(format!("Unsupported qcow2 version {version}")));
+        }
+        let cluster_bits = be32(&raw, 20);
+        if !(9..=21).contains(&cluster_bits) {
+            return Err(bad(format!("Unsupported cluster size: 2^{cluster_bits}")));
+        }
+        let cluster = 1u64 << cluster_bits;
+        if be32(&raw, 32) != 0 {
+            return Err(bad(format!("Unsupported encryption method {}", be32(&raw, 32))));
+        }
+        let (incompat, autoclear, refcount_order, length) = if version == 3 {
+            (be64(&raw, 72), be64(&raw, 88), be32(&raw, 96), u64::from(be32(&raw, 100)))
+        } else {
+            (0, 0, 4, 72)
+        };
+        let size = be64(&raw, 24);
+        let header = Header {
+            version,
+            cluster_bits,
+            size: size / 512 * 512,
+            l1_size: be32(&raw, 36),
+            l1_offset: be64(&raw, 40),
+            refcount_offset: be64(&raw, 48),
+            refcount_clusters: be32(&raw, 56),
+            refcount_order,
+            snapshots: be32(&raw, 60),
+            autoclear,
+            backing: None,
+            backing_format: None,
+        };
+        if incompat != 0 {
+            let known = UNSERVED.iter().find(|(bit, _)| incompat & bit != 0);
+            let name = known.map_or_else(
+                || format!("unknown incompatible feature bits {incompat:#x}"),
+                |(_, n)| format!("the image uses a feature that is not served: {n}"),
+            );
+            return Err(bad(name));
+        }
+        if refcount_order > 6 {
+            return Err(bad("Reference count entry width too large; may not exceed 64 bits".into()));
+        }
+        if length < 72 || length > cluster || (version == 3 && length < 104) {
+            return Err(bad("qcow2 header length is wrong".into()));
+        }
+        let aligned = |at: u64| at.is_multiple_of(cluster) && at < 1 << 56;
+        if !aligned(header.l1_offset) || !aligned(header.refcount_offset) {
+            return Err(bad("a table of the image is not aligned".into()));
+        }
+        if u64::from(header.l1_size) * 8 > 32 << 20 {
+            return Err(bad("Active L1 table too large".into()));
+        }
+        let covered = u128::from(header.l1_size) << (2 * cluster_bits - 3);
+        if covered < u128::from(size) {
+            return Err(bad("L1 table is too small".into()));
+        }
+        if u64::from(header.refcount_clusters) << cluster_bits > 8 << 20 || header.refcount_clusters == 0 {
+            return Err(bad("Image does not contain a reference count table of a usable size".into()));
+        }
+        header.with_extensions(file, length, &raw)
+    }
+
+    fn with_extensions(mut self, file: &HostFile, length: u64, raw: &[u8]) -> Result<Self, BlockError> {
+        let bad = |reason: String| BlockError::Format { path: file.path().to_owned(), reason };
+        let mut first = vec![0u8; 1 << self.cluster_bits];
+        file.read_at(0, &mut first)?;
+        let mut at = length as usize;
+        while at + 8 <= first.len() {
+            let (kind, len) = (be32(&first, at), be32(&first, at + 4) as usize);
+            if kind == 0 {
+                break;
+            }
+            let Some(body) = first.get(at + 8..at + 8 + len) else {
+                return Err(bad("a header extension is too long".into()));
+            };
+            match kind {
+                0xE279_2ACA => self.backing_format = Some(String::from_utf8_lossy(body).into_owned()),
+                0x0537_BE77 => {
+                    return Err(bad("the image uses a feature that is not served: encryption".into()))
+                }
+                _ => {}
+            }
+            at += 8 + len.next_multiple_of(8);
+        }
+        let (name_at, name_len) = (be64(raw, 8), be32(raw, 16) as usize);
+        if name_at != 0 && name_len != 0 {
+            let name = usize::try_from(name_at).ok().and_then(|at| first.get(at..at.checked_add(name_len)?));
+            let name = name
+                .filter(|_| name_len <= 1023)
+                .ok_or_else(|| bad("backing file name is misplaced".into()))?;
+            let name =
+                String::from_utf8(name.to_vec()).map_err(|_| bad("backing file name is not UTF-8".into()))?;
+            let name = PathBuf::from(name.strip_prefix("file:").unwrap_or(&name));
+            let dir = file.path().parent().unwrap_or(std::path::Path::new(""));
+            self.backing = Some(dir.join(name));
+        }
+        Ok(self)
+    }
+}

@@ -1,0 +1,245 @@
+//! Reference counts of host clusters, kept in memory as far as they are used and written by
+//! [`Refcounts::write`].
+
+use std::collections::BTreeMap;
+
+use crate::file::HostFile;
+use crate::BlockError;
+
+struct Block {
+    data: Vec<u8>,
+    dirty: bool,
+}
+
+/// The reference count table and its blocks.
+pub struct Refcounts {
+    cluster_bits: u32,
+    order: u32,
+    table_offset: u64,
+    table: Vec<u64>,
+    table_dirty: bool,
+    /// The table lies at a new place that the header does not name yet: (old offset, old clusters).
+    moved: Option<(u64, u64)>,
+    blocks: BTreeMap<usize, Block>,
+    /// Below this cluster nothing is free.
+    hint: u64,
+}
+
+/// The largest table: 8 MiB, as QEMU's.
+const MAX_TABLE: usize = 1 << 20;
+
+impl Refcounts {
+    /// Read the table.
+    pub fn read(
+        file: &HostFile,
+        cluster_bits: u32,
+        order: u32,
+        offset: u64,
+        clusters: u32,
+    ) -> Result<Self, BlockError> {
+        let mut raw = vec![0u8; (u64::from(clusters) << cluster_bits) as usize];
+        file.read_at(offset, &mut raw)?;
+        let table: Vec<u64> = super::to_u64(&raw);
+        let cluster = 1u64 << cluster_bits;
+        if let Some(bad) = table.iter().find(|e| !e.is_multiple_of(cluster) || **e >= 1 << 56) {
+            return Err(BlockError::Corrupt(format!("reference count block at {bad:#x} is not aligned")));
+        }
+        Ok(Refcounts {
+            cluster_bits,
+            order,
+            table_offset: offset,
+            table,
+            table_dirty: false,
+            moved: None,
+            blocks: BTreeMap::new(),
+            hint: 0,
+        })
+    }
+
+    fn per_block(&self) -> u64 {
+        (8u64 << self.cluster_bits) >> self.order
+    }
+
+    fn block(&mut self, file: &HostFile, index: usize) -> Result<Option<&mut Block>, BlockError> {
+        let offset = self.table.get(index).copied().unwrap_or(0);
+        if offset == 0 {
+            return Ok(None);
+        }
+        if !self.blocks.contains_key(&index) {
+            let mut data = vec![0u8; 1 << self.cluster_bits];
+            file.read_at(offset, &mut data)?;
+            self.blocks.insert(index, Block { data, dirty: false });
+        }
+        Ok(self.blocks.get_mut(&index))
+    }
+
+    /// The count of a host cluster.
+    pub fn get(&mut self, file: &HostFile, cluster: u64) -> Result<u64, BlockError> {
+        let (per, order) = (self.per_block(), self.order);
+        let slot = (cluster % per) as usize;
+        Ok(self.block(file, (cluster / per) as usize)?.map_or(0, |b| load(&b.data, order, slot)))
+    }
+
+    fn set(&mut self, file: &HostFile, cluster: u64, value: u64) -> Result<(), BlockError> {
+        let (per, order) = (self.per_block(), self.order);
+        self.ensure_block(file, (cluster / per) as usize, cluster)?;
+        let slot = (cluster % per) as usize;
+        if let Some(block) = self.block(file, (cluster / per) as usize)? {
+            store(&mut block.data, order, slot, value);
+            block.dirty = true;
+        }
+        Ok(())
+    }
+
+    /// Make the block `index` exist; `taken` is a cluster that is being allocated and may not hold it.
+    fn ensure_block(&mut self, file: &HostFile, index: usize, taken: u64) -> Result<(), BlockError> {
+        if index >= self.table.len() {
+            self.grow_table(file, index)?;
+        }
+        if self.table[index] != 0 {
+            return Ok(());
+        }
+        let place = self.find_free(file, taken + 1)?;
+        self.table[index] = place << self.cluster_bits;
+        self.table_dirty = true;
+        self.blocks.insert(index, Block { data: vec![0; 1 << self.cluster_bits], dirty: true });
+        // The block's own count: in itself, or in another block that this creates in turn.
+        self.set(file, place, 1)
+    }
+
+    fn grow_table(&mut self, file: &HostFile, index: usize) -> Result<(), BlockError> {
+        let per_cluster = (1usize << self.cluster_bits) / 8;
+        let entries = ((index + 1) + (index + 1) / 2).next_multiple_of(per_cluster);
+        if entries > MAX_TABLE {
+            return Err(BlockError::Io(std::io::Error::from_raw_os_error(libc::EFBIG)));
+        }
+        let old = (self.table_offset, (self.table.len() / per_cluster) as u64);
+        let clusters = (entries / per_cluster) as u64;
+        // Behind everything that any block covers or the file holds: certainly free.
+        let covered = self.table.len() as u64 * self.per_block();
+        let end = file.length().div_ceil(1 << self.cluster_bits);
+        let start = covered.max(end);
+        self.table.resize(entries, 0);
+        self.table_offset = start << self.cluster_bits;
+        self.table_dirty = true;
+        self.moved.get_or_insert(old);
+        for cluster in start..start + clusters {
+            self.set(file, cluster, 1)?;
+        }
+        Ok(())
+    }
+
+    fn find_free(&mut self, file: &HostFile, from: u64) -> Result<u64, BlockError> {
+        let mut cluster = from;
+        while self.get(file, cluster)? != 0 {
+            cluster += 1;
+        }
+        Ok(cluster)
+    }
+
+    /// Allocate one cluster; returns its number. Cluster 0 (the header) is never given.
+    pub fn allocate(&mut self, file: &HostFile) -> Result<u64, BlockError> {
+        let cluster = self.find_free(file, self.hint.max(1))?;
+        self.set(file, cluster, 1)?;
+        self.hint = cluster + 1;
+        Ok(cluster)
+    }
+
+    /// One reference less.
+    pub fn release(&mut self, file: &HostFile, cluster: u64) -> Result<u64, BlockError> {
+        let count = self.get(file, cluster)?;
+        if count == 0 {
+            return Err(BlockError::Corrupt(format!("cluster {cluster} is freed but has no reference")));
+        }
+        self.set(file, cluster, count - 1)?;
+        if count == 1 {
+            self.hint = self.hint.min(cluster);
+        }
+        Ok(count - 1)
+    }
+
+    /// Whether [`Self::write`] has something to do.
+    pub fn is_dirty(&self) -> bool {
+        self.table_dirty || self.blocks.values().any(|b| b.dirty)
+    }
+
+    /// Write what changed, in this order: blocks, barrier, table, barrier, header. A crash in between leaves at
+    /// most counts that are too high (leaks). Ends without a barrier for the last step written.
+    pub fn write(&mut self, file: &HostFile) -> Result<Option<(u64, u64)>, BlockError> {
+        for (index, block) in &mut self.blocks {
+            if block.dirty {
+                file.write_at(self.table[*index], &block.data)?;
+                block.dirty = false;
+            }
+        }
+        if self.table_dirty {
+            file.sync()?;
+            let raw: Vec<u8> = self.table.iter().flat_map(|e| e.to_be_bytes()).collect();
+            file.write_at(self.table_offset, &raw)?;
+            self.table_dirty = false;
+            if let Some(old) = self.moved.take() {
+                file.sync()?;
+                let clusters = (raw.len() as u64) >> self.cluster_bits;
+                let mut place = self.table_offset.to_be_bytes().to_vec();
+                place.extend((clusters as u32).to_be_bytes());
+                file.write_at(48, &place)?;
+                return Ok(Some(old));
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// Read count `slot` of a block with counts of `1 << order` bits.
+fn load(data: &[u8], order: u32, slot: usize) -> u64 {
+    match order {
+        0..=2 => {
+            let bits = 1usize << order;
+            let per_byte = 8 / bits;
+            let byte = data[slot / per_byte];
+            u64::from(byte >> (bits * (slot % per_byte))) & ((1 << bits) - 1)
+        }
+        _ => {
+            let bytes = 1usize << (order - 3);
+            data[slot * bytes..(slot + 1) * bytes].iter().fold(0, |acc, b| acc << 8 | u64::from(*b))
+        }
+    }
+}
+
+fn store(data: &mut [u8], order: u32, slot: usize, value: u64) {
+    match order {
+        0..=2 => {
+            let bits = 1usize << order;
+            let per_byte = 8 / bits;
+            let shift = bits * (slot % per_byte);
+            let mask = ((1u16 << bits) - 1) as u8;
+            let byte = &mut data[slot / per_byte];
+            *byte = *byte & !(mask << shift) | (value as u8 & mask) << shift;
+        }
+        _ => {
+            let bytes = 1usize << (order - 3);
+            data[slot * bytes..(slot + 1) * bytes].copy_from_slice(&value.to_be_bytes()[8 - bytes..]);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn every_width_keeps_its_neighbours() {
+        for order in 0..=6u32 {
+            let mut data = vec![0u8; 512];
+            let max = if order == 6 { u64::MAX } else { (1u64 << (1 << order)) - 1 };
+            for slot in 0..32 {
+                super::store(&mut data, order, slot, (slot as u64 * 3) & max);
+            }
+            for slot in 0..32 {
+                assert_eq!(
+                    super::load(&data, order, slot),
+                    (slot as u64 * 3) & max,
+                    "order {order} slot {slot}"
+                );
+            }
+        }
+    }
+}

@@ -1,0 +1,71 @@
+//! The raw format: the file is the disk.
+
+use std::path::Path;
+
+use crate::file::HostFile;
+use crate::{check_range, BlockError, Image, OpenOptions};
+
+/// A raw image on a file or block device.
+pub struct Raw {
+    file: HostFile,
+    size: u64,
+    read_only: bool,
+    discard: bool,
+}
+
+impl Raw {
+    /// Open `path`.
+    pub fn open(path: &Path, options: &OpenOptions) -> Result<Self, BlockError> {
+        Ok(Self::over(HostFile::open(path, options)?, options))
+    }
+
+    /// The raw format over an open file.
+    pub fn over(file: HostFile, options: &OpenOptions) -> Self {
+        let size = file.length() / 512 * 512;
+        Raw { file, size, read_only: options.read_only, discard: options.discard }
+    }
+}
+
+impl Image for Raw {
+    fn size(&self) -> u64 {
+        self.size
+    }
+    fn read_only(&self) -> bool {
+        self.read_only
+    }
+    fn format(&self) -> &'static str {
+        "raw"
+    }
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), BlockError> {
+        check_range(self, offset, buf.len() as u64, false)?;
+        Ok(self.file.read_at(offset, buf)?)
+    }
+    fn write_at(&self, offset: u64, data: &[u8]) -> Result<(), BlockError> {
+        check_range(self, offset, data.len() as u64, true)?;
+        Ok(self.file.write_at(offset, data)?)
+    }
+    fn write_zeroes(&self, offset: u64, len: u64, may_unmap: bool) -> Result<(), BlockError> {
+        check_range(self, offset, len, true)?;
+        if self.file.zero_range(offset, len, may_unmap) {
+            return Ok(());
+        }
+        let zeroes = vec![0; 1 << 16];
+        let mut at = 0;
+        while at < len {
+            let n = (len - at).min(zeroes.len() as u64);
+            self.file.write_at(offset + at, &zeroes[..n as usize])?;
+            at += n;
+        }
+        Ok(())
+    }
+    fn discard(&self, offset: u64, len: u64) -> Result<(), BlockError> {
+        check_range(self, offset, len, true)?;
+        if self.discard {
+            self.file.punch(offset, len);
+        }
+        Ok(())
+    }
+    fn flush(&self) -> Result<(), BlockError> {
+        Ok(self.file.sync()?)
+    }
+}

@@ -1,0 +1,15 @@
+//! The board's own devices.
+
+pub mod debug;
+pub mod fwcfg;
+pub mod hpet;
+pub mod i8042;
+pub mod ioapic;
+pub mod northbridge;
+pub mod pic;
+pub mod pit;
+pub mod pm;
+pub mod rtc;
+pub mod serial;
+pub mod southbridge;
+pub mod testdev;

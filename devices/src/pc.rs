@@ -1,0 +1,729 @@
+//! QEMU's `pc` machine as one deterministic object.
+
+use ftvm_accel::mem::GuestMemory;
+use ftvm_accel::ApicMessage;
+use serde::{Deserialize, Serialize};
+
+use crate::acpi;
+use crate::boot;
+use crate::chipset::debug::Post;
+use crate::chipset::fwcfg::{self, FwCfg};
+use crate::chipset::hpet::Hpet;
+use crate::chipset::i8042::I8042;
+use crate::chipset::northbridge::HostBridge;
+use crate::chipset::pit::Pit;
+use crate::chipset::pm::Pm;
+use crate::chipset::rtc::Rtc;
+use crate::chipset::serial::Serial;
+use crate::chipset::southbridge::IsaBridge;
+use crate::config::{DeviceSpec, DriveSpec, PcConfig};
+use crate::ctx::{pack, unpack, Board, BoardState, Ctx, Device, DeviceError};
+use crate::door::{Input, MachineRequest, Output};
+use crate::ide::Ide;
+use crate::registry::{self, Attach, Build};
+use crate::smbios;
+
+const CONFIG_ADDRESS: u16 = 0xCF8;
+const RESET_CONTROL: u16 = 0xCF9;
+const CONFIG_DATA: u16 = 0xCFC;
+const NONE: u16 = u16::MAX;
+/// Region of the ISA bridge that is port 0xCF9.
+const RESET_REGION: u8 = 3;
+/// Due timers that one call of [`Pc::advance`] fires at most; a guest cannot keep it busy for ever.
+const MAX_FIRED: usize = 100_000;
+
+#[derive(Clone, Copy)]
+struct Mapped {
+    start: u64,
+    len: u64,
+    device: u16,
+    region: u8,
+    width: u8,
+}
+
+/// The machine without its processors and memory.
+pub struct Pc {
+    board: Board,
+    devices: Vec<Box<dyn Device>>,
+    /// For each I/O port an index into `port_maps`, or [`NONE`].
+    ports: Vec<u16>,
+    port_maps: Vec<Mapped>,
+    memory_maps: Vec<Mapped>,
+    /// Device at each PCI device and function number.
+    functions: Vec<u16>,
+    bridge: u16,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Section {
+    name: String,
+    version: u32,
+    data: Vec<u8>,
+}
+
+const BOARD_SECTION: &str = "board";
+const BOARD_VERSION: u32 = 1;
+
+impl Pc {
+    /// Build a machine. `mem` has `ram_size` bytes.
+    pub fn new(config: PcConfig, mem: &GuestMemory) -> Result<Pc, DeviceError> {
+        if config.cpus == 0 || config.cpus > 255 {
+            return Err(DeviceError::Config(format!(
+                "Invalid SMP CPUs {}. The min CPUs supported by machine 'pc' is 1 and the max is 255",
+                config.cpus
+            )));
+        }
+        let mut devices: Vec<Box<dyn Device>> = vec![
+            Box::<HostBridge>::default(),
+            Box::<IsaBridge>::default(),
+            Box::<Pit>::default(),
+            Box::new(Rtc::new(config.rtc_base_unix, &cmos(&config, mem))),
+            Box::<I8042>::default(),
+            Box::<Post>::default(),
+            Box::<Pm>::default(),
+        ];
+        if config.hpet {
+            devices.push(Box::<Hpet>::default());
+        }
+        for s in &config.serial_ports {
+            if s.index > 3 {
+                return Err(DeviceError::Config(format!("there is no serial line {}", s.index)));
+            }
+            devices.push(Box::new(Serial::new(s.index, s.port)));
+        }
+        let mut order = BootOrder::default();
+        devices.push(Box::new(Ide::new(ide_drives(&config, &mut order)?)));
+        let mut slots = Slots::new(&config)?;
+        for spec in &config.devices {
+            let model = registry::model(&spec.driver)?;
+            model.check(spec)?;
+            let Some(build) = model.build else { continue };
+            let devfn = if model.attach == Attach::Pci { slots.take(spec)? } else { 0 };
+            let b = Build { config: &config, spec, devfn };
+            order.add(&b)?;
+            devices.push(build(&b)?);
+        }
+        devices.push(Box::new(firmware_config(&config, mem, order)?));
+
+        let mut names: Vec<&str> = devices.iter().map(|d| d.name()).collect();
+        names.sort_unstable();
+        if let Some(w) = names.windows(2).find(|w| w[0] == w[1]) {
+            return Err(DeviceError::Config(format!("there can be only one device '{}'", w[0])));
+        }
+        let mut functions = vec![NONE; 256];
+        for (i, d) in devices.iter().enumerate() {
+            if let Some(pci) = d.pci() {
+                functions[usize::from(pci.devfn)] = i as u16;
+            }
+        }
+        let mut pc = Pc {
+            board: Board::new(config.random_seed),
+            devices,
+            ports: vec![NONE; 0x1_0000],
+            port_maps: Vec::new(),
+            memory_maps: Vec::new(),
+            functions,
+            bridge: 1,
+        };
+        pc.reset(mem, 0);
+        Ok(pc)
+    }
+
+    /// System reset at virtual time `now_ns`.
+    pub fn reset(&mut self, mem: &GuestMemory, now_ns: u64) {
+        let s = &mut self.board.s;
+        s.pic.reset();
+        s.ioapic = Default::default();
+        s.lines = [0; 24];
+        s.intx.clear();
+        s.hpet_legacy = false;
+        s.timers.clear();
+        s.config_address = 0;
+        s.messages.clear();
+        s.request = None;
+        for i in 0..self.devices.len() {
+            self.with(mem, now_ns, i as u16, |d, ctx| d.reset(ctx));
+        }
+        self.board.settle();
+        self.board.find_deadline();
+        self.remap();
+    }
+
+    fn with<R>(
+        &mut self,
+        mem: &GuestMemory,
+        now: u64,
+        device: u16,
+        f: impl FnOnce(&mut dyn Device, &mut Ctx) -> R,
+    ) -> R {
+        let mut ctx = Ctx { now, mem, board: &mut self.board, device };
+        let r = f(&mut *self.devices[usize::from(device)], &mut ctx);
+        if self.board.remap {
+            self.remap();
+        }
+        r
+    }
+
+    /// Rebuild the maps of ports and memory; earlier devices win where windows overlap.
+    fn remap(&mut self) {
+        self.board.remap = false;
+        self.ports.fill(NONE);
+        self.port_maps.clear();
+        self.memory_maps.clear();
+        for (i, d) in self.devices.iter().enumerate() {
+            let pci = d.pci();
+            let mapped = |w: &crate::ctx::Window| Mapped {
+                start: w.start,
+                len: w.len,
+                device: i as u16,
+                region: w.region,
+                width: w.width,
+            };
+            for w in d.ports().iter().chain(&pci.map_or(Vec::new(), |p| p.io_windows())) {
+                let index = self.port_maps.len() as u16;
+                self.port_maps.push(mapped(w));
+                let end = (w.start + w.len).min(0x1_0000);
+                for port in w.start..end {
+                    let slot = &mut self.ports[port as usize];
+                    if *slot == NONE {
+                        *slot = index;
+                    }
+                }
+            }
+            for w in d.windows().iter().chain(&pci.map_or(Vec::new(), |p| p.memory_windows())) {
+                self.memory_maps.push(mapped(w));
+            }
+        }
+    }
+
+    /// Read `size` (1, 2, 4) bytes from an I/O port.
+    pub fn io_read(&mut self, mem: &GuestMemory, now_ns: u64, port: u16, size: u8) -> u32 {
+        let ones = u32::MAX >> (32 - 8 * u32::from(size.clamp(1, 4)));
+        if port & !3 == CONFIG_DATA {
+            return self.config_read(mem, now_ns, port, size) & ones;
+        }
+        if port == CONFIG_ADDRESS && size == 4 {
+            return self.board.s.config_address;
+        }
+        if port == RESET_CONTROL {
+            let bridge = self.bridge;
+            return self.with(mem, now_ns, bridge, |d, ctx| d.pio_read(ctx, RESET_REGION, 0, 1)) & ones;
+        }
+        let index = self.ports[usize::from(port)];
+        if index == NONE {
+            return ones;
+        }
+        let m = self.port_maps[usize::from(index)];
+        let offset = u64::from(port) - m.start;
+        if size > m.width || offset + u64::from(size) > m.len {
+            if size == 1 {
+                return ones;
+            }
+            let half = size / 2;
+            let low = self.io_read(mem, now_ns, port, half);
+            let high = self.io_read(mem, now_ns, port.wrapping_add(u16::from(half)), half);
+            return low | high << (8 * half);
+        }
+        self.with(mem, now_ns, m.device, |d, ctx| d.pio_read(ctx, m.region, offset as u16, size)) & ones
+    }
+
+    /// Write `size` (1, 2, 4) bytes to an I/O port.
+    pub fn io_write(&mut self, mem: &GuestMemory, now_ns: u64, port: u16, size: u8, value: u32) {
+        let value = value & (u32::MAX >> (32 - 8 * u32::from(size.clamp(1, 4))));
+        if port & !3 == CONFIG_DATA {
+            return self.config_write(mem, now_ns, port, size, value);
+        }
+        if port == CONFIG_ADDRESS && size == 4 {
+            self.board.s.config_address = value;
+            return;
+        }
+        if port == RESET_CONTROL {
+            let bridge = self.bridge;
+            return self.with(mem, now_ns, bridge, |d, ctx| d.pio_write(ctx, RESET_REGION, 0, 1, value));
+        }
+        let index = self.ports[usize::from(port)];
+        if index == NONE {
+            return;
+        }
+        let m = self.port_maps[usize::from(index)];
+        let offset = u64::from(port) - m.start;
+        if size > m.width || offset + u64::from(size) > m.len {
+            if size > 1 {
+                let half = size / 2;
+                self.io_write(mem, now_ns, port, half, value);
+                let high = port.wrapping_add(u16::from(half));
+                self.io_write(mem, now_ns, high, half, value >> (8 * half));
+            }
+            return;
+        }
+        self.with(mem, now_ns, m.device, |d, ctx| d.pio_write(ctx, m.region, offset as u16, size, value));
+    }
+
+    /// The function and register that CONFIG_ADDRESS names, if there is one.
+    fn config_target(&self, port: u16) -> Option<(u16, u8)> {
+        let a = self.board.s.config_address;
+        if a & 0x8000_0000 == 0 || a >> 16 & 0xFF != 0 {
+            return None;
+        }
+        let device = self.functions[(a >> 8 & 0xFF) as usize];
+        (device != NONE).then_some((device, (a & 0xFC) as u8 | (port & 3) as u8))
+    }
+
+    fn config_read(&mut self, mem: &GuestMemory, now: u64, port: u16, size: u8) -> u32 {
+        let Some((device, offset)) = self.config_target(port) else { return u32::MAX };
+        self.with(mem, now, device, |d, ctx| {
+            d.config_reading(ctx, offset, size);
+            d.pci().map_or(u32::MAX, |p| p.config_read(offset, size))
+        })
+    }
+
+    fn config_write(&mut self, mem: &GuestMemory, now: u64, port: u16, size: u8, value: u32) {
+        let Some((device, offset)) = self.config_target(port) else { return };
+        // An access does not reach over the register's dword.
+        let size = size.min(4 - (offset & 3));
+        self.with(mem, now, device, |d, ctx| {
+            if d.pci_mut().is_some_and(|p| p.config_write(ctx, offset, size, value)) {
+                ctx.remap();
+            }
+            d.config_written(ctx, offset, size);
+        });
+    }
+
+    fn memory_target(&self, addr: u64) -> Option<Mapped> {
+        self.memory_maps.iter().find(|m| addr >= m.start && addr - m.start < m.len).copied()
+    }
+
+    /// Read `size` (1, 2, 4, 8) bytes of memory-mapped I/O; nothing there reads as ones.
+    pub fn mmio_read(&mut self, mem: &GuestMemory, now_ns: u64, addr: u64, size: u8) -> u64 {
+        let ones = u64::MAX >> (64 - 8 * u32::from(size.clamp(1, 8)));
+        match self.memory_target(addr) {
+            None => ones,
+            Some(m) => {
+                let offset = addr - m.start;
+                self.with(mem, now_ns, m.device, |d, ctx| d.mmio_read(ctx, m.region, offset, size)) & ones
+            }
+        }
+    }
+
+    /// Write `size` (1, 2, 4, 8) bytes of memory-mapped I/O.
+    pub fn mmio_write(&mut self, mem: &GuestMemory, now_ns: u64, addr: u64, size: u8, value: u64) {
+        let value = value & (u64::MAX >> (64 - 8 * u32::from(size.clamp(1, 8))));
+        if let Some(m) = self.memory_target(addr) {
+            let offset = addr - m.start;
+            self.with(mem, now_ns, m.device, |d, ctx| d.mmio_write(ctx, m.region, offset, size, value));
+        }
+    }
+
+    /// The virtual time at which [`Self::advance`] must be called next.
+    pub fn next_deadline(&self) -> Option<u64> {
+        self.board.deadline
+    }
+
+    /// Fire the timers that are due at `now_ns`, in order of deadline, then device.
+    pub fn advance(&mut self, mem: &GuestMemory, now_ns: u64) {
+        for _ in 0..MAX_FIRED {
+            let due = self.board.s.timers.iter().map(|(k, t)| (*t, *k)).min().filter(|(t, _)| *t <= now_ns);
+            let Some((_, (device, id))) = due else { break };
+            self.board.s.timers.remove(&(device, id));
+            self.with(mem, now_ns, device, |d, ctx| d.timer(ctx, id));
+        }
+        self.board.find_deadline();
+    }
+
+    /// Something comes in from outside.
+    pub fn input(&mut self, mem: &GuestMemory, now_ns: u64, input: &Input) {
+        if let Input::DiskDone { id, result } = input {
+            if let Some(p) = self.board.s.pending.remove(id) {
+                if usize::from(p.device) < self.devices.len() {
+                    let (op, result) = (p.op, result.clone());
+                    self.with(mem, now_ns, p.device, |d, ctx| d.disk_done(ctx, *id, op, result));
+                }
+            }
+            return;
+        }
+        for i in 0..self.devices.len() {
+            self.with(mem, now_ns, i as u16, |d, ctx| d.input(ctx, input));
+        }
+    }
+
+    /// The 8259 pair's INTR output.
+    pub fn intr(&self) -> bool {
+        self.board.s.pic.intr()
+    }
+
+    /// The interrupt acknowledge cycle: the vector.
+    pub fn intr_ack(&mut self) -> u8 {
+        let vector = self.board.s.pic.ack();
+        self.board.settle();
+        vector
+    }
+
+    /// A local APIC ended the level-triggered interrupt `vector`.
+    pub fn eoi(&mut self, vector: u8) {
+        let s = &mut self.board.s;
+        s.ioapic.eoi(vector, &mut s.messages);
+    }
+
+    /// Messages to local APICs, in order.
+    pub fn take_messages(&mut self) -> Vec<ApicMessage> {
+        std::mem::take(&mut self.board.s.messages)
+    }
+
+    /// What leaves the machine, in order.
+    pub fn take_outputs(&mut self) -> Vec<Output> {
+        std::mem::take(&mut self.board.s.outputs)
+    }
+
+    /// What a device asks of the machine.
+    pub fn take_request(&mut self) -> Option<MachineRequest> {
+        self.board.s.request.take()
+    }
+
+    /// Whether there are messages, outputs or requests, or INTR moved or an earlier deadline was set since this was
+    /// last asked.
+    pub fn has_work(&self) -> bool {
+        let s = &self.board.s;
+        self.board.changed.take() || !s.messages.is_empty() || !s.outputs.is_empty() || s.request.is_some()
+    }
+
+    /// 64 random bits of the machine's generator.
+    pub fn random(&mut self) -> u64 {
+        self.board.s.random.next()
+    }
+
+    /// Whether address line 20 passes.
+    pub fn a20(&self) -> bool {
+        self.board.s.a20
+    }
+
+    /// The state of all devices. Guest memory (with its shadow modes) is saved by its owner.
+    pub fn save(&self) -> Vec<u8> {
+        let mut sections =
+            vec![Section { name: BOARD_SECTION.into(), version: BOARD_VERSION, data: pack(&self.board.s) }];
+        sections.extend(self.devices.iter().map(|d| Section {
+            name: d.name().into(),
+            version: d.version(),
+            data: d.save(),
+        }));
+        pack(&sections)
+    }
+
+    /// Restore what [`Self::save`] returned on a machine of the same configuration. After an error the machine
+    /// is to be thrown away.
+    pub fn load(&mut self, saved: &[u8]) -> Result<(), DeviceError> {
+        let (sections, rest): (Vec<Section>, _) =
+            postcard::take_from_bytes(saved).map_err(DeviceError::NotAState)?;
+        if !rest.is_empty() {
+            return Err(DeviceError::Config("saved state: trailing bytes".into()));
+        }
+        let check = |s: &Section, known: u32| match s.version > known {
+            true => Err(DeviceError::NewerSection(s.name.clone(), s.version, known)),
+            false => Ok(()),
+        };
+        let mut seen = vec![false; self.devices.len()];
+        let mut board: Option<BoardState> = None;
+        for s in &sections {
+            if s.name == BOARD_SECTION {
+                check(s, BOARD_VERSION)?;
+                board = Some(unpack(BOARD_SECTION, &s.data)?);
+                continue;
+            }
+            let Some(i) = self.devices.iter().position(|d| d.name() == s.name) else {
+                return Err(DeviceError::UnknownSection(s.name.clone()));
+            };
+            check(s, self.devices[i].version())?;
+            self.devices[i].load(&s.data)?;
+            seen[i] = true;
+        }
+        if let Some(i) = seen.iter().position(|s| !s) {
+            return Err(DeviceError::MissingSection(self.devices[i].name().into()));
+        }
+        let Some(board) = board else { return Err(DeviceError::MissingSection(BOARD_SECTION.into())) };
+        let count = self.devices.len();
+        let valid = board.timers.keys().all(|(d, _)| usize::from(*d) < count);
+        if !valid {
+            return Err(DeviceError::Misfit(BOARD_SECTION.into()));
+        }
+        self.board.s = board;
+        self.board.deadline = None;
+        self.board.settle();
+        self.board.find_deadline();
+        self.board.changed.set(true);
+        self.remap();
+        Ok(())
+    }
+
+    /// Disk requests issued and not completed, for reissue after a failover.
+    pub fn pending_disk(&self) -> Vec<Output> {
+        let one = |(id, p): (&u64, &crate::ctx::PendingDisk)| Output::Disk {
+            id: *id,
+            drive: p.drive,
+            op: p.op.clone(),
+        };
+        self.board.s.pending.iter().map(one).collect()
+    }
+
+    /// A hash (FNV-1a) of each device's saved state, to name a divergence.
+    pub fn device_hashes(&self) -> Vec<(String, u64)> {
+        let mut board = self.board.s.clone();
+        // What is on its way out depends on when it was last taken.
+        board.messages.clear();
+        board.outputs.clear();
+        let mut out = vec![(BOARD_SECTION.to_string(), fnv(&pack(&board)))];
+        out.extend(self.devices.iter().map(|d| (d.name().to_string(), fnv(&d.save()))));
+        out
+    }
+}
+
+fn fnv(data: &[u8]) -> u64 {
+    data.iter().fold(0xCBF2_9CE4_8422_2325, |h, b| (h ^ u64::from(*b)).wrapping_mul(0x100_0000_01B3))
+}
+
+/// PCI slots handed out.
+struct Slots {
+    used: [bool; 256],
+}
+
+impl Slots {
+    fn new(config: &PcConfig) -> Result<Slots, DeviceError> {
+        let mut slots = Slots { used: [false; 256] };
+        slots.used[..16].fill(true);
+        for spec in &config.devices {
+            if registry::model(&spec.driver)?.attach == Attach::Pci {
+                if let Some(devfn) = address(spec)? {
+                    if std::mem::replace(&mut slots.used[usize::from(devfn)], true) {
+                        return Err(DeviceError::Config(format!(
+                            "PCI: slot {} function {} not available for {}, in use",
+                            devfn >> 3,
+                            devfn & 7,
+                            spec.driver
+                        )));
+                    }
+                }
+            }
+        }
+        Ok(slots)
+    }
+
+    fn take(&mut self, spec: &DeviceSpec) -> Result<u8, DeviceError> {
+        if let Some(devfn) = address(spec)? {
+            return Ok(devfn);
+        }
+        // Slot 2 is the display's, even on a machine without one, so that a slot does not depend on it.
+        let first = if spec.driver == "VGA" { 2 } else { 3 };
+        let free = (first..32usize).find(|s| self.used[8 * s..8 * s + 8].iter().all(|u| !u));
+        let slot = free.ok_or_else(|| {
+            DeviceError::Config(format!("PCI: no slot/function available for {}, all in use", spec.driver))
+        })?;
+        self.used[8 * slot] = true;
+        Ok((slot * 8) as u8)
+    }
+}
+
+/// The drives of the IDE controller, by channel and unit.
+fn ide_drives(config: &PcConfig, order: &mut BootOrder) -> Result<[Option<DriveSpec>; 4], DeviceError> {
+    let mut places = [None, None, None, None];
+    let wrong = |text: String| Err(DeviceError::Config(text));
+    for spec in &config.devices {
+        let model = registry::model(&spec.driver)?;
+        if model.attach != Attach::Ide {
+            continue;
+        }
+        model.check(spec)?;
+        let b = Build { config, spec, devfn: 0 };
+        let bus = match b.text("bus") {
+            None => None,
+            Some("ide.0") => Some(0),
+            Some("ide.1") => Some(1),
+            Some(other) => return wrong(format!("Bus '{other}' not found")),
+        };
+        let unit = match b.text("unit") {
+            None => None,
+            Some(_) => Some(b.number("unit", 0)? as usize),
+        };
+        let fits = |place: usize| bus.is_none_or(|b| place / 2 == b) && unit.is_none_or(|u| place % 2 == u);
+        let free = (0..4).find(|&p| fits(p) && places[p].is_none());
+        let Some(place) = free else {
+            return match (bus, unit) {
+                (Some(bus), Some(unit)) if unit < 2 => {
+                    wrong(format!("IDE unit {unit} is in use (bus ide.{bus})"))
+                }
+                (_, Some(unit)) if unit > 1 => {
+                    wrong(format!("Can't create IDE unit {unit}, bus supports only 2 units"))
+                }
+                _ => wrong("No free IDE unit".into()),
+            };
+        };
+        let mut drive = match (spec.driver.as_str(), spec.drive) {
+            // A CD drive may be empty.
+            ("ide-cd", None) => DriveSpec { index: u32::MAX, ..DriveSpec::default() },
+            _ => b.drive()?,
+        };
+        drive.cdrom = spec.driver == "ide-cd";
+        if drive.serial.is_empty() {
+            drive.serial = format!("QM{:05}", place + 1);
+        }
+        if b.text("bootindex").is_some() {
+            let path = format!("/pci@i0cf8/ide@1,1/drive@{}/disk@{}", place / 2, place % 2);
+            order.insert(b.number("bootindex", 0)?, path)?;
+        }
+        places[place] = Some(drive);
+    }
+    Ok(places)
+}
+
+/// The `addr` property as device and function number.
+fn address(spec: &DeviceSpec) -> Result<Option<u8>, DeviceError> {
+    let Some(text) = spec.properties.get("addr") else { return Ok(None) };
+    let hex = |t: &str| u8::from_str_radix(t.strip_prefix("0x").unwrap_or(t), 16).ok();
+    let parsed = match text.split_once('.') {
+        Some((slot, function)) => hex(slot).zip(hex(function)),
+        None => hex(text).map(|s| (s, 0)),
+    };
+    match parsed {
+        Some((slot @ 0..=31, function @ 0..=7)) => Ok(Some(slot << 3 | function)),
+        _ => Err(DeviceError::BadValue {
+            model: spec.driver.clone(),
+            property: "addr".into(),
+            value: text.clone(),
+        }),
+    }
+}
+
+/// What the CMOS holds for firmware (the RTC's own registers aside).
+fn cmos(config: &PcConfig, mem: &GuestMemory) -> Vec<(u8, u8)> {
+    let low = mem.low_ram_size();
+    let high = mem.ram_size() - low;
+    let word = |at: u8, v: u64| [(at, v as u8), (at + 1, (v >> 8) as u8)];
+    let mut out = Vec::new();
+    out.extend(word(0x15, 640));
+    let above_1m = ((low >> 10).saturating_sub(1024)).min(65_535);
+    out.extend(word(0x17, above_1m));
+    out.extend(word(0x30, above_1m));
+    out.extend(word(0x34, (low.saturating_sub(16 << 20) >> 16).min(65_535)));
+    out.extend([(0x5B, (high >> 16) as u8), (0x5C, (high >> 24) as u8), (0x5D, (high >> 32) as u8)]);
+    out.push((0x5F, (config.cpus - 1) as u8));
+    // FPU and PS/2 mouse; no floppy drive.
+    out.push((0x14, 0x06));
+    let codes: Vec<u8> = config
+        .boot_order
+        .chars()
+        .filter_map(|c| match c {
+            'a' | 'b' => Some(1),
+            'c' => Some(2),
+            'd' => Some(3),
+            'n'..='p' => Some(4),
+            _ => None,
+        })
+        .collect();
+    let code = |i: usize| codes.get(i).copied().unwrap_or(0);
+    out.push((0x3D, code(1) << 4 | code(0)));
+    // Geometry translation of the IDE disks, two bits each: LBA for what CHS cannot reach.
+    let mut place = 0;
+    let mut translation = 0;
+    for spec in config.devices.iter().filter(|d| d.driver.starts_with("ide-")) {
+        let size =
+            spec.drive.and_then(|n| config.drives.iter().find(|d| d.index == n)).map_or(0, |d| d.size_bytes);
+        if spec.driver == "ide-hd" && size > 1024 * 16 * 63 * 512 {
+            translation |= 1 << (2 * (place & 3));
+        }
+        place += 1;
+    }
+    out.push((0x39, translation));
+    // The low bit skips the check of a floppy's signature.
+    out.push((0x38, code(2) << 4));
+    out
+}
+
+/// Devices with a `bootindex`, as Open Firmware paths.
+#[derive(Default)]
+struct BootOrder {
+    entries: Vec<(u64, String)>,
+}
+
+impl BootOrder {
+    fn add(&mut self, b: &Build) -> Result<(), DeviceError> {
+        if b.text("bootindex").is_none() {
+            return Ok(());
+        }
+        let index = b.number("bootindex", 0)?;
+        let (slot, function) = (b.devfn >> 3, b.devfn & 7);
+        let at = if function == 0 { format!("{slot:x}") } else { format!("{slot:x},{function:x}") };
+        let path = match b.spec.driver.as_str() {
+            "virtio-blk-pci" => format!("/pci@i0cf8/scsi@{at}/disk@0,0"),
+            _ => format!("/pci@i0cf8/ethernet@{at}/ethernet-phy@0"),
+        };
+        self.insert(index, path)
+    }
+
+    fn insert(&mut self, index: u64, path: String) -> Result<(), DeviceError> {
+        if self.entries.iter().any(|(i, _)| *i == index) {
+            return Err(DeviceError::Config(format!("The bootindex {index} has already been used")));
+        }
+        self.entries.push((index, path));
+        Ok(())
+    }
+}
+
+/// Everything firmware is told through fw_cfg.
+fn firmware_config(config: &PcConfig, mem: &GuestMemory, order: BootOrder) -> Result<FwCfg, DeviceError> {
+    let mut fw = FwCfg::default();
+    let low = mem.low_ram_size();
+    fw.item(fwcfg::UUID, config.uuid);
+    fw.item(fwcfg::RAM_SIZE, mem.ram_size().to_le_bytes());
+    fw.item(fwcfg::NOGRAPHIC, u16::from(config.nographic).to_le_bytes());
+    fw.item(fwcfg::NB_CPUS, (config.cpus as u16).to_le_bytes());
+    fw.item(fwcfg::MAX_CPUS, (config.cpus as u16).to_le_bytes());
+    fw.item(fwcfg::BOOT_MENU, u16::from(config.boot_menu).to_le_bytes());
+    fw.item(fwcfg::IRQ0_OVERRIDE, 1u32.to_le_bytes());
+    // No NUMA nodes; one word of affinity for each processor.
+    fw.item(fwcfg::NUMA, vec![0; 8 * (1 + config.cpus as usize)]);
+
+    let mut e820 = Vec::new();
+    for (start, len) in mem.ram_ranges() {
+        e820.extend(start.to_le_bytes());
+        e820.extend(len.to_le_bytes());
+        e820.extend(1u32.to_le_bytes());
+    }
+    fw.file("etc/e820", e820);
+    // S3 and S4 are not offered; S4's value is 2.
+    fw.file("etc/system-states", [0x80, 0, 0, 1, 2, 0x80]);
+    if config.nographic {
+        fw.file("etc/sercon-port", 0x3F8u16.to_le_bytes());
+    }
+    if let Some(ms) = config.boot_splash_time {
+        fw.file("etc/boot-menu-wait", (ms.min(65_535) as u16).to_le_bytes());
+    }
+
+    let mut paths: Vec<(u64, String)> = order.entries;
+    paths.sort();
+    let mut paths: Vec<String> = paths.into_iter().map(|(_, p)| p).collect();
+    if let Some(kernel) = &config.kernel {
+        boot::install(kernel, low, &mut fw)?;
+        paths.insert(0, boot::BOOT_PATH.into());
+    }
+    if config.boot_strict {
+        paths.push("HALT".into());
+    }
+    if !paths.is_empty() {
+        let mut text = paths.join("\n").into_bytes();
+        text.push(0);
+        fw.file("bootorder", text);
+    }
+
+    let pvpanic = config.devices.iter().find(|d| d.driver == "pvpanic");
+    let pvpanic = match pvpanic {
+        Some(spec) => Some(Build { config, spec, devfn: 0 }.port("ioport", 0x505)?),
+        None => None,
+    };
+    let mut serial = [false; 4];
+    config.serial_ports.iter().for_each(|s| serial[s.index as usize & 3] = true);
+    acpi::install(
+        &acpi::Acpi { cpus: config.cpus, low_ram: low, hpet: config.hpet, pvpanic, serial },
+        &mut fw,
+    );
+    let machine = if config.machine.is_empty() { "pc-i440fx-7.2" } else { &config.machine };
+    smbios::install(&mut fw, machine, &config.uuid, config.cpus, mem.ram_size());
+    fw.seal();
+    Ok(fw)
+}

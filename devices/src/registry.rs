@@ -1,0 +1,359 @@
+//! The device models a user can name with `-device`. A new model is a new file and one entry here.
+
+use crate::chipset::debug::{DebugCon, DebugExit, PvPanic};
+use crate::chipset::testdev::PcTestDev;
+use crate::config::{DeviceSpec, DriveSpec, NicSpec, PcConfig};
+use crate::ctx::{Device, DeviceError};
+use crate::net::e1000::E1000;
+use crate::virtio::blk::Blk;
+use crate::virtio::net::Net;
+use crate::virtio::rng::Rng;
+use crate::virtio::VirtioPci;
+
+/// Where a model plugs in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Attach {
+    Isa,
+    Pci,
+    /// A slot of the IDE controller; built by it.
+    Ide,
+}
+
+/// What values a property takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    Text,
+    Bool,
+    Number,
+    Mac,
+    /// The names of a back end; the machine resolves them.
+    Drive,
+    Netdev,
+    Chardev,
+}
+
+type Builder = fn(&Build) -> Result<Box<dyn Device>, DeviceError>;
+
+/// A device model.
+pub struct Model {
+    pub name: &'static str,
+    pub attach: Attach,
+    /// Heading in the list of devices.
+    pub category: &'static str,
+    pub description: &'static str,
+    pub properties: &'static [(&'static str, Kind, &'static str)],
+    pub(crate) build: Option<Builder>,
+}
+
+const PCI_PROPERTIES: &[(&str, Kind, &str)] = &[
+    ("addr", Kind::Text, "Slot and optional function number, example: 06.0 or 06"),
+    ("bus", Kind::Text, "The bus to plug into (pci.0)"),
+];
+
+const BLOCK: &[(&str, Kind, &str)] = &[
+    ("drive", Kind::Drive, "Node name or ID of a block device to use as a backend"),
+    ("bootindex", Kind::Number, "Place in the boot order"),
+    ("serial", Kind::Text, "Serial number the guest sees"),
+    ("logical_block_size", Kind::Number, "A power of two between 512 and 4096"),
+    ("physical_block_size", Kind::Number, "A power of two between 512 and 4096"),
+    ("write-cache", Kind::Text, "on/off/auto"),
+    ("share-rw", Kind::Bool, "on/off"),
+];
+
+const NIC: &[(&str, Kind, &str)] = &[
+    ("netdev", Kind::Netdev, "ID of a netdev to use as a backend"),
+    ("mac", Kind::Mac, "Ethernet 6-byte MAC address, example: 52:54:00:12:34:56"),
+    ("bootindex", Kind::Number, "Place in the boot order"),
+    ("romfile", Kind::Text, "Option ROM (none is loaded)"),
+    ("rombar", Kind::Text, "Option ROM BAR (none is shown)"),
+];
+
+const VIRTIO: &[(&str, Kind, &str)] = &[
+    ("disable-legacy", Kind::Text, "on/off/auto"),
+    ("disable-modern", Kind::Bool, "on/off"),
+    ("vectors", Kind::Number, "MSI-X vectors"),
+];
+
+/// All models, in the order of `-device help`.
+pub static MODELS: &[Model] = &[
+    Model {
+        name: "e1000",
+        attach: Attach::Pci,
+        category: "Network",
+        description: "Intel Gigabit Ethernet",
+        properties: &[],
+        build: Some(|b| Ok(Box::new(E1000::new(b.pci_name(), b.devfn, b.nic())))),
+    },
+    Model {
+        name: "ide-cd",
+        attach: Attach::Ide,
+        category: "Storage",
+        description: "virtual IDE CD-ROM",
+        properties: &[("unit", Kind::Number, "0 master, 1 slave")],
+        build: None,
+    },
+    Model {
+        name: "ide-hd",
+        attach: Attach::Ide,
+        category: "Storage",
+        description: "virtual IDE disk",
+        properties: &[("unit", Kind::Number, "0 master, 1 slave")],
+        build: None,
+    },
+    Model {
+        name: "isa-debug-exit",
+        attach: Attach::Isa,
+        category: "Misc",
+        description: "ends the program at a write",
+        properties: &[("iobase", Kind::Number, "I/O port (0x501)"), ("iosize", Kind::Number, "ports (2)")],
+        build: Some(|b| {
+            let (base, size) = (b.port("iobase", 0x501)?, b.number("iosize", 2)?);
+            Ok(Box::new(DebugExit::new(base, size.clamp(1, 4) as u16)))
+        }),
+    },
+    Model {
+        name: "isa-debugcon",
+        attach: Attach::Isa,
+        category: "Misc",
+        description: "writes bytes to a character device",
+        properties: &[
+            ("iobase", Kind::Number, "I/O port (0xe9)"),
+            ("readback", Kind::Number, "what reads give (0xe9)"),
+            ("chardev", Kind::Chardev, "ID of a chardev to use as a backend"),
+        ],
+        build: Some(|b| {
+            let port = b.spec.chardev.ok_or_else(|| {
+                DeviceError::Config("Can't create isa-debugcon device, empty char device".into())
+            })?;
+            Ok(Box::new(DebugCon::new(b.port("iobase", 0xE9)?, b.number("readback", 0xE9)? as u8, port)))
+        }),
+    },
+    Model {
+        name: "pc-testdev",
+        attach: Attach::Isa,
+        category: "Misc",
+        description: "for kvm-unit-tests",
+        properties: &[],
+        build: Some(|_| Ok(Box::<PcTestDev>::default())),
+    },
+    Model {
+        name: "virtio-blk-pci",
+        attach: Attach::Pci,
+        category: "Storage",
+        description: "virtio disk",
+        properties: &[],
+        build: Some(|b| Ok(Box::new(VirtioPci::new(b, Box::new(Blk::new(b.drive()?)))?))),
+    },
+    Model {
+        name: "virtio-net-pci",
+        attach: Attach::Pci,
+        category: "Network",
+        description: "virtio network card",
+        properties: &[],
+        build: Some(|b| Ok(Box::new(VirtioPci::new(b, Box::new(Net::new(b.nic())))?))),
+    },
+    Model {
+        name: "virtio-rng-pci",
+        attach: Attach::Pci,
+        category: "Misc",
+        description: "virtio random numbers",
+        properties: &[("rng", Kind::Text, "ID of an rng object (the machine's own generator serves)")],
+        build: Some(|b| Ok(Box::new(VirtioPci::new(b, Box::new(Rng))?))),
+    },
+    Model {
+        name: "pvpanic",
+        attach: Attach::Isa,
+        category: "Misc",
+        description: "tells that the guest panicked",
+        properties: &[("ioport", Kind::Number, "I/O port (0x505)"), ("events", Kind::Number, "events (3)")],
+        build: Some(|b| {
+            let (ioport, events) = (b.port("ioport", 0x505)?, b.number("events", 3)? as u8);
+            Ok(Box::new(PvPanic { ioport, events }))
+        }),
+    },
+];
+
+/// The model named `name`.
+pub fn model(name: &str) -> Result<&'static Model, DeviceError> {
+    MODELS.iter().find(|m| m.name == name).ok_or_else(|| DeviceError::UnknownModel(name.to_string()))
+}
+
+impl Model {
+    /// Every property with its kind and description.
+    pub fn all_properties(&self) -> Vec<(&'static str, Kind, &'static str)> {
+        let mut out: Vec<_> = self.properties.to_vec();
+        match self.attach {
+            Attach::Pci => out.extend(PCI_PROPERTIES),
+            Attach::Ide => out.push(("bus", Kind::Text, "ide.0 or ide.1")),
+            Attach::Isa => {}
+        }
+        if self.category == "Storage" {
+            out.extend(BLOCK);
+        }
+        if self.category == "Network" {
+            out.extend(NIC);
+        }
+        if self.name.starts_with("virtio") {
+            out.extend(VIRTIO);
+        }
+        out.sort_unstable_by_key(|(n, _, _)| *n);
+        out
+    }
+
+    /// Whether `spec` names only properties that exist, with values they take.
+    pub fn check(&self, spec: &DeviceSpec) -> Result<(), DeviceError> {
+        let known = self.all_properties();
+        for (key, value) in &spec.properties {
+            let Some((_, kind, _)) = known.iter().find(|(n, _, _)| n == key) else {
+                return Err(DeviceError::UnknownProperty(self.name.into(), key.clone()));
+            };
+            let fine = match kind {
+                Kind::Bool => matches!(value.as_str(), "on" | "off" | "yes" | "no" | "true" | "false"),
+                Kind::Number => parse_number(value).is_some(),
+                Kind::Mac => parse_mac(value).is_some(),
+                _ => true,
+            };
+            if !fine {
+                return Err(DeviceError::BadValue {
+                    model: self.name.into(),
+                    property: key.clone(),
+                    value: value.clone(),
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A decimal or 0x number.
+pub fn parse_number(text: &str) -> Option<u64> {
+    match text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
+        Some(hex) => u64::from_str_radix(hex, 16).ok(),
+        None => text.parse().ok(),
+    }
+}
+
+/// Six hexadecimal bytes between colons.
+pub fn parse_mac(text: &str) -> Option<[u8; 6]> {
+    let mut out = [0; 6];
+    let mut parts = text.split([':', '-']);
+    for slot in &mut out {
+        *slot = u8::from_str_radix(parts.next()?, 16).ok()?;
+    }
+    parts.next().is_none().then_some(out)
+}
+
+/// What a model is built from.
+pub struct Build<'a> {
+    pub config: &'a PcConfig,
+    pub spec: &'a DeviceSpec,
+    /// PCI device and function number, for PCI models.
+    pub devfn: u8,
+}
+
+impl Build<'_> {
+    /// A property's text.
+    pub fn text(&self, property: &str) -> Option<&str> {
+        self.spec.properties.get(property).map(String::as_str)
+    }
+
+    fn bad(&self, property: &str) -> DeviceError {
+        DeviceError::BadValue {
+            model: self.spec.driver.clone(),
+            property: property.into(),
+            value: self.text(property).unwrap_or("").into(),
+        }
+    }
+
+    /// A numeric property.
+    pub fn number(&self, property: &str, default: u64) -> Result<u64, DeviceError> {
+        match self.text(property) {
+            None => Ok(default),
+            Some(text) => parse_number(text).ok_or_else(|| self.bad(property)),
+        }
+    }
+
+    /// An I/O port.
+    pub fn port(&self, property: &str, default: u16) -> Result<u16, DeviceError> {
+        u16::try_from(self.number(property, u64::from(default))?).map_err(|_| self.bad(property))
+    }
+
+    /// An on/off property; `auto` counts as the default.
+    pub fn flag(&self, property: &str, default: bool) -> bool {
+        match self.text(property) {
+            Some("on" | "yes" | "true") => true,
+            Some("off" | "no" | "false") => false,
+            _ => default,
+        }
+    }
+
+    /// The drive behind the device.
+    pub fn drive(&self) -> Result<DriveSpec, DeviceError> {
+        let found = self.spec.drive.and_then(|n| self.config.drives.iter().find(|d| d.index == n));
+        let mut drive = found.cloned().ok_or_else(|| DeviceError::Config("drive property not set".into()))?;
+        if let Some(serial) = self.text("serial") {
+            drive.serial = serial.into();
+        }
+        let block = self.number("logical_block_size", u64::from(drive.logical_block_size.max(512)))?;
+        if !block.is_power_of_two() || !(512..=4096).contains(&block) {
+            return Err(self.bad("logical_block_size"));
+        }
+        drive.logical_block_size = block as u32;
+        Ok(drive)
+    }
+
+    /// The network card behind the device, with its address.
+    pub fn nic(&self) -> NicSpec {
+        let found = self.spec.nic.and_then(|n| self.config.nics.iter().find(|d| d.index == n));
+        let mut nic =
+            found.cloned().unwrap_or(NicSpec { index: u32::MAX, mac: [0x52, 0x54, 0, 0x12, 0x34, 0x56] });
+        if let Some(mac) = self.text("mac").and_then(parse_mac) {
+            nic.mac = mac;
+        }
+        nic
+    }
+
+    /// The name of a PCI device in saved states.
+    pub fn pci_name(&self) -> String {
+        format!("{}@{:02x}.{}", self.spec.driver, self.devfn >> 3, self.devfn & 7)
+    }
+}
+
+/// The text of `-device help`.
+pub fn device_help() -> String {
+    let mut out = String::new();
+    let mut categories: Vec<&str> = MODELS.iter().map(|m| m.category).collect();
+    categories.sort_unstable();
+    categories.dedup();
+    for (i, category) in categories.iter().enumerate() {
+        if i > 0 {
+            out.push('\n');
+        }
+        out.push_str(&format!("{category} devices:\n"));
+        for m in MODELS.iter().filter(|m| m.category == *category) {
+            let bus = match m.attach {
+                Attach::Isa => "ISA",
+                Attach::Pci => "PCI",
+                Attach::Ide => "IDE",
+            };
+            out.push_str(&format!("name \"{}\", bus {bus}, desc \"{}\"\n", m.name, m.description));
+        }
+    }
+    out
+}
+
+/// The text of `-device NAME,help`.
+pub fn model_help(name: &str) -> Result<String, DeviceError> {
+    let model = model(name)?;
+    let mut out = format!("{name} options:\n");
+    for (property, kind, description) in model.all_properties() {
+        let kind = match kind {
+            Kind::Bool => "bool",
+            Kind::Number => "uint32",
+            _ => "str",
+        };
+        let left = format!("  {property}=<{kind}>");
+        out.push_str(&format!("{left:<25}- {description}\n"));
+    }
+    Ok(out)
+}

@@ -1,0 +1,512 @@
+//! From a configuration to a machine: the blueprint (all that the guest can depend on, which a primary
+//! sends to its backup) and what is opened on this host.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use ftvm_accel::model::CpuModel;
+use ftvm_accel::tcg::SoftCpu;
+use ftvm_accel::{ApicMessage, GuestMemory, Processor};
+use ftvm_block::{Image, OpenOptions};
+use ftvm_devices::{
+    DeviceError, DeviceSpec, DriveSpec, InitrdFile, Input, KernelImages, MachineRequest, NicSpec, Output, Pc,
+    PcConfig, SerialSpec,
+};
+use serde::{Deserialize, Serialize};
+
+use crate::cli::config::{Char, RtcBase};
+use crate::cli::drive::{Cache, DriveConfig, Interface};
+use crate::cli::net::{NetKind, NetdevConfig};
+use crate::cli::MachineConfig;
+use crate::machine::{Chipset, Machine};
+
+/// Errors of putting a machine together.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    #[error("could not load {what} '{path}': {source}")]
+    File { what: &'static str, path: String, source: std::io::Error },
+    #[error("could not find firmware '{0}' (looked in {1}); on Debian: apt install seabios")]
+    Firmware(String, String),
+    #[error("-drive file={path}: {source}")]
+    Drive { path: String, source: ftvm_block::BlockError },
+    #[error("-cpu {0}: {1}")]
+    Cpu(String, String),
+    #[error("-device {0}: {1}")]
+    Device(String, DeviceError),
+    #[error("{0}")]
+    Machine(#[from] DeviceError),
+    #[error("-m: {0}")]
+    Memory(#[from] ftvm_accel::mem::MemError),
+    #[error("{0}")]
+    Plain(String),
+}
+
+/// All that the guest can depend on.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Blueprint {
+    pub pc: PcConfig,
+    pub cpu_model: String,
+    pub ns_per_instruction: f64,
+    /// The command line's view, for what belongs to a host (files, interfaces) and for comparing.
+    pub config: MachineConfig,
+    /// Which character device is connected to which target.
+    pub chars: Vec<Char>,
+}
+
+/// Nanoseconds per instruction before the host's speed is known: 100 million a second.
+const DEFAULT_RATE: f64 = 10.0;
+
+const FIRMWARE_DIRS: &[&str] = &["/usr/share/ftvm", "/usr/share/seabios", "/usr/share/qemu"];
+
+fn load(what: &'static str, path: &str) -> Result<Vec<u8>, BuildError> {
+    std::fs::read(path).map_err(|source| BuildError::File { what, path: path.to_owned(), source })
+}
+
+fn firmware(name: &str, dirs: &[String]) -> Result<Vec<u8>, BuildError> {
+    if name.contains('/') || Path::new(name).exists() {
+        return load("firmware", name);
+    }
+    let all: Vec<PathBuf> =
+        dirs.iter().map(PathBuf::from).chain(FIRMWARE_DIRS.iter().map(PathBuf::from)).collect();
+    for dir in &all {
+        let path = dir.join(name);
+        if path.exists() {
+            return load("firmware", &path.to_string_lossy());
+        }
+    }
+    let looked: Vec<String> = all.iter().map(|d| d.display().to_string()).collect();
+    Err(BuildError::Firmware(name.to_owned(), looked.join(", ")))
+}
+
+fn seed() -> Result<[u8; 32], BuildError> {
+    let mut seed = [0u8; 32];
+    std::fs::File::open("/dev/urandom")
+        .and_then(|mut f| std::io::Read::read_exact(&mut f, &mut seed))
+        .map_err(|source| BuildError::File { what: "random numbers", path: "/dev/urandom".into(), source })?;
+    Ok(seed)
+}
+
+fn rtc_base(base: RtcBase) -> i64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs() as i64);
+    match base {
+        RtcBase::Utc => now,
+        RtcBase::Localtime => {
+            // SAFETY: localtime_r reads the time and writes the tm, both live across the call.
+            let offset = unsafe {
+                let mut tm: libc::tm = std::mem::zeroed();
+                libc::localtime_r(&now, &mut tm);
+                tm.tm_gmtoff
+            };
+            now + offset
+        }
+        RtcBase::Fixed(t) => t,
+    }
+}
+
+/// Options for opening a drive's image on this host.
+pub fn open_options(drive: &DriveConfig) -> OpenOptions {
+    OpenOptions {
+        format: drive.format.clone(),
+        read_only: drive.read_only,
+        locking: drive.locking,
+        force_share: false,
+        direct: matches!(drive.cache, Cache::None | Cache::DirectSync),
+        no_flush: drive.cache == Cache::Unsafe,
+        discard: drive.discard,
+        detect_zeroes: drive.detect_zeroes,
+    }
+}
+
+/// Open a drive's image; `None` for a drive without a medium.
+pub fn open_drive(drive: &DriveConfig, options: &OpenOptions) -> Result<Option<Box<dyn Image>>, BuildError> {
+    let Some(path) = &drive.file else { return Ok(None) };
+    ftvm_block::open(Path::new(path), options)
+        .map(Some)
+        .map_err(|source| BuildError::Drive { path: path.clone(), source })
+}
+
+impl Blueprint {
+    /// A new machine's blueprint; `sizes` are the drives' sizes in bytes (0: no medium).
+    pub fn new(config: &MachineConfig, firmware_dirs: &[String], sizes: &[u64]) -> Result<Self, BuildError> {
+        let mut chars = Vec::new();
+        let mut serial_ports = Vec::new();
+        for (index, dev) in config.serials.iter().enumerate() {
+            if let Some(dev) = dev {
+                serial_ports.push(SerialSpec { index: index as u32, port: chars.len() as u32 });
+                chars.push(dev.clone());
+            }
+        }
+        let mut drives = Vec::new();
+        let mut devices: Vec<DeviceSpec> = Vec::new();
+        for (i, (d, size)) in config.drives.iter().zip(sizes).enumerate() {
+            drives.push(DriveSpec {
+                index: i as u32,
+                size_bytes: *size,
+                read_only: d.read_only || d.cdrom,
+                cdrom: d.cdrom,
+                removable: d.cdrom,
+                has_medium: d.file.is_some(),
+                serial: d.serial.clone().unwrap_or_default(),
+                logical_block_size: if d.cdrom { 2048 } else { 512 },
+            });
+            let mut properties = BTreeMap::new();
+            let driver = match d.interface {
+                Interface::None => continue,
+                Interface::Virtio => "virtio-blk-pci",
+                Interface::Ide => {
+                    properties.insert("bus".to_owned(), format!("ide.{}", d.index / 2));
+                    properties.insert("unit".to_owned(), (d.index % 2).to_string());
+                    if d.cdrom {
+                        "ide-cd"
+                    } else {
+                        "ide-hd"
+                    }
+                }
+            };
+            devices.push(DeviceSpec {
+                driver: driver.to_owned(),
+                id: None,
+                properties,
+                drive: Some(i as u32),
+                ..DeviceSpec::default()
+            });
+        }
+        let mut nics = Vec::new();
+        let mac =
+            |given: Option<[u8; 6]>, n: usize| given.unwrap_or([0x52, 0x54, 0, 0x12, 0x34, 0x56 + n as u8]);
+        for nic in &config.nics {
+            let index = nics.len();
+            nics.push(NicSpec { index: index as u32, mac: mac(nic.mac, index) });
+            devices.push(DeviceSpec {
+                driver: nic.model.clone(),
+                nic: Some(index as u32),
+                properties: BTreeMap::from([("netdev".to_owned(), nic.netdev.clone())]),
+                ..DeviceSpec::default()
+            });
+        }
+        for d in &config.devices {
+            let mut spec = DeviceSpec { driver: d.driver.clone(), id: d.id.clone(), ..DeviceSpec::default() };
+            for (key, value) in &d.props {
+                spec.properties.insert(key.clone(), value.clone());
+            }
+            let fail = |text: String| BuildError::Device(d.driver.clone(), DeviceError::Config(text));
+            if let Some(name) = spec.properties.get("drive") {
+                let at = config.drives.iter().position(|x| &x.id == name);
+                spec.drive =
+                    Some(at.ok_or_else(|| {
+                        fail(format!("Property '{}.drive' can't find value '{name}'", d.driver))
+                    })? as u32);
+            }
+            if let Some(name) = spec.properties.get("netdev") {
+                if !config.netdevs.iter().any(|n| &n.id == name) {
+                    return Err(fail(format!("Property '{}.netdev' can't find value '{name}'", d.driver)));
+                }
+                let index = nics.len();
+                let given = spec.properties.get("mac").and_then(|m| crate::cli::net::parse_mac(m));
+                nics.push(NicSpec { index: index as u32, mac: mac(given, index) });
+                spec.nic = Some(index as u32);
+            }
+            if let Some(name) = spec.properties.get("chardev") {
+                let (_, dev) = config.chardevs.iter().find(|(id, _)| id == name).ok_or_else(|| {
+                    fail(format!("Property '{}.chardev' can't find value '{name}'", d.driver))
+                })?;
+                spec.chardev = Some(chars.len() as u32);
+                if d.driver == "isa-serial" {
+                    let index = spec.properties.get("index").and_then(|i| i.parse().ok());
+                    let index = index.unwrap_or(serial_ports.len() as u32);
+                    serial_ports.push(SerialSpec { index, port: chars.len() as u32 });
+                    chars.push(dev.clone());
+                    continue;
+                }
+                chars.push(dev.clone());
+            }
+            if let Some(rng) = spec.properties.get("rng") {
+                if !config.objects.iter().any(|(_, id)| id == rng) {
+                    return Err(fail(format!("Property '{}.rng' can't find value '{rng}'", d.driver)));
+                }
+            }
+            devices.push(spec);
+        }
+        if let Some(dev) = &config.debugcon {
+            devices.push(DeviceSpec {
+                driver: "isa-debugcon".into(),
+                chardev: Some(chars.len() as u32),
+                properties: BTreeMap::from([("chardev".into(), "debugcon".into())]),
+                ..DeviceSpec::default()
+            });
+            chars.push(dev.clone());
+        }
+        let kernel = match &config.kernel {
+            None => None,
+            Some(path) => {
+                let mut initrds = Vec::new();
+                let data = load("kernel", path)?;
+                let multiboot = !matches!(data.get(0x202..0x206), Some(b"HdrS"));
+                if let Some(list) = &config.initrd {
+                    // Multiboot modules: "file args,file args"; anything else is one file.
+                    let files: Vec<&str> = if multiboot { list.split(',').collect() } else { vec![list] };
+                    for name in files {
+                        let file = if multiboot { name.split(' ').next().unwrap_or(name) } else { name };
+                        initrds.push(InitrdFile { name: name.to_owned(), data: load("initrd", file)? });
+                    }
+                }
+                Some(KernelImages {
+                    name: path.clone(),
+                    kernel: data,
+                    cmdline: config.append.clone().unwrap_or_default(),
+                    initrds,
+                })
+            }
+        };
+        let pc = PcConfig {
+            ram_size: config.memory,
+            cpus: config.cpus,
+            firmware: firmware(&config.bios, firmware_dirs)?,
+            machine: if config.machine == "pc" { "pc-i440fx-7.2".into() } else { config.machine.clone() },
+            uuid: config.uuid,
+            name: config.name.clone(),
+            rtc_base_unix: rtc_base(config.rtc_base),
+            boot_order: config.boot_order.clone(),
+            boot_menu: config.boot_menu,
+            boot_splash_time: None,
+            boot_strict: config.boot_strict,
+            kernel,
+            hpet: config.hpet,
+            serial_ports,
+            nographic: config.nographic,
+            drives,
+            nics,
+            devices,
+            random_seed: seed()?,
+        };
+        let ns_per_instruction = config.icount.shift.map_or(DEFAULT_RATE, |s| f64::from(1u32 << s));
+        Ok(Blueprint {
+            pc,
+            cpu_model: config.cpu_model.clone(),
+            ns_per_instruction,
+            config: config.clone(),
+            chars,
+        })
+    }
+
+    /// Build the machine.
+    pub fn build(&self) -> Result<Machine, BuildError> {
+        let model = CpuModel::parse(&self.cpu_model)
+            .map_err(|e| BuildError::Cpu(self.cpu_model.clone(), e.to_string()))?;
+        let mem = GuestMemory::new(self.pc.ram_size)?;
+        mem.set_firmware(self.pc.firmware.clone())?;
+        let pc = Pc::new(self.pc.clone(), &mem)?;
+        let cpus = (0..self.pc.cpus)
+            .map(|i| Box::new(SoftCpu::new(i, self.pc.cpus, &model)) as Box<dyn Processor>)
+            .collect();
+        Ok(Machine::new(cpus, Box::new(PcChipset(pc)), mem, self.ns_per_instruction))
+    }
+
+    /// What must be equal on both sides of a recording, as text.
+    pub fn fingerprint(&self) -> String {
+        let mut pc = self.pc.clone();
+        pc.random_seed = [0; 32];
+        pc.rtc_base_unix = 0;
+        let firmware = crc32fast::hash(&std::mem::take(&mut pc.firmware));
+        let kernel = pc.kernel.take().map(|k| {
+            let files: Vec<u32> = k.initrds.iter().map(|i| crc32fast::hash(&i.data)).collect();
+            (crc32fast::hash(&k.kernel), k.cmdline, files)
+        });
+        format!("cpu {} firmware {firmware:08x} kernel {kernel:?} board {pc:?}", self.cpu_model)
+    }
+
+    /// The back end of each network card, by card number.
+    pub fn netdevs(&self) -> Vec<Option<&NetdevConfig>> {
+        self.pc.devices.iter().filter_map(|d| d.nic.map(|n| (n, d.properties.get("netdev")))).fold(
+            vec![None; self.pc.nics.len()],
+            |mut list, (n, name)| {
+                if let (Some(slot), Some(name)) = (list.get_mut(n as usize), name) {
+                    *slot = self.config.netdevs.iter().find(|d| &d.id == name);
+                }
+                list
+            },
+        )
+    }
+
+    /// Take over what differs on this host: files of drives, network back ends and character devices of the
+    /// same id. Everything else that `given` says of the machine must agree; the first difference is returned.
+    pub fn adapt(&mut self, here: &MachineConfig, given: &[String]) -> Result<(), String> {
+        let mine = &mut self.config;
+        let differs = |what: &str, here: String, there: String| {
+            Err(format!("{what} differs: this backup says {here}, the primary {there}"))
+        };
+        macro_rules! same {
+            ($option:literal, $field:ident) => {
+                if given.iter().any(|g| g == $option) && here.$field != mine.$field {
+                    return differs(
+                        concat!("-", $option),
+                        format!("{:?}", here.$field),
+                        format!("{:?}", mine.$field),
+                    );
+                }
+            };
+        }
+        same!("m", memory);
+        same!("smp", cpus);
+        same!("cpu", cpu_model);
+        same!("machine", machine);
+        same!("name", name);
+        same!("uuid", uuid);
+        same!("kernel", kernel);
+        same!("initrd", initrd);
+        same!("append", append);
+        same!("bios", bios);
+        same!("boot", boot_order);
+        same!("rtc", rtc_base);
+        same!("vga", vga);
+        same!("icount", icount);
+        same!("snapshot", snapshot);
+        same!("device", devices);
+        same!("global", globals);
+        same!("object", objects);
+        if given.iter().any(|g| g == "no-hpet") && mine.hpet {
+            return differs("-no-hpet", "off".into(), "on".into());
+        }
+        for d in &here.drives {
+            let Some(theirs) = mine.drives.iter_mut().find(|t| t.id == d.id) else {
+                return Err(format!("drive '{}' differs: the primary has none of this id", d.id));
+            };
+            let host_only = DriveConfig { file: theirs.file.clone(), locking: theirs.locking, ..d.clone() };
+            if &host_only != theirs {
+                return differs(
+                    &format!("drive '{}'", d.id),
+                    format!("{host_only:?}"),
+                    format!("{theirs:?}"),
+                );
+            }
+            *theirs = d.clone();
+        }
+        for n in here.netdevs.iter().filter(|n| n.id != "__default") {
+            let Some(theirs) = mine.netdevs.iter_mut().find(|t| t.id == n.id) else {
+                return Err(format!("netdev '{}' differs: the primary has none of this id", n.id));
+            };
+            *theirs = n.clone();
+        }
+        for nic in here.nics.iter().filter(|n| n.netdev != "__default") {
+            match mine.nics.iter().find(|t| t.netdev == nic.netdev) {
+                Some(t) if t.model == nic.model && (nic.mac.is_none() || nic.mac == t.mac) => {}
+                other => {
+                    return differs(
+                        &format!("network card '{}'", nic.netdev),
+                        format!("{nic:?}"),
+                        format!("{other:?}"),
+                    )
+                }
+            }
+        }
+        for (id, dev) in &here.chardevs {
+            let Some(theirs) = mine.chardevs.iter_mut().find(|(t, _)| t == id) else {
+                return Err(format!("chardev '{id}' differs: the primary has none of this id"));
+            };
+            theirs.1 = dev.clone();
+        }
+        if given.iter().any(|g| g == "serial" || g == "nographic") {
+            let devs: Vec<&Char> = here.serials.iter().flatten().collect();
+            let count = self.pc.serial_ports.len();
+            if devs.len() != count {
+                return differs("the number of serial lines", devs.len().to_string(), count.to_string());
+            }
+            for (spec, dev) in self.pc.serial_ports.iter().zip(devs) {
+                if let Some(slot) = self.chars.get_mut(spec.port as usize) {
+                    *slot = dev.clone();
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Attach a network back end that delivers to `receive`.
+pub fn open_net(
+    dev: &NetdevConfig,
+    receive: ftvm_net::Receive,
+) -> Result<Box<dyn ftvm_net::Backend>, ftvm_net::NetError> {
+    match &dev.kind {
+        NetKind::Tap { fd: Some(fd), .. } => Ok(Box::new(ftvm_net::tap::Tap::from_fd(*fd, receive)?)),
+        NetKind::Tap { ifname, script, downscript, .. } => Ok(Box::new(ftvm_net::tap::Tap::open(
+            ifname.as_deref(),
+            script.as_deref(),
+            downscript.as_deref(),
+            receive,
+        )?)),
+        NetKind::User { .. } => Ok(Box::new(Unplugged)),
+    }
+}
+
+/// A cable that leads nowhere.
+struct Unplugged;
+
+impl ftvm_net::Backend for Unplugged {
+    fn send(&mut self, _frame: &[u8]) {}
+}
+
+struct PcChipset(Pc);
+
+impl Chipset for PcChipset {
+    fn reset(&mut self, mem: &GuestMemory, now_ns: u64) {
+        self.0.reset(mem, now_ns);
+    }
+    fn io_read(&mut self, mem: &GuestMemory, now_ns: u64, port: u16, size: u8) -> u32 {
+        self.0.io_read(mem, now_ns, port, size)
+    }
+    fn io_write(&mut self, mem: &GuestMemory, now_ns: u64, port: u16, size: u8, value: u32) {
+        self.0.io_write(mem, now_ns, port, size, value);
+    }
+    fn mmio_read(&mut self, mem: &GuestMemory, now_ns: u64, addr: u64, size: u8) -> u64 {
+        self.0.mmio_read(mem, now_ns, addr, size)
+    }
+    fn mmio_write(&mut self, mem: &GuestMemory, now_ns: u64, addr: u64, size: u8, value: u64) {
+        self.0.mmio_write(mem, now_ns, addr, size, value);
+    }
+    fn next_deadline(&self) -> Option<u64> {
+        self.0.next_deadline()
+    }
+    fn advance(&mut self, mem: &GuestMemory, now_ns: u64) {
+        self.0.advance(mem, now_ns);
+    }
+    fn input(&mut self, mem: &GuestMemory, now_ns: u64, input: &Input) {
+        self.0.input(mem, now_ns, input);
+    }
+    fn intr(&self) -> bool {
+        self.0.intr()
+    }
+    fn intr_ack(&mut self) -> u8 {
+        self.0.intr_ack()
+    }
+    fn eoi(&mut self, vector: u8) {
+        self.0.eoi(vector);
+    }
+    fn take_messages(&mut self) -> Vec<ApicMessage> {
+        self.0.take_messages()
+    }
+    fn take_outputs(&mut self) -> Vec<Output> {
+        self.0.take_outputs()
+    }
+    fn take_request(&mut self) -> Option<MachineRequest> {
+        self.0.take_request()
+    }
+    fn has_work(&self) -> bool {
+        self.0.has_work()
+    }
+    fn random(&mut self) -> u64 {
+        self.0.random()
+    }
+    fn save(&self) -> Vec<u8> {
+        self.0.save()
+    }
+    fn load(&mut self, saved: &[u8]) -> Result<(), String> {
+        self.0.load(saved).map_err(|e| e.to_string())
+    }
+    fn pending_disk(&self) -> Vec<Output> {
+        self.0.pending_disk()
+    }
+    fn device_hashes(&self) -> Vec<(String, u64)> {
+        self.0.device_hashes()
+    }
+}

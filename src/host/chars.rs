@@ -1,0 +1,331 @@
+//! Character back ends: where serial lines go. Output is written by the caller's thread into a
+//! queue of the back end; input arrives on the back end's own thread.
+
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::{AsFd, FromRawFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::mpsc::{sync_channel, SyncSender, TrySendError};
+use std::sync::{Arc, Mutex};
+
+use nix::sys::termios;
+
+use crate::cli::Char;
+
+/// What is done with bytes that were typed.
+pub type Typed = Box<dyn FnMut(&[u8]) + Send>;
+
+/// Errors of opening a character back end.
+#[derive(Debug, thiserror::Error)]
+pub enum CharError {
+    #[error("could not open '{0}': {1}")]
+    Open(String, #[source] std::io::Error),
+    #[error("chardev '{0}' not found")]
+    NotFound(String),
+    #[error("the terminal is already used by another character device")]
+    TerminalTaken,
+}
+
+/// Where output of one character device goes.
+#[derive(Clone, Default)]
+pub struct CharSink {
+    queue: Option<SyncSender<Vec<u8>>>,
+    /// What a person can be told of it (`pty:/dev/pts/3`).
+    pub label: String,
+}
+
+impl CharSink {
+    /// Write; a reader that does not keep up loses bytes rather than stopping the machine.
+    pub fn write(&self, bytes: &[u8]) {
+        if let Some(queue) = &self.queue {
+            if let Err(TrySendError::Full(_)) = queue.try_send(bytes.to_vec()) {
+                log::debug!("a slow reader of {} lost {} bytes", self.label, bytes.len());
+            }
+        }
+    }
+}
+
+type Clients = Arc<Mutex<Option<Box<dyn Write + Send>>>>;
+
+fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<(), CharError> {
+    std::thread::Builder::new()
+        .name(format!("char-{name}"))
+        .spawn(work)
+        .map(|_| ())
+        .map_err(|e| CharError::Open(name.to_owned(), e))
+}
+
+fn sink(label: &str, out: Clients) -> Result<CharSink, CharError> {
+    let (queue, bytes) = sync_channel::<Vec<u8>>(4096);
+    spawn("out", move || {
+        for chunk in bytes {
+            if let Ok(mut guard) = out.lock() {
+                if let Some(w) = guard.as_mut() {
+                    if w.write_all(&chunk).and_then(|()| w.flush()).is_err() {
+                        *guard = None;
+                    }
+                }
+            }
+        }
+    })?;
+    Ok(CharSink { queue: Some(queue), label: label.to_owned() })
+}
+
+fn pump(mut from: impl Read, typed: &mut Typed) {
+    let mut buf = [0u8; 4096];
+    loop {
+        match from.read(&mut buf) {
+            Ok(0) => return,
+            Ok(n) => typed(&buf[..n]),
+            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(_) => return,
+        }
+    }
+}
+
+/// Open a back end; `typed` receives its input.
+pub fn open(dev: &Char, chardevs: &[(String, Char)], mut typed: Typed) -> Result<CharSink, CharError> {
+    let io = |path: &str| {
+        let path = path.to_owned();
+        move |e| CharError::Open(path.clone(), e)
+    };
+    match dev {
+        Char::Null => Ok(CharSink::default()),
+        Char::Id(id) => {
+            let (_, dev) =
+                chardevs.iter().find(|(n, _)| n == id).ok_or_else(|| CharError::NotFound(id.clone()))?;
+            open(dev, &[], typed)
+        }
+        Char::Stdio { signal, .. } => {
+            terminal(*signal)?;
+            spawn("stdin", move || pump(std::io::stdin(), &mut typed))?;
+            sink("stdio", Arc::new(Mutex::new(Some(Box::new(std::io::stdout())))))
+        }
+        Char::File { path, append } => {
+            let file = OpenOptions::new()
+                .write(true)
+                .create(true)
+                .append(*append)
+                .truncate(!*append)
+                .open(path)
+                .map_err(io(path))?;
+            sink(&format!("file:{path}"), Arc::new(Mutex::new(Some(Box::new(file)))))
+        }
+        Char::Pipe { path } => {
+            // PATH.in and PATH.out, or PATH for both, as QEMU.
+            let open = |p: &str| OpenOptions::new().read(true).write(true).open(p);
+            let input = open(&format!("{path}.in")).or_else(|_| open(path)).map_err(io(path))?;
+            let output = open(&format!("{path}.out")).or_else(|_| open(path)).map_err(io(path))?;
+            spawn("pipe", move || pump(input, &mut typed))?;
+            sink(&format!("pipe:{path}"), Arc::new(Mutex::new(Some(Box::new(output)))))
+        }
+        Char::Pty => {
+            let pty = nix::pty::openpty(None, None).map_err(|e| CharError::Open("pty".into(), e.into()))?;
+            let name = nix::unistd::ttyname(pty.slave.as_fd())
+                .map_err(|e| CharError::Open("pty".into(), e.into()))?;
+            let mut raw =
+                termios::tcgetattr(pty.slave.as_fd()).map_err(|e| CharError::Open("pty".into(), e.into()))?;
+            termios::cfmakeraw(&mut raw);
+            let _ = termios::tcsetattr(pty.slave.as_fd(), termios::SetArg::TCSANOW, &raw);
+            let master = File::from(pty.master);
+            let reader = master.try_clone().map_err(io("pty"))?;
+            let slave = pty.slave;
+            spawn("pty", move || {
+                // Held open so that the master survives clients that come and go.
+                let _slave = slave;
+                pump(reader, &mut typed);
+            })?;
+            eprintln!("char device redirected to {}", name.display());
+            sink(&format!("pty:{}", name.display()), Arc::new(Mutex::new(Some(Box::new(master)))))
+        }
+        Char::Unix { path, server, wait } => {
+            let clients: Clients = Arc::default();
+            if *server {
+                let _ = std::fs::remove_file(path);
+                let listener = UnixListener::bind(path).map_err(io(path))?;
+                accept(path, *wait, typed, Arc::clone(&clients), move || {
+                    let (s, _) = listener.accept()?;
+                    Ok((
+                        Box::new(s.try_clone()?) as Box<dyn Read + Send>,
+                        Box::new(s) as Box<dyn Write + Send>,
+                    ))
+                })?;
+            } else {
+                let s = UnixStream::connect(path).map_err(io(path))?;
+                let reader = s.try_clone().map_err(io(path))?;
+                spawn("unix", move || pump(reader, &mut typed))?;
+                set(&clients, Box::new(s));
+            }
+            sink(&format!("unix:{path}"), clients)
+        }
+        Char::Tcp { addr, server, wait } => {
+            let clients: Clients = Arc::default();
+            if *server {
+                let addr = if addr.starts_with(':') { format!("0.0.0.0{addr}") } else { addr.clone() };
+                let listener = TcpListener::bind(&addr).map_err(io(&addr))?;
+                accept(&addr, *wait, typed, Arc::clone(&clients), move || {
+                    let (s, _) = listener.accept()?;
+                    s.set_nodelay(true)?;
+                    Ok((
+                        Box::new(s.try_clone()?) as Box<dyn Read + Send>,
+                        Box::new(s) as Box<dyn Write + Send>,
+                    ))
+                })?;
+            } else {
+                let s = TcpStream::connect(addr).map_err(io(addr))?;
+                let reader = s.try_clone().map_err(io(addr))?;
+                spawn("tcp", move || pump(reader, &mut typed))?;
+                set(&clients, Box::new(s));
+            }
+            sink(&format!("tcp:{addr}"), clients)
+        }
+        Char::Fd { fd, server } => {
+            if !*server {
+                return Err(CharError::Open(format!("fd {fd}"), std::io::ErrorKind::Unsupported.into()));
+            }
+            // SAFETY: the descriptor was passed to this process as a listening socket for this use.
+            let listener = unsafe { UnixListener::from_raw_fd(*fd) };
+            let clients: Clients = Arc::default();
+            accept("fd", false, typed, Arc::clone(&clients), move || {
+                let (s, _) = listener.accept()?;
+                Ok((Box::new(s.try_clone()?) as Box<dyn Read + Send>, Box::new(s) as Box<dyn Write + Send>))
+            })?;
+            sink(&format!("fd:{fd}"), clients)
+        }
+    }
+}
+
+fn set(clients: &Clients, writer: Box<dyn Write + Send>) {
+    if let Ok(mut guard) = clients.lock() {
+        *guard = Some(writer);
+    }
+}
+
+type Accepted = std::io::Result<(Box<dyn Read + Send>, Box<dyn Write + Send>)>;
+
+/// Serve one client after the other; with `wait` the first one is waited for here.
+fn accept(
+    name: &str,
+    wait: bool,
+    mut typed: Typed,
+    clients: Clients,
+    mut next: impl FnMut() -> Accepted + Send + 'static,
+) -> Result<(), CharError> {
+    let mut first = None;
+    if wait {
+        eprintln!("ftvm: waiting for connection on {name}");
+        first = Some(next().map_err(|e| CharError::Open(name.to_owned(), e))?);
+    }
+    spawn(name, move || loop {
+        let client = match first.take() {
+            Some(c) => Ok(c),
+            None => next(),
+        };
+        match client {
+            Ok((reader, writer)) => {
+                set(&clients, writer);
+                pump(reader, &mut typed);
+                if let Ok(mut guard) = clients.lock() {
+                    *guard = None;
+                }
+            }
+            Err(e) => {
+                log::warn!("a character device's accept failed: {e}");
+                std::thread::sleep(std::time::Duration::from_millis(100));
+            }
+        }
+    })
+}
+
+static SAVED_TERMINAL: Mutex<Option<termios::Termios>> = Mutex::new(None);
+
+/// Put the terminal into raw mode until [`restore_terminal`]; with `signal` Ctrl-C still ends the program.
+fn terminal(signal: bool) -> Result<(), CharError> {
+    let stdin = std::io::stdin();
+    let Ok(saved) = termios::tcgetattr(stdin.as_fd()) else { return Ok(()) };
+    let mut raw = saved.clone();
+    termios::cfmakeraw(&mut raw);
+    raw.output_flags |= termios::OutputFlags::OPOST;
+    if signal {
+        raw.local_flags |= termios::LocalFlags::ISIG;
+    }
+    match SAVED_TERMINAL.lock() {
+        Ok(mut slot) if slot.is_none() => *slot = Some(saved),
+        _ => return Err(CharError::TerminalTaken),
+    }
+    let _ = termios::tcsetattr(stdin.as_fd(), termios::SetArg::TCSANOW, &raw);
+    Ok(())
+}
+
+/// Give the terminal back as it was.
+pub fn restore_terminal() {
+    let Ok(saved) = SAVED_TERMINAL.lock() else { return };
+    if let Some(saved) = saved.as_ref() {
+        let _ = termios::tcsetattr(std::io::stdin().as_fd(), termios::SetArg::TCSANOW, saved);
+    }
+}
+
+/// The escape key of a terminal shared with the monitor (Ctrl-A, as QEMU's).
+pub const ESCAPE: u8 = 0x01;
+
+/// What the terminal's user asked with the escape key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Escape {
+    /// Ctrl-A x
+    Exit,
+    /// Ctrl-A c
+    Switch,
+    /// Ctrl-A h
+    Help,
+}
+
+/// Takes escape sequences out of typed bytes: returns the bytes for the focused side and the requests.
+#[derive(Debug, Default)]
+pub struct EscapeFilter {
+    pending: bool,
+}
+
+impl EscapeFilter {
+    /// Filter one byte.
+    pub fn byte(&mut self, byte: u8) -> Result<Option<u8>, Escape> {
+        if !std::mem::take(&mut self.pending) {
+            if byte == ESCAPE {
+                self.pending = true;
+                return Ok(None);
+            }
+            return Ok(Some(byte));
+        }
+        match byte {
+            b'x' => Err(Escape::Exit),
+            b'c' => Err(Escape::Switch),
+            b'h' | b'?' => Err(Escape::Help),
+            ESCAPE => Ok(Some(ESCAPE)),
+            _ => Ok(None),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_escape_key_is_taken_out() {
+        let mut f = EscapeFilter::default();
+        let got: Vec<_> = b"a\x01xb\x01\x01\x01c".iter().map(|b| f.byte(*b)).collect();
+        assert_eq!(
+            got,
+            [
+                Ok(Some(b'a')),
+                Ok(None),
+                Err(Escape::Exit),
+                Ok(Some(b'b')),
+                Ok(None),
+                Ok(Some(1)),
+                Ok(None),
+                Err(Escape::Switch)
+            ]
+        );
+    }
+}

@@ -1,0 +1,133 @@
+//! One thread a drive: serves requests in the order in which they were submitted, so that
+//! overlapping requests are never raced.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{channel, Receiver, Sender};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use ftvm_block::{BlockError, Image};
+use ftvm_devices::{DiskOp, Input};
+
+use crate::machine::MachineInput;
+use crate::runtime::Event;
+
+/// Requests taken together before the flush that makes them durable.
+const BATCH: usize = 64;
+
+/// A drive's thread.
+pub struct DiskWorker {
+    queue: Option<Sender<(u64, DiskOp)>>,
+    abandoned: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl DiskWorker {
+    /// Start serving `image`. With `durable` every write's completion waits until it is on stable storage.
+    pub fn start(
+        name: &str,
+        image: Box<dyn Image>,
+        durable: bool,
+        events: Sender<Event>,
+    ) -> std::io::Result<Self> {
+        let (queue, requests) = channel();
+        let abandoned = Arc::new(AtomicBool::new(false));
+        let flag = Arc::clone(&abandoned);
+        let thread = std::thread::Builder::new()
+            .name(format!("disk-{name}"))
+            .spawn(move || serve(image.as_ref(), &requests, durable, &flag, &events))?;
+        Ok(DiskWorker { queue: Some(queue), abandoned, thread: Some(thread) })
+    }
+
+    /// Queue a request.
+    pub fn submit(&self, id: u64, op: DiskOp) {
+        if let Some(queue) = &self.queue {
+            let _ = queue.send((id, op));
+        }
+    }
+
+    /// Throw away what is queued and everything submitted from now on.
+    pub fn abandon(&self) {
+        self.abandoned.store(true, Ordering::SeqCst);
+    }
+}
+
+impl Drop for DiskWorker {
+    /// Serves what is queued, flushes, closes the image.
+    fn drop(&mut self) {
+        self.queue = None;
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn serve(
+    image: &dyn Image,
+    requests: &Receiver<(u64, DiskOp)>,
+    durable: bool,
+    abandoned: &AtomicBool,
+    events: &Sender<Event>,
+) {
+    while let Ok(first) = requests.recv() {
+        let mut batch = vec![first];
+        while batch.len() < BATCH {
+            match requests.try_recv() {
+                Ok(next) => batch.push(next),
+                Err(_) => break,
+            }
+        }
+        let mut done = Vec::with_capacity(batch.len());
+        let mut dirty = false;
+        for (id, op) in batch {
+            if abandoned.load(Ordering::SeqCst) {
+                return;
+            }
+            dirty |= !matches!(op, DiskOp::Read { .. } | DiskOp::Flush);
+            let result = perform(image, &op);
+            done.push((id, op, result));
+        }
+        if durable && dirty {
+            if let Err(e) = image.flush() {
+                // None of the writes before is known to be safe.
+                log::error!("disk: flush failed: {e}");
+                for (_, op, result) in &mut done {
+                    if !matches!(op, DiskOp::Read { .. }) {
+                        *result = Err(e.errno());
+                    }
+                }
+            }
+        }
+        if abandoned.load(Ordering::SeqCst) {
+            return;
+        }
+        for (id, _, result) in done {
+            if events.send(Event::Input(MachineInput::Device(Input::DiskDone { id, result }))).is_err() {
+                return;
+            }
+        }
+    }
+    if !abandoned.load(Ordering::SeqCst) && !image.read_only() {
+        if let Err(e) = image.flush() {
+            log::error!("disk: the last flush failed: {e}");
+        }
+    }
+}
+
+fn perform(image: &dyn Image, op: &DiskOp) -> Result<Vec<u8>, i32> {
+    let none = |r: Result<(), BlockError>| r.map(|()| Vec::new());
+    let result = match op {
+        DiskOp::Read { offset, len } => {
+            let mut data = vec![0; *len as usize];
+            image.read_at(*offset, &mut data).map(|()| data)
+        }
+        DiskOp::Write { offset, data } => none(image.write_at(*offset, data)),
+        DiskOp::Flush => none(image.flush()),
+        DiskOp::Discard { offset, len } => none(image.discard(*offset, *len)),
+        DiskOp::WriteZeroes { offset, len, may_unmap } => none(image.write_zeroes(*offset, *len, *may_unmap)),
+    };
+    result.map_err(|e| {
+        log::warn!("disk: {e}");
+        e.errno()
+    })
+}

@@ -1,0 +1,101 @@
+//! The outside of the machine: disks, networks, character devices. Everything here runs on host
+//! threads; it reaches the machine only as [`Event`]s through the input door, and is reached only
+//! by outputs that the output door has let go.
+
+pub mod chars;
+pub mod disk;
+pub mod signals;
+
+use std::sync::mpsc::Sender;
+use std::sync::Mutex;
+
+use ftvm_devices::{Input, Output};
+
+use crate::machine::MachineInput;
+use crate::runtime::Event;
+
+/// The machine's outside, live or not yet.
+#[derive(Default)]
+pub struct Outside {
+    disks: Mutex<Vec<Option<disk::DiskWorker>>>,
+    nets: Mutex<Vec<Option<Box<dyn ftvm_net::Backend>>>>,
+    chars: Vec<chars::CharSink>,
+}
+
+impl Outside {
+    /// An outside with these character devices; disks and networks are attached when the machine is live.
+    pub fn new(chars: Vec<chars::CharSink>) -> Self {
+        Outside { chars, ..Outside::default() }
+    }
+
+    /// Attach drive `index`.
+    pub fn attach_disk(&self, index: usize, worker: disk::DiskWorker) {
+        if let Ok(mut disks) = self.disks.lock() {
+            if disks.len() <= index {
+                disks.resize_with(index + 1, || None);
+            }
+            disks[index] = Some(worker);
+        }
+    }
+
+    /// Attach the back end of network card `index`.
+    pub fn attach_net(&self, index: usize, backend: Box<dyn ftvm_net::Backend>) {
+        if let Ok(mut nets) = self.nets.lock() {
+            if nets.len() <= index {
+                nets.resize_with(index + 1, || None);
+            }
+            nets[index] = Some(backend);
+        }
+    }
+
+    /// Let an output leave.
+    pub fn perform(&self, output: Output) {
+        match output {
+            Output::Disk { id, drive, op } => {
+                if let Ok(disks) = self.disks.lock() {
+                    if let Some(Some(worker)) = disks.get(drive as usize) {
+                        worker.submit(id, op);
+                    }
+                }
+            }
+            Output::NetTx { nic, frame } => {
+                if let Ok(mut nets) = self.nets.lock() {
+                    if let Some(Some(net)) = nets.get_mut(nic as usize) {
+                        net.send(&frame);
+                    }
+                }
+            }
+            Output::CharOut { port, bytes } => {
+                if let Some(sink) = self.chars.get(port as usize) {
+                    sink.write(&bytes);
+                }
+            }
+            Output::Event(_) => {}
+        }
+    }
+
+    /// Wait until every disk has served what was submitted, and close them.
+    pub fn close_disks(&self) {
+        let disks = match self.disks.lock() {
+            Ok(mut d) => std::mem::take(&mut *d),
+            Err(_) => return,
+        };
+        drop(disks);
+    }
+
+    /// Stop disk writes at once: what is queued is thrown away (this side has lost).
+    pub fn abandon(&self) {
+        if let Ok(disks) = self.disks.lock() {
+            for worker in disks.iter().flatten() {
+                worker.abandon();
+            }
+        }
+    }
+}
+
+/// A callback that hands received frames of network card `nic` to the machine.
+pub fn net_receiver(nic: u32, events: Sender<Event>) -> ftvm_net::Receive {
+    Box::new(move |frame| {
+        let _ = events.send(Event::Input(MachineInput::Device(Input::NetRx { nic, frame })));
+    })
+}

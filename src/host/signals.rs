@@ -1,0 +1,28 @@
+//! SIGTERM, SIGINT and SIGHUP end the program in order.
+
+use std::sync::mpsc::Sender;
+
+use nix::sys::signal::{SigSet, Signal};
+
+use crate::runtime::{Event, Quit};
+
+/// Block the signals in this thread (and those it starts) and wait for them on a thread of its own.
+pub fn install(events: Sender<Event>) -> std::io::Result<()> {
+    let mut set = SigSet::empty();
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
+        set.add(signal);
+    }
+    set.thread_block().map_err(std::io::Error::from)?;
+    std::thread::Builder::new().name("signals".into()).spawn(move || loop {
+        match set.wait() {
+            Ok(signal) => {
+                log::info!("ending on {signal}");
+                if events.send(Event::Quit(Quit::HostSignal)).is_err() {
+                    return;
+                }
+            }
+            Err(_) => return,
+        }
+    })?;
+    Ok(())
+}

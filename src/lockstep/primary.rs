@@ -1,0 +1,358 @@
+//! The primary's side of a pair: it records, holds outputs by the Output Rule, and decides with the
+//! lock when its backup is lost.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use super::arbitration::Verdict;
+use super::lag::LagControl;
+use super::log::{Encoder, Entry};
+use super::wire::{Epoch, Message};
+use crate::machine::Stamp;
+
+/// Where the primary stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// No backup: outputs leave at once, nothing is logged.
+    Unprotected,
+    /// The log is running, but the backup may not go live yet; outputs leave at once.
+    Synchronizing,
+    /// The Output Rule holds.
+    Protected,
+    /// The backup is suspected; outputs stay held until the lock has answered.
+    Arbitrating,
+    /// The backup won: this side must halt and let nothing out any more.
+    Lost,
+}
+
+/// What the driver must do.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Action<T> {
+    /// Let these outputs leave, in order.
+    Release(Vec<T>),
+    /// Ask the lock (again, until it answers).
+    Arbitrate(Epoch),
+    /// The machine is protected now.
+    NowProtected,
+    /// The backup is gone for good; the machine goes on alone.
+    NowUnprotected { reason: String },
+    /// Halt at once: the other side is live.
+    Halt { reason: String },
+    /// The backup ran to `stamp` with the same state.
+    HashAgreed { stamp: Stamp },
+}
+
+struct Held<T> {
+    /// Leaves when this many entries are acknowledged.
+    needs: u64,
+    item: T,
+}
+
+/// Times of the failure detector.
+#[derive(Clone, Copy, Debug)]
+pub struct Timing {
+    pub heartbeat: Duration,
+    pub timeout: Duration,
+    pub max_lag: Duration,
+}
+
+/// The primary's state machine. `T` is an output. All times are since an arbitrary start.
+pub struct Primary<T> {
+    timing: Timing,
+    phase: Phase,
+    epoch: Option<Epoch>,
+    encoder: Encoder,
+    /// Entries written so far in this pairing.
+    written: u64,
+    acked: u64,
+    last_entry_horizon: Option<Stamp>,
+    batch: Vec<u8>,
+    batch_first: u64,
+    held: VecDeque<Held<T>>,
+    released: u64,
+    reported_released: u64,
+    unacked: VecDeque<(u64, usize)>,
+    unacked_bytes: usize,
+    bytes_total: u64,
+    last_heard: Duration,
+    suspect_at: Option<Duration>,
+    reason: String,
+    lag: LagControl,
+}
+
+/// With this much of the log unacknowledged the primary must wait.
+pub const LOG_BUFFER: usize = 64 << 20;
+
+impl<T> Primary<T> {
+    /// A primary without a backup.
+    pub fn new(timing: Timing) -> Self {
+        Primary {
+            timing,
+            phase: Phase::Unprotected,
+            epoch: None,
+            encoder: Encoder::default(),
+            written: 0,
+            acked: 0,
+            last_entry_horizon: None,
+            batch: Vec::new(),
+            batch_first: 0,
+            held: VecDeque::new(),
+            released: 0,
+            reported_released: 0,
+            unacked: VecDeque::new(),
+            unacked_bytes: 0,
+            bytes_total: 0,
+            last_heard: Duration::ZERO,
+            suspect_at: None,
+            reason: String::new(),
+            lag: LagControl::new(timing.max_lag),
+        }
+    }
+
+    /// Where this side stands.
+    pub fn phase(&self) -> Phase {
+        self.phase
+    }
+
+    /// Whether inputs must be logged.
+    pub fn is_logging(&self) -> bool {
+        self.phase != Phase::Unprotected && self.phase != Phase::Lost
+    }
+
+    /// Outputs waiting for an acknowledgement.
+    pub fn held_count(&self) -> usize {
+        self.held.len()
+    }
+
+    /// Bytes of log written in this pairing.
+    pub fn log_bytes(&self) -> u64 {
+        self.bytes_total
+    }
+
+    /// The lag and throttle of the pair.
+    pub fn lag(&self) -> &LagControl {
+        &self.lag
+    }
+
+    /// Whether the log buffer is full: the machine must not run on.
+    pub fn must_wait(&self) -> bool {
+        self.phase == Phase::Lost || self.is_logging() && self.unacked_bytes > LOG_BUFFER
+    }
+
+    /// A backup was given the state at `start`: the log begins.
+    pub fn begin(&mut self, epoch: Epoch, start: Stamp, now: Duration) {
+        self.phase = Phase::Synchronizing;
+        self.epoch = Some(epoch);
+        self.encoder = Encoder::new(start);
+        self.written = 0;
+        self.acked = 0;
+        self.batch.clear();
+        self.batch_first = 0;
+        self.released = 0;
+        self.reported_released = 0;
+        self.unacked.clear();
+        self.unacked_bytes = 0;
+        self.bytes_total = 0;
+        self.last_heard = now;
+        self.suspect_at = None;
+        self.last_entry_horizon = None;
+        self.lag = LagControl::new(self.timing.max_lag);
+    }
+
+    fn write(&mut self, entry: &Entry) {
+        let before = self.batch.len();
+        self.encoder.put(&mut self.batch, entry);
+        let size = self.batch.len() - before;
+        self.written += 1;
+        self.unacked.push_back((self.written, size));
+        self.unacked_bytes += size;
+        self.bytes_total += size as u64;
+        self.last_entry_horizon = match entry {
+            Entry::Horizon { stamp } => Some(*stamp),
+            _ => None,
+        };
+    }
+
+    /// Log an input that is applied at `stamp`.
+    pub fn input(&mut self, stamp: Stamp, payload: Vec<u8>) {
+        if self.is_logging() {
+            self.write(&Entry::Input { stamp, payload });
+        }
+    }
+
+    /// Tell the backup that it may execute up to `stamp`.
+    pub fn horizon(&mut self, stamp: Stamp, now: Duration) {
+        if self.is_logging() && self.last_entry_horizon != Some(stamp) {
+            self.write(&Entry::Horizon { stamp });
+            self.lag.reached(stamp, now);
+        }
+    }
+
+    /// Log the state hash at `stamp`.
+    pub fn hash(&mut self, stamp: Stamp, payload: Vec<u8>) {
+        if self.is_logging() {
+            self.write(&Entry::Hash { stamp, payload });
+        }
+    }
+
+    /// The machine ended.
+    pub fn end(&mut self, stamp: Stamp, payload: Vec<u8>) {
+        if self.is_logging() {
+            self.write(&Entry::End { stamp, payload });
+        }
+    }
+
+    /// The Output Rule: returns the output if it may leave now, else keeps it.
+    pub fn output(&mut self, stamp: Stamp, item: T, now: Duration) -> Option<T> {
+        match self.phase {
+            Phase::Unprotected | Phase::Synchronizing => Some(item),
+            Phase::Lost => None,
+            Phase::Protected | Phase::Arbitrating => {
+                self.horizon(stamp, now);
+                self.held.push_back(Held { needs: self.written, item });
+                None
+            }
+        }
+    }
+
+    /// The log written since the last call, as a message for the channel.
+    pub fn take_batch(&mut self, stamp: Stamp) -> Option<Message> {
+        if self.phase == Phase::Protected && self.released != self.reported_released && self.is_logging() {
+            let count = self.released;
+            self.reported_released = count;
+            self.write(&Entry::Released { stamp, count });
+        }
+        if self.batch.is_empty() {
+            return None;
+        }
+        let first = self.batch_first;
+        self.batch_first = self.written;
+        Some(Message::Log { first, count: self.written - first, entries: std::mem::take(&mut self.batch) })
+    }
+
+    /// Whether [`Self::take_batch`] has entries to give (other than reports of releases).
+    pub fn has_batch(&self) -> bool {
+        !self.batch.is_empty()
+    }
+
+    /// The peer showed a sign of life.
+    pub fn heard(&mut self, now: Duration) {
+        self.last_heard = self.last_heard.max(now);
+    }
+
+    /// A message came from the backup; `stamp` is where the machine is now.
+    pub fn on_message(&mut self, message: &Message, stamp: Stamp, now: Duration) -> Vec<Action<T>> {
+        self.heard(now);
+        match message {
+            Message::Loaded if self.phase == Phase::Synchronizing => {
+                self.write(&Entry::Protected { stamp });
+                self.phase = Phase::Protected;
+                vec![Action::NowProtected]
+            }
+            Message::Ack { received, executed } if self.is_logging() => {
+                self.lag.executed(*executed, now);
+                // An acknowledgement of what was never sent is a liar's: ignore what exceeds it.
+                self.acked = self.acked.max((*received).min(self.batch_first));
+                while let Some((seq, size)) = self.unacked.front().copied() {
+                    if seq > self.acked {
+                        break;
+                    }
+                    self.unacked.pop_front();
+                    self.unacked_bytes -= size;
+                }
+                if self.phase == Phase::Protected {
+                    self.release_acked()
+                } else {
+                    Vec::new()
+                }
+            }
+            Message::Resign { reason } if self.is_logging() => {
+                // The backup promised never to go live, so no lock is needed.
+                let reason = format!("the backup gave up: {reason}");
+                self.go_alone(reason)
+            }
+            Message::HashAgrees { stamp } => vec![Action::HashAgreed { stamp: *stamp }],
+            _ => Vec::new(),
+        }
+    }
+
+    fn release_acked(&mut self) -> Vec<Action<T>> {
+        let ready = self.held.iter().take_while(|h| h.needs <= self.acked).count();
+        if ready == 0 {
+            return Vec::new();
+        }
+        self.released += ready as u64;
+        vec![Action::Release(self.held.drain(..ready).map(|h| h.item).collect())]
+    }
+
+    fn go_alone(&mut self, reason: String) -> Vec<Action<T>> {
+        self.phase = Phase::Unprotected;
+        self.epoch = None;
+        self.batch.clear();
+        self.unacked.clear();
+        self.unacked_bytes = 0;
+        self.suspect_at = None;
+        let held: Vec<T> = self.held.drain(..).map(|h| h.item).collect();
+        let mut actions = Vec::new();
+        if !held.is_empty() {
+            actions.push(Action::Release(held));
+        }
+        actions.push(Action::NowUnprotected { reason });
+        actions
+    }
+
+    /// The channel broke. The backup may live and go live: after a short grace for heartbeats, ask the lock.
+    pub fn on_disconnect(&mut self, reason: &str, now: Duration) -> Vec<Action<T>> {
+        match self.phase {
+            Phase::Synchronizing => {
+                self.go_alone(format!("the backup was lost while synchronizing: {reason}"))
+            }
+            Phase::Protected => {
+                let at = now + self.timing.timeout.min(self.timing.heartbeat * 3);
+                self.suspect_at = Some(self.suspect_at.map_or(at, |s| s.min(at)));
+                self.reason = reason.to_owned();
+                Vec::new()
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    /// Time passes: suspect a silent backup.
+    pub fn tick(&mut self, now: Duration) -> Vec<Action<T>> {
+        self.lag.tick(now);
+        let silent = now.saturating_sub(self.last_heard) >= self.timing.timeout;
+        let broken = self.suspect_at.is_some_and(|at| now >= at);
+        match self.phase {
+            Phase::Synchronizing if silent => {
+                self.go_alone("the backup fell silent while synchronizing".to_owned())
+            }
+            Phase::Protected if silent || broken => {
+                if !broken {
+                    self.reason = format!("no sign of the backup for {} ms", self.timing.timeout.as_millis());
+                }
+                self.phase = Phase::Arbitrating;
+                self.epoch.clone().map(Action::Arbitrate).into_iter().collect()
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    /// The lock answered.
+    pub fn on_verdict(&mut self, verdict: Verdict) -> Vec<Action<T>> {
+        if self.phase != Phase::Arbitrating {
+            return Vec::new();
+        }
+        match verdict {
+            Verdict::Won => {
+                let reason = std::mem::take(&mut self.reason);
+                self.go_alone(reason)
+            }
+            Verdict::Lost => {
+                self.phase = Phase::Lost;
+                self.held.clear();
+                self.batch.clear();
+                vec![Action::Halt { reason: "the backup has gone live and holds the lock".to_owned() }]
+            }
+        }
+    }
+}

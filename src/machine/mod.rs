@@ -1,0 +1,225 @@
+//! The machine: processors, chipset, memory and clock as one deterministic state machine.
+//!
+//! Its future follows from its state and from what [`Machine::apply`] is given at which
+//! [`Stamp`]; nothing else. The same type runs in all roles: alone, as a primary, as a backup,
+//! recording and replaying.
+
+mod clock;
+mod hash;
+mod run;
+mod state;
+
+pub use clock::{Adjust, VirtualClock};
+pub use hash::StateHash;
+pub use state::{MachineState, StateError};
+
+use std::collections::BTreeMap;
+
+use ftvm_accel::bus::Ipi;
+use ftvm_accel::{GuestMemory, Processor};
+use ftvm_devices::{Input, MachineRequest, Output};
+use serde::{Deserialize, Serialize};
+
+/// What the machine asks of a chipset (the PC's devices and buses). See `ftvm_devices::Pc`.
+pub trait Chipset: Send {
+    fn reset(&mut self, mem: &GuestMemory, now_ns: u64);
+    fn io_read(&mut self, mem: &GuestMemory, now_ns: u64, port: u16, size: u8) -> u32;
+    fn io_write(&mut self, mem: &GuestMemory, now_ns: u64, port: u16, size: u8, value: u32);
+    fn mmio_read(&mut self, mem: &GuestMemory, now_ns: u64, addr: u64, size: u8) -> u64;
+    fn mmio_write(&mut self, mem: &GuestMemory, now_ns: u64, addr: u64, size: u8, value: u64);
+    fn next_deadline(&self) -> Option<u64>;
+    fn advance(&mut self, mem: &GuestMemory, now_ns: u64);
+    fn input(&mut self, mem: &GuestMemory, now_ns: u64, input: &Input);
+    fn intr(&self) -> bool;
+    fn intr_ack(&mut self) -> u8;
+    fn eoi(&mut self, vector: u8);
+    fn take_messages(&mut self) -> Vec<ftvm_accel::ApicMessage>;
+    fn take_outputs(&mut self) -> Vec<Output>;
+    fn take_request(&mut self) -> Option<MachineRequest>;
+    fn has_work(&self) -> bool;
+    fn random(&mut self) -> u64;
+    fn save(&self) -> Vec<u8>;
+    fn load(&mut self, saved: &[u8]) -> Result<(), String>;
+    fn pending_disk(&self) -> Vec<Output>;
+    fn device_hashes(&self) -> Vec<(String, u64)>;
+}
+
+/// An exact point in a machine's life. Points are ordered: by position, then by virtual time
+/// (which moves at one position only while the machine idles).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Stamp {
+    /// Retired instructions of all processors.
+    pub position: u64,
+    /// Virtual time in nanoseconds.
+    pub ns: u64,
+}
+
+/// What passes through the input door, applied at an exact stamp.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MachineInput {
+    /// For a device.
+    Device(Input),
+    /// The virtual clock is brought in step with real time.
+    Clock(Adjust),
+    /// `system_reset`, or the reset that a guest asked for.
+    Reset,
+    /// A non-maskable interrupt for every processor (`inject-nmi`).
+    Nmi,
+    /// The guest was stopped (`stop`) or resumed (`cont`); a role change keeps it so.
+    Paused(bool),
+}
+
+/// Why [`Machine::run`] returned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// The limit was reached exactly.
+    Limit,
+    /// Every processor is idle; virtual time may skip to `next` (the next timer), if there is one.
+    Idle { next: Option<u64> },
+    /// Outputs are waiting in [`Machine::take_outputs`].
+    Output,
+    /// The guest asks something of the machine as a whole.
+    Request(MachineRequest),
+    /// A processor cannot go on.
+    Dead,
+}
+
+/// How often the scheduler moves on to the next runnable processor, in instructions.
+const SLICE: u64 = 20_000;
+
+/// Deterministic round-robin of the processors on the machine thread.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Schedule {
+    current: u32,
+    slice_left: u64,
+}
+
+/// A virtual machine.
+pub struct Machine {
+    cpus: Vec<Box<dyn Processor>>,
+    chipset: Box<dyn Chipset>,
+    mem: GuestMemory,
+    clock: VirtualClock,
+    position: u64,
+    schedule: Schedule,
+    paused: bool,
+    ipis: Vec<Ipi>,
+    outputs: Vec<(Stamp, Output)>,
+    hashes: hash::MemoryHash,
+}
+
+impl Machine {
+    /// Put a machine together and reset it.
+    pub fn new(
+        cpus: Vec<Box<dyn Processor>>,
+        chipset: Box<dyn Chipset>,
+        mem: GuestMemory,
+        ns_per_instruction: f64,
+    ) -> Self {
+        let hashes = hash::MemoryHash::new(&mem);
+        let mut machine = Machine {
+            cpus,
+            chipset,
+            mem,
+            clock: VirtualClock::new(ns_per_instruction),
+            position: 0,
+            schedule: Schedule { current: 0, slice_left: SLICE },
+            paused: false,
+            ipis: Vec::new(),
+            outputs: Vec::new(),
+            hashes,
+        };
+        machine.reset();
+        machine
+    }
+
+    fn reset(&mut self) {
+        for cpu in &mut self.cpus {
+            cpu.reset(false);
+        }
+        let now = self.now();
+        self.chipset.reset(&self.mem, now);
+        self.ipis.clear();
+        self.schedule = Schedule { current: 0, slice_left: SLICE };
+    }
+
+    /// Where the machine is.
+    pub fn stamp(&self) -> Stamp {
+        Stamp { position: self.position, ns: self.now() }
+    }
+
+    /// Virtual time in nanoseconds.
+    pub fn now(&self) -> u64 {
+        self.clock.now(self.position)
+    }
+
+    /// The clock's rate in nanoseconds per instruction.
+    pub fn ns_per_instruction(&self) -> f64 {
+        self.clock.ns_per_instruction()
+    }
+
+    /// Guest memory.
+    pub fn memory(&self) -> &GuestMemory {
+        &self.mem
+    }
+
+    /// How many processors there are.
+    pub fn cpu_count(&self) -> usize {
+        self.cpus.len()
+    }
+
+    /// Whether the guest is stopped by the user.
+    pub fn is_paused(&self) -> bool {
+        self.paused
+    }
+
+    /// The registers of processor `index` for people.
+    pub fn describe_cpu(&self, index: usize) -> Option<String> {
+        self.cpus.get(index).map(|c| c.describe())
+    }
+
+    /// Apply an input now. The caller has logged it with [`Self::stamp`].
+    pub fn apply(&mut self, input: &MachineInput) {
+        match input {
+            MachineInput::Device(Input::Nmi) | MachineInput::Nmi => {
+                for cpu in &mut self.cpus {
+                    cpu.nmi();
+                }
+            }
+            MachineInput::Device(device) => {
+                let now = self.now();
+                self.chipset.input(&self.mem, now, device);
+            }
+            MachineInput::Clock(adjust) => self.clock.adjust(self.position, *adjust),
+            MachineInput::Reset => self.reset(),
+            MachineInput::Paused(paused) => self.paused = *paused,
+        }
+        self.settle();
+    }
+
+    /// Disk requests that were issued and have not completed, for reissue by a new primary.
+    pub fn pending_disk(&self) -> Vec<Output> {
+        self.chipset.pending_disk()
+    }
+
+    /// What left the machine since the last call, in order, each with the stamp at which it left.
+    pub fn take_outputs(&mut self) -> Vec<(Stamp, Output)> {
+        std::mem::take(&mut self.outputs)
+    }
+
+    /// Hash of each part of the state, to compare two replicas.
+    pub fn state_hash(&mut self) -> StateHash {
+        self.hashes.update(&self.mem);
+        let mut parts = BTreeMap::new();
+        for (i, cpu) in self.cpus.iter().enumerate() {
+            parts.insert(format!("cpu{i}"), hash::bytes(&cpu.save()));
+        }
+        for (name, value) in self.chipset.device_hashes() {
+            parts.insert(name, value);
+        }
+        let rest = (&self.clock, self.position, &self.schedule, self.paused);
+        parts.insert("clock".into(), hash::bytes(&postcard::to_stdvec(&rest).unwrap_or_default()));
+        parts.insert("memory".into(), self.hashes.total());
+        StateHash { parts }
+    }
+}

@@ -1,0 +1,200 @@
+//! The run loop: which processor executes, how far, and what happens between instructions.
+
+use ftvm_accel::bus::Ipi;
+use ftvm_accel::{Bus, Exit, GuestMemory};
+
+use super::{Chipset, Machine, Stamp, Stop, VirtualClock, SLICE};
+
+/// What a running processor sees of the machine.
+struct MachineBus<'a> {
+    mem: &'a GuestMemory,
+    chipset: &'a mut dyn Chipset,
+    clock: &'a VirtualClock,
+    ipis: &'a mut Vec<Ipi>,
+    /// This processor is the one whose LINT0 the 8259 drives.
+    boot_processor: bool,
+}
+
+impl Bus for MachineBus<'_> {
+    fn io_read(&mut self, position: u64, port: u16, size: u8) -> u32 {
+        self.chipset.io_read(self.mem, self.clock.now(position), port, size)
+    }
+    fn io_write(&mut self, position: u64, port: u16, size: u8, value: u32) {
+        self.chipset.io_write(self.mem, self.clock.now(position), port, size, value);
+    }
+    fn mmio_read(&mut self, position: u64, addr: u64, size: u8) -> u64 {
+        self.chipset.mmio_read(self.mem, self.clock.now(position), addr, size)
+    }
+    fn mmio_write(&mut self, position: u64, addr: u64, size: u8, value: u64) {
+        self.chipset.mmio_write(self.mem, self.clock.now(position), addr, size, value);
+    }
+    fn clock_ns(&mut self, position: u64) -> u64 {
+        self.clock.now(position)
+    }
+    fn intr(&mut self) -> bool {
+        self.boot_processor && self.chipset.intr()
+    }
+    fn intr_ack(&mut self, _position: u64) -> u8 {
+        self.chipset.intr_ack()
+    }
+    fn eoi(&mut self, _position: u64, vector: u8) {
+        self.chipset.eoi(vector);
+    }
+    fn send_ipi(&mut self, ipi: Ipi) {
+        self.ipis.push(ipi);
+    }
+    fn random(&mut self) -> u64 {
+        self.chipset.random()
+    }
+    fn break_requested(&self) -> bool {
+        !self.ipis.is_empty() || self.chipset.has_work()
+    }
+}
+
+impl Machine {
+    /// Deliver what is due at this point: timers, interrupt messages, IPIs; collect outputs.
+    pub(super) fn settle(&mut self) {
+        let stamp = self.stamp();
+        for cpu in &mut self.cpus {
+            if cpu.next_deadline().is_some_and(|d| d <= stamp.ns) {
+                cpu.advance(stamp.ns);
+            }
+        }
+        if self.chipset.next_deadline().is_some_and(|d| d <= stamp.ns) {
+            self.chipset.advance(&self.mem, stamp.ns);
+        }
+        for message in self.chipset.take_messages() {
+            for cpu in &mut self.cpus {
+                cpu.apic_message(message);
+            }
+        }
+        for ipi in std::mem::take(&mut self.ipis) {
+            for cpu in &mut self.cpus {
+                cpu.ipi(ipi);
+            }
+        }
+        self.outputs.extend(self.chipset.take_outputs().into_iter().map(|o| (stamp, o)));
+    }
+
+    /// Virtual time at which the next timer fires.
+    fn next_deadline(&self) -> Option<u64> {
+        self.cpus.iter().filter_map(|c| c.next_deadline()).chain(self.chipset.next_deadline()).min()
+    }
+
+    fn idle(&self, index: usize) -> bool {
+        self.cpus[index].is_idle(index == 0 && self.chipset.intr())
+    }
+
+    /// Whether every processor is idle.
+    pub fn is_idle(&self) -> bool {
+        (0..self.cpus.len()).all(|i| self.idle(i))
+    }
+
+    /// The machine is idle and time passes: skip to `ns`, firing the timers that are due on the way,
+    /// in order; stops early at the first one that wakes a processor. Returns the time reached.
+    pub fn skip_to(&mut self, ns: u64) -> u64 {
+        while self.is_idle() {
+            match self.next_deadline() {
+                Some(deadline) if deadline <= ns => {
+                    self.clock.skip_to(self.position, deadline);
+                    self.settle();
+                }
+                _ => {
+                    self.clock.skip_to(self.position, ns);
+                    break;
+                }
+            }
+        }
+        self.now()
+    }
+
+    /// Execute at most `limit` instructions; see [`Stop`]. A paused machine must not be run.
+    pub fn run(&mut self, limit: u64) -> Stop {
+        let end = self.position.saturating_add(limit);
+        loop {
+            self.settle();
+            if let Some(request) = self.chipset.take_request() {
+                return Stop::Request(request);
+            }
+            if !self.outputs.is_empty() {
+                return Stop::Output;
+            }
+            if self.position >= end {
+                return Stop::Limit;
+            }
+            if !self.pick() {
+                return Stop::Idle { next: self.next_deadline() };
+            }
+            let timer =
+                self.next_deadline().map_or(u64::MAX, |d| self.clock.instructions_until(self.position, d));
+            let budget = (end - self.position).min(timer.max(1)).min(self.schedule.slice_left);
+            let index = self.schedule.current as usize;
+            let mut bus = MachineBus {
+                mem: &self.mem,
+                chipset: self.chipset.as_mut(),
+                clock: &self.clock,
+                ipis: &mut self.ipis,
+                boot_processor: index == 0,
+            };
+            let result = self.cpus[index].run(&self.mem, &mut bus, self.position, budget);
+            self.position += result.retired;
+            self.schedule.slice_left = self.schedule.slice_left.saturating_sub(result.retired);
+            match result.exit {
+                Exit::Budget | Exit::Break | Exit::Halt => {}
+                Exit::Pause => {
+                    if self.cpus.len() > 1 {
+                        self.schedule.slice_left = 0;
+                    }
+                }
+                Exit::Shutdown => {
+                    log::warn!("triple fault at position {}: resetting the machine", self.position);
+                    return Stop::Request(ftvm_devices::MachineRequest::Reset);
+                }
+                Exit::Internal => return Stop::Dead,
+            }
+        }
+    }
+
+    /// Make the schedule point at a runnable processor with a slice; false if all are idle.
+    fn pick(&mut self) -> bool {
+        let count = self.cpus.len() as u32;
+        if self.schedule.slice_left > 0 && !self.idle(self.schedule.current as usize) {
+            return true;
+        }
+        for step in 1..=count {
+            let candidate = (self.schedule.current + step) % count;
+            if !self.idle(candidate as usize) {
+                self.schedule = super::Schedule { current: candidate, slice_left: SLICE };
+                return true;
+            }
+        }
+        false
+    }
+
+    /// Run towards `target`: execute, and skip idle time, but never past it. Returns when it is reached
+    /// (`None`) or earlier for outputs or a request. No input may be due before `target`.
+    pub fn run_towards(&mut self, target: Stamp, limit: u64) -> Option<Stop> {
+        if self.position < target.position {
+            let stop = self.run(limit.min(target.position - self.position));
+            return match stop {
+                Stop::Limit => Some(Stop::Limit),
+                Stop::Idle { next: Some(next) } => {
+                    self.skip_to(next);
+                    Some(Stop::Limit)
+                }
+                other => Some(other),
+            };
+        }
+        self.settle();
+        if !self.outputs.is_empty() {
+            return Some(Stop::Output);
+        }
+        if self.now() < target.ns && self.is_idle() {
+            self.skip_to(target.ns);
+            if !self.outputs.is_empty() {
+                return Some(Stop::Output);
+            }
+        }
+        None
+    }
+}

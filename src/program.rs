@@ -1,0 +1,590 @@
+//! The program: from a command line to a running machine.
+
+use std::io::Write;
+use std::net::TcpListener;
+use std::os::fd::FromRawFd;
+use std::os::unix::net::UnixListener;
+use std::sync::mpsc::{channel, Receiver};
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+
+use ftvm_devices::Input;
+use ftvm_qmp::{serve_listener, Hub, Listener};
+
+use crate::assembly::{open_drive, open_net, open_options, Blueprint};
+use crate::cli::config::{format_uuid, Monitor};
+use crate::cli::{Char, CliError, Config, Request};
+use crate::host::chars::{self, CharSink, Escape, EscapeFilter};
+use crate::host::disk::DiskWorker;
+use crate::host::{net_receiver, signals, Outside};
+use crate::lockstep::FileLock;
+use crate::machine::MachineInput;
+use crate::runtime::control::{Control, RunState, Shared};
+use crate::runtime::ft::{join, Common, FtSide, HostSide};
+use crate::runtime::live::{replay, RunOptions, Runtime, Sink};
+use crate::runtime::record::{Header, Player, Recorder};
+use crate::runtime::{Event, Events, Outcome, Quit};
+
+/// Run the program with these arguments (without its name); returns the exit status.
+pub fn main(args: &[String]) -> i32 {
+    let config = match crate::cli::parse(args) {
+        Ok(Request::Print(text)) => {
+            let _ = std::io::stdout().write_all(text.as_bytes());
+            return 0;
+        }
+        Ok(Request::Run(config)) => config,
+        Err(e) => return fail(&e.to_string()),
+    };
+    let outcome = start(&config);
+    chars::restore_terminal();
+    if let Some(path) = &config.host.pidfile {
+        let _ = std::fs::remove_file(path);
+    }
+    match outcome {
+        Ok(Outcome::Done(status)) => status,
+        Ok(Outcome::Failed(text)) | Err(text) => fail(&text),
+    }
+}
+
+fn fail(text: &str) -> i32 {
+    eprintln!("ftvm: {text}");
+    1
+}
+
+fn logging(config: &Config) -> Result<(), String> {
+    let mut builder = env_logger::Builder::new();
+    builder.filter_level(log::LevelFilter::Warn);
+    for item in &config.host.log_items {
+        match item.as_str() {
+            "ft" => builder
+                .filter_module("ftvm::runtime::ft", log::LevelFilter::Debug)
+                .filter_module("ftvm::lockstep", log::LevelFilter::Debug),
+            "disk" => builder
+                .filter_module("ftvm_block", log::LevelFilter::Debug)
+                .filter_module("ftvm::host::disk", log::LevelFilter::Debug),
+            "net" => builder.filter_module("ftvm_net", log::LevelFilter::Debug),
+            "cpu" => builder.filter_module("ftvm_accel", log::LevelFilter::Debug),
+            "all" => builder.filter_level(log::LevelFilter::Debug),
+            other => return Err(format!("-d {other}: unknown log item; known are ft, disk, net, cpu, all")),
+        };
+    }
+    if config.host.ft.is_some() && config.host.log_items.is_empty() {
+        builder.filter_module("ftvm::runtime::ft", log::LevelFilter::Info);
+    }
+    builder.parse_default_env();
+    let stamps = config.host.timestamps || config.host.log_file.is_some();
+    builder.format(move |out, record| {
+        if stamps {
+            write!(out, "{} ", out.timestamp_millis())?;
+        }
+        let level = match record.level() {
+            log::Level::Error => "error: ",
+            log::Level::Warn => "warning: ",
+            _ => "",
+        };
+        writeln!(out, "ftvm: {level}{}", record.args())
+    });
+    if let Some(path) = &config.host.log_file {
+        let file = std::fs::OpenOptions::new().create(true).append(true).open(path);
+        let file = file.map_err(|e| format!("-D {path}: {e}"))?;
+        builder.target(env_logger::Target::Pipe(Box::new(file)));
+    }
+    builder.try_init().map_err(|e| e.to_string())
+}
+
+fn start(config: &Config) -> Result<Outcome, String> {
+    let text = |e: &dyn std::fmt::Display| e.to_string();
+    if config.machine.cpu_model == "help" {
+        print!("{}", ftvm_accel::model::CpuModel::help());
+        return Ok(Outcome::Done(0));
+    }
+    for d in &config.machine.devices {
+        if ["help", "?"].contains(&d.driver.as_str()) {
+            print!("{}", ftvm_devices::device_help());
+            return Ok(Outcome::Done(0));
+        }
+        if d.props.iter().any(|(k, _)| k == "help") {
+            print!("{}", ftvm_devices::model_help(&d.driver).map_err(|e| text(&e))?);
+            return Ok(Outcome::Done(0));
+        }
+    }
+    // Threads started before daemonizing would not survive it, so this process only waits for its child.
+    let ready = if config.host.daemonize { Some(daemonize()?) } else { None };
+    logging(config)?;
+    let (events, receiver) = channel();
+    signals::install(events.clone()).map_err(|e| text(&e))?;
+    let prepared = prepare(config, events, receiver)?;
+    if let Some(path) = &config.host.pidfile {
+        std::fs::write(path, format!("{}\n", std::process::id()))
+            .map_err(|e| format!("-pidfile {path}: {e}"))?;
+    }
+    if let Some(ready) = ready {
+        ready.done();
+    }
+    Ok(prepared.run())
+}
+
+/// The pipe on which the waiting foreground process hears of success.
+struct Ready(std::fs::File);
+
+impl Ready {
+    fn done(mut self) {
+        let _ = self.0.write_all(b"ok");
+        if let Ok(null) = std::fs::OpenOptions::new().read(true).write(true).open("/dev/null") {
+            let _ = nix::unistd::dup2_stdin(&null);
+            let _ = nix::unistd::dup2_stdout(&null);
+            let _ = nix::unistd::dup2_stderr(&null);
+        }
+    }
+}
+
+/// Fork; the parent waits until the child is ready (exit 0) or has ended (exit 1).
+fn daemonize() -> Result<Ready, String> {
+    let (reader, writer) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).map_err(|e| e.to_string())?;
+    // SAFETY: no other thread exists yet.
+    match unsafe { nix::unistd::fork() }.map_err(|e| format!("-daemonize: {e}"))? {
+        nix::unistd::ForkResult::Parent { .. } => {
+            drop(writer);
+            let mut got = Vec::new();
+            let _ = std::io::Read::read_to_end(&mut std::fs::File::from(reader), &mut got);
+            std::process::exit(i32::from(got != b"ok"));
+        }
+        nix::unistd::ForkResult::Child => {
+            drop(reader);
+            nix::unistd::setsid().map_err(|e| e.to_string())?;
+            Ok(Ready(std::fs::File::from(writer)))
+        }
+    }
+}
+
+enum Prepared {
+    Live(Box<Runtime>),
+    Replay(Box<Runtime>, Box<Player>),
+}
+
+impl Prepared {
+    fn run(self) -> Outcome {
+        match self {
+            Prepared::Live(mut runtime) => runtime.run(),
+            Prepared::Replay(mut runtime, mut player) => {
+                let outside = Arc::clone(&runtime.outside);
+                replay(&mut runtime.machine, &mut player, &outside)
+            }
+        }
+    }
+}
+
+fn sizes(config: &Config) -> Result<(Vec<u64>, Vec<Option<Box<dyn ftvm_block::Image>>>), String> {
+    let mut sizes = Vec::new();
+    let mut images = Vec::new();
+    for drive in &config.machine.drives {
+        let mut drive = drive.clone();
+        drive.snapshot |= config.machine.snapshot;
+        let image = open_drive(&drive, &open_options(&drive)).map_err(|e| e.to_string())?;
+        sizes.push(image.as_ref().map_or(0, |i| i.size()));
+        images.push(image);
+    }
+    Ok((sizes, images))
+}
+
+fn prepare(config: &Config, events: Events, receiver: Receiver<Event>) -> Result<Prepared, String> {
+    let text = |e: &dyn std::fmt::Display| e.to_string();
+    let shared = Shared::new();
+    if let Some(ft) = config.host.ft.clone().filter(|f| f.peer.is_some()) {
+        return prepare_backup(config, ft, &shared, events, receiver);
+    }
+    if let Some(path) = &config.machine.icount.replay {
+        let (player, header) = Player::open(path).map_err(|e| text(&e))?;
+        let mut blueprint = Blueprint::new(&config.machine, &config.host.firmware_dirs, &header.drive_sizes)
+            .map_err(|e| text(&e))?;
+        let fingerprint = blueprint.fingerprint();
+        if fingerprint != header.machine || header.version != env!("CARGO_PKG_VERSION") {
+            return Err(format!(
+                "'{path}' was recorded on another machine: it was {} {}, this is {} {fingerprint}",
+                header.version,
+                header.machine,
+                env!("CARGO_PKG_VERSION")
+            ));
+        }
+        blueprint.pc.random_seed = header.seed;
+        blueprint.pc.rtc_base_unix = header.rtc_base;
+        blueprint.ns_per_instruction = header.ns_per_instruction;
+        let machine = blueprint.build().map_err(|e| text(&e))?;
+        let (outside, control) = open_outside(config, &blueprint, &shared, &events)?;
+        start_monitors(config, &control)?;
+        let runtime = Runtime::new(machine, outside, shared, events, receiver, RunOptions::default());
+        return Ok(Prepared::Replay(Box::new(runtime), Box::new(player)));
+    }
+    let (sizes, images) = sizes(config)?;
+    let blueprint =
+        Blueprint::new(&config.machine, &config.host.firmware_dirs, &sizes).map_err(|e| text(&e))?;
+    let machine = blueprint.build().map_err(|e| text(&e))?;
+    let (outside, control) = open_outside(config, &blueprint, &shared, &events)?;
+    attach_nets(&blueprint, &outside, &events)?;
+    let durable = |d: &crate::cli::drive::DriveConfig| {
+        config.host.ft.is_some()
+            || matches!(
+                d.cache,
+                crate::cli::drive::Cache::Writethrough | crate::cli::drive::Cache::DirectSync
+            )
+    };
+    for (i, (image, drive)) in images.into_iter().zip(&config.machine.drives).enumerate() {
+        if let Some(image) = image {
+            let worker =
+                DiskWorker::start(&drive.id, image, durable(drive), events.clone()).map_err(|e| text(&e))?;
+            outside.attach_disk(i, worker);
+        }
+    }
+    let ft = match &config.host.ft {
+        None => None,
+        Some(ft) => {
+            let common = common(config, ft.clone(), &blueprint, &shared, &events)?;
+            Some(FtSide::primary(common).map_err(|e| text(&e))?)
+        }
+    };
+    start_monitors(config, &control)?;
+    let options = RunOptions {
+        no_reboot: config.host.no_reboot,
+        no_shutdown: config.host.no_shutdown,
+        sleep: config.machine.icount.sleep,
+        adaptive: config.machine.icount.shift.is_none(),
+    };
+    let mut runtime = Runtime::new(machine, outside, shared, events, receiver, options);
+    runtime.ft = ft;
+    if let Some(path) = &config.machine.icount.record {
+        let header = Header {
+            version: env!("CARGO_PKG_VERSION").into(),
+            machine: blueprint.fingerprint(),
+            seed: blueprint.pc.random_seed,
+            rtc_base: blueprint.pc.rtc_base_unix,
+            drive_sizes: sizes,
+            ns_per_instruction: blueprint.ns_per_instruction,
+        };
+        runtime.sink = Sink::File(Box::new(Recorder::create(path, &header).map_err(|e| text(&e))?));
+    }
+    if config.host.start_paused {
+        runtime.input(MachineInput::Paused(true));
+    } else {
+        runtime.set_running(true, RunState::Running);
+    }
+    runtime.restart_pace();
+    Ok(Prepared::Live(Box::new(runtime)))
+}
+
+fn lock_path(
+    config: &Config,
+    ft: &crate::cli::ft::FtConfig,
+    blueprint: &Blueprint,
+) -> Result<String, String> {
+    if let Some(path) = &ft.lock {
+        return Ok(path.clone());
+    }
+    let _ = config;
+    blueprint
+        .config
+        .drives
+        .iter()
+        .find(|d| !d.read_only && d.file.is_some())
+        .and_then(|d| d.file.as_ref().map(|f| format!("{f}.ftlock")))
+        .ok_or_else(|| {
+            "-ft needs a lock on shared storage: the machine has no writable disk image, so give lock=PATH"
+                .into()
+        })
+}
+
+fn common(
+    config: &Config,
+    ft: crate::cli::ft::FtConfig,
+    blueprint: &Blueprint,
+    shared: &Arc<Shared>,
+    events: &Events,
+) -> Result<Arc<Common>, String> {
+    let lock = FileLock::new(lock_path(config, &ft, blueprint)?);
+    Ok(Arc::new(Common {
+        config: ft,
+        lock,
+        shared: Arc::clone(shared),
+        events: events.clone(),
+        blueprint: Arc::new(postcard::to_stdvec(blueprint).map_err(|e| e.to_string())?),
+        start: Instant::now(),
+    }))
+}
+
+fn prepare_backup(
+    config: &Config,
+    ft: crate::cli::ft::FtConfig,
+    shared: &Arc<Shared>,
+    events: Events,
+    receiver: Receiver<Event>,
+) -> Result<Prepared, String> {
+    let text = |e: &dyn std::fmt::Display| e.to_string();
+    let peer = ft.peer.clone().unwrap_or_default();
+    shared.set_state(RunState::InMigrate);
+    let joined = join(&peer).map_err(|e| text(&e))?;
+    let mut blueprint: Blueprint = match postcard::from_bytes(&joined.config) {
+        Ok(b) => b,
+        Err(e) => {
+            return Err(text(&joined.refuse(format!("the primary's configuration is not readable: {e}"))))
+        }
+    };
+    let given: Vec<String> = config.given.iter().map(|g| g.name.clone()).collect();
+    if let Err(difference) = blueprint.adapt(&config.machine, &given) {
+        return Err(text(&joined.refuse(difference)));
+    }
+    let ft = crate::cli::ft::FtConfig { heartbeat: joined.timing.0, timeout: joined.timing.1, ..ft };
+    let prepared = (|| {
+        let machine = blueprint.build().map_err(|e| e.to_string())?;
+        let (outside, control) = open_outside(config, &blueprint, shared, &events)?;
+        let common = common(config, ft, &blueprint, shared, &events)?;
+        for (drive, spec) in blueprint.config.drives.iter().zip(&blueprint.pc.drives) {
+            let options =
+                ftvm_block::OpenOptions { read_only: true, force_share: true, ..open_options(drive) };
+            let image = open_drive(drive, &options).map_err(|e| e.to_string())?;
+            let size = image.map_or(0, |i| i.size());
+            if size != spec.size_bytes {
+                return Err(format!(
+                    "drive '{}' differs: the image here has {size} bytes, the primary's {}",
+                    drive.id, spec.size_bytes
+                ));
+            }
+        }
+        Ok((machine, outside, control, common))
+    })();
+    let (mut machine, outside, control, common) = match prepared {
+        Ok(p) => p,
+        Err(e) => return Err(text(&joined.refuse(e))),
+    };
+    start_monitors(config, &control)?;
+    let received = joined.receive(&common.lock, &mut machine).map_err(|e| text(&e))?;
+    // Networks are opened now, so that a wrong name is found now; frames are taken when live.
+    attach_nets(&blueprint, &outside, &events)?;
+    let drives = blueprint.config.drives.clone();
+    let attach = move |outside: &Arc<Outside>, events: &Events| -> Result<(), String> {
+        for (i, drive) in drives.iter().enumerate() {
+            let options = open_options(drive);
+            let image = match open_drive(drive, &options) {
+                // A paused old primary may still hold the byte locks; the pair's lock was won and counts.
+                Err(crate::assembly::BuildError::Drive {
+                    source: ftvm_block::BlockError::Locked { .. },
+                    ..
+                }) => {
+                    log::warn!("ft: the image of '{}' is still locked by the old primary", drive.id);
+                    open_drive(drive, &ftvm_block::OpenOptions { locking: false, ..options })
+                }
+                other => other,
+            };
+            if let Some(image) = image.map_err(|e| e.to_string())? {
+                let worker =
+                    DiskWorker::start(&drive.id, image, true, events.clone()).map_err(|e| e.to_string())?;
+                outside.attach_disk(i, worker);
+            }
+        }
+        Ok(())
+    };
+    let host = HostSide { attach: Box::new(attach), macs: blueprint.pc.nics.iter().map(|n| n.mac).collect() };
+    let side = received.follow(common, host).map_err(|e| text(&e))?;
+    let options = RunOptions {
+        no_reboot: config.host.no_reboot,
+        no_shutdown: config.host.no_shutdown,
+        sleep: true,
+        adaptive: blueprint.config.icount.shift.is_none(),
+    };
+    let mut runtime = Runtime::new(machine, outside, Arc::clone(shared), events, receiver, options);
+    runtime.ft = Some(side);
+    Ok(Prepared::Live(Box::new(runtime)))
+}
+
+fn attach_nets(blueprint: &Blueprint, outside: &Outside, events: &Events) -> Result<(), String> {
+    for (i, dev) in blueprint.netdevs().into_iter().enumerate() {
+        if let Some(dev) = dev {
+            let net = open_net(dev, net_receiver(i as u32, events.clone()))
+                .map_err(|e| format!("-netdev {}: {e}", dev.id))?;
+            outside.attach_net(i, net);
+        }
+    }
+    Ok(())
+}
+
+/// Open the character devices; the terminal may be shared between a serial line and the human monitor.
+fn open_outside(
+    config: &Config,
+    blueprint: &Blueprint,
+    shared: &Arc<Shared>,
+    events: &Events,
+) -> Result<(Arc<Outside>, Arc<Control>), String> {
+    let control = Arc::new(Control {
+        shared: Arc::clone(shared),
+        events: events.clone(),
+        name: blueprint.config.name.clone(),
+        uuid: format_uuid(&blueprint.config.uuid),
+    });
+    let mut sinks = Vec::new();
+    for (port, dev) in blueprint.chars.iter().enumerate() {
+        let dev = resolve(dev, &blueprint.config.chardevs)?;
+        let send = events.clone();
+        let port = port as u32;
+        let deliver = move |bytes: &[u8]| {
+            let input = Input::CharIn { port, bytes: bytes.to_vec() };
+            let _ = send.send(Event::Input(MachineInput::Device(input)));
+        };
+        let sink = if matches!(dev, Char::Stdio { mux: true, .. }) {
+            mux_terminal(&dev, deliver, &control)?
+        } else {
+            chars::open(&dev, &[], Box::new(deliver)).map_err(|e| e.to_string())?
+        };
+        sinks.push(sink);
+    }
+    let _ = config;
+    Ok((Arc::new(Outside::new(sinks)), control))
+}
+
+fn resolve(dev: &Char, chardevs: &[(String, Char)]) -> Result<Char, String> {
+    match dev {
+        Char::Id(id) => chardevs
+            .iter()
+            .find(|(n, _)| n == id)
+            .map(|(_, d)| d.clone())
+            .ok_or_else(|| format!("chardev '{id}' not found")),
+        other => Ok(other.clone()),
+    }
+}
+
+/// The terminal shared by a serial line and the human monitor: Ctrl-A c switches, Ctrl-A x ends.
+fn mux_terminal(
+    dev: &Char,
+    deliver: impl Fn(&[u8]) + Send + 'static,
+    control: &Arc<Control>,
+) -> Result<CharSink, String> {
+    let out: Arc<Mutex<Option<CharSink>>> = Arc::default();
+    let echo = Arc::clone(&out);
+    let control = Arc::clone(control);
+    let mut filter = EscapeFilter::default();
+    let mut in_monitor = false;
+    let mut line = String::new();
+    let say = move |text: &str| {
+        if let Some(sink) = echo.lock().ok().and_then(|s| s.clone()) {
+            sink.write(text.as_bytes());
+        }
+    };
+    let typed = move |bytes: &[u8]| {
+        let mut guest = Vec::new();
+        for byte in bytes {
+            match filter.byte(*byte) {
+                Ok(None) => {}
+                Ok(Some(b)) if !in_monitor => guest.push(b),
+                Ok(Some(b'\r' | b'\n')) => {
+                    say("\r\n");
+                    say(&control.human(&std::mem::take(&mut line)));
+                    say("(ftvm) ");
+                }
+                Ok(Some(8 | 127)) => {
+                    if line.pop().is_some() {
+                        say("\x08 \x08");
+                    }
+                }
+                Ok(Some(b)) if (32..127).contains(&b) => {
+                    line.push(b as char);
+                    say(&(b as char).to_string());
+                }
+                Ok(Some(_)) => {}
+                Err(Escape::Exit) => {
+                    let _ = control.events.send(Event::Quit(Quit::HostQmpQuit));
+                }
+                Err(Escape::Switch) => {
+                    in_monitor = !in_monitor;
+                    if in_monitor {
+                        say(&format!(
+                            "\r\nftvm {} monitor - type 'help'\r\n(ftvm) ",
+                            env!("CARGO_PKG_VERSION")
+                        ));
+                    } else {
+                        say("\r\n");
+                    }
+                }
+                Err(Escape::Help) => {
+                    say("\r\nC-a h  this help\r\nC-a x  end\r\nC-a c  switch to the monitor and back\r\nC-a C-a  send C-a\r\n");
+                }
+            }
+        }
+        if !guest.is_empty() {
+            deliver(&guest);
+        }
+    };
+    let sink = chars::open(dev, &[], Box::new(typed)).map_err(|e| e.to_string())?;
+    if let Ok(mut slot) = out.lock() {
+        *slot = Some(sink.clone());
+    }
+    Ok(sink)
+}
+
+fn start_monitors(config: &Config, control: &Arc<Control>) -> Result<(), String> {
+    for monitor in &config.host.monitors {
+        let dev = resolve(&monitor.dev, &config.machine.chardevs)?;
+        if monitor.qmp {
+            start_qmp(monitor, &dev, control)?;
+        } else {
+            start_human(&dev, control)?;
+        }
+    }
+    Ok(())
+}
+
+fn start_qmp(monitor: &Monitor, dev: &Char, control: &Arc<Control>) -> Result<(), String> {
+    let hub = Hub {
+        handler: Arc::clone(control) as _,
+        events: control.shared.events.clone(),
+        pretty: monitor.pretty,
+    };
+    let listener = match dev {
+        Char::Unix { path, server: true, .. } => {
+            let _ = std::fs::remove_file(path);
+            Listener::Unix(UnixListener::bind(path).map_err(|e| format!("-qmp unix:{path}: {e}"))?)
+        }
+        Char::Tcp { addr, server: true, .. } => {
+            Listener::Tcp(TcpListener::bind(addr).map_err(|e| format!("-qmp tcp:{addr}: {e}"))?)
+        }
+        // SAFETY: the descriptor was passed to this process as a listening socket for this use.
+        Char::Fd { fd, server: true } => Listener::Unix(unsafe { UnixListener::from_raw_fd(*fd) }),
+        other => {
+            return Err(format!(
+                "-qmp: {other:?} cannot carry QMP here: give unix:PATH,server=on or tcp:ADDR:PORT,server=on"
+            ))
+        }
+    };
+    std::thread::Builder::new()
+        .name("qmp".into())
+        .spawn(move || serve_listener(listener, &hub))
+        .map(|_| ())
+        .map_err(|e| e.to_string())
+}
+
+/// A human monitor of its own (not on a shared terminal).
+fn start_human(dev: &Char, control: &Arc<Control>) -> Result<(), String> {
+    let out: Arc<Mutex<Option<CharSink>>> = Arc::default();
+    let echo = Arc::clone(&out);
+    let control = Arc::clone(control);
+    let mut line = Vec::new();
+    let typed = move |bytes: &[u8]| {
+        let Some(sink) = echo.lock().ok().and_then(|s| s.clone()) else { return };
+        for byte in bytes {
+            if *byte == b'\n' || *byte == b'\r' {
+                let text = String::from_utf8_lossy(&std::mem::take(&mut line)).into_owned();
+                sink.write(format!("{}(ftvm) ", control.human(&text)).as_bytes());
+            } else {
+                line.push(*byte);
+            }
+        }
+    };
+    let sink = chars::open(dev, &[], Box::new(typed)).map_err(|e| e.to_string())?;
+    if let Ok(mut slot) = out.lock() {
+        *slot = Some(sink);
+    }
+    Ok(())
+}
+
+/// Errors of the command line as text.
+impl From<CliError> for String {
+    fn from(e: CliError) -> String {
+        e.to_string()
+    }
+}

@@ -1,0 +1,387 @@
+//! The backup's machine thread: execute the log; go live when the lock is won.
+
+use std::collections::VecDeque;
+use std::sync::mpsc::RecvTimeoutError;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use ftvm_devices::Output;
+
+use super::link::{Link, Pulse};
+use super::primary::PrimaryRole;
+use super::{Common, FtEvent, FtSide, Role};
+use crate::host::Outside;
+use crate::lockstep::backup::{Action, Backup, Phase};
+use crate::lockstep::log::Entry;
+use crate::lockstep::wire::{Epoch, Message};
+use crate::lockstep::Side;
+use crate::machine::Stamp;
+use crate::runtime::control::{Failover, RunState};
+use crate::runtime::live::{follow_entry, is_held, Followed, Runtime};
+use crate::runtime::{Event, Events, Outcome};
+
+/// Instructions executed between looks at the events.
+const CHUNK: u64 = 100_000;
+/// How often the primary is told how far execution is.
+const ACK_EVERY: Duration = Duration::from_millis(10);
+/// How long MAC addresses are announced after go-live: rounds and the pause between them.
+const ANNOUNCE: (u32, Duration) = (6, Duration::from_millis(150));
+
+/// What a backup does on its host when it goes live.
+pub struct HostSide {
+    /// Open the images and attach the networks.
+    pub attach: Box<dyn FnMut(&Arc<Outside>, &Events) -> Result<(), String> + Send>,
+    /// MAC address of each network card.
+    pub macs: Vec<[u8; 6]>,
+}
+
+/// The backup's part of [`FtSide`].
+pub struct Follow {
+    pub core: Arc<Mutex<Backup>>,
+    pub link: Option<Link>,
+    pub pulse: Option<Pulse>,
+    pub epoch: Epoch,
+    pub host: HostSide,
+    current: Option<Entry>,
+    /// Outputs made since the machine was protected, not yet reported as sent by the primary.
+    outputs: VecDeque<(u64, Output)>,
+    made: u64,
+    counting: bool,
+    last_ack: Instant,
+    last_status: Instant,
+    asked_at: Option<(Duration, Duration)>,
+    reason: String,
+    /// The IPv4 address that each network card was last seen to use.
+    addresses: Vec<Option<[u8; 4]>>,
+}
+
+impl Follow {
+    /// A backup that has loaded its state.
+    pub fn new(
+        core: Arc<Mutex<Backup>>,
+        link: Link,
+        pulse: Option<Pulse>,
+        epoch: Epoch,
+        host: HostSide,
+    ) -> Self {
+        let cards = host.macs.len();
+        Follow {
+            core,
+            link: Some(link),
+            pulse,
+            epoch,
+            host,
+            current: None,
+            outputs: VecDeque::new(),
+            made: 0,
+            counting: false,
+            last_ack: Instant::now(),
+            last_status: Instant::now(),
+            asked_at: None,
+            reason: String::new(),
+            addresses: vec![None; cards],
+        }
+    }
+
+    /// The user ends this backup: promise never to go live.
+    pub fn resign(&mut self, reason: &str) {
+        let actions = self.core.lock().map(|mut c| c.resign(reason)).unwrap_or_default();
+        for action in actions {
+            if let (Action::Send(message), Some(link)) = (action, &self.link) {
+                link.send(message);
+            }
+        }
+        self.close();
+    }
+
+    /// Let what is queued for the primary leave.
+    pub fn close(&mut self) {
+        let until = Instant::now() + Duration::from_millis(500);
+        while self.link.as_ref().is_some_and(|l| l.queued() > 0) && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    fn keep(&mut self, outputs: Vec<(Stamp, Output)>) {
+        for (_, output) in outputs {
+            if let Output::NetTx { nic, frame } = &output {
+                if let (Some(slot), Some(ip)) = (self.addresses.get_mut(*nic as usize), sender_ip(frame)) {
+                    *slot = Some(ip);
+                }
+            }
+            if self.counting && is_held(&output) {
+                self.made += 1;
+                // Disk requests are reissued from the machine's own state.
+                if !matches!(output, Output::Disk { .. }) {
+                    self.outputs.push_back((self.made, output));
+                }
+            }
+        }
+    }
+
+    fn forget_released(&mut self, released: u64) {
+        while self.outputs.front().is_some_and(|(n, _)| *n <= released) {
+            self.outputs.pop_front();
+        }
+    }
+}
+
+/// The sender's IPv4 address in a frame (ARP or IPv4).
+fn sender_ip(frame: &[u8]) -> Option<[u8; 4]> {
+    let kind = frame.get(12..14)?;
+    let at = match kind {
+        [8, 0] => 26,
+        [8, 6] => 28,
+        _ => return None,
+    };
+    let ip: [u8; 4] = frame.get(at..at + 4)?.try_into().ok()?;
+    (ip != [0; 4]).then_some(ip)
+}
+
+fn role(rt: &mut Runtime) -> Option<(&mut Follow, Arc<Common>)> {
+    let ft = rt.ft.as_mut()?;
+    let common = Arc::clone(&ft.common);
+    match &mut ft.role {
+        Role::Backup(f) => Some((f, common)),
+        Role::Primary(_) => None,
+    }
+}
+
+/// News for a backup.
+pub fn on_event(rt: &mut Runtime, event: FtEvent) -> Option<Outcome> {
+    let (f, common) = role(rt)?;
+    let now = common.now();
+    let actions = match event {
+        FtEvent::Disconnected(id, reason) if f.link.as_ref().is_some_and(|l| l.id == id) => {
+            f.core.lock().map(|mut c| c.on_disconnect(&reason, now)).unwrap_or_default()
+        }
+        FtEvent::Tick => f.core.lock().map(|mut c| c.tick(now)).unwrap_or_default(),
+        FtEvent::Verdict(token, verdict) if token == f.epoch.token => {
+            f.core.lock().map(|mut c| c.on_verdict(verdict)).unwrap_or_default()
+        }
+        _ => Vec::new(),
+    };
+    for action in actions {
+        match action {
+            Action::Send(message) => {
+                if let Some(link) = &f.link {
+                    link.send(message);
+                }
+            }
+            Action::Arbitrate(epoch) => {
+                f.asked_at = Some((now, now));
+                common.arbitrate(epoch, Side::Backup);
+            }
+            Action::GoLive { reason } => {
+                log::warn!("ft: this side takes over: {reason}");
+                f.reason = reason;
+            }
+            Action::Halt { reason } => return Some(Outcome::Failed(format!("this backup ends: {reason}"))),
+        }
+    }
+    None
+}
+
+/// One step of a backup's machine thread.
+pub fn follow(rt: &mut Runtime) -> Option<Outcome> {
+    let (f, common) = role(rt)?;
+    if f.current.is_none() {
+        let (next, ready) = match f.core.lock() {
+            Ok(mut core) => (core.done(), core.is_ready_to_live()),
+            Err(_) => return Some(Outcome::Failed("internal lock".into())),
+        };
+        if next.is_none() {
+            if ready {
+                return go_live(rt);
+            }
+            report(f, &common, None);
+            return wait(rt);
+        }
+        f.current = next;
+    }
+    let entry = f.current.take()?;
+    let mut outputs = Vec::new();
+    let followed = follow_entry(&mut rt.machine, &entry, CHUNK, &mut outputs);
+    let stamp = rt.machine.stamp();
+    let (f, common) = role(rt)?;
+    f.keep(outputs);
+    match followed {
+        Followed::NotYet => {
+            if let Ok(mut core) = f.core.lock() {
+                core.executed(stamp);
+            }
+            f.current = Some(entry);
+            report(f, &common, Some(stamp));
+            None
+        }
+        Followed::Done => {
+            let released = f.core.lock().map_or(0, |mut c| {
+                c.executed(stamp);
+                c.released()
+            });
+            f.forget_released(released);
+            match entry {
+                Entry::Protected { .. } => {
+                    f.counting = true;
+                    common.shared.update_ft(|ft| ft.state = "following");
+                }
+                Entry::Hash { stamp, .. } => {
+                    if let Some(link) = &f.link {
+                        link.send(Message::HashAgrees { stamp });
+                    }
+                }
+                Entry::End { .. } => {
+                    log::info!("ft: the machine ended on the primary");
+                    report_now(f);
+                    f.close();
+                    return Some(Outcome::Done(0));
+                }
+                _ => {}
+            }
+            report(f, &common, Some(stamp));
+            None
+        }
+        Followed::End(outcome) => Some(outcome),
+        Followed::Differs(parts) => {
+            let what = format!("state differs at position {} in: {}", stamp.position, parts.join(", "));
+            log::error!("ft: {what}");
+            common
+                .shared
+                .events
+                .emit("FT_DIVERGED", serde_json::json!({"position": stamp.position, "parts": parts}));
+            f.resign(&what);
+            Some(Outcome::Failed(format!("this backup ends: {what}")))
+        }
+    }
+}
+
+fn report_now(f: &mut Follow) {
+    f.last_ack = Instant::now();
+    if let (Some(link), Ok(core)) = (&f.link, f.core.lock()) {
+        link.send(core.ack());
+    }
+}
+
+/// Tell the primary how far execution is, and keep the status.
+fn report(f: &mut Follow, common: &Common, stamp: Option<Stamp>) {
+    if f.last_ack.elapsed() >= ACK_EVERY
+        && f.core.lock().is_ok_and(|c| matches!(c.phase(), Phase::Synchronizing | Phase::Following))
+    {
+        report_now(f);
+    }
+    if f.last_status.elapsed() >= Duration::from_millis(100) {
+        f.last_status = Instant::now();
+        if let Some(stamp) = stamp {
+            common.shared.update_ft(|ft| ft.position = stamp.position);
+        }
+    }
+}
+
+/// Nothing to execute: wait for news.
+fn wait(rt: &mut Runtime) -> Option<Outcome> {
+    match rt.receiver.recv_timeout(ACK_EVERY) {
+        Ok(event) => rt.follow_event(event),
+        Err(RecvTimeoutError::Timeout) => None,
+        Err(RecvTimeoutError::Disconnected) => Some(Outcome::Failed("the program's threads ended".into())),
+    }
+}
+
+/// The lock is won and the log executed: become the machine's live side (section 2.3 of the paper).
+fn go_live(rt: &mut Runtime) -> Option<Outcome> {
+    let outside = Arc::clone(&rt.outside);
+    let events = rt.events.clone();
+    let (f, common) = role(rt)?;
+    let asked = f.asked_at.take().map_or_else(|| common.now(), |(_, asked)| asked);
+    while let Err(e) = (f.host.attach)(&outside, &events) {
+        log::error!("ft: cannot go live yet: {e}; trying again");
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    let unsent: Vec<Output> = f.outputs.drain(..).map(|(_, o)| o).collect();
+    let (macs, addresses) = (f.host.macs.clone(), f.addresses.clone());
+    let (number, reason) = (f.epoch.number, std::mem::take(&mut f.reason));
+    if let Ok(mut core) = f.core.lock() {
+        core.live();
+    }
+    f.pulse = None;
+    f.link = None;
+    // The loser's claim is gone already; this side's may go too: nobody can win this pairing any more.
+    super::retire(&common.lock, &f.epoch);
+    announce(&outside, &macs, &addresses);
+    let pending = rt.machine.pending_disk();
+    log::info!("ft: live; {} disk requests reissued, {} outputs sent again", pending.len(), unsent.len());
+    for output in pending.into_iter().chain(unsent) {
+        outside.perform(output);
+    }
+    let primary = match PrimaryRole::start(&common, number) {
+        Ok(p) => p,
+        Err(e) => return Some(Outcome::Failed(e.to_string())),
+    };
+    rt.ft = Some(FtSide { common: Arc::clone(&common), role: Role::Primary(Box::new(primary)) });
+    rt.restart_pace();
+    if rt.machine.is_paused() {
+        rt.set_running(false, RunState::Paused);
+        rt.shared.set_state(RunState::Paused);
+    } else {
+        rt.set_running(true, RunState::Running);
+    }
+    let now = common.now();
+    let failover = Failover {
+        reason,
+        detected_ms: common.config.timeout.as_secs_f64() * 1000.0,
+        takeover_ms: now.saturating_sub(asked).as_secs_f64() * 1000.0,
+    };
+    super::note_failover(&common.shared, "primary", "live", failover);
+    None
+}
+
+/// Tell the switches (and neighbours) where the machine's MAC addresses are now.
+fn announce(outside: &Arc<Outside>, macs: &[[u8; 6]], addresses: &[Option<[u8; 4]>]) {
+    let mut frames = Vec::new();
+    for (nic, mac) in macs.iter().enumerate() {
+        frames.push((nic as u32, ftvm_net::rarp_announcement(*mac)));
+        if let Some(Some(ip)) = addresses.get(nic) {
+            frames.push((nic as u32, ftvm_net::gratuitous_arp(*mac, *ip)));
+        }
+    }
+    let send = |outside: &Outside, frames: &[(u32, Vec<u8>)]| {
+        for (nic, frame) in frames {
+            outside.perform(Output::NetTx { nic: *nic, frame: frame.clone() });
+        }
+    };
+    send(outside, &frames);
+    let outside = Arc::clone(outside);
+    let _ = std::thread::Builder::new().name("ft-announce".into()).spawn(move || {
+        for _ in 1..ANNOUNCE.0 {
+            std::thread::sleep(ANNOUNCE.1);
+            send(&outside, &frames);
+        }
+    });
+}
+
+/// Hands a backup's messages to its state machine; used by the reader's thread.
+pub fn reader(
+    core: Arc<Mutex<Backup>>,
+    common: Arc<Common>,
+    send: impl Fn(Message) + Send + 'static,
+    close: impl Fn(String) + Send + 'static,
+) -> impl FnMut(Message) + Send + 'static {
+    move |message| {
+        let Ok(mut c) = core.lock() else { return };
+        match c.on_message(&message, common.now()) {
+            Ok(actions) => {
+                drop(c);
+                for action in actions {
+                    if let Action::Send(m) = action {
+                        send(m);
+                    }
+                }
+                let _ = common.events.send(Event::Ft(FtEvent::Wake));
+            }
+            Err(e) => {
+                drop(c);
+                log::error!("ft: the log is not usable: {e}");
+                close(e.to_string());
+            }
+        }
+    }
+}

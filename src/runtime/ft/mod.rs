@@ -1,0 +1,247 @@
+//! The pair in the running program: drives the state machines of [`crate::lockstep`] with real
+//! sockets, clocks and storage.
+
+mod follow;
+mod join;
+mod link;
+mod primary;
+
+pub use follow::{follow, Follow, HostSide};
+pub use join::{join, JoinError, Joined};
+pub use link::{Link, Pulse};
+
+use std::net::UdpSocket;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use ftvm_devices::Output;
+
+use super::control::{Failover, Shared};
+use super::live::{is_held, Runtime};
+use super::{Events, Outcome};
+use crate::cli::ft::FtConfig;
+use crate::host::Outside;
+use crate::lockstep::primary::{Primary, Timing};
+use crate::lockstep::wire::{Epoch, Message};
+use crate::lockstep::{Arbiter, FileLock, Side, Verdict};
+use crate::machine::{Stamp, StateHash};
+
+/// News of the pair for the machine thread.
+pub enum FtEvent {
+    /// A backup is ready for the machine's memory.
+    BackupReady { link: Box<Link>, epoch: Epoch },
+    /// A message that the machine thread must see.
+    Message(u64, Message),
+    /// The connection with this id ended.
+    Disconnected(u64, String),
+    /// The failure detector of a primary has something to say.
+    Tick,
+    /// The lock answered for the pairing with this token.
+    Verdict(String, Verdict),
+    /// The backup received log entries.
+    Wake,
+}
+
+/// What is shared by both roles.
+pub struct Common {
+    pub config: FtConfig,
+    pub lock: FileLock,
+    pub shared: Arc<Shared>,
+    pub events: Events,
+    /// What a backup is told of the machine (a serialized blueprint).
+    pub blueprint: Arc<Vec<u8>>,
+    pub start: Instant,
+}
+
+impl Common {
+    /// Time for the state machines.
+    pub fn now(&self) -> Duration {
+        self.start.elapsed()
+    }
+
+    /// The failure detector's times.
+    pub fn timing(&self) -> Timing {
+        Timing {
+            heartbeat: self.config.heartbeat,
+            timeout: self.config.timeout,
+            max_lag: self.config.max_lag,
+        }
+    }
+
+    /// Ask the lock on a thread of its own until it answers.
+    pub fn arbitrate(&self, epoch: Epoch, side: Side) {
+        let (lock, events) = (self.lock.clone(), self.events.clone());
+        log::warn!("ft: the peer is suspected; asking the lock {}", lock.path().display());
+        let spawned = std::thread::Builder::new().name("ft-lock".into()).spawn(move || loop {
+            match lock.try_win(&epoch, side) {
+                Ok(verdict) => {
+                    log::warn!("ft: the lock says {verdict:?}");
+                    let _ = events.send(super::Event::Ft(FtEvent::Verdict(epoch.token.clone(), verdict)));
+                    return;
+                }
+                Err(e) => {
+                    log::warn!("ft: no answer from the shared storage ({e}); trying again");
+                    std::thread::sleep(Duration::from_millis(200));
+                }
+            }
+        });
+        if let Err(e) = spawned {
+            log::error!("ft: no thread for the lock: {e}");
+        }
+    }
+}
+
+/// The role of this side.
+pub enum Role {
+    Primary(Box<primary::PrimaryRole>),
+    Backup(Box<Follow>),
+}
+
+/// The pair as the machine thread sees it.
+pub struct FtSide {
+    pub common: Arc<Common>,
+    pub role: Role,
+}
+
+impl FtSide {
+    /// A primary that waits for a backup on its `listen` address.
+    pub fn primary(common: Arc<Common>) -> std::io::Result<Self> {
+        let role = primary::PrimaryRole::start(&common, 0)?;
+        Ok(FtSide { common, role: Role::Primary(Box::new(role)) })
+    }
+
+    /// Whether the log, not this host, drives the machine.
+    pub fn is_following(&self) -> bool {
+        matches!(self.role, Role::Backup(_))
+    }
+
+    fn core(&self) -> Option<&Arc<Mutex<Primary<Output>>>> {
+        match &self.role {
+            Role::Primary(p) => Some(&p.core),
+            Role::Backup(_) => None,
+        }
+    }
+
+    /// Whether inputs must be logged.
+    pub fn is_logging(&self) -> bool {
+        self.core().is_some_and(|c| c.lock().is_ok_and(|c| c.is_logging()))
+    }
+
+    /// Whether the machine must not run on now.
+    pub fn must_wait(&self) -> bool {
+        self.core().is_some_and(|c| c.lock().is_ok_and(|c| c.must_wait()))
+    }
+
+    /// The share of time that the machine should not run.
+    pub fn throttle(&self) -> f64 {
+        self.core().and_then(|c| c.lock().ok().map(|c| c.lag().throttle())).unwrap_or(0.0)
+    }
+
+    /// Log an input.
+    pub fn log_input(&mut self, stamp: Stamp, payload: Vec<u8>) {
+        if let Some(mut core) = self.core().and_then(|c| c.lock().ok()) {
+            core.input(stamp, payload);
+        }
+    }
+
+    /// Log a state hash.
+    pub fn log_hash(&mut self, stamp: Stamp, hash: &StateHash) {
+        if let Some(mut core) = self.core().and_then(|c| c.lock().ok()) {
+            core.hash(stamp, postcard::to_stdvec(hash).unwrap_or_default());
+        }
+    }
+
+    /// An output leaves the machine: now, or when the backup has acknowledged.
+    pub fn output(&mut self, stamp: Stamp, output: Output, outside: &Outside) {
+        let now = self.common.now();
+        let Role::Primary(p) = &self.role else { return };
+        if let Ok(mut core) = p.core.lock() {
+            if !is_held(&output) {
+                outside.perform(output);
+                return;
+            }
+            if let Some(output) = core.output(stamp, output, now) {
+                outside.perform(output);
+            } else if let (Some(link), Some(batch)) = (&p.link, core.take_batch(stamp)) {
+                link.send(batch);
+            }
+        }
+    }
+
+    /// Send what has been logged, and tell the backup how far it may execute.
+    pub fn flush(&mut self, stamp: Stamp) {
+        let common = Arc::clone(&self.common);
+        if let Role::Primary(p) = &mut self.role {
+            p.flush(&common, stamp);
+        }
+    }
+
+    /// The machine ends in order: tell the backup so that it does not go live.
+    pub fn end(&mut self, stamp: Stamp) {
+        match &mut self.role {
+            Role::Primary(p) => p.end(&self.common, stamp),
+            Role::Backup(f) => f.close(),
+        }
+    }
+
+    /// A backup gives up on purpose.
+    pub fn resign(&mut self, reason: &str) {
+        if let Role::Backup(f) = &mut self.role {
+            f.resign(reason);
+        }
+    }
+}
+
+/// Handle news of the pair.
+pub fn on_event(rt: &mut Runtime, event: FtEvent) -> Option<Outcome> {
+    match rt.ft.as_ref().map(|f| &f.role) {
+        Some(Role::Primary(_)) => primary::on_event(rt, event),
+        Some(Role::Backup(_)) => follow::on_event(rt, event),
+        None => None,
+    }
+}
+
+/// What a live side does beside running the machine: synchronize a new backup, keep the status.
+pub fn live_work(rt: &mut Runtime) -> Option<Outcome> {
+    primary::live_work(rt)
+}
+
+/// Report a failover.
+pub fn note_failover(shared: &Shared, role: &'static str, state: &'static str, failover: Failover) {
+    log::warn!(
+        "ft: failover ({}): detected after {:.0} ms, {} {:.0} ms later",
+        failover.reason,
+        failover.detected_ms,
+        state,
+        failover.takeover_ms
+    );
+    let data = serde_json::to_value(&failover).unwrap_or_default();
+    shared.update_ft(|ft| {
+        ft.role = role;
+        ft.state = state;
+        ft.peer = None;
+        ft.failovers += 1;
+        ft.lag_ms = 0.0;
+        ft.outputs_held = 0;
+        ft.throttle_percent = 0.0;
+        ft.last_failover = Some(failover);
+    });
+    shared.events.emit("FT_FAILOVER", data);
+}
+
+/// A UDP socket on the heartbeat port of `listen`.
+pub fn bind_heartbeat(listen: &str) -> std::io::Result<UdpSocket> {
+    UdpSocket::bind(listen)
+}
+
+/// A random token.
+pub fn token() -> std::io::Result<String> {
+    let mut bytes = [0u8; 12];
+    std::io::Read::read_exact(&mut std::fs::File::open("/dev/urandom")?, &mut bytes)?;
+    Ok(bytes.iter().map(|b| format!("{b:02x}")).collect())
+}
+
+/// Take the claims of an old pairing away.
+pub fn retire(lock: &FileLock, epoch: &Epoch) {
+    lock.retire(epoch);
+}

@@ -1,0 +1,542 @@
+//! The live side with `-ft`: waits for a backup, copies the machine to it, logs.
+
+use std::net::{TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use ftvm_accel::mem::DIRTY_MIGRATION;
+use ftvm_devices::Output;
+
+use super::link::{Link, Pulse};
+use super::{Common, FtEvent, Role};
+use crate::lockstep::primary::{Action, Phase, Primary};
+use crate::lockstep::wire::{self, Epoch, Message, WireError, PROTOCOL};
+use crate::lockstep::{Arbiter, Side, Verdict};
+use crate::machine::Stamp;
+use crate::runtime::control::Failover;
+use crate::runtime::live::Runtime;
+use crate::runtime::{Event, Outcome};
+
+/// How often the backup is told how far it may execute, when no output says so.
+const HORIZON_EVERY: Duration = Duration::from_millis(5);
+/// Pages sent in one message, and messages in one step.
+const PAGES: usize = 256;
+const MESSAGES: usize = 8;
+/// Bytes that may wait for the network while copying memory.
+const COPY_WINDOW: usize = 16 << 20;
+/// With at most this many dirty pages the copy is finished in one go.
+const FINAL_PAGES: u64 = 2048;
+/// Rounds after which it is finished whatever is left.
+const ROUNDS: u32 = 12;
+/// How often the status is brought up to date.
+const STATUS_EVERY: Duration = Duration::from_millis(100);
+
+struct Copy {
+    epoch: Epoch,
+    cursor: u64,
+    round: u32,
+    started: Instant,
+    pages: u64,
+}
+
+/// The primary's part of [`super::FtSide`].
+pub struct PrimaryRole {
+    pub core: Arc<Mutex<Primary<Output>>>,
+    pub link: Option<Link>,
+    pulse: Option<Pulse>,
+    copy: Option<Copy>,
+    epoch: Option<Epoch>,
+    /// A pairing is under way: another backup is refused.
+    busy: Arc<AtomicBool>,
+    epochs: Arc<Mutex<u64>>,
+    last_horizon: Instant,
+    last_status: Instant,
+    rate: Rate,
+    suspected_at: Option<(Duration, Duration)>,
+}
+
+/// Measures the log's bandwidth.
+struct Rate {
+    at: Instant,
+    bytes: u64,
+    mbps: f64,
+}
+
+impl PrimaryRole {
+    /// Listen for backups.
+    pub fn start(common: &Arc<Common>, epoch_number: u64) -> std::io::Result<Self> {
+        let listener = TcpListener::bind(&common.config.listen).map_err(|e| {
+            std::io::Error::new(
+                e.kind(),
+                format!("cannot listen on {} for a backup: {e}", common.config.listen),
+            )
+        })?;
+        let busy = Arc::new(AtomicBool::new(false));
+        let epochs = Arc::new(Mutex::new(epoch_number));
+        let (c, b, e) = (Arc::clone(common), Arc::clone(&busy), Arc::clone(&epochs));
+        std::thread::Builder::new().name("ft-listen".into()).spawn(move || {
+            for stream in listener.incoming().flatten() {
+                let peer = stream.peer_addr().map_or_else(|_| "?".into(), |a| a.to_string());
+                let (c, b, e) = (Arc::clone(&c), Arc::clone(&b), Arc::clone(&e));
+                let _ = std::thread::Builder::new().name("ft-hello".into()).spawn(move || {
+                    if let Err(error) = welcome(stream, &c, &b, &e) {
+                        log::warn!("ft: the backup at {peer} was not accepted: {error}");
+                    }
+                });
+            }
+        })?;
+        common.shared.update_ft(|ft| {
+            ft.role = "primary";
+            ft.state = "unprotected";
+        });
+        Ok(PrimaryRole {
+            core: Arc::new(Mutex::new(Primary::new(common.timing()))),
+            link: None,
+            pulse: None,
+            copy: None,
+            epoch: None,
+            busy,
+            epochs,
+            last_horizon: Instant::now(),
+            last_status: Instant::now(),
+            rate: Rate { at: Instant::now(), bytes: 0, mbps: 0.0 },
+            suspected_at: None,
+        })
+    }
+
+    /// Send what is logged; tell the horizon if it is time.
+    pub fn flush(&mut self, common: &Common, stamp: Stamp) {
+        let Some(link) = &self.link else { return };
+        let Ok(mut core) = self.core.lock() else { return };
+        if !core.is_logging() {
+            return;
+        }
+        let due = self.last_horizon.elapsed() >= HORIZON_EVERY;
+        if due || core.has_batch() {
+            if due {
+                self.last_horizon = Instant::now();
+            }
+            core.horizon(stamp, common.now());
+            if let Some(batch) = core.take_batch(stamp) {
+                link.send(batch);
+            }
+        }
+    }
+
+    /// The machine ends: the backup must not go live.
+    pub fn end(&mut self, common: &Common, stamp: Stamp) {
+        let Some(link) = &self.link else { return };
+        {
+            let Ok(mut core) = self.core.lock() else { return };
+            if !core.is_logging() {
+                return;
+            }
+            core.end(stamp, Vec::new());
+            if let Some(batch) = core.take_batch(stamp) {
+                link.send(batch);
+            }
+        }
+        // Outputs still held leave when the backup has acknowledged; wait a little for it.
+        let until = Instant::now() + common.config.timeout;
+        while Instant::now() < until {
+            if self.core.lock().is_ok_and(|c| c.held_count() == 0) && link.queued() == 0 {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        if let Some(epoch) = &self.epoch {
+            common.lock.retire(epoch);
+        }
+    }
+
+    fn status(&mut self, common: &Common, position: u64) {
+        if self.last_status.elapsed() < STATUS_EVERY {
+            return;
+        }
+        self.last_status = Instant::now();
+        let Ok(core) = self.core.lock() else { return };
+        let sent = self.link.as_ref().map_or(0, Link::sent);
+        if self.rate.at.elapsed() >= Duration::from_secs(1) {
+            let bits = sent.saturating_sub(self.rate.bytes) as f64 * 8.0;
+            self.rate = Rate {
+                mbps: bits / self.rate.at.elapsed().as_secs_f64() / 1e6,
+                at: Instant::now(),
+                bytes: sent,
+            };
+        }
+        let mbps = if self.copy.is_some() { 0.0 } else { self.rate.mbps };
+        common.shared.update_ft(|ft| {
+            ft.position = position;
+            ft.lag_ms = core.lag().lag().as_secs_f64() * 1000.0;
+            ft.throttle_percent = core.lag().throttle() * 100.0;
+            ft.outputs_held = core.held_count();
+            ft.log_bytes = core.log_bytes();
+            ft.log_mbps = mbps;
+        });
+    }
+}
+
+/// A backup connects: exchange versions, make the claim, send the configuration, wait until it is built.
+fn welcome(
+    mut stream: TcpStream,
+    common: &Arc<Common>,
+    busy: &AtomicBool,
+    epochs: &Mutex<u64>,
+) -> Result<(), WireError> {
+    stream.set_nodelay(true)?;
+    stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+    wire::greet(&mut stream)?;
+    let refuse = |stream: &mut TcpStream, reason: String| -> Result<(), WireError> {
+        std::io::Write::write_all(stream, &wire::encode(&Message::Refuse { reason: reason.clone() })?)?;
+        Err(WireError::Format(reason))
+    };
+    match wire::read(&mut stream)?.0 {
+        Message::Hello { protocol: PROTOCOL, version } if version == env!("CARGO_PKG_VERSION") => {}
+        Message::Hello { protocol, version } => {
+            return refuse(
+                &mut stream,
+                format!(
+                    "the backup is ftvm {version} (protocol {protocol}), the primary {} (protocol {PROTOCOL}): both must be the same",
+                    env!("CARGO_PKG_VERSION")
+                ),
+            );
+        }
+        _ => return Err(WireError::Format("the first message is not a greeting".into())),
+    }
+    if busy.swap(true, Ordering::SeqCst) {
+        return refuse(&mut stream, "the primary already has a backup".into());
+    }
+    let result = prepare(stream, common, epochs);
+    if result.is_err() {
+        busy.store(false, Ordering::SeqCst);
+    }
+    result
+}
+
+fn prepare(mut stream: TcpStream, common: &Arc<Common>, epochs: &Mutex<u64>) -> Result<(), WireError> {
+    let number = {
+        let mut n = epochs.lock().map_err(|_| WireError::Format("internal lock".into()))?;
+        *n += 1;
+        *n
+    };
+    let epoch = Epoch { number, token: super::token()? };
+    if let Err(e) = common.lock.claim(&epoch, Side::Primary) {
+        let reason = format!("the primary cannot make the lock '{}': {e}", common.lock.path().display());
+        std::io::Write::write_all(&mut stream, &wire::encode(&Message::Refuse { reason: reason.clone() })?)?;
+        return Err(WireError::Format(reason));
+    }
+    let answer = (|| {
+        let config = Message::Config {
+            epoch: epoch.clone(),
+            config: common.blueprint.to_vec(),
+            heartbeat_ms: common.config.heartbeat.as_millis() as u64,
+            timeout_ms: common.config.timeout.as_millis() as u64,
+        };
+        std::io::Write::write_all(&mut stream, &wire::encode(&config)?)?;
+        stream.set_read_timeout(Some(Duration::from_secs(60)))?;
+        match wire::read(&mut stream)?.0 {
+            Message::Ready => Ok(()),
+            Message::Refuse { reason } => Err(WireError::Format(reason)),
+            _ => Err(WireError::Format("an unexpected message instead of readiness".into())),
+        }
+    })();
+    if let Err(e) = answer {
+        common.lock.retire(&epoch);
+        return Err(e);
+    }
+    stream.set_read_timeout(None)?;
+    let link = Box::new(Link::start(stream)?);
+    let _ = common.events.send(Event::Ft(FtEvent::BackupReady { link, epoch }));
+    Ok(())
+}
+
+fn role(rt: &mut Runtime) -> Option<(&mut PrimaryRole, Arc<Common>)> {
+    let ft = rt.ft.as_mut()?;
+    let common = Arc::clone(&ft.common);
+    match &mut ft.role {
+        Role::Primary(p) => Some((p, common)),
+        Role::Backup(_) => None,
+    }
+}
+
+/// News for a primary.
+pub fn on_event(rt: &mut Runtime, event: FtEvent) -> Option<Outcome> {
+    let stamp = rt.machine.stamp();
+    let outside = Arc::clone(&rt.outside);
+    let (p, common) = role(rt)?;
+    let now = common.now();
+    match event {
+        FtEvent::BackupReady { link, epoch } => {
+            log::info!("ft: backup at {} is ready; copying the machine (epoch {})", link.peer, epoch.number);
+            start_reader(p, &common, &link, &outside);
+            let (peer, number) = (link.peer.to_string(), epoch.number);
+            p.link = Some(*link);
+            p.copy = Some(Copy { epoch, cursor: 0, round: 0, started: Instant::now(), pages: 0 });
+            common.shared.update_ft(|ft| {
+                ft.state = "synchronizing";
+                ft.epoch = number;
+                ft.peer = Some(peer);
+            });
+            rt.machine.memory().set_all_dirty(DIRTY_MIGRATION);
+            None
+        }
+        FtEvent::Message(id, message) => {
+            if p.link.as_ref().is_none_or(|l| l.id != id) {
+                return None;
+            }
+            let actions = p.core.lock().map(|mut c| c.on_message(&message, stamp, now)).unwrap_or_default();
+            actions.into_iter().find_map(|a| act(rt, a))
+        }
+        FtEvent::Disconnected(id, reason) => {
+            if p.link.as_ref().is_none_or(|l| l.id != id) {
+                return None;
+            }
+            if p.copy.is_some() {
+                log::warn!("ft: the backup was lost while the machine was copied: {reason}");
+                drop_pair(p, &common);
+                return None;
+            }
+            let actions = p.core.lock().map(|mut c| c.on_disconnect(&reason, now)).unwrap_or_default();
+            actions.into_iter().find_map(|a| act(rt, a))
+        }
+        FtEvent::Tick => {
+            let actions = p.core.lock().map(|mut c| c.tick(now)).unwrap_or_default();
+            actions.into_iter().find_map(|a| act(rt, a))
+        }
+        FtEvent::Verdict(token, verdict) => {
+            if p.epoch.as_ref().is_none_or(|e| e.token != token) {
+                return None;
+            }
+            let core = Arc::clone(&p.core);
+            let Ok(mut core) = core.lock() else { return None };
+            let actions = core.on_verdict(verdict);
+            if verdict == Verdict::Won {
+                let (heard, asked) = p.suspected_at.take().unwrap_or((now, now));
+                let failover = Failover {
+                    reason: "the backup was lost".into(),
+                    detected_ms: asked.saturating_sub(heard).as_secs_f64() * 1000.0,
+                    takeover_ms: now.saturating_sub(asked).as_secs_f64() * 1000.0,
+                };
+                super::note_failover(&common.shared, "primary", "unprotected", failover);
+            }
+            // Under the core's lock, so that no later output overtakes these.
+            let outcome = actions.into_iter().find_map(|a| act(rt, a));
+            drop(core);
+            outcome
+        }
+        FtEvent::Wake => None,
+    }
+}
+
+fn start_reader(p: &PrimaryRole, common: &Arc<Common>, link: &Link, outside: &Arc<crate::host::Outside>) {
+    let id = link.id;
+    let (core, c, outside) = (Arc::clone(&p.core), Arc::clone(common), Arc::clone(outside));
+    let c2 = Arc::clone(common);
+    let on_message = move |message: Message| {
+        if matches!(message, Message::Ack { .. } | Message::Alive) {
+            // Acknowledgements release outputs at once, whatever the machine thread is doing.
+            if let Ok(mut core) = core.lock() {
+                for action in core.on_message(&message, Stamp::default(), c.now()) {
+                    if let Action::Release(outputs) = action {
+                        for output in outputs {
+                            outside.perform(output);
+                        }
+                    }
+                }
+            }
+        } else {
+            if let Ok(mut core) = core.lock() {
+                core.heard(c.now());
+            }
+            let _ = c.events.send(Event::Ft(FtEvent::Message(id, message)));
+        }
+    };
+    let on_end = move |reason| {
+        let _ = c2.events.send(Event::Ft(FtEvent::Disconnected(id, reason)));
+    };
+    if let Err(e) = link.read(on_message, on_end) {
+        log::error!("ft: {e}");
+        let _ = common.events.send(Event::Ft(FtEvent::Disconnected(id, e.to_string())));
+    }
+}
+
+/// Do what the state machine says. The core's lock may be held by the caller.
+fn act(rt: &mut Runtime, action: Action<Output>) -> Option<Outcome> {
+    let outside = Arc::clone(&rt.outside);
+    let (p, common) = role(rt)?;
+    match action {
+        Action::Release(outputs) => {
+            for output in outputs {
+                outside.perform(output);
+            }
+            None
+        }
+        Action::Arbitrate(epoch) => {
+            let now = common.now();
+            p.suspected_at = Some((now.saturating_sub(common.config.timeout), now));
+            common.arbitrate(epoch, Side::Primary);
+            None
+        }
+        Action::NowProtected => {
+            log::info!("ft: the machine is protected");
+            common.shared.update_ft(|ft| ft.state = "protected");
+            None
+        }
+        Action::NowUnprotected { reason } => {
+            log::warn!("ft: unprotected: {reason}");
+            drop_pair(p, &common);
+            None
+        }
+        Action::Halt { reason } => {
+            outside.abandon();
+            if let Some(epoch) = p.epoch.take() {
+                log::error!("ft: this side lost pairing {}: {reason}", epoch.number);
+            }
+            Some(Outcome::Failed(format!("this primary has lost its machine: {reason}")))
+        }
+        Action::HashAgreed { stamp } => {
+            log::debug!("ft: states equal at position {}", stamp.position);
+            None
+        }
+    }
+}
+
+/// The pairing is over; wait for another backup.
+fn drop_pair(p: &mut PrimaryRole, common: &Common) {
+    p.pulse = None;
+    p.copy = None;
+    if let Some(link) = p.link.take() {
+        link.close();
+    }
+    if let Some(epoch) = p.epoch.take() {
+        common.lock.retire(&epoch);
+    }
+    p.busy.store(false, Ordering::SeqCst);
+    common.shared.update_ft(|ft| {
+        ft.state = "unprotected";
+        ft.peer = None;
+        ft.lag_ms = 0.0;
+        ft.log_mbps = 0.0;
+        ft.outputs_held = 0;
+        ft.throttle_percent = 0.0;
+    });
+}
+
+/// Copy memory to a new backup, keep the status.
+pub fn live_work(rt: &mut Runtime) -> Option<Outcome> {
+    let position = rt.machine.stamp().position;
+    {
+        let (p, common) = role(rt)?;
+        p.status(&common, position);
+        let (Some(link), Some(copy)) = (&p.link, &p.copy) else { return None };
+        let _ = copy;
+        if link.queued() > COPY_WINDOW {
+            return None;
+        }
+    }
+    copy_step(rt)
+}
+
+fn copy_step(rt: &mut Runtime) -> Option<Outcome> {
+    let mut cursor;
+    {
+        let (p, _) = role(rt)?;
+        cursor = p.copy.as_ref()?.cursor;
+    }
+    let mut finished_round = false;
+    for _ in 0..MESSAGES {
+        let addresses = rt.machine.memory().take_dirty(DIRTY_MIGRATION, &mut cursor, PAGES);
+        if addresses.is_empty() {
+            finished_round = true;
+            break;
+        }
+        send_pages(rt, &addresses)?;
+    }
+    let dirty = if finished_round { rt.machine.memory().count_dirty(DIRTY_MIGRATION) } else { u64::MAX };
+    let (p, _) = role(rt)?;
+    let copy = p.copy.as_mut()?;
+    copy.cursor = cursor;
+    if finished_round {
+        copy.round += 1;
+        copy.cursor = 0;
+        if dirty <= FINAL_PAGES || copy.round >= ROUNDS {
+            finish_copy(rt);
+        }
+    }
+    None
+}
+
+fn send_pages(rt: &mut Runtime, addresses: &[u64]) -> Option<()> {
+    let mut pages = Vec::with_capacity(addresses.len());
+    for gpa in addresses {
+        let mut data = vec![0u8; 4096];
+        rt.machine.memory().read(*gpa, &mut data).ok()?;
+        if data.iter().all(|b| *b == 0) {
+            data = Vec::new();
+        }
+        pages.push((*gpa, data));
+    }
+    let (p, _) = role(rt)?;
+    p.copy.as_mut()?.pages += pages.len() as u64;
+    p.link.as_ref()?.send(Message::Pages { pages });
+    Some(())
+}
+
+/// The final stop: the rest of memory and the state; from here on everything is logged.
+fn finish_copy(rt: &mut Runtime) -> Option<()> {
+    let stop = Instant::now();
+    let mut cursor = 0;
+    loop {
+        let rest = rt.machine.memory().take_dirty(DIRTY_MIGRATION, &mut cursor, PAGES);
+        if rest.is_empty() {
+            break;
+        }
+        send_pages(rt, &rest)?;
+    }
+    let stamp = rt.machine.stamp();
+    let state = rt.machine.save().to_bytes();
+    let (p, common) = role(rt)?;
+    let copy = p.copy.take()?;
+    let link = p.link.as_ref()?;
+    link.send(Message::State { stamp, state });
+    p.core.lock().ok()?.begin(copy.epoch.clone(), stamp, common.now());
+    let token = copy.epoch.token.clone();
+    p.epoch = Some(copy.epoch);
+    let (core, c) = (Arc::clone(&p.core), Arc::clone(&common));
+    let c2 = Arc::clone(&common);
+    let core2 = Arc::clone(&p.core);
+    let socket = super::bind_heartbeat(&common.config.listen);
+    let pulse = socket.and_then(|socket| {
+        Pulse::start(
+            socket,
+            token,
+            Side::Primary,
+            None,
+            common.config.heartbeat,
+            move || {
+                if let Ok(mut core) = core.lock() {
+                    core.heard(c.now());
+                }
+            },
+            move || {
+                // Only the machine thread acts; it is told when there may be something to do.
+                if core2.lock().is_ok_and(|core| !matches!(core.phase(), Phase::Unprotected | Phase::Lost)) {
+                    let _ = c2.events.send(Event::Ft(FtEvent::Tick));
+                }
+            },
+        )
+    });
+    match pulse {
+        Ok(pulse) => p.pulse = Some(pulse),
+        Err(e) => log::warn!("ft: no heartbeats: {e}"),
+    }
+    log::info!(
+        "ft: copied {} pages in {:.1} s ({} rounds); final stop {:.1} ms",
+        copy.pages,
+        copy.started.elapsed().as_secs_f64(),
+        copy.round,
+        stop.elapsed().as_secs_f64() * 1000.0
+    );
+    Some(())
+}

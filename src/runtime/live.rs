@@ -1,0 +1,544 @@
+//! The machine thread's loop.
+
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use ftvm_devices::door::GuestEvent;
+use ftvm_devices::{DiskOp, Input, MachineRequest, Output};
+use serde_json::{json, Value};
+
+use super::control::{Command, RunState, Shared};
+use super::ft::FtSide;
+use super::pace::Pacer;
+use super::record::{Player, Recorder};
+use super::{Event, Events, Outcome, Quit};
+use crate::host::Outside;
+use crate::lockstep::log::Entry;
+use crate::machine::{Machine, MachineInput, Stamp, StateHash, Stop};
+
+/// How long the machine runs before it looks at its events.
+const CHUNK: Duration = Duration::from_micros(500);
+/// How often a recording gets a state hash, in virtual time.
+const HASH_EVERY_NS: u64 = 1_000_000_000;
+/// The longest sleep, so that the pair's business is looked at.
+const NAP: Duration = Duration::from_millis(20);
+
+/// Where inputs are logged.
+pub enum Sink {
+    None,
+    File(Box<Recorder>),
+}
+
+/// Options of the host that concern the run.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct RunOptions {
+    pub no_reboot: bool,
+    pub no_shutdown: bool,
+    /// Virtual time follows the host (`sleep=on`); off: idle time is skipped at once.
+    pub sleep: bool,
+    /// The rate of virtual time adapts to the host's speed.
+    pub adaptive: bool,
+}
+
+/// The machine thread.
+pub struct Runtime {
+    pub machine: Machine,
+    pub outside: Arc<Outside>,
+    pub shared: Arc<Shared>,
+    pub events: Events,
+    pub receiver: Receiver<Event>,
+    pub options: RunOptions,
+    pub sink: Sink,
+    pub ft: Option<FtSide>,
+    pacer: Pacer,
+    chunk: u64,
+    next_hash_ns: u64,
+    shutdown: bool,
+}
+
+/// Whether an output must wait for the backup: everything but reads of the disk.
+pub fn is_held(output: &Output) -> bool {
+    !matches!(output, Output::Disk { op: DiskOp::Read { .. }, .. })
+}
+
+impl Runtime {
+    /// A machine thread around `machine`.
+    pub fn new(
+        machine: Machine,
+        outside: Arc<Outside>,
+        shared: Arc<Shared>,
+        events: Events,
+        receiver: Receiver<Event>,
+        options: RunOptions,
+    ) -> Self {
+        let pacer = Pacer::new(&machine, options.adaptive);
+        Runtime {
+            machine,
+            outside,
+            shared,
+            events,
+            receiver,
+            options,
+            sink: Sink::None,
+            ft: None,
+            pacer,
+            chunk: 20_000,
+            next_hash_ns: 0,
+            shutdown: false,
+        }
+    }
+
+    /// Run to the end.
+    pub fn run(&mut self) -> Outcome {
+        loop {
+            let outcome = if self.ft.as_ref().is_some_and(FtSide::is_following) {
+                self.follow_step()
+            } else {
+                self.live_step()
+            };
+            if let Some(outcome) = outcome {
+                self.finish();
+                return outcome;
+            }
+        }
+    }
+
+    fn finish(&mut self) {
+        let stamp = self.machine.stamp();
+        if let Sink::File(recorder) = &mut self.sink {
+            let hash = self.machine.state_hash();
+            if let Err(e) = recorder.finish(stamp, &hash) {
+                log::error!("{e}");
+            }
+        }
+        if let Some(ft) = &mut self.ft {
+            ft.end(stamp);
+        }
+        self.outside.close_disks();
+    }
+
+    /// Set state and tell monitors.
+    pub fn set_running(&mut self, running: bool, state: RunState) {
+        let was = self.shared.state();
+        self.shared.set_state(if running { RunState::Running } else { state });
+        let texts: Vec<String> =
+            (0..self.machine.cpu_count()).filter_map(|i| self.machine.describe_cpu(i)).collect();
+        self.shared.set_registers(texts.join("\n"));
+        if running && was != RunState::Running {
+            self.shared.events.emit("RESUME", Value::Null);
+        } else if !running && was == RunState::Running {
+            self.shared.events.emit("STOP", Value::Null);
+        }
+    }
+
+    /// Real time went by without the machine: virtual time goes on from where it is.
+    pub fn restart_pace(&mut self) {
+        self.pacer.restart(&self.machine);
+    }
+
+    /// Apply an input now, through the door.
+    pub fn input(&mut self, input: MachineInput) {
+        if self.options.sleep && !self.machine.is_paused() && self.machine.is_idle() {
+            let now = self.pacer.host_ns();
+            self.machine.skip_to(now);
+            self.route_outputs();
+        }
+        let stamp = self.machine.stamp();
+        self.log_input(stamp, &input);
+        self.machine.apply(&input);
+        self.route_outputs();
+    }
+
+    fn log_input(&mut self, stamp: Stamp, input: &MachineInput) {
+        let logging = self.ft.as_ref().is_some_and(FtSide::is_logging);
+        if !logging && matches!(self.sink, Sink::None) {
+            return;
+        }
+        let payload = postcard::to_stdvec(input).unwrap_or_default();
+        if let Sink::File(recorder) = &mut self.sink {
+            if let Err(e) = recorder.put(&Entry::Input { stamp, payload: payload.clone() }) {
+                log::error!("recording stopped: {e}");
+                self.sink = Sink::None;
+            }
+        }
+        if let Some(ft) = &mut self.ft {
+            ft.log_input(stamp, payload);
+        }
+    }
+
+    fn route_outputs(&mut self) {
+        for (stamp, output) in self.machine.take_outputs() {
+            if let Output::Event(event) = &output {
+                self.guest_event(event);
+            }
+            if let Some(ft) = &mut self.ft {
+                ft.output(stamp, output, &self.outside);
+            } else {
+                self.outside.perform(output);
+            }
+        }
+    }
+
+    fn guest_event(&mut self, event: &GuestEvent) {
+        match event {
+            GuestEvent::RtcChange { offset } => {
+                self.shared
+                    .events
+                    .emit("RTC_CHANGE", json!({"offset": offset, "qom-path": "/machine/unattached/rtc"}));
+            }
+            GuestEvent::Panicked => {
+                self.shared.events.emit("GUEST_PANICKED", json!({"action": "pause"}));
+            }
+            GuestEvent::CrashLoaded => self.shared.events.emit("GUEST_CRASHLOADED", json!({"action": "run"})),
+            GuestEvent::NicRxFilterChanged { nic } => {
+                self.shared
+                    .events
+                    .emit("NIC_RX_FILTER_CHANGED", json!({"path": format!("/machine/nic{nic}")}));
+            }
+        }
+    }
+
+    /// Handle an event; an outcome ends the run.
+    fn event(&mut self, event: Event) -> Option<Outcome> {
+        match event {
+            Event::Input(input) => {
+                if matches!(input, MachineInput::Device(Input::NetRx { .. })) && self.machine.is_paused() {
+                    return None;
+                }
+                self.input(input);
+                None
+            }
+            Event::Command(command) => {
+                self.command(command);
+                None
+            }
+            Event::Quit(quit) => Some(self.quit(quit)),
+            Event::Ft(event) => super::ft::on_event(self, event),
+        }
+    }
+
+    fn command(&mut self, command: Command) {
+        match command {
+            Command::Stop if !self.machine.is_paused() => {
+                self.input(MachineInput::Paused(true));
+                self.set_running(false, RunState::Paused);
+            }
+            Command::Cont if self.machine.is_paused() => {
+                self.input(MachineInput::Paused(false));
+                self.shutdown = false;
+                self.restart_pace();
+                self.set_running(true, RunState::Running);
+            }
+            Command::Stop | Command::Cont => {}
+            Command::Reset => {
+                self.input(MachineInput::Reset);
+                self.shared.events.emit("RESET", json!({"guest": false, "reason": "host-qmp-system-reset"}));
+            }
+            Command::Powerdown => {
+                self.input(MachineInput::Device(Input::Powerdown));
+                self.shared.events.emit("POWERDOWN", Value::Null);
+            }
+            Command::Nmi => self.input(MachineInput::Nmi),
+        }
+    }
+
+    fn quit(&mut self, quit: Quit) -> Outcome {
+        let (guest, reason, status) = match quit {
+            Quit::HostSignal => (false, "host-signal", 0),
+            Quit::HostQmpQuit => (false, "host-qmp-quit", 0),
+            Quit::GuestShutdown => (true, "guest-shutdown", 0),
+            Quit::GuestReset => (true, "guest-reset", 0),
+            Quit::GuestExit(status) => (true, "guest-shutdown", status),
+        };
+        self.shared.events.emit("SHUTDOWN", json!({"guest": guest, "reason": reason}));
+        Outcome::Done(status)
+    }
+
+    fn request(&mut self, request: MachineRequest) -> Option<Outcome> {
+        log::debug!("the guest asks for {request:?}");
+        match request {
+            MachineRequest::Reset if self.options.no_reboot => Some(self.quit(Quit::GuestReset)),
+            MachineRequest::Reset => {
+                self.input(MachineInput::Reset);
+                self.shared.events.emit("RESET", json!({"guest": true, "reason": "guest-reset"}));
+                None
+            }
+            MachineRequest::Poweroff if self.options.no_shutdown => {
+                if !self.shutdown {
+                    self.shutdown = true;
+                    self.shared.events.emit("SHUTDOWN", json!({"guest": true, "reason": "guest-shutdown"}));
+                    self.input(MachineInput::Paused(true));
+                    self.set_running(false, RunState::Shutdown);
+                    self.shared.set_state(RunState::Shutdown);
+                }
+                None
+            }
+            MachineRequest::Poweroff => Some(self.quit(Quit::GuestShutdown)),
+            MachineRequest::Exit(status) => Some(self.quit(Quit::GuestExit(status))),
+            MachineRequest::Suspend => {
+                log::warn!("the guest asks for suspend to RAM, which this machine does not offer");
+                None
+            }
+        }
+    }
+
+    fn drain(&mut self) -> Option<Outcome> {
+        while let Ok(event) = self.receiver.try_recv() {
+            if let Some(outcome) = self.event(event) {
+                return Some(outcome);
+            }
+        }
+        None
+    }
+
+    fn sleep(&mut self, at_most: Duration) -> Option<Outcome> {
+        if let Some(ft) = &mut self.ft {
+            ft.flush(self.machine.stamp());
+        }
+        match self.receiver.recv_timeout(at_most) {
+            Ok(event) => self.event(event),
+            Err(RecvTimeoutError::Timeout) => None,
+            Err(RecvTimeoutError::Disconnected) => {
+                Some(Outcome::Failed("the program's threads ended".into()))
+            }
+        }
+    }
+
+    fn live_step(&mut self) -> Option<Outcome> {
+        if let Some(outcome) = self.drain() {
+            return Some(outcome);
+        }
+        if let Some(outcome) = super::ft::live_work(self) {
+            return Some(outcome);
+        }
+        if self.ft.as_ref().is_some_and(FtSide::is_following) {
+            return None;
+        }
+        if self.machine.is_paused() || self.ft.as_ref().is_some_and(FtSide::must_wait) {
+            let outcome = self.sleep(NAP);
+            self.restart_pace();
+            return outcome;
+        }
+        let started = Instant::now();
+        let before = self.machine.stamp().position;
+        let stop = self.machine.run(self.chunk);
+        let ran = self.machine.stamp().position - before;
+        let took = started.elapsed();
+        self.route_outputs();
+        self.hash_point();
+        match stop {
+            Stop::Limit | Stop::Output => {
+                if stop == Stop::Limit {
+                    // Aim the chunk at its time.
+                    let scale = CHUNK.as_secs_f64() / took.as_secs_f64().max(1e-6);
+                    self.chunk =
+                        ((self.chunk as f64 * scale.clamp(0.5, 2.0)) as u64).clamp(1_000, 10_000_000);
+                }
+                if self.options.sleep {
+                    let (adjust, ahead) = self.pacer.executed(&self.machine, ran, took);
+                    if let Some(adjust) = adjust {
+                        self.input(MachineInput::Clock(adjust));
+                    }
+                    if ahead > Duration::ZERO {
+                        return self.sleep(ahead.min(NAP));
+                    }
+                }
+                if let Some(ft) = &mut self.ft {
+                    ft.flush(self.machine.stamp());
+                    let throttle = ft.throttle();
+                    if throttle > 0.0 {
+                        let nap = took.mul_f64((throttle / (1.0 - throttle)).min(20.0));
+                        return self.sleep(nap);
+                    }
+                }
+                None
+            }
+            Stop::Idle { next } => {
+                if !self.options.sleep {
+                    if let Some(next) = next {
+                        self.machine.skip_to(next);
+                        self.route_outputs();
+                        return None;
+                    }
+                }
+                let wait = next.map_or(NAP, |n| self.pacer.until(n)).min(NAP);
+                let outcome = if wait.is_zero() { None } else { self.sleep(wait) };
+                if self.machine.is_idle() && !self.machine.is_paused() && self.options.sleep {
+                    let now = self.pacer.host_ns();
+                    self.machine.skip_to(next.map_or(now, |n| n.min(now)));
+                    self.route_outputs();
+                }
+                outcome
+            }
+            Stop::Request(request) => self.request(request),
+            Stop::Dead => {
+                self.set_running(false, RunState::InternalError);
+                Some(Outcome::Failed("the processor cannot go on (see the log)".into()))
+            }
+        }
+    }
+
+    /// Put a state hash into the recording now and then.
+    fn hash_point(&mut self) {
+        let stamp = self.machine.stamp();
+        if stamp.ns < self.next_hash_ns {
+            return;
+        }
+        self.next_hash_ns = stamp.ns + HASH_EVERY_NS;
+        if let Sink::File(recorder) = &mut self.sink {
+            let payload = postcard::to_stdvec(&self.machine.state_hash()).unwrap_or_default();
+            if let Err(e) = recorder.put(&Entry::Hash { stamp, payload }) {
+                log::error!("recording stopped: {e}");
+                self.sink = Sink::None;
+            }
+        }
+        if let Some(ft) = &mut self.ft {
+            if ft.is_logging() {
+                let hash = self.machine.state_hash();
+                ft.log_hash(stamp, &hash);
+            }
+        }
+    }
+
+    /// A backup's step: execute towards the next entry of the log.
+    fn follow_step(&mut self) -> Option<Outcome> {
+        if let Some(outcome) = self.drain_following() {
+            return Some(outcome);
+        }
+        super::ft::follow(self)
+    }
+
+    fn drain_following(&mut self) -> Option<Outcome> {
+        while let Ok(event) = self.receiver.try_recv() {
+            if let Some(outcome) = self.follow_event(event) {
+                return Some(outcome);
+            }
+        }
+        None
+    }
+
+    /// An event while following: the world's inputs come from the log, so those of this host are dropped.
+    pub fn follow_event(&mut self, event: Event) -> Option<Outcome> {
+        match event {
+            Event::Input(_) => None,
+            Event::Command(command) => {
+                log::warn!("{command:?} on a backup has no effect: give it to the primary");
+                None
+            }
+            Event::Quit(quit) => {
+                if let Some(ft) = &mut self.ft {
+                    ft.resign("ended by its user");
+                }
+                Some(self.quit(quit))
+            }
+            Event::Ft(event) => super::ft::on_event(self, event),
+        }
+    }
+}
+
+/// Execute towards an entry of a log and do it. Returns whether it is done, or an outcome.
+pub enum Followed {
+    /// The entry's stamp is not reached yet.
+    NotYet,
+    /// The entry is done.
+    Done,
+    /// The guest or the log says that this is the end.
+    End(Outcome),
+    /// The state differs from the recorded one in these parts.
+    Differs(Vec<String>),
+}
+
+/// One step towards `entry`: at most `limit` instructions. Outputs go to `outputs`.
+pub fn follow_entry(
+    machine: &mut Machine,
+    entry: &Entry,
+    limit: u64,
+    outputs: &mut Vec<(Stamp, Output)>,
+) -> Followed {
+    let target = entry.stamp();
+    let stop = machine.run_towards(target, limit);
+    outputs.extend(machine.take_outputs());
+    match stop {
+        Some(Stop::Idle { next: None }) => {
+            return Followed::Differs(vec!["the processors sleep for ever".into()]);
+        }
+        Some(Stop::Dead) => {
+            return Followed::End(Outcome::Failed("the processor cannot go on (see the log)".into()))
+        }
+        // A request is followed by its consequence in the log (a reset, the end).
+        Some(Stop::Request(_) | Stop::Limit | Stop::Output | Stop::Idle { .. }) => return Followed::NotYet,
+        None => {}
+    }
+    let here = machine.stamp();
+    if here != target {
+        return Followed::Differs(vec![format!("reached {here:?} instead of {target:?}")]);
+    }
+    match entry {
+        Entry::Input { payload, .. } => match postcard::from_bytes::<MachineInput>(payload) {
+            Ok(input) => machine.apply(&input),
+            Err(e) => {
+                return Followed::End(Outcome::Failed(format!("an input in the log is not readable: {e}")))
+            }
+        },
+        Entry::Hash { payload, .. } | Entry::End { payload, .. } if !payload.is_empty() => {
+            let Ok(theirs) = postcard::from_bytes::<StateHash>(payload) else {
+                return Followed::End(Outcome::Failed("a hash in the log is not readable".into()));
+            };
+            let ours = machine.state_hash();
+            if ours != theirs {
+                return Followed::Differs(theirs.differences(&ours));
+            }
+        }
+        _ => {}
+    }
+    outputs.extend(machine.take_outputs());
+    Followed::Done
+}
+
+/// Replay a recording to its end; console output goes out, everything else is dropped.
+pub fn replay(machine: &mut Machine, player: &mut Player, outside: &Outside) -> Outcome {
+    let mut hashes = 0u64;
+    let started = Instant::now();
+    loop {
+        let entry = match player.next() {
+            Ok(Some(entry)) => entry.clone(),
+            Ok(None) => return Outcome::Failed("the recording breaks off before its end".into()),
+            Err(e) => return Outcome::Failed(e.to_string()),
+        };
+        let mut outputs = Vec::new();
+        let followed = follow_entry(machine, &entry, 1 << 24, &mut outputs);
+        for (_, output) in outputs {
+            if matches!(output, Output::CharOut { .. }) {
+                outside.perform(output);
+            }
+        }
+        match followed {
+            Followed::NotYet => {}
+            Followed::Done => {
+                player.done();
+                match entry {
+                    Entry::Hash { .. } => hashes += 1,
+                    Entry::End { stamp, .. } => {
+                        eprintln!(
+                            "ftvm: replay ended at position {} after {:.1} s, {} state hashes equal",
+                            stamp.position,
+                            started.elapsed().as_secs_f64(),
+                            hashes + 1
+                        );
+                        return Outcome::Done(0);
+                    }
+                    _ => {}
+                }
+            }
+            Followed::End(outcome) => return outcome,
+            Followed::Differs(parts) => {
+                return Outcome::Failed(format!(
+                    "the replay differs from the recording at position {}: {}",
+                    machine.stamp().position,
+                    parts.join(", ")
+                ))
+            }
+        }
+    }
+}

@@ -1,0 +1,50 @@
+//! The running program: the machine thread and what feeds it.
+//!
+//! One thread runs the machine. Everything else (disks, networks, monitors, the pair's channel) is on
+//! threads of its own and reaches it as [`Event`]s.
+
+pub mod control;
+pub mod ft;
+pub mod live;
+pub mod pace;
+pub mod record;
+
+use std::sync::mpsc::Sender;
+
+use crate::machine::MachineInput;
+
+/// What the machine thread is told.
+pub enum Event {
+    /// Something for the input door.
+    Input(MachineInput),
+    /// A monitor's command.
+    Command(control::Command),
+    /// News of the pair.
+    Ft(ft::FtEvent),
+    /// End the program.
+    Quit(Quit),
+}
+
+/// Why the program ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Quit {
+    HostSignal,
+    HostQmpQuit,
+    GuestShutdown,
+    /// `-no-reboot` and the guest reset.
+    GuestReset,
+    /// isa-debug-exit: this exit status.
+    GuestExit(i32),
+}
+
+/// How the program ended.
+#[derive(Debug)]
+pub enum Outcome {
+    /// In order, with this exit status.
+    Done(i32),
+    /// With an error for the user.
+    Failed(String),
+}
+
+/// Sends events to the machine thread.
+pub type Events = Sender<Event>;
