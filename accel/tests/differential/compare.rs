@@ -79,9 +79,9 @@ pub fn difference(case: &Case, real: &Outcome, soft: &Outcome) -> Option<String>
     if (r.flags ^ s.flags) & mask != 0 {
         note("flags", hex(r.flags & mask), hex(s.flags & mask));
     }
-    for i in 0..16 {
-        if r.gpr[i] != s.gpr[i] {
-            note(NAMES[i], hex(r.gpr[i]), hex(s.gpr[i]));
+    for ((name, real), soft) in NAMES.iter().zip(r.gpr).zip(s.gpr) {
+        if real != soft {
+            note(name, hex(real), hex(soft));
         }
     }
     for (i, name) in ["es", "cs", "ss", "ds"].iter().enumerate() {

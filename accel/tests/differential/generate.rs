@@ -440,7 +440,7 @@ impl Generator {
                 i.flow_control(),
                 FlowControl::Next | FlowControl::Interrupt | FlowControl::Exception
             );
-            if branch && (self.mode == Mode::Long) && bytes[..len].contains(&0x66) {
+            if branch && self.mode == Mode::Long && bytes[..len].contains(&0x66) {
                 // With this prefix AMD's processors branch to 16 bits of the address.
                 return None;
             }
@@ -622,7 +622,7 @@ impl Generator {
             }
         }
         let offset = address.map(|a| a.wrapping_sub(DATA)).filter(|o| *o < DATA_SIZE as u64 - 640);
-        if !(self.mode == Mode::Long) {
+        if self.mode != Mode::Long {
             r.gpr.iter_mut().for_each(|v| *v &= 0xFFFF_FFFF);
         }
         // Bit strings reach far from the operand's address.
@@ -635,7 +635,7 @@ impl Generator {
             if reg == i.memory_base().full_register() || reg == i.memory_index().full_register() {
                 return false;
             }
-            let far = if (self.mode == Mode::Long) { !0x7FF } else { 0xFFFF_F800 };
+            let far = if self.mode == Mode::Long { !0x7FF } else { 0xFFFF_F800 };
             r.gpr[reg.number()] = rng.next() & 0x7FF | if rng.one_in(2) { 0 } else { far };
         }
         let stack_mask = if self.mode == Mode::Segmented16 { 0xFFFF } else { u64::MAX };
@@ -706,7 +706,7 @@ impl Generator {
             }
             Fxrstor | Fxrstor64 | Fxsave | Fxsave64 | Xsave | Xsave64 | Xsaveopt | Xsaveopt64 | Xrstor
             | Xrstor64 | Xsavec | Xsavec64 => {
-                let Some(o) = offset else { return address.is_some() && false };
+                let Some(o) = offset else { return false };
                 let o = o as usize;
                 case.data[o + 26..o + 28].fill(0);
                 r.gpr[0] &= 3;
@@ -801,7 +801,7 @@ impl Generator {
                 return false
             }
             // The upper half of the slot is written or not.
-            Push if !(self.mode == Mode::Long) && i.op0_register().is_segment_register() => {
+            Push if self.mode != Mode::Long && i.op0_register().is_segment_register() => {
                 let o = (r.gpr[4] & stack_mask).wrapping_sub(DATA - base) as usize;
                 if o < DATA_SIZE {
                     case.open_bytes.push((o.saturating_sub(4), 4));
@@ -1061,13 +1061,7 @@ fn assemble(form: &Form, rng: &mut Rng, long: bool, plain: bool) -> Vec<u8> {
         (true, true) => 0,
         _ => rng.below(3) as u8,
     };
-    let reg = if form.group {
-        form.reg
-    } else if plain {
-        form.reg
-    } else {
-        rng.below(8) as u8
-    };
+    let reg = if form.group || plain { form.reg } else { rng.below(8) as u8 };
     b.push(mode << 6 | reg << 3 | rm);
     if plain {
         return b;
