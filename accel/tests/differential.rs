@@ -55,6 +55,9 @@ fn generated_instructions_agree_with_this_processor() {
             }
             real.run(&case, &mut a);
             run += 1;
+            if a.vector == native::ENDLESS && generate::jumps_anywhere(&case) {
+                continue;
+            }
             let codes = generate::codes(&case);
             if let Some(difference) = compare::difference(&case, &a, &b) {
                 // A hypervisor below may have got in the way: only what happens twice counts.

@@ -354,15 +354,11 @@ pub fn lsl(c: &mut SoftCpu, op: &Op) -> R<()> {
 pub fn arpl(c: &mut SoftCpu, op: &Op) -> R<()> {
     protected_only(c)?;
     let src = c.get::<u16>(op.reg);
-    let mut zf = false;
-    super::alu::change_rm::<u16>(c, op, |_, v| {
-        zf = v & 3 < src & 3;
-        if zf {
-            v & !3 | src & 3
-        } else {
-            v
-        }
-    })?;
+    // The operand is written only when its RPL changes.
+    let zf = read_rm::<u16>(c, op)? & 3 < src & 3;
+    if zf {
+        super::alu::change_rm::<u16>(c, op, |_, v| v & !3 | src & 3)?;
+    }
     c.set_zf(zf);
     Ok(())
 }

@@ -10,7 +10,7 @@ pub const DATA_SIZE: usize = 8192;
 pub const READ_ONLY: u64 = 0x0120_0000;
 /// Where the entry code's own data lie. Returning to a 16-bit stack leaves bits 16..31 of ESP as they
 /// were, so they are this address's.
-pub const ENTRY: u64 = 0x0140_0000;
+pub const ENTRY: u64 = 0x01AB_0000;
 /// Base of the data segments of [`LDT`]; offsets 0x1000 to 0x3000 are the data.
 pub const DATA_BASE: u64 = DATA - 0x1000;
 
@@ -155,6 +155,8 @@ pub struct Compare {
     pub x87_open: bool,
     /// The order of its faults is the implementation's choice.
     pub order_open: bool,
+    /// Whether it reads before it writes is the implementation's choice.
+    pub error_open: bool,
     /// Which byte of a large operand faults is the implementation's choice.
     pub cr2_open: bool,
     /// x87 condition codes are partly undefined: these bits of FSW are not compared.

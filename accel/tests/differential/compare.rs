@@ -68,7 +68,7 @@ pub fn difference(case: &Case, real: &Outcome, soft: &Outcome) -> Option<String>
     }
     if real.vector == soft.vector && matches!(real.vector, 8 | 10..=14 | 17) {
         // For addresses of its own half the kernel hides whether a page is present.
-        if real.error != soft.error && real.cr2 < 0x7FFF_FFFF_F000 {
+        if real.error != soft.error && !case.compare.error_open && real.cr2 < 0x7FFF_FFFF_F000 {
             note("error code", hex(real.error.into()), hex(soft.error.into()));
         }
         if real.vector == 14 && real.cr2 != soft.cr2 && !case.compare.cr2_open {
@@ -79,13 +79,14 @@ pub fn difference(case: &Case, real: &Outcome, soft: &Outcome) -> Option<String>
     if (r.flags ^ s.flags) & mask != 0 {
         note("flags", hex(r.flags & mask), hex(s.flags & mask));
     }
-    for i in 0..16 {
-        if r.gpr[i] != s.gpr[i] {
-            note(NAMES[i], hex(r.gpr[i]), hex(s.gpr[i]));
+    for ((name, real), soft) in NAMES.iter().zip(r.gpr).zip(s.gpr) {
+        if real != soft {
+            note(name, hex(real), hex(soft));
         }
     }
     for (i, name) in ["es", "cs", "ss", "ds"].iter().enumerate() {
-        if r.selectors[i] != s.selectors[i] {
+        // A null selector's privilege level may get lost on the way through the kernel.
+        if r.selectors[i] != s.selectors[i] && (r.selectors[i] | s.selectors[i]) > 3 {
             note(name, hex(r.selectors[i].into()), hex(s.selectors[i].into()));
         }
     }

@@ -262,33 +262,49 @@ fn excluded(i: &Instruction) -> bool {
                 | Sldt
                 | Str
                 | Smsw
-                | Lar
-                | Lsl
-                | Verr
-                | Verw
-                | Lds
-                | Les
-                | Lss
                 | Lfs
                 | Lgs
-                | Retf
                 | Xgetbv
                 | Rsm
-                | Arpl
                 | Loadall
                 | Storeall
         )
-        || m == Mov && (i.op0_kind() == OpKind::Register && i.op0_register().is_segment_register())
-        || m == Pop && i.op0_register().is_segment_register()
-        || matches!(i.code(), Code::Call_m1616 | Code::Call_m1632 | Code::Call_m1664 | Code::Jmp_m1616)
-        || matches!(i.code(), Code::Jmp_m1632 | Code::Jmp_m1664 | Code::Call_ptr1616 | Code::Call_ptr1632)
-        || matches!(i.code(), Code::Jmp_ptr1616 | Code::Jmp_ptr1632)
+        || matches!(m, Mov | Pop) && matches!(i.op0_register(), Register::FS | Register::GS | Register::CS)
+        // AMD's processors have no far pointers of 80 bits.
+        || matches!(i.code(), Code::Call_m1664 | Code::Jmp_m1664 | Code::Lss_r64_m1664)
         || i.cpuid_features().iter().any(|f| !claimed(*f))
         || i.cpuid_features().contains(&CpuidFeature::D3NOW) && i.mnemonic() != Prefetch
 }
 
 /// Offset of the first instruction: one that generated integers do not hit.
 const START: usize = 0x863;
+
+/// Selectors that mean the same on the host and in the guest: null ones, Linux's user segments, the
+/// local table's with privilege levels 3 and 0, and one past the local table.
+const SELECTORS: [u16; 20] = [
+    0, 3, 0x2B, 0x28, 0x23, 0x33, 0x0F, 0x17, 0x1F, 0x27, 0x2F, 0x37, 0x3F, 0x47, 0x4F, 0x0C, 0x14, 0x1C,
+    0x2D, 0x0F,
+];
+
+/// An offset of an INT3 in the code segment of a selector.
+fn far_target(rng: &mut Rng, selector: u16) -> u64 {
+    let flat = matches!(selector, 0x20..=0x23 | 0x33);
+    rng.below(0x840) + if flat { CODE } else { 0 } + if rng.one_in(12) { 0x1000 } else { 0 }
+}
+
+/// Whether the instruction loads or looks at a selector.
+fn uses_selector(i: &Instruction) -> bool {
+    use Mnemonic::*;
+    match i.mnemonic() {
+        Lar | Lsl | Verr | Verw | Lds | Les | Lss | Retf => true,
+        Mov | Pop => i.op0_register().is_segment_register(),
+        Jmp | Call => {
+            matches!(i.op0_kind(), OpKind::FarBranch16 | OpKind::FarBranch32)
+                || matches!(i.code(), Code::Call_m1616 | Code::Call_m1632 | Code::Jmp_m1616 | Code::Jmp_m1632)
+        }
+        _ => false,
+    }
+}
 
 /// Makes cases for one mode.
 pub struct Generator {
@@ -424,7 +440,7 @@ impl Generator {
                 i.flow_control(),
                 FlowControl::Next | FlowControl::Interrupt | FlowControl::Exception
             );
-            if branch && (self.mode == Mode::Long) && bytes[..len].contains(&0x66) {
+            if branch && self.mode == Mode::Long && bytes[..len].contains(&0x66) {
                 // With this prefix AMD's processors branch to 16 bits of the address.
                 return None;
             }
@@ -462,6 +478,20 @@ impl Generator {
                 bytes[at..at + size].copy_from_slice(&target.to_le_bytes()[..size]);
                 i = decode(&bytes, ip, self.mode);
             }
+            if matches!(i.op0_kind(), OpKind::FarBranch16 | OpKind::FarBranch32) {
+                let mut selector = rng.pick(&SELECTORS);
+                if self.mode.segmented() && selector == 0x33 {
+                    selector = 0;
+                }
+                let target = far_target(rng, selector).to_le_bytes();
+                let size = if i.op0_kind() == OpKind::FarBranch16 { 2 } else { 4 };
+                bytes[len - 2..len].copy_from_slice(&selector.to_le_bytes());
+                bytes[len - 2 - size..len - 2].copy_from_slice(&target[..size]);
+                i = decode(&bytes, ip, self.mode);
+            }
+            if count > 1 && uses_selector(&i) {
+                return None;
+            }
             let needs = needs(&i);
             if needs & touched != 0 {
                 return None;
@@ -473,6 +503,7 @@ impl Generator {
             if count > 1 {
                 let fragile = !case.open_bytes.is_empty()
                     || case.compare.unusual()
+                    || matches!(i.mnemonic(), Mnemonic::Fldenv | Mnemonic::Frstor | Mnemonic::Fldcw)
                     || !matches!(i.flow_control(), FlowControl::Next);
                 if matches!(
                     i.flow_control(),
@@ -591,7 +622,7 @@ impl Generator {
             }
         }
         let offset = address.map(|a| a.wrapping_sub(DATA)).filter(|o| *o < DATA_SIZE as u64 - 640);
-        if !(self.mode == Mode::Long) {
+        if self.mode != Mode::Long {
             r.gpr.iter_mut().for_each(|v| *v &= 0xFFFF_FFFF);
         }
         // Bit strings reach far from the operand's address.
@@ -604,13 +635,67 @@ impl Generator {
             if reg == i.memory_base().full_register() || reg == i.memory_index().full_register() {
                 return false;
             }
-            let far = if (self.mode == Mode::Long) { !0x7FF } else { 0xFFFF_F800 };
+            let far = if self.mode == Mode::Long { !0x7FF } else { 0xFFFF_F800 };
             r.gpr[reg.number()] = rng.next() & 0x7FF | if rng.one_in(2) { 0 } else { far };
         }
         let stack_mask = if self.mode == Mode::Segmented16 { 0xFFFF } else { u64::MAX };
         // A call checks its target before or after it pushes; ENTER checks the new top early or late.
-        case.compare.order_open |= matches!(m, Call | Enter);
+        case.compare.order_open |= matches!(m, Call | Enter | Retf);
+        case.compare.error_open |= m == Arpl;
+        case.compare.cr2_open |= m == Retf;
         case.compare.cr2_open |= !matches!(i.memory_size().size(), 0..=10 | 16);
+        if uses_selector(i) {
+            let mut selector = rng.pick(&SELECTORS);
+            if m == Call && self.mode.segmented() && selector == 0x33 {
+                // The return address goes to the stack of the old mode or of the new one.
+                selector = 0;
+            }
+            if !matches!(i.flow_control(), FlowControl::Next) {
+                // Outside 64-bit mode the upper half of RSP is not kept.
+                r.gpr[4] &= 0xFFFF_FFFF;
+            }
+            let target = far_target(rng, selector).to_le_bytes();
+            let place = |data: &mut [u8; DATA_SIZE], at: Option<u64>, bytes: &[u8]| {
+                let at = at.map_or(DATA_SIZE, |a| a as usize);
+                if at < DATA_SIZE - bytes.len() {
+                    data[at..at + bytes.len()].copy_from_slice(bytes);
+                }
+            };
+            let stack = (r.gpr[4] & stack_mask).wrapping_sub(DATA - base);
+            let source = if matches!(m, Verr | Verw) { 0 } else { 1 };
+            match m {
+                Pop => place(&mut case.data, Some(stack), &selector.to_le_bytes()),
+                // A 16-bit stack pointer that wraps carries into ESP or not.
+                Retf if self.mode == Mode::Segmented16 && i.op_count() > 0 && i.immediate(0) > 0xC000 => {
+                    return false;
+                }
+                Retf => {
+                    let size = i.stack_pointer_increment() as usize / 2;
+                    let size = match size {
+                        2..=3 => 2,
+                        4..=7 => 4,
+                        _ => 8,
+                    };
+                    let size = if matches!(i.code(), Code::Retfw | Code::Retfw_imm16) { 2 } else { size };
+                    let size = if matches!(i.code(), Code::Retfd | Code::Retfd_imm16) { 4 } else { size };
+                    let size = if matches!(i.code(), Code::Retfq | Code::Retfq_imm16) { 8 } else { size };
+                    place(&mut case.data, Some(stack), &target[..size]);
+                    place(&mut case.data, Some(stack.wrapping_add(size as u64)), &selector.to_le_bytes());
+                }
+                Lds | Les | Lss | Jmp | Call => {
+                    let size = i.memory_size().size().saturating_sub(2);
+                    place(&mut case.data, offset, &target[..size]);
+                    place(&mut case.data, offset.map(|o| o + size as u64), &selector.to_le_bytes());
+                }
+                _ if i.op_kind(source) == OpKind::Memory => {
+                    place(&mut case.data, offset, &selector.to_le_bytes());
+                }
+                _ => {
+                    let n = i.op_register(source).full_register().number();
+                    r.gpr[n] = r.gpr[n] & !0xFFFF | u64::from(selector);
+                }
+            }
+        }
         match m {
             Ldmxcsr => {
                 if let (Some(o), false) = (offset, rng.one_in(10)) {
@@ -621,7 +706,7 @@ impl Generator {
             }
             Fxrstor | Fxrstor64 | Fxsave | Fxsave64 | Xsave | Xsave64 | Xsaveopt | Xsaveopt64 | Xrstor
             | Xrstor64 | Xsavec | Xsavec64 => {
-                let Some(o) = offset else { return address.is_some() && false };
+                let Some(o) = offset else { return false };
                 let o = o as usize;
                 case.data[o + 26..o + 28].fill(0);
                 r.gpr[0] &= 3;
@@ -716,7 +801,7 @@ impl Generator {
                 return false
             }
             // The upper half of the slot is written or not.
-            Push if !(self.mode == Mode::Long) && i.op0_register().is_segment_register() => {
+            Push if self.mode != Mode::Long && i.op0_register().is_segment_register() => {
                 let o = (r.gpr[4] & stack_mask).wrapping_sub(DATA - base) as usize;
                 if o < DATA_SIZE {
                     case.open_bytes.push((o.saturating_sub(4), 4));
@@ -976,13 +1061,7 @@ fn assemble(form: &Form, rng: &mut Rng, long: bool, plain: bool) -> Vec<u8> {
         (true, true) => 0,
         _ => rng.below(3) as u8,
     };
-    let reg = if form.group {
-        form.reg
-    } else if plain {
-        form.reg
-    } else {
-        rng.below(8) as u8
-    };
+    let reg = if form.group || plain { form.reg } else { rng.below(8) as u8 };
     b.push(mode << 6 | reg << 3 | rm);
     if plain {
         return b;

@@ -2,7 +2,7 @@
 //! IRET (64-bit or compatibility mode), and whatever exception ends it comes back as a signal whose
 //! frame holds the final state.
 
-use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering};
 
 use super::case::{Case, Outcome, Regs, CODE, CODE_SIZE, DATA, DATA_SIZE, ENTRY, LDT, READ_ONLY};
 
@@ -76,8 +76,19 @@ extern "sysv64" {
 static TARGET: AtomicPtr<Outcome> = AtomicPtr::new(std::ptr::null_mut());
 static RUNNING: AtomicBool = AtomicBool::new(false);
 static mut HOST_STACK: u64 = 0;
+/// Number of the case in hand, and what it was at the last tick of the watchdog.
+static SEQUENCE: AtomicU64 = AtomicU64::new(0);
+static SEEN: AtomicU64 = AtomicU64::new(0);
+/// Stands for the vector of a case that the watchdog ended.
+pub const ENDLESS: u8 = 255;
 
 extern "C" fn on_signal(signal: i32, _: *mut libc::siginfo_t, context: *mut libc::c_void) {
+    if signal == libc::SIGALRM {
+        let now = SEQUENCE.load(Ordering::SeqCst);
+        if SEEN.swap(now, Ordering::SeqCst) != now || !RUNNING.load(Ordering::SeqCst) {
+            return;
+        }
+    }
     if !RUNNING.swap(false, Ordering::SeqCst) {
         // SAFETY: restoring the default action is what makes the second delivery final.
         unsafe { libc::signal(signal, libc::SIG_DFL) };
@@ -114,6 +125,9 @@ extern "C" fn on_signal(signal: i32, _: *mut libc::siginfo_t, context: *mut libc
         out.vector = g[libc::REG_TRAPNO as usize] as u8;
         out.error = g[libc::REG_ERR as usize] as u32;
         out.cr2 = g[libc::REG_CR2 as usize] as u64;
+        if signal == libc::SIGALRM {
+            out.vector = ENDLESS;
+        }
         out.signal = signal;
         let fx = uc.uc_mcontext.fpregs.cast::<u8>();
         std::ptr::copy_nonoverlapping(fx, out.regs.fx.as_mut_ptr(), 416);
@@ -166,6 +180,11 @@ impl Native {
             let mut action: libc::sigaction = std::mem::zeroed();
             action.sa_sigaction = on_signal as *const () as usize;
             action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+            let tick = libc::timeval { tv_sec: 1, tv_usec: 0 };
+            let timer = libc::itimerval { it_interval: tick, it_value: tick };
+            action.sa_flags |= libc::SA_RESTART;
+            assert_eq!(libc::sigaction(libc::SIGALRM, &action, std::ptr::null_mut()), 0);
+            assert_eq!(libc::setitimer(libc::ITIMER_REAL, &timer, std::ptr::null_mut()), 0);
             for signal in [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGTRAP] {
                 assert_eq!(libc::sigaction(signal, &action, std::ptr::null_mut()), 0);
             }
@@ -200,6 +219,7 @@ impl Native {
             e.frame = [case.regs.rip, cs, case.regs.flags, case.regs.gpr[4], ss];
             e.data_selector = ss;
             TARGET.store(out, Ordering::SeqCst);
+            SEQUENCE.fetch_add(1, Ordering::SeqCst);
             RUNNING.store(true, Ordering::SeqCst);
             ftvm_diff_enter(e, &raw mut HOST_STACK);
             std::ptr::copy_nonoverlapping(data, out.data.as_mut_ptr(), DATA_SIZE);

@@ -96,7 +96,7 @@ impl Soft {
         for i in 0..16 {
             put(pd + i * 8, (pt + i * 4096) | PRESENT | WRITE | USER | USED);
         }
-        let mut page = |at: u64, flags: u64| put(pt + (at >> 12) * 8, at | flags | PRESENT | USED);
+        let page = |at: u64, flags: u64| put(pt + (at >> 12) * 8, at | flags | PRESENT | USED);
         for at in [HANDLERS, IDT, GDT, TSS, STACK, LOCAL] {
             page(at, WRITE);
         }
