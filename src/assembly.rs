@@ -127,6 +127,37 @@ pub fn open_drive(drive: &DriveConfig, options: &OpenOptions) -> Result<Option<B
         .map_err(|source| BuildError::Drive { path: path.clone(), source })
 }
 
+/// Open a drive for a live machine: with the overlays that a takeover left, if there are any or the machine is
+/// one of a pair; `over_stalled`: this side won the pair's lock, and the old primary may only be stalled.
+pub fn open_live(
+    drive: &DriveConfig,
+    pair: bool,
+    over_stalled: bool,
+) -> Result<Option<Box<dyn Image>>, BuildError> {
+    let options = open_options(drive);
+    let Some(path) = drive.file.as_deref().map(Path::new) else { return Ok(None) };
+    if drive.read_only || drive.snapshot || !(pair || ftvm_block::takeover::has_overlays(path)) {
+        return open_drive(drive, &options);
+    }
+    ftvm_block::takeover::Takeover::open(path, &options, over_stalled)
+        .map(|t| Some(Box::new(t) as Box<dyn Image>))
+        .map_err(|source| BuildError::Drive { path: path.display().to_string(), source })
+}
+
+/// A backup must see the primary's byte locks on a writable image: they tell, after a takeover, whether the
+/// old primary is gone or only stalled.
+pub fn check_shared(drive: &DriveConfig) -> Result<(), String> {
+    let Some(path) = drive.file.as_deref().filter(|_| !drive.read_only && drive.locking) else { return Ok(()) };
+    match ftvm_block::takeover::is_held(Path::new(path)) {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(format!(
+            "drive '{}': the primary's lock on '{path}' is not seen here: it is another file, or a file system whose locks do not reach other hosts",
+            drive.id
+        )),
+        Err(e) => Err(e.to_string()),
+    }
+}
+
 impl Blueprint {
     /// A new machine's blueprint; `sizes` are the drives' sizes in bytes (0: no medium).
     pub fn new(config: &MachineConfig, firmware_dirs: &[String], sizes: &[u64]) -> Result<Self, BuildError> {
