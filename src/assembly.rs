@@ -2,6 +2,7 @@
 //! sends to its backup) and what is opened on this host.
 
 use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -435,15 +436,26 @@ pub fn open_net(
             downscript.as_deref(),
             receive,
         )?)),
-        NetKind::User { .. } => Ok(Box::new(Unplugged)),
+        NetKind::User { hostfwd, net, restrict, hostname } => {
+            let ip = |text: &str| -> Result<Ipv4Addr, ftvm_net::NetError> {
+                let text = if text.is_empty() { "0.0.0.0" } else { text };
+                text.parse().map_err(|_| ftvm_net::NetError::User(format!("'{text}' is not an IPv4 address")))
+            };
+            let mut forwards = Vec::new();
+            for f in hostfwd {
+                let (host, guest) = ((ip(&f.host.0)?, f.host.1), (ip(&f.guest.0)?, f.guest.1));
+                forwards.push(ftvm_net::user::Forward { udp: f.udp, host, guest });
+            }
+            let network = net.as_deref().map(|n| ip(n.split('/').next().unwrap_or(n))).transpose()?;
+            let settings = ftvm_net::user::Settings {
+                forwards,
+                restricted: *restrict,
+                hostname: hostname.clone(),
+                network,
+            };
+            Ok(Box::new(ftvm_net::user::User::start(&settings, receive)?))
+        }
     }
-}
-
-/// A cable that leads nowhere.
-struct Unplugged;
-
-impl ftvm_net::Backend for Unplugged {
-    fn send(&mut self, _frame: &[u8]) {}
 }
 
 struct PcChipset(Pc);

@@ -23,3 +23,6 @@ pub use door::{DiskOp, Input, MachineRequest, Output};
 pub use ftvm_accel::ApicMessage;
 pub use pc::Pc;
 pub use registry::{device_help, model_help};
+
+#[cfg(test)]
+mod tests;

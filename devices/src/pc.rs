@@ -73,11 +73,13 @@ impl Pc {
                 config.cpus
             )));
         }
+        let mut order = BootOrder::default();
+        let disks = ide_drives(&config, &mut order)?;
         let mut devices: Vec<Box<dyn Device>> = vec![
             Box::<HostBridge>::default(),
             Box::<IsaBridge>::default(),
             Box::<Pit>::default(),
-            Box::new(Rtc::new(config.rtc_base_unix, &cmos(&config, mem))),
+            Box::new(Rtc::new(config.rtc_base_unix, &cmos(&config, mem, &disks))),
             Box::<I8042>::default(),
             Box::<Post>::default(),
             Box::<Pm>::default(),
@@ -91,8 +93,7 @@ impl Pc {
             }
             devices.push(Box::new(Serial::new(s.index, s.port)));
         }
-        let mut order = BootOrder::default();
-        devices.push(Box::new(Ide::new(ide_drives(&config, &mut order)?)));
+        devices.push(Box::new(Ide::new(disks)));
         let mut slots = Slots::new(&config)?;
         for spec in &config.devices {
             let model = registry::model(&spec.driver)?;
@@ -591,7 +592,7 @@ fn address(spec: &DeviceSpec) -> Result<Option<u8>, DeviceError> {
 }
 
 /// What the CMOS holds for firmware (the RTC's own registers aside).
-fn cmos(config: &PcConfig, mem: &GuestMemory) -> Vec<(u8, u8)> {
+fn cmos(config: &PcConfig, mem: &GuestMemory, disks: &[Option<DriveSpec>; 4]) -> Vec<(u8, u8)> {
     let low = mem.low_ram_size();
     let high = mem.ram_size() - low;
     let word = |at: u8, v: u64| [(at, v as u8), (at + 1, (v >> 8) as u8)];
@@ -619,15 +620,11 @@ fn cmos(config: &PcConfig, mem: &GuestMemory) -> Vec<(u8, u8)> {
     let code = |i: usize| codes.get(i).copied().unwrap_or(0);
     out.push((0x3D, code(1) << 4 | code(0)));
     // Geometry translation of the IDE disks, two bits each: LBA for what CHS cannot reach.
-    let mut place = 0;
     let mut translation = 0;
-    for spec in config.devices.iter().filter(|d| d.driver.starts_with("ide-")) {
-        let size =
-            spec.drive.and_then(|n| config.drives.iter().find(|d| d.index == n)).map_or(0, |d| d.size_bytes);
-        if spec.driver == "ide-hd" && size > 1024 * 16 * 63 * 512 {
-            translation |= 1 << (2 * (place & 3));
+    for (place, drive) in disks.iter().enumerate() {
+        if drive.as_ref().is_some_and(|d| !d.cdrom && d.size_bytes > 1024 * 16 * 63 * 512) {
+            translation |= 1 << (2 * place);
         }
-        place += 1;
     }
     out.push((0x39, translation));
     // The low bit skips the check of a floppy's signature.

@@ -238,7 +238,7 @@ impl Channel {
             0x25 => self.start_dma(ctx, true, false),
             0xCA | 0xCB => self.start_dma(ctx, false, true),
             0x35 | 0x3D => self.start_dma(ctx, true, true),
-            0x40 | 0x41 | 0x42 => {
+            0x40..=0x42 => {
                 if self.range(ctx, command == 0x42) {
                     self.s.left = 0;
                     self.succeed(ctx);
@@ -315,7 +315,7 @@ impl Channel {
                 let value = d.count[0];
                 let bit = 1u8 << (value & 7);
                 (d.mwdma, d.udma) = match value >> 3 {
-                    0 | 1 | 2 => (0, 0),
+                    0..=2 => (0, 0),
                     4 => (bit & 7, 0),
                     8 => (0, bit & 0x3F),
                     _ => return self.fail(ctx, ABORTED),

@@ -36,6 +36,7 @@ impl Channel {
                 self.s.dma = self.current().feature[0] & 1 != 0;
                 // Interrupt reason: a command packet is wanted.
                 self.current().count[0] = 1;
+                self.s.packet = true;
                 self.s.phase = Phase::Packet;
                 self.accept(12);
             }
@@ -43,7 +44,6 @@ impl Channel {
                 self.s.dma = false;
                 let data = self.identify_packet();
                 self.reply(ctx, data, 512);
-                // IDENTIFY is no packet command: its registers tell no byte count.
             }
             0xEC | 0x20 | 0x21 => {
                 // The signature tells a prober that this is a packet device.

@@ -46,6 +46,8 @@ pub struct ChannelState {
     pub device: u8,
     pub control: u8,
     pub phase: Phase,
+    /// The command in hand is a packet command.
+    pub packet: bool,
     /// The transfer uses the bus master.
     pub dma: bool,
     /// Byte offset on the disk of what comes next, and bytes still to be requested.
@@ -99,6 +101,7 @@ impl Channel {
             device: 0xA0,
             control: 0,
             phase: Phase::Idle,
+            packet: false,
             dma: false,
             offset: 0,
             left: 0,
@@ -227,6 +230,7 @@ impl Channel {
         d.error = 0;
         d.status = READY | SEEK;
         self.s.phase = Phase::Idle;
+        self.s.packet = false;
         if cd {
             self.atapi_command(ctx, value);
         } else {
@@ -288,7 +292,7 @@ impl Channel {
     pub fn offer(&mut self, ctx: &mut Ctx) {
         let len = self.s.buffer.len() as u32;
         self.s.block_end = (self.s.at + self.s.block).min(len);
-        let (cd, size) = (self.is_cd(), self.s.block_end - self.s.at);
+        let (cd, size) = (self.s.packet, self.s.block_end - self.s.at);
         let d = self.current();
         d.status = READY | SEEK | DRQ;
         if cd {
@@ -328,7 +332,7 @@ impl Channel {
                 self.s.buffer.clear();
                 self.s.at = 0;
                 self.s.block_end = 0;
-                if self.is_cd() {
+                if self.s.packet {
                     self.packet_succeed(ctx);
                 } else {
                     self.s.phase = Phase::Idle;

@@ -67,6 +67,9 @@ const REQ: u32 = 0x40;
 const GNT: u32 = 0x80;
 const PRES: u32 = 0x100;
 
+/// Timers: 0 is the interrupt throttle, this one goes on with a long transmit ring.
+pub const TX_TIMER: u8 = 1;
+
 /// Checksum context of the transmitter (section 3.3.6).
 #[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 pub struct TxContext {
@@ -232,6 +235,7 @@ impl E1000 {
         self.set(RA + 4, high);
         self.show_link();
         ctx.set_timer(0, None);
+        ctx.set_timer(TX_TIMER, None);
         self.update_irq(ctx);
     }
 
@@ -375,12 +379,10 @@ impl E1000 {
                 }
             }
             EECD => self.eecd_write(value),
-            EERD => {
-                if value & 1 != 0 {
-                    let word = (value >> 8 & 0xFF) as usize;
-                    let data = u32::from(self.s.eeprom.get(word).copied().unwrap_or(0xFFFF));
-                    self.set(EERD, value & 0xFF00 | data << 16 | 0x10);
-                }
+            EERD if value & 1 != 0 => {
+                let word = (value >> 8 & 0xFF) as usize;
+                let data = u32::from(self.s.eeprom.get(word).copied().unwrap_or(0xFFFF));
+                self.set(EERD, value & 0xFF00 | data << 16 | 0x10);
             }
             MDIC => self.mdic_write(ctx, value),
             ICR => {
@@ -474,9 +476,13 @@ impl Device for E1000 {
             _ => {}
         }
     }
-    fn timer(&mut self, ctx: &mut Ctx, _id: u8) {
-        self.s.throttled = false;
-        self.update_irq(ctx);
+    fn timer(&mut self, ctx: &mut Ctx, id: u8) {
+        if id == TX_TIMER {
+            self.transmit(ctx);
+        } else {
+            self.s.throttled = false;
+            self.update_irq(ctx);
+        }
     }
     fn input(&mut self, ctx: &mut Ctx, input: &Input) {
         match input {

@@ -138,7 +138,7 @@ mod tests {
         let h = Headers { ip: 14, l4: 34, payload: 54, v6: false, tcp: true };
         let parts = segment(&f, h, 1460);
         assert_eq!(parts.iter().map(Vec::len).collect::<Vec<_>>(), [1514, 1514, 54 + 80]);
-        let mut data = Vec::new();
+        let mut data: Vec<u8> = Vec::new();
         for (i, p) in parts.iter().enumerate() {
             assert_eq!(sum(&p[14..34], 0), 0xFFFF);
             let pseudo = u32::from(sum(&p[26..34], 0)) + 6 + (p.len() as u32 - 34);

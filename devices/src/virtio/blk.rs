@@ -33,12 +33,16 @@ const S_UNSUPP: u8 = 2;
 const QUEUE: u16 = 256;
 /// Bytes of data in one request at most.
 const MAX_DATA: u64 = 32 << 20;
+/// Bytes in flight at which no further request is taken.
+const MAX_IN_FLIGHT: u64 = 64 << 20;
 /// 512-byte sectors in one discard or write-zeroes request.
 const MAX_SECTORS: u32 = 0x3F_FFFF;
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 struct InFlight {
     head: u16,
+    /// Bytes that the request moves.
+    bytes: u64,
     /// Where a read's data go.
     data: Vec<Piece>,
     status: u64,
@@ -61,6 +65,16 @@ impl Blk {
     pub fn new(spec: DriveSpec) -> Blk {
         let s = State { bytes: spec.size_bytes, write_back: true, in_flight: BTreeMap::new() };
         Blk { spec, s }
+    }
+
+    /// Take requests as long as what is in flight stays within bounds; the rest waits in the queue.
+    fn drain(&mut self, io: &mut Io) {
+        let ram = io.ram();
+        while self.s.in_flight.values().map(|r| r.bytes).sum::<u64>() < MAX_IN_FLIGHT {
+            let Some(chain) = io.queues[0].pop(ram) else { break };
+            self.request(io, chain);
+        }
+        io.queues[0].rearm(ram);
     }
 
     fn request(&mut self, io: &mut Io, chain: Chain) {
@@ -95,13 +109,14 @@ impl Blk {
         };
         let op = match kind {
             T_IN => {
-                if in_len == 0 || in_len % 512 != 0 || in_len > MAX_DATA || !inside(in_len) {
+                if in_len == 0 || !in_len.is_multiple_of(512) || in_len > MAX_DATA || !inside(in_len) {
                     return end(io, S_IOERR, 0);
                 }
                 DiskOp::Read { offset: sector * 512, len: in_len as u32 }
             }
             T_OUT => {
-                let bad = out_len == 0 || out_len % 512 != 0 || out_len > MAX_DATA || !inside(out_len);
+                let bad =
+                    out_len == 0 || !out_len.is_multiple_of(512) || out_len > MAX_DATA || !inside(out_len);
                 if bad || self.spec.read_only {
                     return end(io, S_IOERR, 0);
                 }
@@ -122,9 +137,10 @@ impl Blk {
             },
             _ => return end(io, S_UNSUPP, 0),
         };
+        let bytes = if kind == T_IN { in_len } else { out_len };
         let data = if kind == T_IN { writable } else { Vec::new() };
         let id = io.ctx.disk(self.spec.index, op);
-        self.s.in_flight.insert(id, InFlight { head, data, status });
+        self.s.in_flight.insert(id, InFlight { head, bytes, data, status });
     }
 
     /// The one segment of a discard or write-zeroes request.
@@ -198,11 +214,7 @@ impl Model for Blk {
         self.s.write_back = true;
     }
     fn notify(&mut self, io: &mut Io, _queue: usize) {
-        let ram = io.ram();
-        while let Some(chain) = io.queues[0].pop(ram) {
-            self.request(io, chain);
-        }
-        io.queues[0].rearm(ram);
+        self.drain(io);
     }
     fn input(&mut self, io: &mut Io, input: &Input) {
         if let Input::DriveResized { drive, size } = input {
@@ -223,6 +235,7 @@ impl Model for Blk {
         };
         io.ctx.dma_write(r.status, &[code]);
         io.queues[0].push(io.ram(), r.head, len + 1);
+        self.drain(io);
     }
     fn save(&self) -> Vec<u8> {
         pack(&self.s)
