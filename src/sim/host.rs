@@ -104,6 +104,10 @@ impl World {
         }
     }
 
+    fn is_following(&self, p: usize) -> bool {
+        matches!(&self.procs[p].role, Role::Backup(b) if b.core.phase() != backup::Phase::GoingLive)
+    }
+
     fn local(&self, p: usize) -> Duration {
         Duration::from_micros(self.now + self.procs[p].clock)
     }
@@ -180,7 +184,10 @@ impl World {
         match &self.procs[p].role {
             Role::Primary(_) => self.live_step(p),
             Role::Backup(_) => {
-                for _ in 0..64 {
+                // Some backups are slow, so that log is waiting at a failover.
+                let behind = self.options.seed % 3 == 0 && !self.is_healed() && self.is_following(p);
+                let steps = if behind { u64::from(self.rng.chance(25)) } else { 64 };
+                for _ in 0..steps {
                     if !self.follow(p) {
                         break;
                     }
@@ -234,6 +241,7 @@ impl World {
         self.locks.claim(&epoch, Side::Primary);
         self.procs[p].conn = Some(conn);
         let epoch2 = epoch.clone();
+        self.expect_ready(p, epoch.token.clone());
         if let Some(r) = self.primary(p) {
             // Kept for the moment when the backup is ready.
             r.copy = None;
@@ -304,6 +312,7 @@ impl World {
             Role::Primary(r) => match message {
                 Message::Ready => {
                     if let Some(epoch) = r.epoch.take() {
+                        r.core.copying(now);
                         r.copy = Some(Copy { epoch, cursor: 0, round: 0 });
                         self.procs[p].machine.memory().set_all_dirty(DIRTY_MIGRATION);
                     }
@@ -334,6 +343,7 @@ impl World {
             Role::Joining { epoch } => match message {
                 Message::Config { epoch: e, config, .. } => {
                     *epoch = Some(e.clone());
+                    self.send(p, Message::Alive);
                     self.procs[p].chain = postcard::from_bytes(&config).unwrap_or_default();
                     if !self.storage_ok(p) || !self.locks.sees_peer(&e, Side::Backup) {
                         return self.end(p, "the lock is not visible");
@@ -345,6 +355,7 @@ impl World {
                     for (gpa, data) in pages {
                         let _ = self.procs[p].machine.memory().write(gpa, &data);
                     }
+                    self.send(p, Message::Alive);
                 }
                 Message::State { stamp, state } => {
                     let Some(epoch) = epoch.take() else { return };
@@ -450,7 +461,10 @@ impl World {
                         self.perform(p, output);
                     }
                 }
-                Action::Arbitrate(epoch) => self.arbitrate(p, epoch, Side::Primary),
+                Action::Arbitrate(epoch) => {
+                    self.hang_up(p);
+                    self.arbitrate(p, epoch, Side::Primary);
+                }
                 Action::NowProtected => self.note(p, "protected"),
                 Action::NowUnprotected { reason } => {
                     self.note(p, &format!("unprotected: {reason}"));
@@ -476,12 +490,29 @@ impl World {
         }
     }
 
-    /// `drop_pair`
-    fn drop_pair(&mut self, p: usize) {
+    /// Close the channel and stop the heartbeats.
+    fn hang_up(&mut self, p: usize) {
         self.procs[p].beats = None;
         if let Some(conn) = self.procs[p].conn.take() {
             self.close(conn, p);
         }
+    }
+
+    /// The configuration was sent, and no backup became ready.
+    pub(super) fn accept_timeout(&mut self, p: usize, token: &str) {
+        let waits = self.primary(p).is_some_and(|r| {
+            r.core.phase() == primary::Phase::Unprotected
+                && r.copy.is_none()
+                && r.epoch.as_ref().is_some_and(|e| e.token == token)
+        });
+        if waits {
+            self.drop_pair(p);
+        }
+    }
+
+    /// `drop_pair`
+    fn drop_pair(&mut self, p: usize) {
+        self.hang_up(p);
         let storage = self.storage_ok(p);
         let Some(r) = self.primary(p) else { return };
         let copy = r.copy.take();
@@ -497,7 +528,13 @@ impl World {
         for action in actions {
             match action {
                 Action::Send(m) => self.send(p, m),
-                Action::Arbitrate(epoch) => self.arbitrate(p, epoch, Side::Backup),
+                Action::Arbitrate(epoch) => {
+                    // With the rule to be broken, the channel must be there.
+                    if self.options.mutation != Some(Mutation::AckAfterArbitration) {
+                        self.hang_up(p);
+                    }
+                    self.arbitrate(p, epoch, Side::Backup);
+                }
                 Action::GoLive { reason } => self.note(p, &format!("takes over: {reason}")),
                 Action::Halt { reason } => self.end(p, &reason),
             }

@@ -131,6 +131,7 @@ enum Event {
     Lock(usize, Epoch, Side),
     Verdict(usize, String, Verdict),
     JoinTimeout(usize),
+    AcceptTimeout(usize, String),
     ToService(usize, Vec<u8>),
     ToClient(Vec<u8>),
     Client,
@@ -153,6 +154,7 @@ impl Event {
             | Event::Lock(p, ..)
             | Event::Verdict(p, ..)
             | Event::JoinTimeout(p)
+            | Event::AcceptTimeout(p, _)
             | Event::ToService(p, _) => Some(*p),
             Event::Channel(c, end) => Some(conns[*c].ends[*end]),
             _ => None,
@@ -278,6 +280,10 @@ impl World {
         self.at(0, Event::Step(p));
         self.at(1, Event::Pulse(p));
         Some(p)
+    }
+
+    pub fn is_healed(&self) -> bool {
+        self.now >= HEALED
     }
 
     fn cut(&self, a: usize, b: usize) -> bool {
@@ -420,9 +426,15 @@ impl World {
         }
     }
 
+    /// A backup that was sent the configuration must be ready in time.
+    pub fn expect_ready(&mut self, p: usize, token: String) {
+        self.at(150 * MS, Event::AcceptTimeout(p, token));
+    }
+
     pub fn arbitrate(&mut self, p: usize, epoch: Epoch, side: Side) {
         self.note(p, "asks the lock");
-        let delay = self.rng.range(100, 3 * MS);
+        let delay =
+            if self.rng.chance(20) { self.rng.below(60 * MS) } else { self.rng.range(100, 3 * MS) };
         self.at(delay, Event::Lock(p, epoch, side));
     }
 
@@ -486,6 +498,7 @@ impl World {
             }
             Event::Lock(p, epoch, side) => self.ask_lock(p, epoch, side),
             Event::Verdict(p, token, verdict) => self.verdict(p, &token, verdict),
+            Event::AcceptTimeout(p, token) => self.accept_timeout(p, &token),
             Event::JoinTimeout(p) => {
                 if matches!(self.procs[p].role, Role::Joining { .. }) {
                     self.end(p, "joining took too long");
