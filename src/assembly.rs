@@ -2,6 +2,7 @@
 //! sends to its backup) and what is opened on this host.
 
 use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -124,6 +125,37 @@ pub fn open_drive(drive: &DriveConfig, options: &OpenOptions) -> Result<Option<B
     ftvm_block::open(Path::new(path), options)
         .map(Some)
         .map_err(|source| BuildError::Drive { path: path.clone(), source })
+}
+
+/// Open a drive for a live machine: with the overlays that a takeover left, if there are any or the machine is
+/// one of a pair; `over_stalled`: this side won the pair's lock, and the old primary may only be stalled.
+pub fn open_live(
+    drive: &DriveConfig,
+    pair: bool,
+    over_stalled: bool,
+) -> Result<Option<Box<dyn Image>>, BuildError> {
+    let options = open_options(drive);
+    let Some(path) = drive.file.as_deref().map(Path::new) else { return Ok(None) };
+    if drive.read_only || drive.snapshot || !(pair || ftvm_block::takeover::has_overlays(path)) {
+        return open_drive(drive, &options);
+    }
+    ftvm_block::takeover::Takeover::open(path, &options, over_stalled)
+        .map(|t| Some(Box::new(t) as Box<dyn Image>))
+        .map_err(|source| BuildError::Drive { path: path.display().to_string(), source })
+}
+
+/// A backup must see the primary's byte locks on a writable image: they tell, after a takeover, whether the
+/// old primary is gone or only stalled.
+pub fn check_shared(drive: &DriveConfig) -> Result<(), String> {
+    let Some(path) = drive.file.as_deref().filter(|_| !drive.read_only && drive.locking) else { return Ok(()) };
+    match ftvm_block::takeover::is_held(Path::new(path)) {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(format!(
+            "drive '{}': the primary's lock on '{path}' is not seen here: it is another file, or a file system whose locks do not reach other hosts",
+            drive.id
+        )),
+        Err(e) => Err(e.to_string()),
+    }
 }
 
 impl Blueprint {
@@ -435,15 +467,26 @@ pub fn open_net(
             downscript.as_deref(),
             receive,
         )?)),
-        NetKind::User { .. } => Ok(Box::new(Unplugged)),
+        NetKind::User { hostfwd, net, restrict, hostname } => {
+            let ip = |text: &str| -> Result<Ipv4Addr, ftvm_net::NetError> {
+                let text = if text.is_empty() { "0.0.0.0" } else { text };
+                text.parse().map_err(|_| ftvm_net::NetError::User(format!("'{text}' is not an IPv4 address")))
+            };
+            let mut forwards = Vec::new();
+            for f in hostfwd {
+                let (host, guest) = ((ip(&f.host.0)?, f.host.1), (ip(&f.guest.0)?, f.guest.1));
+                forwards.push(ftvm_net::user::Forward { udp: f.udp, host, guest });
+            }
+            let network = net.as_deref().map(|n| ip(n.split('/').next().unwrap_or(n))).transpose()?;
+            let settings = ftvm_net::user::Settings {
+                forwards,
+                restricted: *restrict,
+                hostname: hostname.clone(),
+                network,
+            };
+            Ok(Box::new(ftvm_net::user::User::start(&settings, receive)?))
+        }
     }
-}
-
-/// A cable that leads nowhere.
-struct Unplugged;
-
-impl ftvm_net::Backend for Unplugged {
-    fn send(&mut self, _frame: &[u8]) {}
 }
 
 struct PcChipset(Pc);

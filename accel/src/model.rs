@@ -444,18 +444,9 @@ impl CpuModel {
         }
     }
 
-    /// CPUID: EAX, EBX, ECX, EDX. `apic_id` and `cpus` fill the topology leaves; `osxsave` and `apic_on` show
-    /// CR4.OSXSAVE and the APIC's global enable.
-    pub fn cpuid(
-        &self,
-        leaf: u32,
-        sub: u32,
-        apic_id: u32,
-        cpus: u32,
-        osxsave: bool,
-        apic_on: bool,
-        xcr0: u64,
-    ) -> [u32; 4] {
+    /// CPUID: EAX, EBX, ECX, EDX.
+    pub fn cpuid(&self, leaf: u32, sub: u32, at: CpuidContext) -> [u32; 4] {
+        let CpuidContext { apic_id, cpus, osxsave, apic_on } = at;
         let w = |x: Word| self.words[x as usize];
         let v = |i: usize| {
             u32::from_le_bytes([self.vendor[i], self.vendor[i + 1], self.vendor[i + 2], self.vendor[i + 3]])
@@ -510,11 +501,8 @@ impl CpuModel {
             }
             6 => [w(Word::A6), 0, 0, 0],
             7 => {
-                if sub == 0 {
-                    [0, w(Word::B7), w(Word::C7), 0]
-                } else {
-                    [0; 4]
-                }
+                let on = if sub == 0 { u32::MAX } else { 0 };
+                [0, w(Word::B7) & on, w(Word::C7) & on, 0]
             }
             0xB => {
                 if !self.has_x2apic() {
@@ -532,10 +520,7 @@ impl CpuModel {
                     return [0; 4];
                 }
                 match sub {
-                    0 => {
-                        let _ = xcr0;
-                        [self.xcr0_mask() as u32, 0x240, 0x240, 0]
-                    }
+                    0 => [self.xcr0_mask() as u32, 0x240, 0x240, 0],
                     1 => [w(Word::S1), 0, 0, 0],
                     _ => [0; 4],
                 }
@@ -585,12 +570,16 @@ impl CpuModel {
     }
 }
 
-impl crate::tcg::SoftCpu {
-    /// CPUID as this processor answers it now.
-    pub(crate) fn cpuid_leaf(&self, leaf: u32, sub: u32) -> [u32; 4] {
-        let (id, cpus, osxsave, apic, xcr0) = self.cpuid_context();
-        self.model().cpuid(leaf, sub, id, cpus, osxsave, apic, xcr0)
-    }
+/// What CPUID shows of the processor's place and state.
+#[derive(Clone, Copy, Debug)]
+pub struct CpuidContext {
+    pub apic_id: u32,
+    /// Processors in the machine.
+    pub cpus: u32,
+    /// CR4.OSXSAVE.
+    pub osxsave: bool,
+    /// The local APIC is enabled.
+    pub apic_on: bool,
 }
 
 #[cfg(test)]
@@ -600,7 +589,7 @@ mod tests {
     #[test]
     fn features_go_on_and_off_by_name() {
         let m = CpuModel::parse("qemu64,+x2apic,-sse2,aes=on").unwrap();
-        let c = m.cpuid(1, 0, 0, 1, false, true, 1);
+        let c = m.cpuid(1, 0, CpuidContext { apic_id: 0, cpus: 1, osxsave: false, apic_on: true });
         assert_eq!((c[2] >> 21 & 1, c[2] >> 25 & 1, c[3] >> 26 & 1), (1, 1, 0));
         assert_eq!(CpuModel::parse("z80"), Err(ModelError::Unknown("z80".into())));
         assert!(CpuModel::parse("max,+avx512").is_err());

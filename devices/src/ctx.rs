@@ -107,6 +107,8 @@ pub trait Device: Send {
     fn pci_mut(&mut self) -> Option<&mut PciFunction> {
         None
     }
+    /// The guest is about to read `len` bytes of configuration space at `offset`.
+    fn config_reading(&mut self, ctx: &mut Ctx, offset: u8, len: u8) {}
     /// The guest wrote `len` bytes of configuration space at `offset` (already stored).
     fn config_written(&mut self, ctx: &mut Ctx, offset: u8, len: u8) {}
 }

@@ -7,11 +7,14 @@ mod chipset;
 pub mod config;
 pub mod ctx;
 pub mod door;
+mod ide;
+mod net;
 pub mod pc;
 pub mod pci;
 mod random;
 pub mod registry;
 mod smbios;
+mod virtio;
 
 pub use boot::KernelKind;
 pub use config::{DeviceSpec, DriveSpec, InitrdFile, KernelImages, NicSpec, PcConfig, SerialSpec};
@@ -20,3 +23,6 @@ pub use door::{DiskOp, Input, MachineRequest, Output};
 pub use ftvm_accel::ApicMessage;
 pub use pc::Pc;
 pub use registry::{device_help, model_help};
+
+#[cfg(test)]
+mod tests;

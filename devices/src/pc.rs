@@ -16,9 +16,10 @@ use crate::chipset::pm::Pm;
 use crate::chipset::rtc::Rtc;
 use crate::chipset::serial::Serial;
 use crate::chipset::southbridge::IsaBridge;
-use crate::config::{DeviceSpec, PcConfig};
+use crate::config::{DeviceSpec, DriveSpec, PcConfig};
 use crate::ctx::{pack, unpack, Board, BoardState, Ctx, Device, DeviceError};
 use crate::door::{Input, MachineRequest, Output};
+use crate::ide::Ide;
 use crate::registry::{self, Attach, Build};
 use crate::smbios;
 
@@ -72,11 +73,13 @@ impl Pc {
                 config.cpus
             )));
         }
+        let mut order = BootOrder::default();
+        let disks = ide_drives(&config, &mut order)?;
         let mut devices: Vec<Box<dyn Device>> = vec![
             Box::<HostBridge>::default(),
             Box::<IsaBridge>::default(),
             Box::<Pit>::default(),
-            Box::new(Rtc::new(config.rtc_base_unix, &cmos(&config, mem))),
+            Box::new(Rtc::new(config.rtc_base_unix, &cmos(&config, mem, &disks))),
             Box::<I8042>::default(),
             Box::<Post>::default(),
             Box::<Pm>::default(),
@@ -90,7 +93,7 @@ impl Pc {
             }
             devices.push(Box::new(Serial::new(s.index, s.port)));
         }
-        let mut order = BootOrder::default();
+        devices.push(Box::new(Ide::new(disks)));
         let mut slots = Slots::new(&config)?;
         for spec in &config.devices {
             let model = registry::model(&spec.driver)?;
@@ -198,7 +201,7 @@ impl Pc {
     pub fn io_read(&mut self, mem: &GuestMemory, now_ns: u64, port: u16, size: u8) -> u32 {
         let ones = u32::MAX >> (32 - 8 * u32::from(size.clamp(1, 4)));
         if port & !3 == CONFIG_DATA {
-            return self.config_read(port, size) & ones;
+            return self.config_read(mem, now_ns, port, size) & ones;
         }
         if port == CONFIG_ADDRESS && size == 4 {
             return self.board.s.config_address;
@@ -267,9 +270,12 @@ impl Pc {
         (device != NONE).then_some((device, (a & 0xFC) as u8 | (port & 3) as u8))
     }
 
-    fn config_read(&self, port: u16, size: u8) -> u32 {
+    fn config_read(&mut self, mem: &GuestMemory, now: u64, port: u16, size: u8) -> u32 {
         let Some((device, offset)) = self.config_target(port) else { return u32::MAX };
-        self.devices[usize::from(device)].pci().map_or(u32::MAX, |p| p.config_read(offset, size))
+        self.with(mem, now, device, |d, ctx| {
+            d.config_reading(ctx, offset, size);
+            d.pci().map_or(u32::MAX, |p| p.config_read(offset, size))
+        })
     }
 
     fn config_write(&mut self, mem: &GuestMemory, now: u64, port: u16, size: u8, value: u32) {
@@ -515,6 +521,58 @@ impl Slots {
     }
 }
 
+/// The drives of the IDE controller, by channel and unit.
+fn ide_drives(config: &PcConfig, order: &mut BootOrder) -> Result<[Option<DriveSpec>; 4], DeviceError> {
+    let mut places = [None, None, None, None];
+    let wrong = |text: String| Err(DeviceError::Config(text));
+    for spec in &config.devices {
+        let model = registry::model(&spec.driver)?;
+        if model.attach != Attach::Ide {
+            continue;
+        }
+        model.check(spec)?;
+        let b = Build { config, spec, devfn: 0 };
+        let bus = match b.text("bus") {
+            None => None,
+            Some("ide.0") => Some(0),
+            Some("ide.1") => Some(1),
+            Some(other) => return wrong(format!("Bus '{other}' not found")),
+        };
+        let unit = match b.text("unit") {
+            None => None,
+            Some(_) => Some(b.number("unit", 0)? as usize),
+        };
+        let fits = |place: usize| bus.is_none_or(|b| place / 2 == b) && unit.is_none_or(|u| place % 2 == u);
+        let free = (0..4).find(|&p| fits(p) && places[p].is_none());
+        let Some(place) = free else {
+            return match (bus, unit) {
+                (Some(bus), Some(unit)) if unit < 2 => {
+                    wrong(format!("IDE unit {unit} is in use (bus ide.{bus})"))
+                }
+                (_, Some(unit)) if unit > 1 => {
+                    wrong(format!("Can't create IDE unit {unit}, bus supports only 2 units"))
+                }
+                _ => wrong("No free IDE unit".into()),
+            };
+        };
+        let mut drive = match (spec.driver.as_str(), spec.drive) {
+            // A CD drive may be empty.
+            ("ide-cd", None) => DriveSpec { index: u32::MAX, ..DriveSpec::default() },
+            _ => b.drive()?,
+        };
+        drive.cdrom = spec.driver == "ide-cd";
+        if drive.serial.is_empty() {
+            drive.serial = format!("QM{:05}", place + 1);
+        }
+        if b.text("bootindex").is_some() {
+            let path = format!("/pci@i0cf8/ide@1,1/drive@{}/disk@{}", place / 2, place % 2);
+            order.insert(b.number("bootindex", 0)?, path)?;
+        }
+        places[place] = Some(drive);
+    }
+    Ok(places)
+}
+
 /// The `addr` property as device and function number.
 fn address(spec: &DeviceSpec) -> Result<Option<u8>, DeviceError> {
     let Some(text) = spec.properties.get("addr") else { return Ok(None) };
@@ -534,7 +592,7 @@ fn address(spec: &DeviceSpec) -> Result<Option<u8>, DeviceError> {
 }
 
 /// What the CMOS holds for firmware (the RTC's own registers aside).
-fn cmos(config: &PcConfig, mem: &GuestMemory) -> Vec<(u8, u8)> {
+fn cmos(config: &PcConfig, mem: &GuestMemory, disks: &[Option<DriveSpec>; 4]) -> Vec<(u8, u8)> {
     let low = mem.low_ram_size();
     let high = mem.ram_size() - low;
     let word = |at: u8, v: u64| [(at, v as u8), (at + 1, (v >> 8) as u8)];
@@ -561,6 +619,14 @@ fn cmos(config: &PcConfig, mem: &GuestMemory) -> Vec<(u8, u8)> {
         .collect();
     let code = |i: usize| codes.get(i).copied().unwrap_or(0);
     out.push((0x3D, code(1) << 4 | code(0)));
+    // Geometry translation of the IDE disks, two bits each: LBA for what CHS cannot reach.
+    let mut translation = 0;
+    for (place, drive) in disks.iter().enumerate() {
+        if drive.as_ref().is_some_and(|d| !d.cdrom && d.size_bytes > 1024 * 16 * 63 * 512) {
+            translation |= 1 << (2 * place);
+        }
+    }
+    out.push((0x39, translation));
     // The low bit skips the check of a floppy's signature.
     out.push((0x38, code(2) << 4));
     out

@@ -195,6 +195,11 @@ impl PciFunction {
         self.msix_bar
     }
 
+    /// Whether there is an MSI-X vector of this number.
+    pub fn has_vector(&self, vector: u16) -> bool {
+        self.msix.as_ref().is_some_and(|m| usize::from(vector) < m.table.len())
+    }
+
     /// Whether the guest turned MSI-X on.
     pub fn msix_enabled(&self) -> bool {
         self.msix.is_some() && self.config[self.msix_cap + 3] & 0x80 != 0

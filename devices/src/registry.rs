@@ -4,6 +4,11 @@ use crate::chipset::debug::{DebugCon, DebugExit, PvPanic};
 use crate::chipset::testdev::PcTestDev;
 use crate::config::{DeviceSpec, DriveSpec, NicSpec, PcConfig};
 use crate::ctx::{Device, DeviceError};
+use crate::net::e1000::E1000;
+use crate::virtio::blk::Blk;
+use crate::virtio::net::Net;
+use crate::virtio::rng::Rng;
+use crate::virtio::VirtioPci;
 
 /// Where a model plugs in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,6 +77,14 @@ const VIRTIO: &[(&str, Kind, &str)] = &[
 /// All models, in the order of `-device help`.
 pub static MODELS: &[Model] = &[
     Model {
+        name: "e1000",
+        attach: Attach::Pci,
+        category: "Network",
+        description: "Intel Gigabit Ethernet",
+        properties: &[],
+        build: Some(|b| Ok(Box::new(E1000::new(b.pci_name(), b.devfn, b.nic())))),
+    },
+    Model {
         name: "ide-cd",
         attach: Attach::Ide,
         category: "Storage",
@@ -122,6 +135,30 @@ pub static MODELS: &[Model] = &[
         description: "for kvm-unit-tests",
         properties: &[],
         build: Some(|_| Ok(Box::<PcTestDev>::default())),
+    },
+    Model {
+        name: "virtio-blk-pci",
+        attach: Attach::Pci,
+        category: "Storage",
+        description: "virtio disk",
+        properties: &[],
+        build: Some(|b| Ok(Box::new(VirtioPci::new(b, Box::new(Blk::new(b.drive()?)))?))),
+    },
+    Model {
+        name: "virtio-net-pci",
+        attach: Attach::Pci,
+        category: "Network",
+        description: "virtio network card",
+        properties: &[],
+        build: Some(|b| Ok(Box::new(VirtioPci::new(b, Box::new(Net::new(b.nic())))?))),
+    },
+    Model {
+        name: "virtio-rng-pci",
+        attach: Attach::Pci,
+        category: "Misc",
+        description: "virtio random numbers",
+        properties: &[("rng", Kind::Text, "ID of an rng object (the machine's own generator serves)")],
+        build: Some(|b| Ok(Box::new(VirtioPci::new(b, Box::new(Rng))?))),
     },
     Model {
         name: "pvpanic",

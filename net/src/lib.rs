@@ -2,6 +2,7 @@
 
 mod error;
 pub mod tap;
+pub mod user;
 
 pub use error::NetError;
 

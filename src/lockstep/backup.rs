@@ -89,6 +89,11 @@ impl Backup {
         self.horizon
     }
 
+    /// When the peer last showed a sign of life.
+    pub fn last_heard(&self) -> Duration {
+        self.last_heard
+    }
+
     /// Entries received.
     pub fn received(&self) -> u64 {
         self.received

@@ -139,6 +139,11 @@ impl<T> Primary<T> {
         self.held.len()
     }
 
+    /// When the peer last showed a sign of life.
+    pub fn last_heard(&self) -> Duration {
+        self.last_heard
+    }
+
     /// Bytes of log written in this pairing.
     pub fn log_bytes(&self) -> u64 {
         self.bytes_total

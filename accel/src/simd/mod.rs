@@ -4,6 +4,7 @@
 mod approx;
 mod fxsave;
 mod host;
+mod lanes;
 mod moves;
 mod sse;
 mod table;
@@ -80,6 +81,16 @@ pub trait Core {
     fn state(&mut self) -> &mut CpuState;
     fn read(&mut self, offset: u64, buf: &mut [u8]) -> Result<(), Exception>;
     fn write(&mut self, offset: u64, buf: &[u8]) -> Result<(), Exception>;
+    /// Raise what `write` of `len` bytes would raise, and change nothing.
+    fn check_write(&mut self, offset: u64, len: usize) -> Result<(), Exception> {
+        let mut bytes = [0; 16];
+        let bytes = &mut bytes[..len.min(16)];
+        self.read(offset, bytes).map_err(|e| match (e.vector, e.error) {
+            (14, Some(error)) => Exception::page_fault(error | 2, e.cr2),
+            _ => e,
+        })?;
+        self.write(offset, bytes)
+    }
     /// #GP(0) unless the operand's linear address is a multiple of `align`.
     fn check_align(&mut self, align: u64) -> Result<(), Exception>;
     /// RFLAGS: set exactly ZF, PF, CF as given and clear OF, SF, AF (COMISS, PTEST, PCMPxSTRx set all six).

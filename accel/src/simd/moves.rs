@@ -301,7 +301,9 @@ fn mmx_store<C: Core>(c: &mut C, insn: &VecInsn) -> Done {
 
 fn emms<C: Core>(c: &mut C, _: &VecInsn) -> Done {
     mmx_check(c)?;
-    c.state().x87.tag = 0;
+    let x = &mut c.state().x87;
+    x.top = 0;
+    x.tag = 0;
     Ok(())
 }
 

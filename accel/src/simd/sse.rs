@@ -2,6 +2,7 @@
 //! operands, MXCSR.
 
 use super::host::{routines, Routine};
+use super::lanes::{Lanes, OE, PE, UE};
 use super::table::{self, Op, Shape};
 use super::{approx, Core, Handler, Map, Prefix, Rm, VecInsn};
 use crate::fault::Exception;
@@ -114,6 +115,8 @@ fn variant(insn: &VecInsn) -> u8 {
         (Map::M0F, 0xC2) => insn.imm & 7,
         (Map::M0F, 0x70 | 0xC6) => insn.imm,
         (Map::M0F3A, 0x08..=0x0B) => insn.imm & 15,
+        // INSERTPS from memory has no source lane to choose.
+        (Map::M0F3A, 0x21) if insn.rm == Rm::Mem => insn.imm & 0x3F,
         (Map::M0F3A, _) => insn.imm,
         _ => 0,
     }
@@ -145,60 +148,29 @@ fn run_fp<C: Core>(
         c.state().vector.mxcsr = guest | flags;
         return Ok(out);
     }
-    let _ = before;
     if flags & !masks & 7 != 0 {
         // An unmasked invalid, denormal or zero-divide stops the operation before it computes.
         flags &= 7;
-    } else if masks & 0x10 == 0 && lanes.any_tiny(dst) {
-        // Unmasked underflow is signalled for every tiny result, exact ones too.
-        flags |= 0x10;
+    } else {
+        if masks & UE == 0 && lanes.any_tiny(dst) {
+            // Unmasked underflow is signalled for every tiny result, exact ones too.
+            flags |= UE;
+        }
+        if flags & !masks & (OE | UE) != 0 && flags & PE != 0 {
+            // Precision then tells whether the result with an unbounded exponent is inexact.
+            let (mut a, mut b) = before;
+            lanes.unbounded(&mut a, &mut b, dst, flags & !masks, guest & 0x40 != 0);
+            context = [run, 0];
+            // SAFETY: as above.
+            unsafe { routine(a.as_mut_ptr(), b.as_mut_ptr(), context.as_mut_ptr().cast()) };
+            flags = flags & !PE | context[0] & PE;
+        }
     }
     c.state().vector.mxcsr = guest | flags;
     if flags & !masks == 0 {
         return Ok(out);
     }
     Err(if c.state().cr4 & CR4_OSXMMEXCPT != 0 { Exception::XM } else { Exception::UD })
-}
-
-/// Which lanes of a floating-point result the operation computed.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Lanes {
-    /// No floating-point result.
-    None,
-    F32(usize),
-    F64(usize),
-}
-
-impl Lanes {
-    fn any_tiny(self, value: &[u8; 16]) -> bool {
-        match self {
-            Lanes::None => false,
-            Lanes::F32(n) => value.chunks_exact(4).take(n).any(|v| {
-                let bits = u32::from_le_bytes([v[0], v[1], v[2], v[3]]) & 0x7FFF_FFFF;
-                bits != 0 && bits < 0x0080_0000
-            }),
-            Lanes::F64(n) => value.chunks_exact(8).take(n).any(|v| {
-                let bits = u64::from_le_bytes([v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7]]) << 1 >> 1;
-                bits != 0 && bits < 0x0010_0000_0000_0000
-            }),
-        }
-    }
-
-    /// Lanes of the result that can underflow.
-    fn of(insn: &VecInsn) -> Lanes {
-        match (insn.map, insn.opcode, insn.prefix) {
-            (Map::M0F, 0x58 | 0x59 | 0x5C | 0x5E | 0x7C | 0x7D | 0xD0, Prefix::None) => Lanes::F32(4),
-            (Map::M0F, 0x7C | 0x7D | 0xD0, Prefix::F2) => Lanes::F32(4),
-            (Map::M0F, 0x58 | 0x59 | 0x5C | 0x5E | 0x7C | 0x7D | 0xD0, Prefix::P66) => Lanes::F64(2),
-            (Map::M0F, 0x58 | 0x59 | 0x5C | 0x5E, Prefix::F3) => Lanes::F32(1),
-            (Map::M0F, 0x58 | 0x59 | 0x5C | 0x5E, Prefix::F2) => Lanes::F64(1),
-            (Map::M0F, 0x5A, Prefix::P66) => Lanes::F32(2),
-            (Map::M0F, 0x5A, Prefix::F2) => Lanes::F32(1),
-            (Map::M0F3A, 0x40, _) => Lanes::F32(4),
-            (Map::M0F3A, 0x41, _) => Lanes::F64(2),
-            _ => Lanes::None,
-        }
-    }
 }
 
 fn xmm_int<C: Core, const SIZE: usize, const ALIGN: bool>(c: &mut C, insn: &VecInsn) -> Done {
@@ -239,17 +211,17 @@ fn low64(b: &[u8; 16]) -> u64 {
     u64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]])
 }
 
-/// CVTPI2PS and CVTPI2PD: only a register source makes the x87 unit enter MMX state.
+/// CVTPI2PS and CVTPI2PD: a memory source leaves the x87 unit alone.
 fn xmm_mmx<C: Core>(c: &mut C, insn: &VecInsn) -> Done {
     sse_check(c)?;
     let from_memory = insn.rm == Rm::Mem;
-    if !(from_memory && insn.prefix == Prefix::P66) {
+    if !from_memory {
         mmx_check(c)?;
     }
     let mut src = mmx_source(c, insn, 8)?;
     let run = routine(insn, 0)?;
     let mut dst = xmm(c.state(), insn.reg);
-    let done = run_fp(c, run, &mut dst, &mut src, Lanes::None);
+    let done = run_fp(c, run, &mut dst, &mut src, Lanes::NONE);
     if !from_memory {
         mmx_enter(c.state());
     }
@@ -264,9 +236,10 @@ fn mmx_xmm<C: Core, const SIZE: usize, const ALIGN: bool>(c: &mut C, insn: &VecI
     let mut src = xmm_source::<C, SIZE, ALIGN>(c, insn)?;
     let run = routine(insn, 0)?;
     let mut dst = [0u8; 16];
-    run_fp(c, run, &mut dst, &mut src, Lanes::None)?;
+    // The transition to MMX state comes first: it stays when the conversion raises #XM.
+    mmx_enter(c.state());
+    run_fp(c, run, &mut dst, &mut src, Lanes::NONE)?;
     let s = c.state();
-    mmx_enter(s);
     mmx_set(s, insn.reg, low64(&dst));
     Ok(())
 }
@@ -285,7 +258,7 @@ fn xmm_gpr<C: Core>(c: &mut C, insn: &VecInsn) -> Done {
     }
     let run = routine(insn, wide.into())?;
     let mut dst = xmm(c.state(), insn.reg);
-    run_fp(c, run, &mut dst, &mut src, Lanes::None)?;
+    run_fp(c, run, &mut dst, &mut src, Lanes::NONE)?;
     set_xmm(c.state(), insn.reg, &dst);
     Ok(())
 }
@@ -295,7 +268,7 @@ fn gpr_xmm<C: Core, const SIZE: usize>(c: &mut C, insn: &VecInsn) -> Done {
     let mut src = xmm_source::<C, SIZE, false>(c, insn)?;
     let wide = insn.rex_w && insn.long;
     let run = routine(insn, wide.into())?;
-    let value = run_fp(c, run, &mut [0; 16], &mut src, Lanes::None)?;
+    let value = run_fp(c, run, &mut [0; 16], &mut src, Lanes::NONE)?;
     c.state().gpr[(insn.reg & 15) as usize] = if wide { value } else { value & 0xFFFF_FFFF };
     Ok(())
 }
@@ -314,7 +287,7 @@ fn compare<C: Core, const SIZE: usize, const ALIGN: bool>(c: &mut C, insn: &VecI
         // SAFETY: PTEST's routine only reads its 16-byte operands.
         unsafe { run(dst.as_mut_ptr(), src.as_mut_ptr(), std::ptr::null_mut()) }
     } else {
-        run_fp(c, run, &mut dst, &mut src, Lanes::None)?
+        run_fp(c, run, &mut dst, &mut src, Lanes::NONE)?
     };
     give_flags(c, flags);
     Ok(())

@@ -54,7 +54,7 @@ impl Core for Mock {
         Ok(())
     }
     fn check_align(&mut self, align: u64) -> Result<(), Exception> {
-        if self.operand % align == 0 {
+        if self.operand.is_multiple_of(align) {
             Ok(())
         } else {
             Err(Exception::gp(0))

@@ -187,15 +187,14 @@ fn arithmetic(x: &mut X87, opcode: u8, modrm: u8, mut operand: Image) {
     let op = modrm >> 3 & 7;
     let compare = matches!(op, 2 | 3);
     if empty(x, 0) {
-        if stack_fault(x, 0) {
-            if compare {
-                x.fsw |= C0 | C2 | C3;
-            } else {
-                put(x, 0, F80::INDEFINITE.image());
-            }
-            if op == 3 {
-                pop(x);
-            }
+        let masked = stack_fault(x, 0);
+        if compare {
+            x.fsw |= C0 | C2 | C3;
+        } else if masked {
+            put(x, 0, F80::INDEFINITE.image());
+        }
+        if masked && op == 3 {
+            pop(x);
         }
         return;
     }
@@ -254,8 +253,9 @@ fn arithmetic_reg(x: &mut X87, opcode: u8, modrm: u8) {
 /// FCOM and FUCOM with ST(i).
 fn compare_reg(x: &mut X87, i: u8, unordered: bool, pops: u8) {
     if empty(x, 0) || empty(x, i) {
-        if stack_fault(x, 0) {
-            x.fsw |= C0 | C2 | C3;
+        let masked = stack_fault(x, 0);
+        x.fsw |= C0 | C2 | C3;
+        if masked {
             (0..pops).for_each(|_| pop(x));
         }
         return;
@@ -269,25 +269,20 @@ fn compare_reg(x: &mut X87, i: u8, unordered: bool, pops: u8) {
     }
 }
 
-/// FCOMI, FUCOMI, FCOMIP, FUCOMIP.
+/// FCOMI, FUCOMI, FCOMIP, FUCOMIP. The flags are written whether or not the exception is masked.
 fn compare_flags<C: Core>(c: &mut C, i: u8, unordered: bool, pops: bool) {
     let x = &mut c.state().x87;
-    let codes = if empty(x, 0) || empty(x, i) {
-        if !stack_fault(x, 0) {
-            return;
-        }
-        C0 | C2 | C3
+    let (codes, done) = if empty(x, 0) || empty(x, i) {
+        (C0 | C2 | C3, stack_fault(x, 0))
     } else {
         let (mut a, mut b) = (get(x, 0), get(x, i));
         let (opcode, modrm) = if unordered { (0xDD, 0xE1) } else { (0xD8, 0xD1) };
         let status = native(x.fcw, opcode, modrm, &mut a, &mut b);
-        raise(x, status & !CC);
-        if blocked(x, status, IE | DE) {
-            return;
-        }
-        status
+        x.fsw |= status & 0x3F;
+        update_es(x);
+        (status, !blocked(x, status, IE | DE))
     };
-    if pops {
+    if done && pops {
         pop(x);
     }
     c.set_flags(codes & C0 != 0, codes & C2 != 0, false, codes & C3 != 0, false, false);
@@ -331,6 +326,8 @@ fn store<C: Core>(c: &mut C, insn: &VecInsn, native_op: (u8, u8), size: usize, p
     let write = !blocked(&x, status, IE | OE | UE);
     if write {
         c.write(0, &out[..size])?;
+    } else {
+        c.check_write(0, size)?;
     }
     note(c, insn);
     let x = &mut c.state().x87;
@@ -413,6 +410,8 @@ fn store_image<C: Core>(c: &mut C, insn: &VecInsn) -> Done {
     let write = !blocked(&x, status, IE);
     if write {
         c.write(0, &value[..10])?;
+    } else {
+        c.check_write(0, 10)?;
     }
     note(c, insn);
     let x = &mut c.state().x87;
@@ -461,7 +460,7 @@ fn exchange(x: &mut X87, i: u8) {
 /// FLD ST(i).
 fn load_reg(x: &mut X87, i: u8) {
     if empty(x, i) || !empty(x, 7) {
-        let c1 = if empty(x, 7) { 0 } else { C1 };
+        let c1 = if empty(x, i) { 0 } else { C1 };
         if stack_fault(x, c1) {
             push(x, F80::INDEFINITE.image());
         }
@@ -494,13 +493,10 @@ fn cmov<C: Core>(c: &mut C, insn: &VecInsn) {
     let x = &mut c.state().x87;
     let i = insn.modrm & 7;
     if empty(x, 0) || empty(x, i) {
-        if stack_fault(x, 0) && condition != (insn.opcode == 0xDB) {
+        if stack_fault(x, 0) {
             put(x, 0, F80::INDEFINITE.image());
         }
-        return;
-    }
-    raise(x, 0);
-    if condition != (insn.opcode == 0xDB) {
+    } else if condition != (insn.opcode == 0xDB) {
         let value = get(x, i);
         put(x, 0, value);
     }
@@ -536,12 +532,11 @@ fn examine(x: &mut X87) {
 fn unary(x: &mut X87, modrm: u8) {
     let test = modrm == 0xE4;
     if empty(x, 0) {
-        if stack_fault(x, 0) {
-            if test {
-                x.fsw |= C0 | C2 | C3;
-            } else {
-                put(x, 0, F80::INDEFINITE.image());
-            }
+        let masked = stack_fault(x, 0);
+        if test {
+            x.fsw |= C0 | C2 | C3;
+        } else if masked {
+            put(x, 0, F80::INDEFINITE.image());
         }
         return;
     }
@@ -560,6 +555,9 @@ fn unary(x: &mut X87, modrm: u8) {
 /// FPREM, FPREM1, FSCALE: ST(0) from ST(0) and ST(1).
 fn binary(x: &mut X87, modrm: u8) {
     if empty(x, 0) || empty(x, 1) {
+        if modrm != 0xFD {
+            x.fsw &= !C2;
+        }
         if stack_fault(x, 0) {
             put(x, 0, F80::INDEFINITE.image());
         }
@@ -572,17 +570,23 @@ fn binary(x: &mut X87, modrm: u8) {
         if let Some(partial) = partial_remainder(va, vb) {
             // DE aside, the reduction is exact.
             let de = if vb.exp == 0 { DE } else { 0 };
-            raise_cc(x, de | C2);
-            if !blocked(x, de, DE) {
-                put(x, 0, partial.image());
-            } else {
+            if blocked(x, de, DE) {
+                raise(x, de);
                 x.fsw &= !C2;
+            } else {
+                raise_cc(x, de | C2);
+                put(x, 0, partial.image());
             }
             return;
         }
     }
     let status = native(x.fcw, 0xD9, modrm, &mut a, &mut b);
-    if remainder {
+    let nan = va.is_nan_or_unsupported() || vb.is_nan_or_unsupported();
+    if remainder && (nan || blocked(x, status, DE) || status & IE != 0) {
+        // Without a quotient, C0 and C3 keep their values.
+        raise(x, status);
+        x.fsw &= !C2;
+    } else if remainder {
         raise_cc(x, status);
     } else {
         raise(x, status);
@@ -679,6 +683,9 @@ fn unary_math(x: &mut X87, modrm: u8) {
     let pushes = matches!(modrm, 0xF2 | 0xFB);
     if empty(x, 0) || pushes && !empty(x, 7) {
         let c1 = if empty(x, 0) { 0 } else { C1 };
+        if modrm != 0xF0 {
+            x.fsw &= !C2;
+        }
         if stack_fault(x, c1) {
             put(x, 0, F80::INDEFINITE.image());
             if pushes {
@@ -750,13 +757,23 @@ fn register<C: Core>(c: &mut C, insn: &VecInsn) -> Done {
         (0xD8 | 0xDC | 0xDE, _) => arithmetic_reg(x, insn.opcode, insn.modrm),
         (0xD9, 0) => load_reg(x, i),
         (0xD9 | 0xDD | 0xDF, 1) => exchange(x, i),
-        (0xD9, 3) | (0xDD, 2 | 3) | (0xDF, 2 | 3) => store_reg(x, i, (insn.opcode, reg) != (0xDD, 2)),
+        (0xD9, 3) => {
+            // FSTPNCE: as FSTP, but an empty register is only popped.
+            x.fsw &= !C1;
+            if !empty(x, 0) {
+                let value = get(x, 0);
+                put(x, i, value);
+            }
+            pop(x);
+        }
+        (0xDD, 2 | 3) | (0xDF, 2 | 3) => store_reg(x, i, (insn.opcode, reg) != (0xDD, 2)),
         (0xDA, 5) => compare_reg(x, 1, true, 2),
         (0xDD, 4) => compare_reg(x, i, true, 0),
         (0xDD, 5) => compare_reg(x, i, true, 1),
         (0xDD | 0xDF, 0) => {
             let p = phys(x, i);
             x.tag &= !(1 << p);
+            x.fsw &= !C1;
             if insn.opcode == 0xDF {
                 pop(x);
             }

@@ -26,8 +26,13 @@ fn full_tag(x: &X87) -> u16 {
     })
 }
 
+/// REX.W overrides an operand-size prefix.
+fn short(insn: &VecInsn) -> bool {
+    insn.opsize16 && !(insn.rex_w && insn.long)
+}
+
 fn size(insn: &VecInsn) -> usize {
-    if insn.opsize16 {
+    if short(insn) {
         14
     } else {
         28
@@ -47,7 +52,7 @@ fn environment(s: &CpuState, insn: &VecInsn) -> [u8; 28] {
     let fop = u32::from(x.fop & 0x7FF);
     let words: [u32; 7] = [x.fcw.into(), full_fsw(x).into(), full_tag(x).into(), 0, 0, 0, 0];
     let mut out = [0u8; 28];
-    let words = match (real, insn.opsize16) {
+    let words = match (real, short(insn)) {
         (false, false) => [
             words[0] | 0xFFFF_0000,
             words[1] | 0xFFFF_0000,
@@ -71,7 +76,7 @@ fn environment(s: &CpuState, insn: &VecInsn) -> [u8; 28] {
             [words[0], words[1], words[2], fip, fop | (fip >> 16 & 15) << 12, fdp, (fdp >> 16 & 15) << 12]
         }
     };
-    if insn.opsize16 {
+    if short(insn) {
         for (o, w) in out.chunks_exact_mut(2).zip(words) {
             o.copy_from_slice(&(w as u16).to_le_bytes());
         }
@@ -86,7 +91,7 @@ fn environment(s: &CpuState, insn: &VecInsn) -> [u8; 28] {
 fn set_environment(s: &mut CpuState, insn: &VecInsn, image: &[u8]) {
     let real = s.cr0 & CR0_PE == 0;
     let word = |i: usize| -> u32 {
-        if insn.opsize16 {
+        if short(insn) {
             u16::from_le_bytes([image[i * 2], image[i * 2 + 1]]).into()
         } else {
             u32::from_le_bytes([image[i * 4], image[i * 4 + 1], image[i * 4 + 2], image[i * 4 + 3]])
@@ -97,7 +102,7 @@ fn set_environment(s: &mut CpuState, insn: &VecInsn, image: &[u8]) {
     set_fsw(x, word(1) as u16);
     x.tag = (0..8).fold(0, |t, i| t | u8::from(word(2) >> (i * 2) & 3 != 3) << i);
     if real {
-        let high = |w: u32| if insn.opsize16 { w >> 12 & 15 } else { w >> 12 & 0xFFFF };
+        let high = |w: u32| if short(insn) { w >> 12 & 15 } else { w >> 12 & 0xFFFF };
         x.fop = (word(4) & 0x7FF) as u16;
         x.fip = (word(3) & 0xFFFF | high(word(4)) << 16).into();
         x.fdp = (word(5) & 0xFFFF | high(word(6)) << 16).into();
@@ -105,7 +110,7 @@ fn set_environment(s: &mut CpuState, insn: &VecInsn, image: &[u8]) {
     } else {
         x.fip = word(3).into();
         x.fcs = word(4) as u16;
-        x.fop = if insn.opsize16 { 0 } else { (word(4) >> 16 & 0x7FF) as u16 };
+        x.fop = if short(insn) { 0 } else { (word(4) >> 16 & 0x7FF) as u16 };
         x.fdp = word(5).into();
         x.fds = word(6) as u16;
     }

@@ -159,10 +159,7 @@ pub(super) fn fyl2x(y: F80, x: F80, fcw: u16) -> Outcome {
             return Outcome::invalid();
         }
         let status = if y.is_infinite() { 0 } else { ZE };
-        if stops(de, fcw) {
-            return Outcome::exact(y).and(de);
-        }
-        return Outcome { value: signed_infinity(!y.neg), status: status | de };
+        return Outcome { value: signed_infinity(!y.neg), status };
     }
     if x.is_infinite() {
         return if y.is_zero() { Outcome::invalid() } else { Outcome::exact(signed_infinity(y.neg)).and(de) };
@@ -238,8 +235,8 @@ pub(super) fn fpatan(y: F80, x: F80, fcw: u16) -> Outcome {
         let (wy, wx) = (wide_of(y), wide_of(x));
         let quotient = wy.with_sign(false).div(wx.with_sign(false));
         if quotient.exp < -16460 && !x.neg {
-            // Below every denormal number, so its size no longer matters.
-            return round(wide::ONE.scale(-16460).with_sign(y.neg), fcw, true).and(de);
+            // So small an angle is the quotient itself.
+            return round(quotient.with_sign(y.neg), fcw, true).and(de);
         }
         // A quotient that is a 64-bit number is the largest value the angle can round to.
         return round(wide::atan2(wy, wx), fcw, true).and(de);

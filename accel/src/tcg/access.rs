@@ -8,14 +8,14 @@ use crate::{Bus, Exception};
 
 impl SoftCpu {
     #[inline(always)]
-    pub(super) fn mem(&self) -> &'static GuestMemory {
+    pub(crate) fn mem(&self) -> &'static GuestMemory {
         // SAFETY: `run` sets `mem` to a reference that outlives the call, and only code under `run` comes
         // here; the 'static lifetime never leaves that code.
         unsafe { &*self.mem }
     }
 
     #[inline(always)]
-    pub(super) fn bus(&mut self) -> &'static mut dyn Bus {
+    pub(crate) fn bus(&mut self) -> &'static mut dyn Bus {
         // SAFETY: as for `mem`; no two of these references live at the same time, since each is used for
         // one call.
         unsafe { &mut *self.bus }
@@ -23,7 +23,7 @@ impl SoftCpu {
 
     /// The exact count of instructions retired before the one in hand.
     #[inline]
-    pub fn position(&self) -> u64 {
+    pub(crate) fn position(&self) -> u64 {
         // SAFETY: `cur` points into the running block, which is kept until the block ends, or at the
         // static idle instruction.
         self.pos + unsafe { (*self.cur).idx } as u64
@@ -31,13 +31,13 @@ impl SoftCpu {
 
     /// Leave the block after the instruction in hand and look at what happened.
     #[inline]
-    pub fn attend(&mut self) {
+    pub(crate) fn attend(&mut self) {
         self.end = std::ptr::null();
         self.attention = true;
     }
 
     /// After every access to the bus.
-    pub(super) fn after_bus(&mut self) {
+    pub(crate) fn after_bus(&mut self) {
         if self.bus().break_requested() {
             self.brk = true;
             self.attend();
@@ -48,15 +48,15 @@ impl SoftCpu {
         }
     }
 
-    pub(super) fn gp<T>(&mut self, error: u32) -> R<T> {
+    pub(crate) fn gp<T>(&mut self, error: u32) -> R<T> {
         self.fault = Exception::gp(error);
         Err(Fault)
     }
-    pub(super) fn raise<T>(&mut self, e: Exception) -> R<T> {
+    pub(crate) fn raise<T>(&mut self, e: Exception) -> R<T> {
         self.fault = e;
         Err(Fault)
     }
-    pub(super) fn ud<T>(&mut self) -> R<T> {
+    pub(crate) fn ud<T>(&mut self) -> R<T> {
         self.raise(Exception::UD)
     }
 
@@ -64,7 +64,7 @@ impl SoftCpu {
 
     /// Offset part of the memory operand.
     #[inline(always)]
-    pub fn offset(&self, op: &Op) -> u64 {
+    pub(crate) fn offset(&self, op: &Op) -> u64 {
         let g = &self.st.gpr;
         let e = g[(op.base & 31) as usize]
             .wrapping_add(g[(op.index & 31) as usize] << (op.scale & 3))
@@ -78,7 +78,7 @@ impl SoftCpu {
 
     /// Linear address of the memory operand for `size` bytes.
     #[inline(always)]
-    pub fn ea(&mut self, op: &Op, size: u64, write: bool) -> R<u64> {
+    pub(crate) fn ea(&mut self, op: &Op, size: u64, write: bool) -> R<u64> {
         if op.kind == K_FLAT {
             let g = &self.st.gpr;
             return Ok(g[(op.base & 31) as usize]
@@ -91,7 +91,7 @@ impl SoftCpu {
 
     /// Linear address of `size` bytes at `seg:off`, with the checks of SDM vol. 3, section 5.3 to 5.5.
     #[inline]
-    pub fn seg_lin(&mut self, seg: usize, off: u64, size: u64, write: bool) -> R<u64> {
+    pub(crate) fn seg_lin(&mut self, seg: usize, off: u64, size: u64, write: bool) -> R<u64> {
         let s = &self.segs[seg];
         if self.long {
             return Ok(if seg >= FS { s.base.wrapping_add(off) } else { off });
@@ -134,7 +134,7 @@ impl SoftCpu {
     // ---- linear access
 
     #[inline(always)]
-    pub fn load<T: Int>(&mut self, lin: u64) -> R<u64> {
+    pub(crate) fn ld<T: Int>(&mut self, lin: u64) -> R<u64> {
         let e = &self.tlb[self.mmu][(lin >> 12) as usize & (TLB_SIZE - 1)];
         if e.rtag == lin & !0xFFF && lin & 0xFFF <= 4096 - T::BYTES {
             // SAFETY: a matching tag says that addend leads to a host page of guest memory, and the access
@@ -145,7 +145,7 @@ impl SoftCpu {
     }
 
     #[inline(always)]
-    pub fn store<T: Int>(&mut self, lin: u64, v: u64) -> R<()> {
+    pub(crate) fn wr<T: Int>(&mut self, lin: u64, v: u64) -> R<()> {
         let e = &self.tlb[self.mmu][(lin >> 12) as usize & (TLB_SIZE - 1)];
         if e.wtag == lin & !0xFFF && lin & 0xFFF <= 4096 - T::BYTES {
             // SAFETY: as in `load`; a write tag is only given to writable RAM.
@@ -155,9 +155,23 @@ impl SoftCpu {
         self.store_slow(lin, T::BYTES, v)
     }
 
+    /// Host address to read at `lin`, if the TLB has its page.
+    #[inline(always)]
+    pub(crate) fn host_read(&self, lin: u64) -> Option<*const u8> {
+        let e = &self.tlb[self.mmu][(lin >> 12) as usize & (TLB_SIZE - 1)];
+        (e.rtag == lin & !0xFFF).then(|| lin.wrapping_add(e.addend) as *const u8)
+    }
+
+    /// Host address to write at `lin`, if the TLB has its page for plain writes.
+    #[inline(always)]
+    pub(crate) fn host_write(&self, lin: u64) -> Option<*mut u8> {
+        let e = &self.tlb[self.mmu][(lin >> 12) as usize & (TLB_SIZE - 1)];
+        (e.wtag == lin & !0xFFF).then(|| lin.wrapping_add(e.addend) as *mut u8)
+    }
+
     /// Read, change and write back. Faults as a write before anything changes; `f` cannot fail.
     #[inline(always)]
-    pub fn rmw<T: Int>(&mut self, lin: u64, f: impl FnOnce(&mut Self, u64) -> u64) -> R<()> {
+    pub(crate) fn rmw<T: Int>(&mut self, lin: u64, f: impl FnOnce(&mut Self, u64) -> u64) -> R<()> {
         let e = &self.tlb[self.mmu][(lin >> 12) as usize & (TLB_SIZE - 1)];
         if e.wtag == lin & !0xFFF && lin & 0xFFF <= 4096 - T::BYTES {
             let p = lin.wrapping_add(e.addend) as *mut T;
@@ -200,7 +214,7 @@ impl SoftCpu {
     }
 
     /// Raise what a write of `size` bytes would raise.
-    pub fn check_write(&mut self, lin: u64, size: u64) -> R<()> {
+    pub(crate) fn check_write(&mut self, lin: u64, size: u64) -> R<()> {
         self.canonical_check(lin, size)?;
         self.walk(lin, Access::Write, self.mmu)?;
         if (lin & 0xFFF) + size > 4096 {
@@ -211,7 +225,7 @@ impl SoftCpu {
 
     #[cold]
     #[inline(never)]
-    pub fn load_slow(&mut self, lin: u64, size: u64) -> R<u64> {
+    pub(crate) fn load_slow(&mut self, lin: u64, size: u64) -> R<u64> {
         self.canonical_check(lin, size)?;
         let w = self.walk(lin, Access::Read, self.mmu)?;
         if self.dr_watch {
@@ -231,7 +245,7 @@ impl SoftCpu {
 
     #[cold]
     #[inline(never)]
-    pub fn store_slow(&mut self, lin: u64, size: u64, v: u64) -> R<()> {
+    pub(crate) fn store_slow(&mut self, lin: u64, size: u64, v: u64) -> R<()> {
         self.canonical_check(lin, size)?;
         let w = self.walk(lin, Access::Write, self.mmu)?;
         let first = 4096 - (lin & 0xFFF);
@@ -258,27 +272,27 @@ impl SoftCpu {
     }
 
     /// Load by a size known at run time.
-    pub fn load_sz(&mut self, lin: u64, size: u8) -> R<u64> {
+    pub(crate) fn load_sz(&mut self, lin: u64, size: u8) -> R<u64> {
         match size {
-            1 => self.load::<u8>(lin),
-            2 => self.load::<u16>(lin),
-            4 => self.load::<u32>(lin),
-            _ => self.load::<u64>(lin),
+            1 => self.ld::<u8>(lin),
+            2 => self.ld::<u16>(lin),
+            4 => self.ld::<u32>(lin),
+            _ => self.ld::<u64>(lin),
         }
     }
 
     /// Store by a size known at run time.
-    pub fn store_sz(&mut self, lin: u64, size: u8, v: u64) -> R<()> {
+    pub(crate) fn store_sz(&mut self, lin: u64, size: u8, v: u64) -> R<()> {
         match size {
-            1 => self.store::<u8>(lin, v),
-            2 => self.store::<u16>(lin, v),
-            4 => self.store::<u32>(lin, v),
-            _ => self.store::<u64>(lin, v),
+            1 => self.wr::<u8>(lin, v),
+            2 => self.wr::<u16>(lin, v),
+            4 => self.wr::<u32>(lin, v),
+            _ => self.wr::<u64>(lin, v),
         }
     }
 
     /// Run `f` with supervisor privilege, as accesses to descriptor tables and the TSS are made.
-    pub fn as_system<X>(&mut self, f: impl FnOnce(&mut Self) -> X) -> X {
+    pub(crate) fn as_system<X>(&mut self, f: impl FnOnce(&mut Self) -> X) -> X {
         let (mmu, implicit) = (self.mmu, self.implicit);
         self.mmu = MMU_SUP;
         self.implicit = true;
@@ -291,7 +305,7 @@ impl SoftCpu {
     // ---- physical access
 
     /// Read guest physical memory as the page walk does (no side effects; what is not memory reads ones).
-    pub fn phys_read(&mut self, phys: u64, size: u8) -> u64 {
+    pub(crate) fn phys_read(&mut self, phys: u64, size: u8) -> u64 {
         let b = self.mem().backing(phys);
         if b.read.is_null() {
             return u64::MAX >> (64 - 8 * size as u32);
@@ -308,7 +322,7 @@ impl SoftCpu {
     }
 
     /// Write an accessed or dirty bit.
-    pub(super) fn phys_write_table(&mut self, phys: u64, size: u8, v: u64) {
+    pub(crate) fn phys_write_table(&mut self, phys: u64, size: u8, v: u64) {
         let b = self.mem().backing(phys);
         if b.write.is_null() {
             return;
@@ -328,7 +342,7 @@ impl SoftCpu {
     }
 
     /// Read up to 8 bytes within a page.
-    pub fn phys_load(&mut self, phys: u64, size: u8) -> u64 {
+    pub(crate) fn phys_load(&mut self, phys: u64, size: u8) -> u64 {
         if self.lapic.covers(phys) {
             return self.lapic_mmio_read(phys, size);
         }
@@ -357,7 +371,7 @@ impl SoftCpu {
     }
 
     /// Write up to 8 bytes within a page.
-    pub fn phys_store(&mut self, phys: u64, size: u8, v: u64) {
+    pub(crate) fn phys_store(&mut self, phys: u64, size: u8, v: u64) {
         if self.lapic.covers(phys) {
             self.lapic_mmio_write(phys, size, v);
             return;
@@ -418,27 +432,36 @@ impl SoftCpu {
 
     // ---- stack
 
+    /// A stack address that is not canonical is #SS, whatever segment the instruction's operand has.
+    #[cold]
+    fn stack_fault(&mut self, f: Fault) -> Fault {
+        if self.fault.vector == 13 {
+            self.fault.vector = 12;
+        }
+        f
+    }
+
     /// Push `size` bytes.
     #[inline(always)]
-    pub fn push<T: Int>(&mut self, v: u64) -> R<()> {
+    pub(crate) fn push<T: Int>(&mut self, v: u64) -> R<()> {
         let rsp = self.st.gpr[RSP];
         if self.long {
             let n = rsp.wrapping_sub(T::BYTES);
-            self.store::<T>(n, v)?;
+            self.wr::<T>(n, v).map_err(|f| self.stack_fault(f))?;
             self.st.gpr[RSP] = n;
             return Ok(());
         }
         let m = self.sp_mask;
         let n = rsp.wrapping_sub(T::BYTES) & m;
         let lin = self.seg_lin(SS, n, T::BYTES, true)?;
-        self.store::<T>(lin, v)?;
+        self.wr::<T>(lin, v)?;
         self.st.gpr[RSP] = rsp & !m | n;
         Ok(())
     }
 
     /// Pop `size` bytes.
     #[inline(always)]
-    pub fn pop<T: Int>(&mut self) -> R<u64> {
+    pub(crate) fn pop<T: Int>(&mut self) -> R<u64> {
         let v = self.peek::<T>(0)?;
         self.add_sp(T::BYTES);
         Ok(v)
@@ -446,39 +469,39 @@ impl SoftCpu {
 
     /// Read the stack `delta` bytes above its top.
     #[inline(always)]
-    pub fn peek<T: Int>(&mut self, delta: u64) -> R<u64> {
+    pub(crate) fn peek<T: Int>(&mut self, delta: u64) -> R<u64> {
         let rsp = self.st.gpr[RSP];
         if self.long {
-            return self.load::<T>(rsp.wrapping_add(delta));
+            return self.ld::<T>(rsp.wrapping_add(delta)).map_err(|f| self.stack_fault(f));
         }
         let off = rsp.wrapping_add(delta) & self.sp_mask;
         let lin = self.seg_lin(SS, off, T::BYTES, false)?;
-        self.load::<T>(lin)
+        self.ld::<T>(lin)
     }
 
     /// Move the stack pointer at its own width.
     #[inline(always)]
-    pub fn add_sp(&mut self, n: u64) {
+    pub(crate) fn add_sp(&mut self, n: u64) {
         let m = self.sp_mask;
         let rsp = self.st.gpr[RSP];
         self.st.gpr[RSP] = rsp & !m | rsp.wrapping_add(n) & m;
     }
 
-    pub fn push_sz(&mut self, size: u8, v: u64) -> R<()> {
+    pub(crate) fn push_sz(&mut self, size: u8, v: u64) -> R<()> {
         match size {
             2 => self.push::<u16>(v),
             4 => self.push::<u32>(v),
             _ => self.push::<u64>(v),
         }
     }
-    pub fn pop_sz(&mut self, size: u8) -> R<u64> {
+    pub(crate) fn pop_sz(&mut self, size: u8) -> R<u64> {
         match size {
             2 => self.pop::<u16>(),
             4 => self.pop::<u32>(),
             _ => self.pop::<u64>(),
         }
     }
-    pub fn peek_sz(&mut self, delta: u64, size: u8) -> R<u64> {
+    pub(crate) fn peek_sz(&mut self, delta: u64, size: u8) -> R<u64> {
         match size {
             2 => self.peek::<u16>(delta),
             4 => self.peek::<u32>(delta),

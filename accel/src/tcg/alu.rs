@@ -60,7 +60,7 @@ fn ri<const O: u8, T: Int>(c: &mut SoftCpu, op: &Op) -> R<()> {
 }
 fn rm<const O: u8, T: Int>(c: &mut SoftCpu, op: &Op) -> R<()> {
     let lin = c.ea(op, T::BYTES, false)?;
-    let b = c.load::<T>(lin)?;
+    let b = c.ld::<T>(lin)?;
     let r = alu::<O, T>(c, c.get::<T>(op.reg), b);
     if O != 7 {
         c.set::<T>(op.reg, r);
@@ -78,7 +78,7 @@ fn mi<const O: u8, T: Int>(c: &mut SoftCpu, op: &Op) -> R<()> {
 fn to_mem<const O: u8, T: Int>(c: &mut SoftCpu, op: &Op, b: u64) -> R<()> {
     let lin = c.ea(op, T::BYTES, O != 7)?;
     if O == 7 {
-        let a = c.load::<T>(lin)?;
+        let a = c.ld::<T>(lin)?;
         alu::<O, T>(c, a, b);
         Ok(())
     } else {
@@ -110,7 +110,7 @@ pub fn read_rm<T: Int>(c: &mut SoftCpu, op: &Op) -> R<u64> {
         return Ok(c.get::<T>(op.rm));
     }
     let lin = c.ea(op, T::BYTES, false)?;
-    c.load::<T>(lin)
+    c.ld::<T>(lin)
 }
 
 /// Change the r/m operand.

@@ -33,7 +33,7 @@ fn bt_r<const K: u8, T: Int>(c: &mut SoftCpu, op: &Op) -> R<()> {
     let n = n & (T::BITS as u64 - 1);
     let lin = c.ea(&o, T::BYTES, K != 0)?;
     if K == 0 {
-        let v = c.load::<T>(lin)?;
+        let v = c.ld::<T>(lin)?;
         bit::<K>(c, v, n);
         return Ok(());
     }
@@ -140,7 +140,7 @@ pub fn movbe_load<T: Int>(c: &mut SoftCpu, op: &Op) -> R<()> {
 pub fn movbe_store<T: Int>(c: &mut SoftCpu, op: &Op) -> R<()> {
     let lin = c.ea(op, T::BYTES, true)?;
     let v = swap::<T>(c.get::<T>(op.reg));
-    c.store::<T>(lin, v)
+    c.wr::<T>(lin, v)
 }
 
 pub fn xadd<T: Int>(c: &mut SoftCpu, op: &Op) -> R<()> {
@@ -216,12 +216,12 @@ pub fn cmpxchg16b(c: &mut SoftCpu, op: &Op) -> R<()> {
         return c.gp(0);
     }
     c.check_write(lin, 8)?;
-    let lo = c.load::<u64>(lin)?;
-    let hi = c.load::<u64>(lin + 8)?;
+    let lo = c.ld::<u64>(lin)?;
+    let hi = c.ld::<u64>(lin + 8)?;
     let eq = lo == c.st.gpr[0] && hi == c.st.gpr[2];
     let (nl, nh) = if eq { (c.st.gpr[3], c.st.gpr[1]) } else { (lo, hi) };
-    c.store::<u64>(lin, nl)?;
-    c.store::<u64>(lin + 8, nh)?;
+    c.wr::<u64>(lin, nl)?;
+    c.wr::<u64>(lin + 8, nh)?;
     if !eq {
         c.st.gpr[0] = lo;
         c.st.gpr[2] = hi;

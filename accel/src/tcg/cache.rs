@@ -51,6 +51,8 @@ pub struct Cache {
     pub blocks: KeyMap<Box<Block>>,
     pages: KeyMap<CodePage>,
     /// Blocks dropped while one of them may be running.
+    /// (Boxed: a running block must not move.)
+    #[allow(clippy::vec_box)]
     pub graveyard: Vec<Box<Block>>,
 }
 
@@ -62,17 +64,17 @@ fn mask_of(phys: u64, len: u64) -> u64 {
 
 impl SoftCpu {
     /// Nothing in the table by linear address holds any more.
-    pub fn new_epoch(&mut self) {
+    pub(crate) fn new_epoch(&mut self) {
         self.epoch += 1;
         self.update_key();
     }
 
     /// The table's key: epoch, privilege and code mode.
-    pub fn update_key(&mut self) {
-        self.jump_key = self.epoch << 4 | (self.cpl == 3) as u64 * 4 | self.code_mode as u64;
+    pub(crate) fn update_key(&mut self) {
+        self.jump_key = self.epoch << 4 | ((self.cpl == 3) as u64) << 2 | self.code_mode as u64;
     }
 
-    pub fn insert_block(&mut self, block: Box<Block>) -> *const Block {
+    pub(crate) fn insert_block(&mut self, block: Box<Block>) -> *const Block {
         if self.cache.blocks.len() >= MAX_BLOCKS {
             self.drop_all_code();
         }
@@ -90,7 +92,7 @@ impl SoftCpu {
         p
     }
 
-    pub fn drop_all_code(&mut self) {
+    pub(crate) fn drop_all_code(&mut self) {
         let old = std::mem::take(&mut self.cache.blocks);
         self.cache.graveyard.extend(old.into_values());
         self.cache.pages.clear();
@@ -99,7 +101,7 @@ impl SoftCpu {
     }
 
     /// Drop the code decoded from one page.
-    pub fn drop_code_page(&mut self, phys: u64) {
+    pub(crate) fn drop_code_page(&mut self, phys: u64) {
         if let Some(page) = self.cache.pages.remove(&(phys & !0xFFF)) {
             for k in page.keys {
                 if let Some(b) = self.cache.blocks.remove(&k) {
@@ -112,7 +114,7 @@ impl SoftCpu {
     }
 
     /// Tell other processors that a page changed; this one has dealt with it.
-    pub(super) fn announce(&mut self, phys: u64) {
+    pub(crate) fn announce(&mut self, phys: u64) {
         if self.cpus > 1 {
             let mem = self.mem();
             let known = mem.event_count() == self.seen;
@@ -124,7 +126,7 @@ impl SoftCpu {
     }
 
     /// A page with decoded code is written at `phys`.
-    pub(super) fn code_written(&mut self, phys: u64, size: u64) {
+    pub(crate) fn code_written(&mut self, phys: u64, size: u64) {
         let hit = self.cache.pages.get(&(phys & !0xFFF)).map(|p| p.mask & mask_of(phys, size) != 0);
         if hit != Some(false) {
             self.drop_code_page(phys);
@@ -134,7 +136,7 @@ impl SoftCpu {
     }
 
     /// Hear what devices and other processors changed.
-    pub(super) fn sync_memory(&mut self) {
+    pub(crate) fn sync_memory(&mut self) {
         let mem = self.mem();
         if mem.has_stale_code() {
             mem.collect_stale();

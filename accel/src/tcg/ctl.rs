@@ -8,13 +8,13 @@ use super::SoftCpu;
 impl SoftCpu {
     /// RIP of the next instruction.
     #[inline(always)]
-    pub fn next_ip(&self, op: &Op) -> u64 {
+    pub(crate) fn next_ip(&self, op: &Op) -> u64 {
         self.st.gpr[17].wrapping_add(op.off as u64 + op.len as u64) & self.ip_mask
     }
 
     /// Jump to a near target with its checks.
     #[inline(always)]
-    pub fn jump(&mut self, op: &Op, target: u64) -> R<()> {
+    pub(crate) fn jump(&mut self, op: &Op, target: u64) -> R<()> {
         let t = match op.osz {
             2 => target & 0xFFFF,
             4 => target & 0xFFFF_FFFF,
@@ -58,7 +58,7 @@ fn setcc<const C: u8>(c: &mut SoftCpu, op: &Op) -> R<()> {
         return Ok(());
     }
     let lin = c.ea(op, 1, true)?;
-    c.store::<u8>(lin, v)
+    c.wr::<u8>(lin, v)
 }
 macro_rules! sixteen {
     ($f:ident) => { sixteen!($f 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15) };

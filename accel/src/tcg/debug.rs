@@ -6,7 +6,7 @@ use super::SoftCpu;
 
 impl SoftCpu {
     /// DR7 or an address register changed.
-    pub(super) fn debug_changed(&mut self) {
+    pub(crate) fn debug_changed(&mut self) {
         let on = self.dr[7] & 0xFF;
         self.dr_exec = false;
         self.dr_watch = false;
@@ -37,7 +37,7 @@ impl SoftCpu {
     }
 
     /// An instruction breakpoint at CS:RIP that RF does not hold back; its bits go to `db_bits`.
-    pub(super) fn check_exec_break(&mut self) -> bool {
+    pub(crate) fn check_exec_break(&mut self) -> bool {
         if self.eflags & RF != 0 {
             return false;
         }
@@ -55,13 +55,13 @@ impl SoftCpu {
     }
 
     /// Whether no data breakpoint lies in the page, so that accesses may go straight to memory.
-    pub(super) fn watch_free(&self, page: u64) -> bool {
+    pub(crate) fn watch_free(&self, page: u64) -> bool {
         !self.dr_watch
             || (0..4).all(|i| !matches!(self.breakpoint(i), Some((1..=3, a, _)) if a & !0xFFF == page))
     }
 
     /// A data access: note breakpoints for a trap after the instruction.
-    pub(super) fn check_watch(&mut self, lin: u64, size: u64, write: bool) {
+    pub(crate) fn check_watch(&mut self, lin: u64, size: u64, write: bool) {
         for i in 0..4 {
             if let Some((kind, a, len)) = self.breakpoint(i) {
                 let kind_hit = match kind {

@@ -269,6 +269,8 @@ impl Decoder<'_> {
                 if self.is_reg() {
                     return Err(Stop::Undefined);
                 }
+                // 32 or 64 bits in every mode.
+                self.o.osz = self.o.osz.max(4);
                 by_size!(self.o.osz, mov::mov_mr)
             }
             0xC7 => {

@@ -113,7 +113,7 @@ impl SoftCpu {
             let Some(at) = self.desc_addr(gate_sel, 16) else {
                 return self.sel_fault(13, gate_sel);
             };
-            let (hi, kind) = self.as_system(|c| Ok((c.load::<u32>(at + 8)?, c.load::<u32>(at + 12)?)))?;
+            let (hi, kind) = self.as_system(|c| Ok((c.ld::<u32>(at + 8)?, c.ld::<u32>(at + 12)?)))?;
             if kind & 0x1F00 != 0 {
                 return self.sel_fault(13, gate_sel);
             }
@@ -195,7 +195,7 @@ impl SoftCpu {
     }
 
     /// SS:RSP for privilege level `cpl` from the TSS.
-    pub fn switch_stack(&mut self, cpl: u8) -> R<()> {
+    pub(crate) fn switch_stack(&mut self, cpl: u8) -> R<()> {
         if self.lma() {
             let rsp = self.tss64(4 + 8 * cpl as u64)?;
             if !canonical(rsp) {
@@ -215,9 +215,9 @@ impl SoftCpu {
         let base = self.tr.base + at;
         let (sp, ss) = self.as_system(|c| {
             if wide {
-                Ok((c.load::<u32>(base)?, c.load::<u16>(base + 4)? as u16))
+                Ok((c.ld::<u32>(base)?, c.ld::<u16>(base + 4)? as u16))
             } else {
-                Ok((c.load::<u16>(base)?, c.load::<u16>(base + 2)? as u16))
+                Ok((c.ld::<u16>(base)?, c.ld::<u16>(base + 2)? as u16))
             }
         })?;
         self.load_ss(ss, cpl, 10)?;
@@ -235,7 +235,7 @@ impl SoftCpu {
     }
 
     /// Load SS for another privilege level; faults are `vector` (or #SS for not present).
-    pub fn load_ss(&mut self, sel: u16, cpl: u8, vector: u8) -> R<()> {
+    pub(crate) fn load_ss(&mut self, sel: u16, cpl: u8, vector: u8) -> R<()> {
         if sel & !3 == 0 {
             return self.sel_fault(vector, sel);
         }
@@ -254,13 +254,13 @@ impl SoftCpu {
     }
 
     /// A quadword of the 64-bit TSS.
-    pub fn tss64(&mut self, at: u64) -> R<u64> {
+    pub(crate) fn tss64(&mut self, at: u64) -> R<u64> {
         if at + 7 > self.tr.limit as u64 {
             let tr = self.tr.selector;
             return self.sel_fault(10, tr);
         }
         let a = self.tr.base.wrapping_add(at);
-        self.as_system(|c| c.load::<u64>(a))
+        self.as_system(|c| c.ld::<u64>(a))
     }
 
     /// Far return to `cs:ip`, popped from the stack at `osz`; `extra` more bytes are released.
@@ -413,7 +413,7 @@ fn pointer(c: &mut SoftCpu, op: &Op) -> R<(u16, u64)> {
     let size = op.osz as u64;
     let lin = c.ea(op, size + 2, false)?;
     let off = c.load_sz(lin, op.osz)?;
-    let sel = c.load::<u16>(lin.wrapping_add(size))?;
+    let sel = c.ld::<u16>(lin.wrapping_add(size))?;
     Ok((sel as u16, off))
 }
 pub fn jmp_mem(c: &mut SoftCpu, op: &Op) -> R<()> {

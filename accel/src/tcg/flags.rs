@@ -32,70 +32,70 @@ const TOP2: u64 = 3 << 62;
 impl SoftCpu {
     /// Flags from a result and the vector of carries out of each bit.
     #[inline(always)]
-    pub fn set_arith<T: Int>(&mut self, r: u64, carries: u64) {
+    pub(crate) fn set_arith<T: Int>(&mut self, r: u64, carries: u64) {
         self.f_res = T::sx(r);
         self.f_aux = (carries << (64 - T::BITS)) & TOP2 | carries & 8;
     }
 
     /// Flags of AND, OR, XOR, TEST: CF = OF = AF = 0.
     #[inline(always)]
-    pub fn set_logic<T: Int>(&mut self, r: u64) {
+    pub(crate) fn set_logic<T: Int>(&mut self, r: u64) {
         self.f_res = T::sx(r);
         self.f_aux = 0;
     }
 
     /// ZF, SF, PF from a result; CF and OF as given; AF = 0.
     #[inline(always)]
-    pub fn set_res_co<T: Int>(&mut self, r: u64, cf: bool, of: bool) {
+    pub(crate) fn set_res_co<T: Int>(&mut self, r: u64, cf: bool, of: bool) {
         self.f_res = T::sx(r);
         self.f_aux = (cf as u64) << 63 | ((cf ^ of) as u64) << 62;
     }
 
     #[inline(always)]
-    pub fn cf(&self) -> bool {
+    pub(crate) fn cf(&self) -> bool {
         self.f_aux >> 63 != 0
     }
     #[inline(always)]
-    pub fn of(&self) -> bool {
+    pub(crate) fn of(&self) -> bool {
         (self.f_aux ^ self.f_aux << 1) >> 63 != 0
     }
     #[inline(always)]
-    pub fn zf(&self) -> bool {
+    pub(crate) fn zf(&self) -> bool {
         self.f_res == 0
     }
     #[inline(always)]
-    pub fn sf(&self) -> bool {
+    pub(crate) fn sf(&self) -> bool {
         (self.f_res >> 63 ^ self.f_aux >> 16) & 1 != 0
     }
     #[inline(always)]
-    pub fn pf(&self) -> bool {
+    pub(crate) fn pf(&self) -> bool {
         ((self.f_res ^ self.f_aux >> 8) as u8).count_ones() & 1 == 0
     }
     #[inline(always)]
-    pub fn af(&self) -> bool {
+    pub(crate) fn af(&self) -> bool {
         self.f_aux & 8 != 0
     }
 
     /// Change CF alone.
     #[inline(always)]
-    pub fn set_cf(&mut self, cf: bool) {
+    pub(crate) fn set_cf(&mut self, cf: bool) {
         let of = self.of();
         self.f_aux = self.f_aux & !TOP2 | (cf as u64) << 63 | ((cf ^ of) as u64) << 62;
     }
     /// Change OF alone.
     #[inline(always)]
-    pub fn set_of(&mut self, of: bool) {
+    pub(crate) fn set_of(&mut self, of: bool) {
         let cf = self.cf();
         self.f_aux = self.f_aux & !TOP2 | (cf as u64) << 63 | ((cf ^ of) as u64) << 62;
     }
     /// Change ZF alone.
-    pub fn set_zf(&mut self, zf: bool) {
+    pub(crate) fn set_zf(&mut self, zf: bool) {
         let f = self.arith_flags() & !ZF;
         self.set_arith_flags(if zf { f | ZF } else { f });
     }
 
     /// The six arithmetic flags as bits of RFLAGS.
-    pub fn arith_flags(&self) -> u64 {
+    pub(crate) fn arith_flags(&self) -> u64 {
         let mut f = 0;
         if self.cf() {
             f |= CF;
@@ -119,7 +119,7 @@ impl SoftCpu {
     }
 
     /// Set the six arithmetic flags from bits of RFLAGS.
-    pub fn set_arith_flags(&mut self, f: u64) {
+    pub(crate) fn set_arith_flags(&mut self, f: u64) {
         let zf = f & ZF != 0;
         self.f_res = if zf { 0 } else { 0x100 };
         let cf = f & CF != 0;
@@ -138,12 +138,12 @@ impl SoftCpu {
     }
 
     /// RFLAGS as a whole.
-    pub fn rflags(&self) -> u64 {
+    pub(crate) fn rflags(&self) -> u64 {
         self.eflags & !ARITH | 2 | self.arith_flags()
     }
 
     /// Set RFLAGS as a whole; keeps what depends on IF, TF, AC and VM in step.
-    pub fn set_rflags(&mut self, f: u64) {
+    pub(crate) fn set_rflags(&mut self, f: u64) {
         self.set_arith_flags(f);
         let old = self.eflags;
         self.eflags = f & 0x3F_7FD5 & !ARITH | 2;
@@ -154,7 +154,7 @@ impl SoftCpu {
 
     /// Condition code `C` (0..15) of Jcc, SETcc, CMOVcc.
     #[inline(always)]
-    pub fn cond<const C: u8>(&self) -> bool {
+    pub(crate) fn cond<const C: u8>(&self) -> bool {
         let v = match C >> 1 {
             0 => self.of(),
             1 => self.cf(),

@@ -15,7 +15,7 @@ fn contributory(v: u8) -> bool {
 impl SoftCpu {
     /// Deliver the exception in `self.fault`, with double and triple faults. `self.rip` is the address to
     /// return to.
-    pub fn deliver_exception(&mut self) {
+    pub(crate) fn deliver_exception(&mut self) {
         let mut e = self.fault;
         loop {
             if e.vector == 14 {
@@ -36,6 +36,9 @@ impl SoftCpu {
                 return;
             }
             let second = self.fault;
+            if second.vector == 14 {
+                self.cr2 = second.cr2;
+            }
             if e.vector == 8 {
                 self.shutdown = true;
                 self.attention = true;
@@ -48,7 +51,7 @@ impl SoftCpu {
     }
 
     /// Deliver an external interrupt or NMI.
-    pub fn deliver_interrupt(&mut self, vector: u8) {
+    pub(crate) fn deliver_interrupt(&mut self, vector: u8) {
         self.note_delivery();
         self.ext = 1;
         let r = self.atomically(|c| c.interrupt(vector, false, None, false));
@@ -71,7 +74,7 @@ impl SoftCpu {
     }
 
     /// Transfer control to the handler of `vector`. `soft`: INT n, INT3, INTO.
-    pub fn interrupt(&mut self, vector: u8, soft: bool, error: Option<u32>, rf: bool) -> R<()> {
+    pub(crate) fn interrupt(&mut self, vector: u8, soft: bool, error: Option<u32>, rf: bool) -> R<()> {
         if self.st.cr0 & CR0_PE == 0 {
             return self.interrupt_real(vector);
         }
@@ -93,7 +96,7 @@ impl SoftCpu {
             return self.gp(idt_error);
         }
         let at = self.idt.0.wrapping_add(vector as u64 * 8) & 0xFFFF_FFFF;
-        let g = self.as_system(|c| c.load::<u64>(at))?;
+        let g = self.as_system(|c| c.ld::<u64>(at))?;
         let hi = (g >> 32) as u32;
         let kind = hi >> 8 & 31;
         if !matches!(kind, 5 | 6 | 7 | 14 | 15) || soft && ((hi >> 13 & 3) as u8) < self.cpl {
@@ -180,7 +183,7 @@ impl SoftCpu {
             return self.gp(idt_error);
         }
         let at = self.idt.0.wrapping_add(vector as u64 * 16);
-        let (g, top) = self.as_system(|c| Ok((c.load::<u64>(at)?, c.load::<u64>(at + 8)?)))?;
+        let (g, top) = self.as_system(|c| Ok((c.ld::<u64>(at)?, c.ld::<u64>(at + 8)?)))?;
         let hi = (g >> 32) as u32;
         let kind = hi >> 8 & 31;
         if !matches!(kind, 14 | 15) || soft && ((hi >> 13 & 3) as u8) < self.cpl {
@@ -256,7 +259,7 @@ impl SoftCpu {
             return self.gp((vector as u32) << 3 | 2 | self.ext);
         }
         let at = base.wrapping_add(vector as u64 * 4) & 0xFFFF_FFFF;
-        let v = if self.vm86() { self.load::<u32>(at)? } else { self.as_system(|c| c.load::<u32>(at))? };
+        let v = if self.vm86() { self.ld::<u32>(at)? } else { self.as_system(|c| c.ld::<u32>(at))? };
         let flags = self.rflags();
         let (cs, ip) = (self.segs[CS].selector as u64, self.rip);
         self.push::<u16>(flags)?;
@@ -277,7 +280,7 @@ impl SoftCpu {
         }
         let limit = self.tr.limit as u64;
         self.as_system(|c| {
-            let map = c.load::<u16>(base + 0x66)?;
+            let map = c.ld::<u16>(base + 0x66)?;
             if map < 32 {
                 return Ok(true);
             }
@@ -285,13 +288,13 @@ impl SoftCpu {
             if at > limit {
                 return Ok(true);
             }
-            Ok(c.load::<u8>(base + at)? >> (vector & 7) & 1 != 0)
+            Ok(c.ld::<u8>(base + at)? >> (vector & 7) & 1 != 0)
         })
     }
 
     /// VME with IOPL < 3: through the virtual-8086 program's own table, with VIF in the place of IF.
     fn interrupt_vme(&mut self, vector: u8) -> R<()> {
-        let v = self.load::<u32>(vector as u64 * 4)?;
+        let v = self.ld::<u32>(vector as u64 * 4)?;
         let f = self.rflags();
         let image = f & !IF | if f & VIF != 0 { IF } else { 0 } | IOPL;
         let (cs, ip) = (self.segs[CS].selector as u64, self.rip);

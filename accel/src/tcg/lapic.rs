@@ -342,12 +342,10 @@ impl Lapic {
                 return Effect::Deadline;
             }
             0x33..=0x37 => self.lvt[n as usize - 0x32] = v & 0x1A7FF,
-            0x38 => {
-                if self.mode() != 2 {
-                    self.initial = v;
-                    self.arm(now);
-                    return Effect::Deadline;
-                }
+            0x38 if self.mode() != 2 => {
+                self.initial = v;
+                self.arm(now);
+                return Effect::Deadline;
             }
             0x3E => {
                 // The count goes on from where it is at the new rate.
@@ -467,13 +465,11 @@ impl SoftCpu {
             0 | 1 => self.lapic.raise(vector, level),
             4 => self.nmi_pending = true,
             5 => super::Processor::reset(self, true),
-            6 => {
-                if self.wait_sipi {
-                    self.wait_sipi = false;
-                    self.halted = false;
-                    self.set_cs_real((vector as u16) << 8);
-                    self.rip = 0;
-                }
+            6 if self.wait_sipi => {
+                self.wait_sipi = false;
+                self.halted = false;
+                self.set_cs_real((vector as u16) << 8);
+                self.rip = 0;
             }
             7 => self.extint_vector = Some(vector),
             _ => {}

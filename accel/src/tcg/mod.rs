@@ -21,6 +21,7 @@ mod mov;
 mod msr;
 pub(crate) mod op;
 mod paging;
+mod registers;
 mod save;
 mod segment;
 mod shift;
@@ -31,6 +32,8 @@ mod task;
 mod tests;
 mod undefined;
 mod vec;
+
+pub use registers::Registers;
 
 use crate::bus::Ipi;
 use crate::mem::GuestMemory;
@@ -121,8 +124,11 @@ pub struct SoftCpu {
     single: bool,
 
     // Caches, never visible.
-    tlb: [Box<[TlbEntry]>; 3],
+    tlb: [Box<[TlbEntry]>; 4],
     code_tlb: [Box<[CodeEntry]>; 2],
+    /// Which entries of the two are in use.
+    filled: Vec<(u8, u16)>,
+    code_filled: Vec<(u8, u16)>,
     cache: Cache,
     jumps: Box<[Jump]>,
     jump_key: u64,
@@ -228,8 +234,10 @@ impl SoftCpu {
             attention: true,
             brk: false,
             single: false,
-            tlb: [tlb(), tlb(), tlb()],
+            tlb: [tlb(), tlb(), tlb(), tlb()],
             code_tlb: [code(), code()],
+            filled: Vec::new(),
+            code_filled: Vec::new(),
             cache: Cache::default(),
             jumps: vec![Jump { lin: 0, key: u64::MAX, block: std::ptr::null() }; JUMPS].into_boxed_slice(),
             jump_key: 0,
@@ -301,10 +309,6 @@ impl SoftCpu {
     /// After a change of RFLAGS outside the arithmetic flags.
     pub(super) fn flags_changed(&mut self) {
         self.update_mmu();
-        if self.cpl == 3 && self.st.cr0 & CR0_AM != 0 {
-            // AC may have changed: the user TLB holds what was filled without checks.
-            self.flush_tlb();
-        }
         self.attend();
     }
 
@@ -681,11 +685,14 @@ impl Processor for SoftCpu {
 }
 
 impl SoftCpu {
-    pub(crate) fn model(&self) -> &CpuModel {
-        &self.model
-    }
-    pub(crate) fn cpuid_context(&self) -> (u32, u32, bool, bool, u64) {
-        let osxsave = self.st.cr4 & CR4_OSXSAVE != 0;
-        (self.lapic.id, self.cpus, osxsave, self.lapic.enabled(), self.st.xcr0)
+    /// CPUID as this processor answers it now.
+    fn cpuid_leaf(&self, leaf: u32, sub: u32) -> [u32; 4] {
+        let at = crate::model::CpuidContext {
+            apic_id: self.lapic.id,
+            cpus: self.cpus,
+            osxsave: self.st.cr4 & CR4_OSXSAVE != 0,
+            apic_on: self.lapic.enabled(),
+        };
+        self.model.cpuid(leaf, sub, at)
     }
 }

@@ -14,11 +14,11 @@ pub fn mov_rr<T: Int>(c: &mut SoftCpu, op: &Op) -> R<()> {
 pub fn mov_mr<T: Int>(c: &mut SoftCpu, op: &Op) -> R<()> {
     let lin = c.ea(op, T::BYTES, true)?;
     let v = c.get::<T>(op.reg);
-    c.store::<T>(lin, v)
+    c.wr::<T>(lin, v)
 }
 pub fn mov_rm<T: Int>(c: &mut SoftCpu, op: &Op) -> R<()> {
     let lin = c.ea(op, T::BYTES, false)?;
-    let v = c.load::<T>(lin)?;
+    let v = c.ld::<T>(lin)?;
     c.set::<T>(op.reg, v);
     Ok(())
 }
@@ -28,7 +28,7 @@ pub fn mov_ri<T: Int>(c: &mut SoftCpu, op: &Op) -> R<()> {
 }
 pub fn mov_mi<T: Int>(c: &mut SoftCpu, op: &Op) -> R<()> {
     let lin = c.ea(op, T::BYTES, true)?;
-    c.store::<T>(lin, op.imm)
+    c.wr::<T>(lin, op.imm)
 }
 pub fn movzx<S: Int, T: Int>(c: &mut SoftCpu, op: &Op) -> R<()> {
     let v = read_rm::<S>(c, op)?;
@@ -197,14 +197,14 @@ pub fn push_seg(c: &mut SoftCpu, op: &Op) -> R<()> {
         let rsp = c.st.gpr[RSP];
         let n = rsp.wrapping_sub(4) & c.sp_mask;
         let lin = c.seg_lin(SS, n, 4, true)?;
-        c.store::<u16>(lin, v)?;
+        c.wr::<u16>(lin, v)?;
         c.add_sp(4u64.wrapping_neg());
         return Ok(());
     }
     c.push_sz(op.osz, v)
 }
 pub fn pop_seg(c: &mut SoftCpu, op: &Op) -> R<()> {
-    let v = c.peek_sz(0, 2.max(op.osz.min(2)))?;
+    let v = c.peek::<u16>(0)?;
     c.load_seg(op.reg as usize, v as u16)?;
     c.add_sp(op.osz as u64);
     if op.reg as usize == SS {
@@ -219,7 +219,7 @@ pub fn mov_from_seg(c: &mut SoftCpu, op: &Op) -> R<()> {
         return Ok(());
     }
     let lin = c.ea(op, 2, true)?;
-    c.store::<u16>(lin, v)
+    c.wr::<u16>(lin, v)
 }
 pub fn mov_to_seg(c: &mut SoftCpu, op: &Op) -> R<()> {
     let v = read_rm::<u16>(c, op)?;
@@ -234,7 +234,7 @@ pub fn load_far(c: &mut SoftCpu, op: &Op) -> R<()> {
     let size = op.osz as u64;
     let lin = c.ea(op, size + 2, false)?;
     let off = c.load_sz(lin, op.osz)?;
-    let sel = c.load::<u16>(lin.wrapping_add(size))?;
+    let sel = c.ld::<u16>(lin.wrapping_add(size))?;
     c.load_seg(op.imm as usize, sel as u16)?;
     c.set_sz(op.reg, op.osz, off);
     Ok(())
@@ -285,8 +285,7 @@ pub fn enter(c: &mut SoftCpu, op: &Op) -> R<()> {
     })();
     match done {
         Ok(frame) => {
-            let bp_size = if m == 0xFFFF { 2 } else { op.osz };
-            c.set_sz(RBP as u8, bp_size.max(op.osz), frame & m | rbp & !m);
+            c.set_sz(RBP as u8, op.osz, frame);
             Ok(())
         }
         Err(f) => {

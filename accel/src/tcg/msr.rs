@@ -41,7 +41,7 @@ pub struct Msrs {
 const BANKS: u32 = 10;
 
 impl Msrs {
-    pub fn reset() -> Self {
+    pub(crate) fn reset() -> Self {
         Msrs {
             pat: 0x0007_0406_0007_0406,
             misc_enable: 1,
@@ -62,7 +62,7 @@ fn fixed_index(n: u32) -> Option<usize> {
 }
 
 impl SoftCpu {
-    pub(super) fn read_msr(&mut self, n: u32) -> R<u64> {
+    pub(crate) fn read_msr(&mut self, n: u32) -> R<u64> {
         let m = &self.msr;
         Ok(match n {
             0x10 => self.tsc(),
@@ -135,7 +135,7 @@ impl SoftCpu {
         })
     }
 
-    pub(super) fn write_msr(&mut self, n: u32, v: u64) -> R<()> {
+    pub(crate) fn write_msr(&mut self, n: u32, v: u64) -> R<()> {
         match n {
             0x10 => {
                 let now = self.tsc().wrapping_sub(self.msr.tsc_adjust);

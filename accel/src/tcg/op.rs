@@ -87,6 +87,7 @@ pub struct Block {
     pub ops: Vec<Op>,
     pub bytes: u32,
     /// Owns what the vector ops' `imm` points to.
+    #[allow(clippy::vec_box)]
     pub vecs: Vec<Box<VecOp>>,
 }
 
@@ -130,7 +131,7 @@ int!(u64, i64);
 impl SoftCpu {
     /// Read a general register at width `T`, zero-extended.
     #[inline(always)]
-    pub fn get<T: Int>(&self, r: u8) -> u64 {
+    pub(crate) fn get<T: Int>(&self, r: u8) -> u64 {
         if T::BITS == 8 {
             let v = self.st.gpr[(r & 31) as usize];
             if r & HIGH != 0 {
@@ -145,7 +146,7 @@ impl SoftCpu {
 
     /// Write a general register at width `T` (32 bits clear the upper half).
     #[inline(always)]
-    pub fn set<T: Int>(&mut self, r: u8, v: u64) {
+    pub(crate) fn set<T: Int>(&mut self, r: u8, v: u64) {
         let slot = &mut self.st.gpr[(r & 31) as usize];
         match T::BITS {
             8 => {
@@ -162,7 +163,7 @@ impl SoftCpu {
     }
 
     /// Write a general register with a width known at run time.
-    pub fn set_sz(&mut self, r: u8, size: u8, v: u64) {
+    pub(crate) fn set_sz(&mut self, r: u8, size: u8, v: u64) {
         match size {
             1 => self.set::<u8>(r, v),
             2 => self.set::<u16>(r, v),
@@ -172,7 +173,7 @@ impl SoftCpu {
     }
 
     /// Read a general register with a width known at run time.
-    pub fn get_sz(&self, r: u8, size: u8) -> u64 {
+    pub(crate) fn get_sz(&self, r: u8, size: u8) -> u64 {
         match size {
             1 => self.get::<u8>(r),
             2 => self.get::<u16>(r),

@@ -19,7 +19,6 @@ pub const NO_TAG: u64 = 1;
 /// CR0 and CR4 bits.
 pub const CR0_PE: u64 = 1;
 pub const CR0_MP: u64 = 2;
-pub const CR0_EM: u64 = 4;
 pub const CR0_TS: u64 = 8;
 pub const CR0_NE: u64 = 0x20;
 pub const CR0_WP: u64 = 0x1_0000;
@@ -33,10 +32,6 @@ pub const CR4_TSD: u64 = 4;
 pub const CR4_DE: u64 = 8;
 pub const CR4_PSE: u64 = 0x10;
 pub const CR4_PAE: u64 = 0x20;
-pub const CR4_PGE: u64 = 0x80;
-pub const CR4_PCE: u64 = 0x100;
-pub const CR4_OSFXSR: u64 = 0x200;
-pub const CR4_OSXMM: u64 = 0x400;
 pub const CR4_UMIP: u64 = 0x800;
 pub const CR4_FSGSBASE: u64 = 0x1_0000;
 pub const CR4_PCIDE: u64 = 0x2_0000;
@@ -92,12 +87,14 @@ pub struct Walk {
 pub const MMU_SUP: usize = 0;
 pub const MMU_SUP_AC: usize = 1;
 pub const MMU_USER: usize = 2;
+/// User with alignment checks: its TLB stays empty, so that every access is checked.
+pub const MMU_USER_AC: usize = 3;
 
 impl SoftCpu {
     /// Choose the TLB by privilege and AC.
-    pub fn update_mmu(&mut self) {
+    pub(crate) fn update_mmu(&mut self) {
         self.mmu = if self.cpl == 3 {
-            MMU_USER
+            MMU_USER + self.alignment_checks() as usize
         } else if self.st.cr4 & CR4_SMAP != 0 && self.eflags & AC != 0 {
             MMU_SUP_AC
         } else {
@@ -107,23 +104,22 @@ impl SoftCpu {
     }
 
     /// Drop all translations.
-    pub fn flush_tlb(&mut self) {
-        for t in &mut self.tlb {
-            t.fill(EMPTY);
+    pub(crate) fn flush_tlb(&mut self) {
+        for (mmu, slot) in self.filled.drain(..) {
+            self.tlb[mmu as usize][slot as usize] = EMPTY;
         }
-        for t in &mut self.code_tlb {
-            t.fill(EMPTY_CODE);
+        for (user, slot) in self.code_filled.drain(..) {
+            self.code_tlb[user as usize][slot as usize] = EMPTY_CODE;
         }
         self.new_epoch();
     }
 
     /// Drop direct write access to one physical page.
-    pub fn drop_writes(&mut self, page: u64) {
-        for t in &mut self.tlb {
-            for e in t.iter_mut() {
-                if e.phys == page {
-                    e.wtag = NO_TAG;
-                }
+    pub(crate) fn drop_writes(&mut self, page: u64) {
+        for (mmu, slot) in &self.filled {
+            let e = &mut self.tlb[*mmu as usize][*slot as usize];
+            if e.phys == page {
+                e.wtag = NO_TAG;
             }
         }
     }
@@ -145,7 +141,7 @@ impl SoftCpu {
     }
 
     fn page_fault<T>(&mut self, lin: u64, access: Access, user: bool, present: bool, rsvd: bool) -> R<T> {
-        let mut e = present as u32 | (access == Access::Write) as u32 * 2 | (user as u32) * 4;
+        let mut e = present as u32 | ((access == Access::Write) as u32) << 1 | (user as u32) << 2;
         if rsvd {
             e |= 8;
         }
@@ -158,11 +154,11 @@ impl SoftCpu {
     }
 
     /// Translate `lin`, setting accessed and dirty bits, or raise #PF (SDM vol. 3, chapter 4).
-    pub fn walk(&mut self, lin: u64, access: Access, mmu: usize) -> R<Walk> {
+    pub(crate) fn walk(&mut self, lin: u64, access: Access, mmu: usize) -> R<Walk> {
         if self.st.cr0 & CR0_PG == 0 {
             return Ok(Walk { phys: lin & 0xFFFF_FFFF, writable: true });
         }
-        let user = mmu == MMU_USER;
+        let user = mmu >= MMU_USER;
         let write = access == Access::Write;
         let cr0 = self.st.cr0;
         let cr4 = self.st.cr4;
@@ -261,7 +257,7 @@ impl SoftCpu {
                 }
         } else {
             match access {
-                Access::Exec => !nx && !(can_user && cr4 & CR4_SMEP != 0),
+                Access::Exec => !(nx || can_user && cr4 & CR4_SMEP != 0),
                 _ => (!can_user || cr4 & CR4_SMAP == 0 || mmu == MMU_SUP_AC) && (!write || write_ok),
             }
         };
@@ -283,7 +279,7 @@ impl SoftCpu {
     }
 
     /// Load the four PDPTEs of PAE paging; #GP(0) for reserved bits.
-    pub fn load_pdptes(&mut self, cr3: u64) -> R<()> {
+    pub(crate) fn load_pdptes(&mut self, cr3: u64) -> R<()> {
         let base = cr3 & 0xFFFF_FFE0;
         let mut new = [0; 4];
         for (i, e) in new.iter_mut().enumerate() {
@@ -297,10 +293,10 @@ impl SoftCpu {
     }
 
     /// Fill the data TLB after a successful walk, if the page is plain memory.
-    pub fn fill(&mut self, lin: u64, w: &Walk, mmu: usize) {
+    pub(crate) fn fill(&mut self, lin: u64, w: &Walk, mmu: usize) {
         let page = lin & !0xFFF;
         let phys = w.phys & !0xFFF;
-        if self.lapic.covers(phys) || self.alignment_checks() {
+        if self.lapic.covers(phys) || mmu == MMU_USER_AC {
             return;
         }
         let b = self.mem().backing(phys);
@@ -315,15 +311,19 @@ impl SoftCpu {
             }
         }
         let rtag = if self.watch_free(page) { page } else { NO_TAG };
-        self.tlb[mmu][(lin >> 12) as usize & (TLB_SIZE - 1)] =
-            TlbEntry { rtag, wtag, addend: (b.read as u64).wrapping_sub(page), phys };
+        let slot = (lin >> 12) as usize & (TLB_SIZE - 1);
+        let e = &mut self.tlb[mmu][slot];
+        if e.addend == 0 {
+            self.filled.push((mmu as u8, slot as u16));
+        }
+        *e = TlbEntry { rtag, wtag, addend: (b.read as u64).wrapping_sub(page), phys };
     }
 
     /// Host page and guest physical page to fetch instructions of linear page `lin` from; the host page is
     /// null where it is not memory.
-    pub fn fetch_page(&mut self, lin: u64) -> R<CodeEntry> {
+    pub(crate) fn fetch_page(&mut self, lin: u64) -> R<CodeEntry> {
         let page = lin & !0xFFF;
-        let user = (self.mmu == MMU_USER) as usize;
+        let user = (self.mmu >= MMU_USER) as usize;
         let slot = (lin >> 12) as usize & 255;
         let e = self.code_tlb[user][slot];
         if e.tag == page {
@@ -334,6 +334,9 @@ impl SoftCpu {
         let host = if self.lapic.covers(phys) { std::ptr::null() } else { self.mem().backing(phys).read };
         let e = CodeEntry { tag: page, host, phys };
         if !host.is_null() {
+            if self.code_tlb[user][slot].host.is_null() {
+                self.code_filled.push((user as u8, slot as u16));
+            }
             self.code_tlb[user][slot] = e;
         }
         Ok(e)

@@ -59,7 +59,7 @@ fn unseg(s: Seg) -> Segment {
 }
 
 impl SoftCpu {
-    pub(super) fn save_state(&self) -> Vec<u8> {
+    pub(crate) fn save_state(&self) -> Vec<u8> {
         let mut gpr = [0; 16];
         gpr.copy_from_slice(&self.st.gpr[..16]);
         let x = &self.st.x87;
@@ -108,7 +108,7 @@ impl SoftCpu {
         out
     }
 
-    pub(super) fn load_state(&mut self, bytes: &[u8]) -> Result<(), String> {
+    pub(crate) fn load_state(&mut self, bytes: &[u8]) -> Result<(), String> {
         let (head, body) = bytes.split_first_chunk::<4>().ok_or("processor state is cut short")?;
         let version = u32::from_le_bytes(*head);
         if version != VERSION {
@@ -167,7 +167,7 @@ impl SoftCpu {
         Ok(())
     }
 
-    pub(super) fn describe_registers(&self) -> String {
+    pub(crate) fn describe_registers(&self) -> String {
         use std::fmt::Write;
         const NAMES: [&str; 16] = [
             "RAX", "RCX", "RDX", "RBX", "RSP", "RBP", "RSI", "RDI", "R8 ", "R9 ", "R10", "R11", "R12", "R13",

@@ -16,10 +16,10 @@ pub struct Desc {
 }
 
 impl Desc {
-    pub fn base(&self) -> u64 {
+    pub(crate) fn base(&self) -> u64 {
         (self.lo >> 16 | (self.hi & 0xFF) << 16 | self.hi & 0xFF00_0000) as u64
     }
-    pub fn limit(&self) -> u32 {
+    pub(crate) fn limit(&self) -> u32 {
         let l = self.lo & 0xFFFF | self.hi & 0xF_0000;
         if self.hi & 1 << 23 != 0 {
             l << 12 | 0xFFF
@@ -27,47 +27,47 @@ impl Desc {
             l
         }
     }
-    pub fn attr(&self) -> u16 {
+    pub(crate) fn attr(&self) -> u16 {
         (self.hi >> 8) as u16 & 0xF0FF
     }
     /// Type field with the S bit above it.
-    pub fn kind(&self) -> u32 {
+    pub(crate) fn kind(&self) -> u32 {
         self.hi >> 8 & 31
     }
-    pub fn dpl(&self) -> u8 {
+    pub(crate) fn dpl(&self) -> u8 {
         (self.hi >> 13 & 3) as u8
     }
-    pub fn present(&self) -> bool {
+    pub(crate) fn present(&self) -> bool {
         self.hi & 0x8000 != 0
     }
     /// S set and type code.
-    pub fn is_code(&self) -> bool {
+    pub(crate) fn is_code(&self) -> bool {
         self.hi & 0x1800 == 0x1800
     }
-    pub fn conforming(&self) -> bool {
+    pub(crate) fn conforming(&self) -> bool {
         self.hi & 0x400 != 0
     }
-    pub fn segment(&self, selector: u16) -> Segment {
+    pub(crate) fn segment(&self, selector: u16) -> Segment {
         Segment { selector, base: self.base(), limit: self.limit(), attr: self.attr() }
     }
 }
 
 impl SoftCpu {
-    pub fn protected(&self) -> bool {
+    pub(crate) fn protected(&self) -> bool {
         self.st.cr0 & CR0_PE != 0 && self.eflags & VM == 0
     }
-    pub fn vm86(&self) -> bool {
+    pub(crate) fn vm86(&self) -> bool {
         self.eflags & VM != 0 && self.st.cr0 & CR0_PE != 0
     }
-    pub fn iopl(&self) -> u64 {
+    pub(crate) fn iopl(&self) -> u64 {
         (self.eflags & IOPL) >> 12
     }
-    pub fn lma(&self) -> bool {
+    pub(crate) fn lma(&self) -> bool {
         self.efer & EFER_LMA != 0
     }
 
     /// Bring everything that is derived from CS, SS, CPL, CR0, EFER and RFLAGS up to date.
-    pub fn update_mode(&mut self) {
+    pub(crate) fn update_mode(&mut self) {
         let cs = self.segs[CS].attr;
         self.long = self.lma() && cs & 0x2000 != 0;
         self.code_mode = if self.long {
@@ -89,7 +89,7 @@ impl SoftCpu {
     }
 
     /// Run `f`; if it faults, put the registers it may have changed back.
-    pub fn atomically<X>(&mut self, f: impl FnOnce(&mut Self) -> R<X>) -> R<X> {
+    pub(crate) fn atomically<X>(&mut self, f: impl FnOnce(&mut Self) -> R<X>) -> R<X> {
         let keep = (self.segs, self.ldtr, self.tr, self.cpl, self.eflags, self.f_res, self.f_aux, self.rip);
         let gpr = self.st.gpr;
         let cr3 = self.cr3;
@@ -108,7 +108,7 @@ impl SoftCpu {
     }
 
     /// Linear address of a selector's descriptor, or `None` beyond the table.
-    pub fn desc_addr(&self, sel: u16, size: u64) -> Option<u64> {
+    pub(crate) fn desc_addr(&self, sel: u16, size: u64) -> Option<u64> {
         let (base, limit) = if sel & 4 != 0 {
             if self.ldtr.attr & 0x80 == 0 {
                 return None;
@@ -122,16 +122,16 @@ impl SoftCpu {
     }
 
     /// Read a descriptor; beyond the table is exception `vector` with the selector.
-    pub fn read_desc(&mut self, sel: u16, vector: u8) -> R<Desc> {
+    pub(crate) fn read_desc(&mut self, sel: u16, vector: u8) -> R<Desc> {
         let Some(at) = self.desc_addr(sel, 8) else {
             return self.raise(Exception::with_error(vector, (sel & !3) as u32 | self.ext));
         };
         let at = self.wrap_lin(at);
-        let v = self.as_system(|c| c.load::<u64>(at))?;
+        let v = self.as_system(|c| c.ld::<u64>(at))?;
         Ok(Desc { lo: v as u32, hi: (v >> 32) as u32 })
     }
 
-    pub fn wrap_lin(&self, a: u64) -> u64 {
+    pub(crate) fn wrap_lin(&self, a: u64) -> u64 {
         if self.lma() {
             a
         } else {
@@ -140,14 +140,14 @@ impl SoftCpu {
     }
 
     /// Set bits in the second word of a descriptor in memory (accessed, busy).
-    pub fn mark_desc(&mut self, sel: u16, set: u32, clear: u32) -> R<()> {
+    pub(crate) fn mark_desc(&mut self, sel: u16, set: u32, clear: u32) -> R<()> {
         if let Some(at) = self.desc_addr(sel, 8) {
             let at = self.wrap_lin(at + 4);
             self.as_system(|c| {
-                let v = c.load::<u32>(at)? as u32;
+                let v = c.ld::<u32>(at)? as u32;
                 let n = v & !clear | set;
                 if n != v {
-                    c.store::<u32>(at, n as u64)?;
+                    c.wr::<u32>(at, n as u64)?;
                 }
                 Ok(())
             })?;
@@ -156,13 +156,13 @@ impl SoftCpu {
     }
 
     /// #GP, #NP, #SS or #TS naming a selector.
-    pub fn sel_fault<T>(&mut self, vector: u8, sel: u16) -> R<T> {
+    pub(crate) fn sel_fault<T>(&mut self, vector: u8, sel: u16) -> R<T> {
         let e = (sel & !3) as u32 | self.ext;
         self.raise(Exception::with_error(vector, e))
     }
 
     /// Load ES, SS, DS, FS or GS.
-    pub fn load_seg(&mut self, seg: usize, sel: u16) -> R<()> {
+    pub(crate) fn load_seg(&mut self, seg: usize, sel: u16) -> R<()> {
         if !self.protected() {
             let vm = self.vm86();
             let s = &mut self.segs[seg];
@@ -226,7 +226,7 @@ impl SoftCpu {
         Ok(())
     }
 
-    pub fn mark_accessed(&mut self, sel: u16, d: Desc) -> R<()> {
+    pub(crate) fn mark_accessed(&mut self, sel: u16, d: Desc) -> R<()> {
         if d.hi & 0x100 == 0 {
             self.mark_desc(sel, 0x100, 0)?;
         }
@@ -234,7 +234,7 @@ impl SoftCpu {
     }
 
     /// CS from a checked descriptor; `cpl` becomes the privilege level.
-    pub fn set_cs(&mut self, sel: u16, d: Desc, cpl: u8) -> R<()> {
+    pub(crate) fn set_cs(&mut self, sel: u16, d: Desc, cpl: u8) -> R<()> {
         self.mark_accessed(sel, d)?;
         let mut s = d.segment(sel & !3 | cpl as u16);
         s.attr |= 1;
@@ -245,7 +245,7 @@ impl SoftCpu {
     }
 
     /// CS in real and virtual-8086 mode.
-    pub fn set_cs_real(&mut self, sel: u16) {
+    pub(crate) fn set_cs_real(&mut self, sel: u16) {
         let vm = self.vm86();
         let s = &mut self.segs[CS];
         s.selector = sel;
@@ -260,14 +260,14 @@ impl SoftCpu {
     }
 
     /// After entering virtual-8086 mode: all six segments by their selectors.
-    pub fn set_vm86_segments(&mut self, sels: [u16; 6]) {
+    pub(crate) fn set_vm86_segments(&mut self, sels: [u16; 6]) {
         for (s, sel) in self.segs.iter_mut().zip(sels) {
             *s = Segment { selector: sel, base: (sel as u64) << 4, limit: 0xFFFF, attr: 0xF3 };
         }
     }
 
     /// On a return to less privileged code: data segments that it may not use become null.
-    pub fn drop_privileged_segments(&mut self) {
+    pub(crate) fn drop_privileged_segments(&mut self) {
         for i in [ES, DS, FS, GS] {
             let s = self.segs[i];
             let dpl = (s.attr >> 5 & 3) as u8;

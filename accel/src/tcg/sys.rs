@@ -25,13 +25,13 @@ impl SoftCpu {
     }
 
     /// Opcode of the instruction in hand.
-    pub fn cur_opcode(&self) -> u8 {
+    pub(crate) fn cur_opcode(&self) -> u8 {
         // SAFETY: as in `position`.
         unsafe { (*self.cur).opcode }
     }
 
     /// The I/O permission check (SDM vol. 1, section 19.5).
-    pub fn check_io(&mut self, port: u16, size: u8) -> R<()> {
+    pub(crate) fn check_io(&mut self, port: u16, size: u8) -> R<()> {
         if self.st.cr0 & CR0_PE == 0 || (!self.vm86() && self.cpl as u64 <= self.iopl()) {
             return Ok(());
         }
@@ -40,12 +40,12 @@ impl SoftCpu {
         }
         let base = self.tr.base;
         let limit = self.tr.limit as u64;
-        let map = self.as_system(|c| c.load::<u16>(base + 0x66))?;
+        let map = self.as_system(|c| c.ld::<u16>(base + 0x66))?;
         let at = map + port as u64 / 8;
         if at + 1 > limit {
             return self.gp(0);
         }
-        let bits = self.as_system(|c| c.load::<u16>(base + at))?;
+        let bits = self.as_system(|c| c.ld::<u16>(base + at))?;
         let mask = (1u64 << size) - 1;
         if bits >> (port & 7) & mask != 0 {
             return self.gp(0);
@@ -53,26 +53,26 @@ impl SoftCpu {
         Ok(())
     }
 
-    pub fn port_in(&mut self, port: u16, size: u8) -> u32 {
+    pub(crate) fn port_in(&mut self, port: u16, size: u8) -> u32 {
         let position = self.position();
         let v = self.bus().io_read(position, port, size);
         self.after_bus();
         v
     }
-    pub fn port_out(&mut self, port: u16, size: u8, v: u32) {
+    pub(crate) fn port_out(&mut self, port: u16, size: u8, v: u32) {
         let position = self.position();
         self.bus().io_write(position, port, size, v);
         self.after_bus();
     }
 
     /// No interrupts until after the next instruction.
-    pub fn block_interrupts(&mut self) {
+    pub(crate) fn block_interrupts(&mut self) {
         self.shadow = true;
         self.attend();
     }
 
     /// The time-stamp counter at the instruction in hand.
-    pub fn tsc(&mut self) -> u64 {
+    pub(crate) fn tsc(&mut self) -> u64 {
         let position = self.position();
         self.bus().clock_ns(position).wrapping_add(self.msr.tsc_adjust)
     }
@@ -169,7 +169,7 @@ fn store_table(c: &mut SoftCpu, op: &Op, t: (u64, u16)) -> R<()> {
     let lin = c.ea(op, if c.long { 10 } else { 6 }, true)?;
     let n = if c.long { 8 } else { 4 };
     c.check_write(lin.wrapping_add(2), n as u64)?;
-    c.store::<u16>(lin, t.1 as u64)?;
+    c.wr::<u16>(lin, t.1 as u64)?;
     c.store_sz(lin.wrapping_add(2), n, t.0)
 }
 pub fn sgdt(c: &mut SoftCpu, op: &Op) -> R<()> {
@@ -181,7 +181,7 @@ pub fn sidt(c: &mut SoftCpu, op: &Op) -> R<()> {
 fn load_table(c: &mut SoftCpu, op: &Op) -> R<(u64, u16)> {
     c.need_cpl0()?;
     let lin = c.ea(op, if c.long { 10 } else { 6 }, false)?;
-    let limit = c.load::<u16>(lin)? as u16;
+    let limit = c.ld::<u16>(lin)? as u16;
     let n = if c.long { 8 } else { 4 };
     let mut base = c.load_sz(lin.wrapping_add(2), n)?;
     if !c.long && op.osz == 2 {
@@ -213,7 +213,7 @@ fn store_sel(c: &mut SoftCpu, op: &Op, v: u64) -> R<()> {
         return Ok(());
     }
     let lin = c.ea(op, 2, true)?;
-    c.store::<u16>(lin, v)
+    c.wr::<u16>(lin, v)
 }
 pub fn sldt(c: &mut SoftCpu, op: &Op) -> R<()> {
     protected_only(c)?;
@@ -231,7 +231,7 @@ fn system_base(c: &mut SoftCpu, sel: u16, base: u64) -> R<u64> {
     let Some(at) = c.desc_addr(sel, 16) else {
         return c.sel_fault(13, sel);
     };
-    let (hi, kind) = c.as_system(|c| Ok((c.load::<u32>(at + 8)?, c.load::<u32>(at + 12)?)))?;
+    let (hi, kind) = c.as_system(|c| Ok((c.ld::<u32>(at + 8)?, c.ld::<u32>(at + 12)?)))?;
     let base = base | hi << 32;
     if kind & 0x1F00 != 0 || !canonical(base) {
         return c.sel_fault(13, sel);
@@ -354,15 +354,11 @@ pub fn lsl(c: &mut SoftCpu, op: &Op) -> R<()> {
 pub fn arpl(c: &mut SoftCpu, op: &Op) -> R<()> {
     protected_only(c)?;
     let src = c.get::<u16>(op.reg);
-    let mut zf = false;
-    super::alu::change_rm::<u16>(c, op, |_, v| {
-        zf = v & 3 < src & 3;
-        if zf {
-            v & !3 | src & 3
-        } else {
-            v
-        }
-    })?;
+    // The operand is written only when its RPL changes.
+    let zf = read_rm::<u16>(c, op)? & 3 < src & 3;
+    if zf {
+        super::alu::change_rm::<u16>(c, op, |_, v| v & !3 | src & 3)?;
+    }
     c.set_zf(zf);
     Ok(())
 }
@@ -731,8 +727,8 @@ pub fn invpcid(c: &mut SoftCpu, op: &Op) -> R<()> {
     c.need_cpl0()?;
     let kind = c.get_sz(op.reg, if c.long { 8 } else { 4 });
     let lin = c.ea(op, 16, false)?;
-    let lo = c.load::<u64>(lin)?;
-    let addr = c.load::<u64>(lin.wrapping_add(8))?;
+    let lo = c.ld::<u64>(lin)?;
+    let addr = c.ld::<u64>(lin.wrapping_add(8))?;
     if kind > 3 || lo >> 12 != 0 || kind == 0 && !canonical(addr) {
         return c.gp(0);
     }
@@ -740,7 +736,7 @@ pub fn invpcid(c: &mut SoftCpu, op: &Op) -> R<()> {
 }
 pub fn clflush(c: &mut SoftCpu, op: &Op) -> R<()> {
     let lin = c.ea(op, 1, false)?;
-    c.load::<u8>(lin)?;
+    c.ld::<u8>(lin)?;
     Ok(())
 }
 pub fn clac(c: &mut SoftCpu, _: &Op) -> R<()> {
@@ -767,7 +763,7 @@ pub fn monitor(c: &mut SoftCpu, op: &Op) -> R<()> {
     }
     let off = c.get_sz(0, op.asz);
     let lin = c.seg_lin(op.seg as usize, off, 1, false)?;
-    c.load::<u8>(lin)?;
+    c.ld::<u8>(lin)?;
     Ok(())
 }
 /// MWAIT ends at once, which the architecture allows; a guest that waits in a loop sees PAUSE.

@@ -17,7 +17,7 @@ pub enum Why {
 
 impl SoftCpu {
     /// Through a task gate: the TSS must be in the GDT and available.
-    pub fn task_gate(&mut self, tss: u16, why: Why, error: Option<u32>) -> R<()> {
+    pub(crate) fn task_gate(&mut self, tss: u16, why: Why, error: Option<u32>) -> R<()> {
         if tss & 4 != 0 || tss & !3 == 0 {
             return self.sel_fault(13, tss);
         }
@@ -32,9 +32,9 @@ impl SoftCpu {
     }
 
     /// IRET with NT set.
-    pub fn task_return(&mut self) -> R<()> {
+    pub(crate) fn task_return(&mut self) -> R<()> {
         let base = self.tr.base;
-        let link = self.as_system(|c| c.load::<u16>(base))? as u16;
+        let link = self.as_system(|c| c.ld::<u16>(base))? as u16;
         if link & 4 != 0 || link & !3 == 0 {
             return self.sel_fault(10, link);
         }
@@ -49,7 +49,7 @@ impl SoftCpu {
     }
 
     /// Switch to the task of TSS descriptor `d`; `self.rip` is where the old task resumes.
-    pub fn task_switch(&mut self, sel: u16, d: Desc, why: Why, error: Option<u32>) -> R<()> {
+    pub(crate) fn task_switch(&mut self, sel: u16, d: Desc, why: Why, error: Option<u32>) -> R<()> {
         let wide = d.kind() & 8 != 0;
         let need = if wide { 0x67 } else { 0x2B };
         if d.limit() < need {
@@ -66,26 +66,26 @@ impl SoftCpu {
         let rip = self.rip;
         self.as_system(|c| {
             if old_wide {
-                c.store::<u32>(old_base + 0x20, rip)?;
-                c.store::<u32>(old_base + 0x24, flags)?;
+                c.wr::<u32>(old_base + 0x20, rip)?;
+                c.wr::<u32>(old_base + 0x24, flags)?;
                 for i in 0..8 {
                     let v = c.st.gpr[i as usize];
-                    c.store::<u32>(old_base + 0x28 + 4 * i, v)?;
+                    c.wr::<u32>(old_base + 0x28 + 4 * i, v)?;
                 }
                 for i in 0..6 {
                     let v = c.segs[i as usize].selector as u64;
-                    c.store::<u16>(old_base + 0x48 + 4 * i, v)?;
+                    c.wr::<u16>(old_base + 0x48 + 4 * i, v)?;
                 }
             } else {
-                c.store::<u16>(old_base + 0xE, rip)?;
-                c.store::<u16>(old_base + 0x10, flags)?;
+                c.wr::<u16>(old_base + 0xE, rip)?;
+                c.wr::<u16>(old_base + 0x10, flags)?;
                 for i in 0..8 {
                     let v = c.st.gpr[i as usize];
-                    c.store::<u16>(old_base + 0x12 + 2 * i, v)?;
+                    c.wr::<u16>(old_base + 0x12 + 2 * i, v)?;
                 }
                 for i in 0..4 {
                     let v = c.segs[i as usize].selector as u64;
-                    c.store::<u16>(old_base + 0x22 + 2 * i, v)?;
+                    c.wr::<u16>(old_base + 0x22 + 2 * i, v)?;
                 }
             }
             Ok(())
@@ -97,32 +97,32 @@ impl SoftCpu {
         if wide {
             (cr3, ip, new_flags, ldt, trap) = self.as_system(|c| {
                 for (i, g) in gpr.iter_mut().enumerate() {
-                    *g = c.load::<u32>(new_base + 0x28 + 4 * i as u64)?;
+                    *g = c.ld::<u32>(new_base + 0x28 + 4 * i as u64)?;
                 }
                 for (i, s) in sels.iter_mut().enumerate() {
-                    *s = c.load::<u16>(new_base + 0x48 + 4 * i as u64)? as u16;
+                    *s = c.ld::<u16>(new_base + 0x48 + 4 * i as u64)? as u16;
                 }
                 Ok((
-                    c.load::<u32>(new_base + 0x1C)?,
-                    c.load::<u32>(new_base + 0x20)?,
-                    c.load::<u32>(new_base + 0x24)?,
-                    c.load::<u16>(new_base + 0x60)? as u16,
-                    c.load::<u16>(new_base + 0x64)? & 1 != 0,
+                    c.ld::<u32>(new_base + 0x1C)?,
+                    c.ld::<u32>(new_base + 0x20)?,
+                    c.ld::<u32>(new_base + 0x24)?,
+                    c.ld::<u16>(new_base + 0x60)? as u16,
+                    c.ld::<u16>(new_base + 0x64)? & 1 != 0,
                 ))
             })?;
         } else {
             (cr3, ip, new_flags, ldt, trap) = self.as_system(|c| {
                 for (i, g) in gpr.iter_mut().enumerate() {
-                    *g = c.load::<u16>(new_base + 0x12 + 2 * i as u64)? | 0xFFFF_0000;
+                    *g = c.ld::<u16>(new_base + 0x12 + 2 * i as u64)? | 0xFFFF_0000;
                 }
                 for (i, s) in sels[..4].iter_mut().enumerate() {
-                    *s = c.load::<u16>(new_base + 0x22 + 2 * i as u64)? as u16;
+                    *s = c.ld::<u16>(new_base + 0x22 + 2 * i as u64)? as u16;
                 }
                 Ok((
                     c.cr3,
-                    c.load::<u16>(new_base + 0xE)?,
-                    c.load::<u16>(new_base + 0x10)?,
-                    c.load::<u16>(new_base + 0x2A)? as u16,
+                    c.ld::<u16>(new_base + 0xE)?,
+                    c.ld::<u16>(new_base + 0x10)?,
+                    c.ld::<u16>(new_base + 0x2A)? as u16,
                     false,
                 ))
             })?;
@@ -135,7 +135,7 @@ impl SoftCpu {
             self.mark_desc(sel, 0x200, 0)?;
         }
         if matches!(why, Why::Call | Why::Interrupt) {
-            self.as_system(|c| c.store::<u16>(new_base, old_tr as u64))?;
+            self.as_system(|c| c.wr::<u16>(new_base, old_tr as u64))?;
             new_flags |= NT;
         }
         // Commit. Faults from here on belong to the new task.

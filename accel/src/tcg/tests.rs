@@ -1,1 +1,365 @@
-//! Tests of the software processor.
+//! Tests of the software processor on hand-assembled code.
+
+use super::*;
+
+/// A bus that answers little and remembers what was written to ports.
+#[derive(Default)]
+struct TestBus {
+    out: Vec<(u64, u16, u32)>,
+    intr: Option<u8>,
+    ipis: Vec<Ipi>,
+    stop: bool,
+}
+impl Bus for TestBus {
+    fn io_read(&mut self, position: u64, port: u16, _: u8) -> u32 {
+        port as u32 ^ position as u32
+    }
+    fn io_write(&mut self, position: u64, port: u16, _: u8, value: u32) {
+        self.out.push((position, port, value));
+    }
+    fn mmio_read(&mut self, position: u64, addr: u64, _: u8) -> u64 {
+        addr ^ position
+    }
+    fn mmio_write(&mut self, position: u64, addr: u64, _: u8, value: u64) {
+        self.out.push((position, addr as u16, value as u32));
+    }
+    fn clock_ns(&mut self, position: u64) -> u64 {
+        position * 10
+    }
+    fn intr(&mut self) -> bool {
+        self.intr.is_some()
+    }
+    fn intr_ack(&mut self, _: u64) -> u8 {
+        self.intr.take().unwrap_or(0xFF)
+    }
+    fn eoi(&mut self, _: u64, _: u8) {}
+    fn send_ipi(&mut self, ipi: Ipi) {
+        self.ipis.push(ipi);
+    }
+    fn random(&mut self) -> u64 {
+        42
+    }
+    fn break_requested(&self) -> bool {
+        self.stop
+    }
+}
+
+struct Machine {
+    mem: GuestMemory,
+    cpu: SoftCpu,
+    bus: TestBus,
+    position: u64,
+}
+
+impl Machine {
+    /// Real mode, code at 0:1000, stack below it.
+    fn real(code: &[u8]) -> Machine {
+        let mem = GuestMemory::new(4 << 20).unwrap();
+        mem.write(0x1000, code).unwrap();
+        let mut cpu = SoftCpu::new(0, 1, &CpuModel::parse("max").unwrap());
+        cpu.segs[CS] = Segment { selector: 0, base: 0, limit: 0xFFFF, attr: 0x9B };
+        cpu.idt = (0, 0x3FF);
+        cpu.rip = 0x1000;
+        cpu.st.gpr[RSP] = 0x1000;
+        cpu.update_mode();
+        Machine { mem, cpu, bus: TestBus::default(), position: 0 }
+    }
+
+    /// 64-bit mode with paging: linear = physical for 2 MiB at PDE 0, page tables at 0x10000.., code at
+    /// 0x1000. GDT at 0x8000: 08 kernel code, 10 kernel data, 1B user data, 23 user code, 28 TSS at 0x9000.
+    /// IDT at 0xA000: every vector to a HLT at 0xC000 + 16 * vector.
+    fn long(code: &[u8]) -> Machine {
+        let mut m = Machine::real(code);
+        let q = |m: &Machine, at: u64, v: u64| m.mem.write(at, &v.to_le_bytes()).unwrap();
+        q(&m, 0x1_0000, 0x1_1007);
+        q(&m, 0x1_1000, 0x1_2007);
+        q(&m, 0x1_2000, 0x1_3007);
+        for i in 0..512 {
+            q(&m, 0x1_3000 + 8 * i, i << 12 | 7);
+        }
+        q(&m, 0x8008, 0x00AF_9B00_0000_FFFF);
+        q(&m, 0x8010, 0x00CF_9300_0000_FFFF);
+        q(&m, 0x8018, 0x00CF_F300_0000_FFFF);
+        q(&m, 0x8020, 0x00AF_FB00_0000_FFFF);
+        q(&m, 0x9004, 0x7000);
+        for v in 0..256u64 {
+            let to = 0xC000 + 16 * v;
+            q(&m, 0xA000 + 16 * v, to & 0xFFFF | 8 << 16 | 0x8E00 << 32 | (to >> 16) << 48);
+            m.mem.write(to, &[0xF4]).unwrap();
+        }
+        let c = &mut m.cpu;
+        c.gdt = (0x8000, 0x37);
+        c.idt = (0xA000, 0xFFF);
+        c.tr = Segment { selector: 0x28, base: 0x9000, limit: 0x67, attr: 0x8B };
+        c.segs[CS] = Segment { selector: 8, base: 0, limit: u32::MAX, attr: 0xA09B };
+        for s in [ES, SS, DS] {
+            c.segs[s] = Segment { selector: 0x10, base: 0, limit: u32::MAX, attr: 0xC093 };
+        }
+        c.st.cr0 = CR0_PE | CR0_PG | CR0_WP | CR0_NE | 0x10;
+        c.st.cr4 = CR4_PAE;
+        c.efer = EFER_LME | EFER_LMA | EFER_NXE | EFER_SCE;
+        c.cr3 = 0x1_0000;
+        c.st.gpr[RSP] = 0x6000;
+        c.flush_tlb();
+        c.update_mode();
+        m
+    }
+
+    fn run(&mut self, n: u64) -> RunResult {
+        let r = self.cpu.run(&self.mem, &mut self.bus, self.position, n);
+        self.position += r.retired;
+        r
+    }
+    fn word(&self, at: u64) -> u64 {
+        let mut b = [0; 8];
+        self.mem.read(at, &mut b).unwrap();
+        u64::from_le_bytes(b)
+    }
+}
+
+#[test]
+fn real_mode_adds_and_halts() {
+    // mov ax,7FFF; add ax,1; pushf; pop bx; hlt
+    let mut m = Machine::real(&[0xB8, 0xFF, 0x7F, 0x05, 0x01, 0x00, 0x9C, 0x5B, 0xF4]);
+    let r = m.run(100);
+    assert_eq!((r.exit, r.retired), (Exit::Halt, 5));
+    assert_eq!(m.cpu.st.gpr[RAX], 0x8000);
+    // OF, SF, PF, AF.
+    assert_eq!(m.cpu.st.gpr[RBX] & 0x8D5, 0x894);
+}
+
+#[test]
+fn the_division_of_the_budget_does_not_show() {
+    // mov cx,300; mov di,4000h; cld; rep stosb; mov cx,10; a: in al,60h; add [bx],al; loop a; hlt
+    let code = [
+        0xB9, 0x2C, 0x01, 0xBF, 0x00, 0x40, 0xFC, 0xF3, 0xAA, 0xB9, 0x0A, 0x00, 0xE4, 0x60, 0x00, 0x07, 0xE2,
+        0xFA, 0xF4,
+    ];
+    let mut whole = Machine::real(&code);
+    assert_eq!(whole.run(1000).exit, Exit::Halt);
+    assert_eq!(whole.position, 3 + 300 + 1 + 30 + 1);
+    for step in [1, 2, 3, 7, 50] {
+        let mut m = Machine::real(&code);
+        loop {
+            let r = m.run(step);
+            assert!(r.retired <= step);
+            if r.exit == Exit::Halt {
+                break;
+            }
+            // Saving and loading in the middle changes nothing either.
+            let saved = m.cpu.save();
+            let mut fresh = SoftCpu::new(0, 1, &CpuModel::parse("max").unwrap());
+            Processor::load(&mut fresh, &saved).unwrap();
+            assert_eq!(fresh.save(), saved);
+            m.cpu = fresh;
+        }
+        assert_eq!(m.position, whole.position);
+        assert_eq!(m.cpu.save(), whole.cpu.save());
+        assert_eq!(m.word(0), whole.word(0));
+    }
+}
+
+#[test]
+fn code_that_changes_the_next_instruction_runs_changed() {
+    // mov byte [100Ah],42h (inc dx); nop; nop; nop; nop; nop; then at 100A: inc cx; hlt
+    let code = [0xC6, 0x06, 0x0A, 0x10, 0x42, 0x90, 0x90, 0x90, 0x90, 0x90, 0x41, 0xF4];
+    let mut m = Machine::real(&code);
+    m.cpu.st.gpr[RDX] = 0;
+    m.run(100);
+    assert_eq!((m.cpu.st.gpr[RCX], m.cpu.st.gpr[RDX]), (0, 1));
+    // A device's write is seen too.
+    m.mem.write(0x100A, &[0x43]).unwrap();
+    m.mem.write(0x1000, &[0xEB, 0x08]).unwrap();
+    m.cpu.rip = 0x1000;
+    m.cpu.halted = false;
+    m.run(100);
+    assert_eq!(m.cpu.st.gpr[RBX], 1);
+}
+
+#[test]
+fn a_page_fault_leaves_registers_and_pushes_its_frame() {
+    // mov rax,[400000h] beyond the mapped 2 MiB.
+    let mut m = Machine::long(&[0x48, 0x8B, 0x04, 0x25, 0x00, 0x00, 0x40, 0x00, 0xF4]);
+    m.cpu.st.gpr[RAX] = 5;
+    let r = m.run(100);
+    // Only the handler's HLT retired.
+    assert_eq!((r.exit, r.retired), (Exit::Halt, 1));
+    assert_eq!((m.cpu.cr2, m.cpu.st.gpr[RAX]), (0x40_0000, 5));
+    assert_eq!(m.cpu.rip, 0xC000 + 16 * 14 + 1);
+    let sp = m.cpu.st.gpr[RSP];
+    assert_eq!((m.word(sp), m.word(sp + 8), m.word(sp + 16)), (0, 0x1000, 8));
+    assert_eq!(m.word(sp + 32), 0x6000);
+}
+
+#[test]
+fn translations_follow_the_tables_without_invlpg() {
+    // mov al,[5000h]; mov byte [13000h+8*5+1],40h (PTE of 5000h now maps 4000h); mov bl,[5000h]; hlt
+    let code = [
+        0x8A, 0x04, 0x25, 0x00, 0x50, 0, 0, 0xC6, 0x04, 0x25, 0x29, 0x30, 0x01, 0x00, 0x40, 0x8A, 0x1C, 0x25,
+        0x00, 0x50, 0, 0, 0xF4,
+    ];
+    let mut m = Machine::long(&code);
+    m.mem.write(0x5000, &[1]).unwrap();
+    m.mem.write(0x4000, &[2]).unwrap();
+    m.run(100);
+    assert_eq!((m.cpu.st.gpr[RAX] & 0xFF, m.cpu.st.gpr[RBX] & 0xFF), (1, 2));
+    // The walk set accessed, but not dirty.
+    assert_eq!(m.word(0x1_3028) & 0x60, 0x20);
+    assert_eq!(m.word(0x1_3000 + 8 * 0x13) & 0x60, 0x60);
+}
+
+#[test]
+fn a_triple_fault_shuts_down_and_a_fault_loop_does_not_hang() {
+    let mut m = Machine::long(&[0x0F, 0x0B]);
+    m.cpu.idt = (0, 0);
+    assert_eq!(m.run(10).exit, Exit::Shutdown);
+    // #UD whose handler is an undefined instruction on an interrupt stack: time still passes.
+    let mut m = Machine::long(&[0x0F, 0x0B]);
+    m.mem.write(0xC060, &[0x0F, 0x0B]).unwrap();
+    m.mem.write(0x9024, &0x6000u64.to_le_bytes()).unwrap();
+    m.mem.write(0xA064, &[1]).unwrap();
+    assert_eq!(m.run(10).exit, Exit::Budget);
+}
+
+#[test]
+fn user_code_calls_the_kernel_and_returns() {
+    // iretq to user 2000h; there: syscall -> 3000h: sysret; back: int 80h -> handler's HLT.
+    let mut m = Machine::long(&[0x48, 0xCF]);
+    for (i, v) in [0x2000u64, 0x23, 0x202, 0x5000, 0x1B].iter().enumerate() {
+        m.mem.write(0x6000 + 8 * i as u64, &v.to_le_bytes()).unwrap();
+    }
+    m.mem.write(0x2000, &[0x0F, 0x05, 0x41, 0x53, 0xCD, 0x80]).unwrap();
+    m.mem.write(0x3000, &[0x48, 0x0F, 0x07]).unwrap();
+    m.cpu.msr.star = 0x0013 << 48 | 8 << 32;
+    m.cpu.msr.lstar = 0x3000;
+    m.mem.write(0xA000 + 16 * 0x80 + 5, &[0xEE]).unwrap();
+    let r = m.run(100);
+    assert_eq!((r.exit, r.retired), (Exit::Halt, 6));
+    assert_eq!(m.cpu.cpl, 0);
+    // The frame is on RSP0's stack and names user mode.
+    assert_eq!(m.cpu.st.gpr[RSP], 0x7000 - 40);
+    assert_eq!((m.word(0x7000 - 40), m.word(0x7000 - 32)), (0x2006, 0x23));
+    assert_eq!(m.word(0x5000 - 8), 0x202);
+}
+
+#[test]
+fn supervisor_access_to_user_pages_obeys_smap_and_smep() {
+    // mov al,[5000h]; hlt
+    let code = [0x8A, 0x04, 0x25, 0x00, 0x50, 0, 0, 0xF4];
+    let mut m = Machine::long(&code);
+    // Kernel pages, but for 5000h.
+    for i in (0..512u64).filter(|i| *i != 5) {
+        m.mem.write(0x1_3000 + 8 * i, &(i << 12 | 3).to_le_bytes()).unwrap();
+    }
+    m.cpu.st.cr4 |= CR4_SMAP | CR4_SMEP;
+    m.cpu.st.gpr[RSP] = 0x8000;
+    m.run(100);
+    let sp = m.cpu.st.gpr[RSP];
+    assert_eq!((m.cpu.cr2, m.word(sp)), (0x5000, 1));
+    // With AC set it may.
+    m.cpu.halted = false;
+    m.cpu.rip = 0x1000;
+    m.cpu.eflags |= flags::AC;
+    m.cpu.update_mmu();
+    m.run(100);
+    assert_eq!(m.cpu.rip, 0x1008);
+    // Fetching does not care about AC.
+    m.cpu.halted = false;
+    m.cpu.rip = 0x5000;
+    m.run(100);
+    let sp = m.cpu.st.gpr[RSP];
+    assert_eq!((m.cpu.cr2, m.word(sp)), (0x5000, 0x11));
+}
+
+#[test]
+fn sti_holds_interrupts_back_for_one_instruction() {
+    // sti; inc ax; inc ax; hlt. Vector 20h: hlt at 0:3000.
+    let mut m = Machine::real(&[0xFB, 0x40, 0x40, 0xF4]);
+    m.mem.write(0x80, &[0x00, 0x30, 0, 0]).unwrap();
+    m.mem.write(0x3000, &[0xF4]).unwrap();
+    m.cpu.st.gpr[RAX] = 0;
+    m.bus.intr = Some(0x20);
+    m.run(100);
+    assert_eq!((m.cpu.st.gpr[RAX], m.cpu.rip), (1, 0x3001));
+}
+
+#[test]
+fn single_step_traps_after_each_instruction() {
+    // pushf; pop ax; or ah,1; push ax; popf; nop; nop. Vector 1: hlt at 0:3000.
+    let mut m = Machine::real(&[0x9C, 0x58, 0x80, 0xCC, 0x01, 0x50, 0x9D, 0x90, 0x90]);
+    m.mem.write(4, &[0x00, 0x30, 0, 0]).unwrap();
+    m.mem.write(0x3000, &[0xF4]).unwrap();
+    m.run(100);
+    assert_eq!(m.cpu.rip, 0x3001);
+    assert_eq!(m.cpu.dr[6] & 0x4000, 0x4000);
+    // The trap came after the NOP that followed POPF.
+    assert_eq!(m.word(m.cpu.st.gpr[RSP]) & 0xFFFF, 0x1008);
+}
+
+#[test]
+fn the_apic_timer_fires_at_its_virtual_time() {
+    let mut m = Machine::long(&[0xEB, 0xFE]);
+    let eff = |l: &mut Lapic, n, v| {
+        l.write(n, v, 1000);
+    };
+    eff(&mut m.cpu.lapic, 0x0F, 0x1FF);
+    eff(&mut m.cpu.lapic, 0x32, 0x30);
+    eff(&mut m.cpu.lapic, 0x3E, 0xB);
+    eff(&mut m.cpu.lapic, 0x38, 500);
+    assert_eq!(m.cpu.next_deadline(), Some(1500));
+    m.cpu.set_rflags(0x202);
+    m.cpu.advance(1499);
+    assert_eq!(m.run(10).exit, Exit::Budget);
+    m.cpu.advance(1500);
+    assert_eq!(m.run(10).exit, Exit::Halt);
+    assert_eq!(m.cpu.rip, 0xC000 + 16 * 0x30 + 1);
+}
+
+#[test]
+fn access_to_the_bus_names_its_position() {
+    // nop; nop; out 80h,al; rep outsb (3); mov eax,[FED00000h]; hlt
+    let code = [0x90, 0x90, 0xE6, 0x80, 0xF3, 0x6E, 0xA0, 0, 0, 0xD0, 0xFE, 0, 0, 0, 0, 0xF4];
+    let mut m = Machine::long(&code);
+    m.cpu.st.gpr[RCX] = 3;
+    m.cpu.st.gpr[RDX] = 0x55;
+    m.cpu.st.gpr[RSI] = 0x4000;
+    // Map the high address through PDE 0x1F6 of the fourth gigabyte.
+    m.mem.write(0x1_1018, &0x1_4007u64.to_le_bytes()).unwrap();
+    m.mem.write(0x1_4000 + 8 * 0x1F6, &0xFEC0_0087u64.to_le_bytes()).unwrap();
+    m.run(100);
+    let at: Vec<(u64, u16)> = m.bus.out.iter().map(|o| (o.0, o.1)).collect();
+    assert_eq!(at, [(2, 0x80), (3, 0x55), (4, 0x55), (5, 0x55)]);
+    assert_eq!(m.cpu.st.gpr[RAX] & 0xFF, 6);
+}
+
+#[test]
+fn protected_mode_task_switch_through_the_gdt() {
+    // 32-bit: jmp 30h:0 (a TSS); the new task runs at 2000h: hlt.
+    let mut m = Machine::real(&[0xEA, 0, 0, 0, 0, 0x30, 0]);
+    let q = |m: &Machine, at: u64, v: u64| m.mem.write(at, &v.to_le_bytes()).unwrap();
+    q(&m, 0x8008, 0x00CF_9B00_0000_FFFF);
+    q(&m, 0x8010, 0x00CF_9300_0000_FFFF);
+    q(&m, 0x8028, 0x0000_8B00_9000_0067);
+    q(&m, 0x8030, 0x0000_8900_9100_0067);
+    m.mem.write(0x2000, &[0xF4]).unwrap();
+    for (off, v) in [(0x20u64, 0x2000u32), (0x24, 2), (0x28, 77), (0x38, 0x5000)] {
+        m.mem.write(0x9100 + off, &v.to_le_bytes()).unwrap();
+    }
+    for (i, sel) in [0x10u32, 8, 0x10, 0x10, 0, 0].iter().enumerate() {
+        m.mem.write(0x9100 + 0x48 + 4 * i as u64, &sel.to_le_bytes()).unwrap();
+    }
+    let c = &mut m.cpu;
+    c.gdt = (0x8000, 0x37);
+    c.tr = Segment { selector: 0x28, base: 0x9000, limit: 0x67, attr: 0x8B };
+    c.segs[CS] = Segment { selector: 8, base: 0, limit: u32::MAX, attr: 0xC09B };
+    c.segs[SS] = Segment { selector: 0x10, base: 0, limit: u32::MAX, attr: 0xC093 };
+    c.st.cr0 |= CR0_PE;
+    c.update_mode();
+    let r = m.run(10);
+    assert_eq!((r.exit, r.retired, m.cpu.rip), (Exit::Halt, 2, 0x2001));
+    assert_eq!((m.cpu.st.gpr[RAX], m.cpu.tr.selector), (77, 0x30));
+    // Old: available again, resumes after the jump. New: busy.
+    assert_eq!(m.word(0x8028) >> 40 & 0xFF, 0x89);
+    assert_eq!(m.word(0x8030) >> 40 & 0xFF, 0x8B);
+    assert_eq!(m.word(0x9020) & 0xFFFF_FFFF, 0x1007);
+}

@@ -48,16 +48,16 @@ impl Core for SoftCpu {
                 let a = lin.wrapping_add(at as u64);
                 let left = buf.len() - at;
                 if left >= 8 {
-                    buf[at..at + 8].copy_from_slice(&self.load::<u64>(a)?.to_le_bytes());
+                    buf[at..at + 8].copy_from_slice(&self.ld::<u64>(a)?.to_le_bytes());
                     at += 8;
                 } else if left >= 4 {
-                    buf[at..at + 4].copy_from_slice(&(self.load::<u32>(a)? as u32).to_le_bytes());
+                    buf[at..at + 4].copy_from_slice(&(self.ld::<u32>(a)? as u32).to_le_bytes());
                     at += 4;
                 } else if left >= 2 {
-                    buf[at..at + 2].copy_from_slice(&(self.load::<u16>(a)? as u16).to_le_bytes());
+                    buf[at..at + 2].copy_from_slice(&(self.ld::<u16>(a)? as u16).to_le_bytes());
                     at += 2;
                 } else {
-                    buf[at] = self.load::<u8>(a)? as u8;
+                    buf[at] = self.ld::<u8>(a)? as u8;
                     at += 1;
                 }
             }
@@ -70,10 +70,10 @@ impl Core for SoftCpu {
         let r = self.vec_lin(offset, len, true).and_then(|lin| {
             if len > 8 {
                 // All or nothing: the only places where it can fail are the pages it touches.
-                self.check_write(lin, 1)?;
+                SoftCpu::check_write(self, lin, 1)?;
                 let last = lin.wrapping_add(len - 1);
                 if last & !0xFFF != lin & !0xFFF {
-                    self.check_write(last, 1)?;
+                    SoftCpu::check_write(self, last & !0xFFF, 1)?;
                 }
             }
             let mut at = 0;
@@ -98,13 +98,20 @@ impl Core for SoftCpu {
         });
         r.map_err(|_| self.fault)
     }
+    fn check_write(&mut self, offset: u64, len: usize) -> Result<(), Exception> {
+        let r = self
+            .vec_lin(offset, len as u64, true)
+            .and_then(|lin| SoftCpu::check_write(self, lin, len as u64));
+        r.map_err(|_| self.fault)
+    }
     fn check_align(&mut self, align: u64) -> Result<(), Exception> {
-        let r = self.vec_lin(0, 1, false);
-        match r {
-            Ok(lin) if lin & (align - 1) == 0 => Ok(()),
-            Ok(_) => Err(Exception::gp(0)),
-            Err(_) => Err(self.fault),
+        // Alignment comes before the segment's limit.
+        let op = self.op();
+        let base = if self.long && op.seg < FS as u8 { 0 } else { self.segs[op.seg as usize].base };
+        if base.wrapping_add(self.offset(op)) & (align - 1) != 0 {
+            return Err(Exception::gp(0));
         }
+        Ok(())
     }
     fn set_flags(&mut self, cf: bool, pf: bool, af: bool, zf: bool, sf: bool, of: bool) {
         let bit = |b: bool, n: u32| (b as u64) << n;
@@ -127,8 +134,7 @@ impl Core for SoftCpu {
         let op = self.op();
         let m = u64::MAX >> (64 - 8 * op.asz as u32);
         let off = self.st.gpr[RDI].wrapping_add(offset) & m;
-        let r =
-            self.seg_lin(op.seg as usize, off, 1, true).and_then(|lin| self.store::<u8>(lin, byte as u64));
+        let r = self.seg_lin(op.seg as usize, off, 1, true).and_then(|lin| self.wr::<u8>(lin, byte as u64));
         r.map_err(|_| self.fault)
     }
 }

@@ -1,11 +1,11 @@
 //! Generates cases: every opcode in every prefix and ModRM form, on operand values that matter.
 
 use iced_x86::{
-    Code, CpuidFeature, Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, Mnemonic,
-    OpKind, Register, RflagsBits,
+    Code, ConstantOffsets, CpuidFeature, Decoder, DecoderOptions, FlowControl, Instruction,
+    InstructionInfoFactory, Mnemonic, OpKind, Register, RflagsBits,
 };
 
-use super::case::{Case, Compare, Regs, CODE, CODE_SIZE, DATA, DATA_SIZE, READ_ONLY};
+use super::case::{Case, Compare, Mode, Regs, CODE, CODE_SIZE, DATA, DATA_SIZE, ENTRY, READ_ONLY};
 
 /// splitmix64: the whole test is a function of its seed.
 pub struct Rng(pub u64);
@@ -180,7 +180,7 @@ fn is_prefix(map: u8, opcode: u8, long: bool) -> bool {
         0 => {
             matches!(
                 opcode,
-                0x0F | 0x26 | 0x2E | 0x36 | 0x3E | 0x62 | 0x64..=0x67 | 0xC4 | 0xC5 | 0xF0 | 0xF2 | 0xF3
+                0x0F | 0x26 | 0x2E | 0x36 | 0x3E | 0x64..=0x67 | 0xC4 | 0xC5 | 0xF0 | 0xF2 | 0xF3
             ) || long && (0x40..0x50).contains(&opcode)
         }
         1 => matches!(opcode, 0x0F | 0x38 | 0x3A),
@@ -224,7 +224,6 @@ fn claimed(feature: CpuidFeature) -> bool {
             | POPCNT
             | LZCNT
             | XSAVE
-            | XSAVEC
             | XSAVEOPT
             | MULTIBYTENOP
             | PAUSE
@@ -263,52 +262,80 @@ fn excluded(i: &Instruction) -> bool {
                 | Sldt
                 | Str
                 | Smsw
-                | Lar
-                | Lsl
-                | Verr
-                | Verw
-                | Lds
-                | Les
-                | Lss
                 | Lfs
                 | Lgs
-                | Retf
                 | Xgetbv
                 | Rsm
-                | Arpl
                 | Loadall
                 | Storeall
         )
-        || m == Mov && (i.op0_kind() == OpKind::Register && i.op0_register().is_segment_register())
-        || m == Pop && i.op0_register().is_segment_register()
-        || matches!(i.code(), Code::Call_m1616 | Code::Call_m1632 | Code::Call_m1664 | Code::Jmp_m1616)
-        || matches!(i.code(), Code::Jmp_m1632 | Code::Jmp_m1664 | Code::Call_ptr1616 | Code::Call_ptr1632)
-        || matches!(i.code(), Code::Jmp_ptr1616 | Code::Jmp_ptr1632)
+        || matches!(m, Mov | Pop) && matches!(i.op0_register(), Register::FS | Register::GS | Register::CS)
+        // AMD's processors have no far pointers of 80 bits.
+        || matches!(i.code(), Code::Call_m1664 | Code::Jmp_m1664 | Code::Lss_r64_m1664)
         || i.cpuid_features().iter().any(|f| !claimed(*f))
         || i.cpuid_features().contains(&CpuidFeature::D3NOW) && i.mnemonic() != Prefetch
 }
 
+/// Offset of the first instruction: one that generated integers do not hit.
+const START: usize = 0x863;
+
+/// Selectors that mean the same on the host and in the guest: null ones, Linux's user segments, the
+/// local table's with privilege levels 3 and 0, and one past the local table.
+const SELECTORS: [u16; 20] = [
+    0, 3, 0x2B, 0x28, 0x23, 0x33, 0x0F, 0x17, 0x1F, 0x27, 0x2F, 0x37, 0x3F, 0x47, 0x4F, 0x0C, 0x14, 0x1C,
+    0x2D, 0x0F,
+];
+
+/// An offset of an INT3 in the code segment of a selector.
+fn far_target(rng: &mut Rng, selector: u16) -> u64 {
+    let flat = matches!(selector, 0x20..=0x23 | 0x33);
+    rng.below(0x840) + if flat { CODE } else { 0 } + if rng.one_in(12) { 0x1000 } else { 0 }
+}
+
+/// Whether the instruction loads or looks at a selector.
+fn uses_selector(i: &Instruction) -> bool {
+    use Mnemonic::*;
+    match i.mnemonic() {
+        Lar | Lsl | Verr | Verw | Lds | Les | Lss | Retf => true,
+        Mov | Pop => i.op0_register().is_segment_register(),
+        Jmp | Call => {
+            matches!(i.op0_kind(), OpKind::FarBranch16 | OpKind::FarBranch32)
+                || matches!(i.code(), Code::Call_m1616 | Code::Call_m1632 | Code::Jmp_m1616 | Code::Jmp_m1632)
+        }
+        _ => false,
+    }
+}
+
 /// Makes cases for one mode.
 pub struct Generator {
-    pub long: bool,
+    mode: Mode,
     pub forms: Vec<Form>,
     info: InstructionInfoFactory,
     next: usize,
 }
 
-fn decode(bytes: &[u8], ip: u64, long: bool) -> Instruction {
-    Decoder::with_ip(if long { 64 } else { 32 }, bytes, ip, DecoderOptions::NONE).decode()
+fn decode(bytes: &[u8], ip: u64, mode: Mode) -> Instruction {
+    Decoder::with_ip(mode.bits(), bytes, ip, DecoderOptions::NONE).decode()
+}
+
+/// Where immediate and displacement lie in the instruction.
+fn layout(bytes: &[u8], mode: Mode) -> ConstantOffsets {
+    let mut d = Decoder::with_ip(mode.bits(), bytes, 0, DecoderOptions::NONE);
+    let i = d.decode();
+    d.get_constant_offsets(&i)
 }
 
 impl Generator {
     /// `filter` chooses among the instructions that are claimed at all.
-    pub fn new(long: bool, filter: impl Fn(&Instruction) -> bool) -> Generator {
+    pub fn new(mode: Mode, filter: impl Fn(&Instruction) -> bool) -> Generator {
+        let long = mode == Mode::Long;
         let mut forms = Vec::new();
         let mut rng = Rng(1);
         for vex in 0..5u8 {
             for map in 0..4u8 {
                 for opcode in 0..=255u8 {
-                    if vex != 0 && map < 2 || is_prefix(map, opcode, long) {
+                    // ftvm has no VEX in 16-bit code, which hardly any program uses.
+                    if vex != 0 && (map < 2 || mode == Mode::Segmented16) || is_prefix(map, opcode, long) {
                         continue;
                     }
                     for prefix in if vex == 0 { &[0, 0x66, 0xF3, 0xF2][..] } else { &[0][..] } {
@@ -331,7 +358,7 @@ impl Generator {
                                     .map(|reg| {
                                         let mut bytes = assemble(&form(reg), &mut rng, long, true);
                                         bytes.resize(32, 0);
-                                        decode(&bytes, CODE, long)
+                                        decode(&bytes, 0, mode)
                                     })
                                     .collect();
                                 let good = |i: &Instruction| !i.is_invalid() && !excluded(i) && filter(i);
@@ -351,7 +378,7 @@ impl Generator {
                 }
             }
         }
-        Generator { long, forms, info: InstructionInfoFactory::new(), next: 0 }
+        Generator { mode, forms, info: InstructionInfoFactory::new(), next: 0 }
     }
 
     /// A case of `count` instructions. Single instructions walk through all forms in turn.
@@ -365,9 +392,9 @@ impl Generator {
 
     fn try_case(&mut self, rng: &mut Rng, count: usize) -> Option<Case> {
         let mut case = Case {
-            long: self.long,
+            mode: self.mode,
             code: [0xCC; CODE_SIZE],
-            regs: registers(rng, self.long),
+            regs: registers(rng, self.mode),
             data: [0; DATA_SIZE],
             starts: Vec::new(),
             undefined: 0,
@@ -375,11 +402,12 @@ impl Generator {
             open_bytes: Vec::new(),
         };
         fill_data(rng, &mut case.data);
-        let mut at = 2048usize;
-        case.regs.rip = CODE + at as u64;
+        let mut at = START;
+        case.regs.rip = CODE - self.mode.code_base() + at as u64;
         let mut compare_next = false;
         let mut left = count;
-        let mut set_up = Vec::new();
+        // General registers that earlier instructions used: their values are spoken for.
+        let mut touched = 0u32;
         while left > 0 {
             if compare_next {
                 // cmp eax, ecx defines all flags again.
@@ -395,11 +423,11 @@ impl Generator {
             } else {
                 self.forms[rng.below(self.forms.len() as u64) as usize]
             };
-            let mut bytes = assemble(&form, rng, self.long, false);
+            let mut bytes = assemble(&form, rng, self.mode == Mode::Long, false);
             bytes.resize(32, 0);
             bytes[15..].fill_with(|| rng.next() as u8);
-            let ip = CODE + at as u64;
-            let mut i = decode(&bytes, ip, self.long);
+            let ip = CODE - self.mode.code_base() + at as u64;
+            let mut i = decode(&bytes, ip, self.mode);
             if i.is_invalid() || excluded(&i) || i.has_lock_prefix() && i.is_invalid() {
                 return None;
             }
@@ -408,36 +436,114 @@ impl Generator {
             }
             // Branches stay near: what a jump hits is INT3 in the code page.
             let len = i.len();
-            if i.near_branch_target() != 0 && i.is_jmp_near() | i.is_jcc_near() | i.is_call_near() {
-                bytes[len - 4..len].copy_from_slice(&((rng.below(1500) as i32) - 700).to_le_bytes());
-                if decode(&bytes, ip, self.long).near_branch_target().wrapping_sub(CODE) >= CODE_SIZE as u64
-                    && !rng.one_in(20)
-                {
+            let branch = !matches!(
+                i.flow_control(),
+                FlowControl::Next | FlowControl::Interrupt | FlowControl::Exception
+            );
+            if branch && self.mode == Mode::Long && bytes[..len].contains(&0x66) {
+                // With this prefix AMD's processors branch to 16 bits of the address.
+                return None;
+            }
+            if (0..i.op_count()).any(|n| {
+                matches!(i.op_kind(n), OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64)
+            }) {
+                let size = layout(&bytes, self.mode).immediate_size();
+                if size > 1 {
+                    let disp = (rng.below(1500) as i32 - 1500).to_le_bytes();
+                    bytes[len - size..len].copy_from_slice(&disp[..size]);
+                    i = decode(&bytes, ip, self.mode);
+                }
+                // Not into the case itself, which might not end.
+                let to = i
+                    .near_branch_target()
+                    .wrapping_add(self.mode.code_base())
+                    .wrapping_sub(CODE + START as u64);
+                if i.len() != len || to < (at - START) as u64 + 16 {
                     return None;
                 }
-                i = decode(&bytes, ip, self.long);
             }
             if i.is_ip_rel_memory_operand() {
                 let target = target_address(rng, &i);
                 let disp = target.wrapping_sub(ip + len as u64) as u32;
-                let mut d = Decoder::with_ip(64, &bytes, ip, 0);
-                let again = d.decode();
-                let at = d.get_constant_offsets(&again).displacement_offset();
+                let at = layout(&bytes, self.mode).displacement_offset();
                 bytes[at..at + 4].copy_from_slice(&disp.to_le_bytes());
-                i = decode(&bytes, ip, self.long);
+                i = decode(&bytes, ip, self.mode);
             }
-            if count > 1 && (!set_up.is_empty() && touches_memory(&i) && !i.is_ip_rel_memory_operand()) {
-                // Later instructions use the registers that earlier ones were given.
-                set_up.push(());
+            let absolute =
+                touches_memory(&i) && i.memory_base() == Register::None && i.memory_index() == Register::None;
+            if absolute && !rng.one_in(20) {
+                let offsets = layout(&bytes, self.mode);
+                let (at, size) = (offsets.displacement_offset(), offsets.displacement_size());
+                let target = target_address(rng, &i).wrapping_sub(segment_base(&i, self.mode));
+                bytes[at..at + size].copy_from_slice(&target.to_le_bytes()[..size]);
+                i = decode(&bytes, ip, self.mode);
             }
-            if !self.settle(rng, &mut case, &i, count == 1 || set_up.is_empty()) {
+            if matches!(i.op0_kind(), OpKind::FarBranch16 | OpKind::FarBranch32) {
+                let mut selector = rng.pick(&SELECTORS);
+                if self.mode.segmented() && selector == 0x33 {
+                    selector = 0;
+                }
+                let target = far_target(rng, selector).to_le_bytes();
+                let size = if i.op0_kind() == OpKind::FarBranch16 { 2 } else { 4 };
+                bytes[len - 2..len].copy_from_slice(&selector.to_le_bytes());
+                bytes[len - 2 - size..len - 2].copy_from_slice(&target[..size]);
+                i = decode(&bytes, ip, self.mode);
+            }
+            if count > 1 && uses_selector(&i) {
                 return None;
             }
-            set_up.push(());
-            if count > 1
-                && (case.compare != Compare::default() || !matches!(i.flow_control(), FlowControl::Next))
-            {
+            let needs = needs(&i);
+            if needs & touched != 0 {
                 return None;
+            }
+            let first = case.starts.is_empty();
+            if !self.settle(rng, &mut case, &i) {
+                return None;
+            }
+            if count > 1 {
+                let fragile = !case.open_bytes.is_empty()
+                    || case.compare.unusual()
+                    || matches!(i.mnemonic(), Mnemonic::Fldenv | Mnemonic::Frstor | Mnemonic::Fldcw)
+                    || !matches!(i.flow_control(), FlowControl::Next);
+                if matches!(
+                    i.flow_control(),
+                    FlowControl::IndirectBranch | FlowControl::IndirectCall | FlowControl::Return
+                ) {
+                    return None;
+                }
+                let loads_state = matches!(
+                    i.mnemonic(),
+                    Mnemonic::Ldmxcsr
+                        | Mnemonic::Fxrstor
+                        | Mnemonic::Fxrstor64
+                        | Mnemonic::Xrstor
+                        | Mnemonic::Xrstor64
+                        | Mnemonic::Popf
+                        | Mnemonic::Popfd
+                        | Mnemonic::Popfq
+                );
+                // What `settle` knows of operand values holds for the first instruction only.
+                let by_value = matches!(
+                    i.mnemonic(),
+                    Mnemonic::F2xm1
+                        | Mnemonic::Fyl2x
+                        | Mnemonic::Fyl2xp1
+                        | Mnemonic::Fptan
+                        | Mnemonic::Fpatan
+                        | Mnemonic::Fsin
+                        | Mnemonic::Fcos
+                        | Mnemonic::Fsincos
+                        | Mnemonic::Shld
+                        | Mnemonic::Shrd
+                );
+                if fragile && left > 1 || (loads_state || by_value) && !first {
+                    return None;
+                }
+                for used in self.info.info(&i).used_registers() {
+                    if used.register().is_gpr() {
+                        touched |= 1 << used.register().full_register().number();
+                    }
+                }
             }
             let undefined = u64::from(i.rflags_undefined());
             if undefined != 0 {
@@ -457,6 +563,10 @@ impl Generator {
                 case.undefined |= bits;
                 compare_next = true;
             }
+            if self.mode == Mode::Segmented16 {
+                let sp = &mut case.regs.gpr[4];
+                *sp = ENTRY & !0xFFFF | *sp & 0xFFFF;
+            }
             case.code[at..at + len].copy_from_slice(&bytes[..len]);
             case.starts.push(at as u16);
             at += len;
@@ -467,47 +577,54 @@ impl Generator {
 
     /// Give the registers and data values that make the instruction do something, and note what
     /// of its results the architecture leaves open. False: not a case worth having.
-    fn settle(&mut self, rng: &mut Rng, case: &mut Case, i: &Instruction, may_set: bool) -> bool {
+    fn settle(&mut self, rng: &mut Rng, case: &mut Case, i: &Instruction) -> bool {
         use Mnemonic::*;
         let m = i.mnemonic();
         let r = &mut case.regs;
-        if may_set {
-            let wide = |rng: &mut Rng| DATA + 512 + rng.below(DATA_SIZE as u64 - 1024);
-            if i.is_string_instruction() || matches!(m, Maskmovq | Maskmovdqu) {
-                for n in [6, 7] {
-                    if !rng.one_in(30) {
-                        r.gpr[n] = wide(rng);
-                    }
-                }
-                r.gpr[1] = rng.below(40);
-            }
-            if i.is_stack_instruction() || matches!(m, Enter | Leave) {
+        let base = self.mode.data_base();
+        let wide = |rng: &mut Rng| DATA - base + 512 + rng.below(DATA_SIZE as u64 - 1024);
+        if i.is_string_instruction() || matches!(m, Maskmovq | Maskmovdqu) {
+            for n in [6, 7] {
                 if !rng.one_in(30) {
-                    r.gpr[4] = wide(rng) & if rng.one_in(4) { !0 } else { !7 };
-                }
-                if !rng.one_in(10) {
-                    r.gpr[5] = wide(rng);
+                    r.gpr[n] = wide(rng);
                 }
             }
-            if m == Xlatb && !rng.one_in(10) {
-                r.gpr[3] = wide(rng);
+            r.gpr[1] = rng.below(40);
+        }
+        if i.is_stack_instruction() || matches!(m, Enter | Leave) {
+            if !rng.one_in(30) {
+                r.gpr[4] = wide(rng) & if rng.one_in(4) { !0 } else { !7 };
+            }
+            if !rng.one_in(10) {
+                r.gpr[5] = wide(rng);
             }
         }
-        let mut address = None;
+        if m == Xlatb && !rng.one_in(10) {
+            r.gpr[3] = wide(rng);
+        }
+        let mut address: Option<u64> = None;
         if touches_memory(i) && !i.is_string_instruction() && !matches!(m, Maskmovq | Maskmovdqu | Xlatb) {
             if i.is_ip_rel_memory_operand() {
                 address = Some(i.memory_displacement64());
-            } else if may_set {
-                let target = target_address(rng, i);
-                address = Some(target);
+            } else {
+                let segment = segment_base(i, self.mode);
+                let target = target_address(rng, i).wrapping_sub(segment);
                 if !place(rng, r, i, target) {
                     return false;
                 }
-            } else {
-                return false;
+                if self.mode == Mode::Segmented16 {
+                    if i.memory_base() == Register::ESP {
+                        return false;
+                    }
+                    r.gpr[4] = ENTRY & !0xFFFF | r.gpr[4] & 0xFFFF;
+                }
+                address = effective_address(i, r).map(|a| a.wrapping_add(segment));
             }
         }
         let offset = address.map(|a| a.wrapping_sub(DATA)).filter(|o| *o < DATA_SIZE as u64 - 640);
+        if self.mode != Mode::Long {
+            r.gpr.iter_mut().for_each(|v| *v &= 0xFFFF_FFFF);
+        }
         // Bit strings reach far from the operand's address.
         if matches!(m, Bt | Btc | Btr | Bts)
             && address.is_some()
@@ -518,7 +635,66 @@ impl Generator {
             if reg == i.memory_base().full_register() || reg == i.memory_index().full_register() {
                 return false;
             }
-            r.gpr[reg.number()] = rng.next() & 0x7FF | if rng.one_in(2) { 0 } else { !0x7FF };
+            let far = if self.mode == Mode::Long { !0x7FF } else { 0xFFFF_F800 };
+            r.gpr[reg.number()] = rng.next() & 0x7FF | if rng.one_in(2) { 0 } else { far };
+        }
+        let stack_mask = if self.mode == Mode::Segmented16 { 0xFFFF } else { u64::MAX };
+        // A call checks its target before or after it pushes; ENTER checks the new top early or late.
+        case.compare.order_open |= matches!(m, Call | Enter | Retf);
+        case.compare.error_open |= m == Arpl;
+        case.compare.cr2_open |= m == Retf;
+        case.compare.cr2_open |= !matches!(i.memory_size().size(), 0..=10 | 16);
+        if uses_selector(i) {
+            let mut selector = rng.pick(&SELECTORS);
+            if m == Call && self.mode.segmented() && selector == 0x33 {
+                // The return address goes to the stack of the old mode or of the new one.
+                selector = 0;
+            }
+            if !matches!(i.flow_control(), FlowControl::Next) {
+                // Outside 64-bit mode the upper half of RSP is not kept.
+                r.gpr[4] &= 0xFFFF_FFFF;
+            }
+            let target = far_target(rng, selector).to_le_bytes();
+            let place = |data: &mut [u8; DATA_SIZE], at: Option<u64>, bytes: &[u8]| {
+                let at = at.map_or(DATA_SIZE, |a| a as usize);
+                if at < DATA_SIZE - bytes.len() {
+                    data[at..at + bytes.len()].copy_from_slice(bytes);
+                }
+            };
+            let stack = (r.gpr[4] & stack_mask).wrapping_sub(DATA - base);
+            let source = if matches!(m, Verr | Verw) { 0 } else { 1 };
+            match m {
+                Pop => place(&mut case.data, Some(stack), &selector.to_le_bytes()),
+                // A 16-bit stack pointer that wraps carries into ESP or not.
+                Retf if self.mode == Mode::Segmented16 && i.op_count() > 0 && i.immediate(0) > 0xC000 => {
+                    return false;
+                }
+                Retf => {
+                    let size = i.stack_pointer_increment() as usize / 2;
+                    let size = match size {
+                        2..=3 => 2,
+                        4..=7 => 4,
+                        _ => 8,
+                    };
+                    let size = if matches!(i.code(), Code::Retfw | Code::Retfw_imm16) { 2 } else { size };
+                    let size = if matches!(i.code(), Code::Retfd | Code::Retfd_imm16) { 4 } else { size };
+                    let size = if matches!(i.code(), Code::Retfq | Code::Retfq_imm16) { 8 } else { size };
+                    place(&mut case.data, Some(stack), &target[..size]);
+                    place(&mut case.data, Some(stack.wrapping_add(size as u64)), &selector.to_le_bytes());
+                }
+                Lds | Les | Lss | Jmp | Call => {
+                    let size = i.memory_size().size().saturating_sub(2);
+                    place(&mut case.data, offset, &target[..size]);
+                    place(&mut case.data, offset.map(|o| o + size as u64), &selector.to_le_bytes());
+                }
+                _ if i.op_kind(source) == OpKind::Memory => {
+                    place(&mut case.data, offset, &selector.to_le_bytes());
+                }
+                _ => {
+                    let n = i.op_register(source).full_register().number();
+                    r.gpr[n] = r.gpr[n] & !0xFFFF | u64::from(selector);
+                }
+            }
         }
         match m {
             Ldmxcsr => {
@@ -530,7 +706,7 @@ impl Generator {
             }
             Fxrstor | Fxrstor64 | Fxsave | Fxsave64 | Xsave | Xsave64 | Xsaveopt | Xsaveopt64 | Xrstor
             | Xrstor64 | Xsavec | Xsavec64 => {
-                let Some(o) = offset else { return address.is_some() && false };
+                let Some(o) = offset else { return false };
                 let o = o as usize;
                 case.data[o + 26..o + 28].fill(0);
                 r.gpr[0] &= 3;
@@ -565,9 +741,49 @@ impl Generator {
                     return false;
                 }
             }
-            Fldenv | Frstor => {}
+            // The roundings within a dot product have no defined order of exceptions.
+            Dpps | Dppd if r.mxcsr() & 0x1F80 != 0x1F80 => return false,
+            Movsxd if i.op0_register().is_gpr16() => return false,
             Rcpps | Rcpss | Rsqrtps | Rsqrtss => case.compare.xmm_close = true,
-            F2xm1 | Fyl2x | Fyl2xp1 | Fptan | Fpatan | Fsin | Fcos | Fsincos => case.compare.x87_close = true,
+            F2xm1 | Fyl2x | Fyl2xp1 | Fptan | Fpatan | Fsin | Fcos | Fsincos => {
+                let st = |n: usize| (r.word(40 + n * 16) & 0x7FFF, r.word(40 + n * 16) >> 15 != 0);
+                // Outside their ranges F2XM1 and FYL2XP1 are undefined; a processor's pi of 66 bits
+                // makes other sines than ftvm's.
+                let bound = match m {
+                    F2xm1 => 0x3FFF,
+                    Fyl2xp1 => 0x3FFD,
+                    Fptan | Fsin | Fcos | Fsincos => 0x3FFE,
+                    _ => 0x8000,
+                };
+                let special = st(0).0 == 0x7FFF;
+                if matches!(m, F2xm1 | Fyl2xp1) && st(0).0 >= bound && !special {
+                    return false;
+                }
+                case.compare.x87_close = true;
+                case.compare.x87_open = st(0).0 >= bound && !special;
+            }
+            Fld if i.memory_size().size() < 10 && r.word(0) & 2 == 0 && touches_memory(i) => {
+                // With denormals unmasked processors differ in whether the value is pushed.
+                return false;
+            }
+            Sha1msg1 | Sha1msg2 | Sha1nexte | Sha1rnds4 | Sha256msg1 | Sha256msg2 | Sha256rnds2
+                if address.is_some_and(|a| a & 15 != 0) =>
+            {
+                // AMD's processors do not ask for alignment.
+                return false;
+            }
+            Maskmovq | Maskmovdqu => {
+                // Whether a masked-out byte faults is the implementation's choice.
+                let narrow = match self.mode {
+                    Mode::Long => i.op0_kind() != OpKind::MemorySegRDI,
+                    Mode::Segmented16 => i.op0_kind() != OpKind::MemorySegDI,
+                    _ => i.op0_kind() != OpKind::MemorySegEDI,
+                };
+                if i.has_segment_prefix() || narrow {
+                    return false;
+                }
+                r.gpr[7] = DATA - base + 64 + rng.below(DATA_SIZE as u64 - 128);
+            }
             Bswap if i.op0_register().is_gpr16() => return false,
             Shld | Shrd if i.op0_kind() != OpKind::Memory && i.op0_register().is_gpr16() => {
                 case.compare.exception_only = shift_count(i, r) > 16;
@@ -575,8 +791,24 @@ impl Generator {
             Shld | Shrd if matches!(i.memory_size().size(), 2) => {
                 case.compare.exception_only = shift_count(i, r) > 16;
             }
+            // Prefixes that the manuals do not define for these.
+            Loope | Loopne if i.has_rep_prefix() || i.has_repne_prefix() => return false,
+            Reservednop
+                if i.code() as u32 == Code::Reservednop_rm16_r16_0F0D as u32
+                    || i.code() == Code::Reservednop_rm32_r32_0F0D
+                    || i.code() == Code::Reservednop_rm64_r64_0F0D =>
+            {
+                return false
+            }
+            // The upper half of the slot is written or not.
+            Push if self.mode != Mode::Long && i.op0_register().is_segment_register() => {
+                let o = (r.gpr[4] & stack_mask).wrapping_sub(DATA - base) as usize;
+                if o < DATA_SIZE {
+                    case.open_bytes.push((o.saturating_sub(4), 4));
+                }
+            }
             Popf | Popfd | Popfq => {
-                let o = r.gpr[4].wrapping_sub(DATA) as usize;
+                let o = (r.gpr[4] & stack_mask).wrapping_sub(DATA - base) as usize;
                 if o < DATA_SIZE - 8 {
                     case.data[o + 1] &= !0x41;
                     case.data[o + 2] &= !0x04;
@@ -584,11 +816,31 @@ impl Generator {
             }
             _ => {}
         }
-        if case.compare.exception_only && !may_set {
-            return false;
-        }
-        let _ = self.info.info(i);
         true
+    }
+}
+
+/// The registers that [`Generator::settle`] may give values.
+fn needs(i: &Instruction) -> u32 {
+    use Mnemonic::*;
+    let mut list = 0;
+    let bit = |r: Register| if r.is_gpr() { 1 << r.full_register().number() } else { 0 };
+    if touches_memory(i) {
+        list |= bit(i.memory_base()) | bit(i.memory_index());
+        if matches!(i.mnemonic(), Bt | Btc | Btr | Bts) && i.op1_kind() == OpKind::Register {
+            list |= bit(i.op1_register());
+        }
+    }
+    if i.is_string_instruction() || matches!(i.mnemonic(), Maskmovq | Maskmovdqu) {
+        list |= 0xC2;
+    }
+    if i.is_stack_instruction() || matches!(i.mnemonic(), Enter | Leave) {
+        list |= 0x30;
+    }
+    match i.mnemonic() {
+        Xlatb => list | 8,
+        Xsave | Xsave64 | Xsaveopt | Xsaveopt64 | Xrstor | Xrstor64 => list | 5,
+        _ => list,
     }
 }
 
@@ -599,6 +851,17 @@ fn shift_count(i: &Instruction, r: &Regs) -> u64 {
 
 fn touches_memory(i: &Instruction) -> bool {
     (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory)
+}
+
+fn effective_address(i: &Instruction, r: &Regs) -> Option<u64> {
+    let operand = (0..i.op_count()).find(|n| i.op_kind(*n) == OpKind::Memory)?;
+    i.virtual_address(operand, 0, |reg, _, _| {
+        if reg.is_segment_register() {
+            return Some(0);
+        }
+        let mask = u64::MAX >> (64 - reg.size() * 8);
+        Some(r.gpr[reg.full_register().number()] & mask)
+    })
 }
 
 /// Where a memory operand is to lie: nearly always in the data, sometimes across its edges,
@@ -622,11 +885,6 @@ fn target_address(rng: &mut Rng, i: &Instruction) -> u64 {
 fn place(rng: &mut Rng, r: &mut Regs, i: &Instruction, target: u64) -> bool {
     let (base, index) = (i.memory_base(), i.memory_index());
     let number = |reg: Register| reg.full_register().number();
-    let small = |reg: Register| !matches!(reg.size(), 4 | 8);
-    if base != Register::None && small(base) || index != Register::None && small(index) {
-        // 16-bit addresses reach nothing that is mapped: a page fault either way.
-        return rng.one_in(50);
-    }
     let disp = i.memory_displacement64();
     let mut rest = target.wrapping_sub(disp);
     if index != Register::None {
@@ -644,7 +902,13 @@ fn place(rng: &mut Rng, r: &mut Regs, i: &Instruction, target: u64) -> bool {
         rest = rest.wrapping_sub(value.wrapping_mul(i.memory_index_scale().into()));
     }
     if base == Register::None {
-        return rng.one_in(50);
+        return true;
+    }
+    if base.size() == 2 {
+        // BP, BX, SI, DI: the upper half is anything.
+        let old = r.gpr[number(base)];
+        r.gpr[number(base)] = old & !0xFFFF | rest & 0xFFFF;
+        return true;
     }
     if base.size() == 4 {
         rest &= 0xFFFF_FFFF;
@@ -656,12 +920,23 @@ fn place(rng: &mut Rng, r: &mut Regs, i: &Instruction, target: u64) -> bool {
     true
 }
 
-fn registers(rng: &mut Rng, long: bool) -> Regs {
+/// Base of the segment of a memory operand.
+fn segment_base(i: &Instruction, mode: Mode) -> u64 {
+    if i.memory_segment() == Register::CS {
+        mode.code_base()
+    } else {
+        mode.data_base()
+    }
+}
+
+fn registers(rng: &mut Rng, mode: Mode) -> Regs {
+    let long = mode == Mode::Long;
     let mut r = Regs::default();
     for n in 0..16 {
-        let mut v = if rng.one_in(3) { DATA + rng.below(DATA_SIZE as u64) } else { rng.integer() };
+        let mut v =
+            if rng.one_in(3) { DATA - mode.data_base() + rng.below(DATA_SIZE as u64) } else { rng.integer() };
         if rng.one_in(12) {
-            v = CODE + rng.below(2000);
+            v = CODE - mode.code_base() + rng.below(2000);
         }
         r.gpr[n] = if long { v } else { v & 0xFFFF_FFFF };
     }
@@ -786,13 +1061,7 @@ fn assemble(form: &Form, rng: &mut Rng, long: bool, plain: bool) -> Vec<u8> {
         (true, true) => 0,
         _ => rng.below(3) as u8,
     };
-    let reg = if form.group {
-        form.reg
-    } else if plain {
-        form.reg
-    } else {
-        rng.below(8) as u8
-    };
+    let reg = if form.group || plain { form.reg } else { rng.below(8) as u8 };
     b.push(mode << 6 | reg << 3 | rm);
     if plain {
         return b;
@@ -820,7 +1089,18 @@ pub fn codes(case: &Case) -> Vec<Code> {
         .iter()
         .map(|s| {
             let ip = CODE + u64::from(*s);
-            decode(&case.code[*s as usize..(*s as usize + 16).min(CODE_SIZE)], ip, case.long).code()
+            decode(&case.code[*s as usize..(*s as usize + 16).min(CODE_SIZE)], ip, case.mode).code()
         })
         .collect()
+}
+
+/// Whether a case ends with a branch to an address from a register, memory or the stack.
+pub fn jumps_anywhere(case: &Case) -> bool {
+    case.starts.last().is_some_and(|s| {
+        let i = decode(&case.code[*s as usize..(*s as usize + 16).min(CODE_SIZE)], 0, case.mode);
+        matches!(
+            i.flow_control(),
+            FlowControl::IndirectBranch | FlowControl::IndirectCall | FlowControl::Return
+        )
+    })
 }

@@ -2,9 +2,9 @@
 //! IRET (64-bit or compatibility mode), and whatever exception ends it comes back as a signal whose
 //! frame holds the final state.
 
-use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicPtr, AtomicU64, Ordering};
 
-use super::case::{Case, Outcome, Regs, CODE, CODE_SIZE, DATA, DATA_SIZE, READ_ONLY, STACK_SELECTOR};
+use super::case::{Case, Outcome, Regs, CODE, CODE_SIZE, DATA, DATA_SIZE, ENTRY, LDT, READ_ONLY};
 
 /// What the entry code reads.
 #[repr(C, align(64))]
@@ -12,6 +12,7 @@ struct Entry {
     fx: [u8; 512],
     gpr: [u64; 16],
     frame: [u64; 5],
+    data_selector: u64,
 }
 
 core::arch::global_asm!(
@@ -24,8 +25,11 @@ core::arch::global_asm!(
     "push r14",
     "push r15",
     "mov [rsi], rsp",
+    // NT, which a case may have set, is not among the flags that sigreturn sets.
+    "push 0x202",
+    "popfq",
     "fxrstor64 [rdi]",
-    "mov eax, 0x2b",
+    "mov eax, [rdi + 680]",
     "mov ds, eax",
     "mov es, eax",
     "lea rsp, [rdi + 640]",
@@ -72,8 +76,29 @@ extern "sysv64" {
 static TARGET: AtomicPtr<Outcome> = AtomicPtr::new(std::ptr::null_mut());
 static RUNNING: AtomicBool = AtomicBool::new(false);
 static mut HOST_STACK: u64 = 0;
+/// Number of the case in hand, and what it was at the last tick of the watchdog.
+static SEQUENCE: AtomicU64 = AtomicU64::new(0);
+static SEEN: AtomicU64 = AtomicU64::new(0);
+/// The thread that runs the cases.
+static THREAD: AtomicI64 = AtomicI64::new(0);
+/// Stands for the vector of a case that the watchdog ended.
+pub const ENDLESS: u8 = 255;
 
 extern "C" fn on_signal(signal: i32, _: *mut libc::siginfo_t, context: *mut libc::c_void) {
+    if signal == libc::SIGALRM {
+        // SAFETY: plain system calls; the timer's signal goes to any thread, so it is passed on.
+        unsafe {
+            let thread = THREAD.load(Ordering::SeqCst);
+            if libc::syscall(libc::SYS_gettid) != thread {
+                libc::syscall(libc::SYS_tgkill, libc::getpid(), thread, signal);
+                return;
+            }
+        }
+        let now = SEQUENCE.load(Ordering::SeqCst);
+        if SEEN.swap(now, Ordering::SeqCst) != now || !RUNNING.load(Ordering::SeqCst) {
+            return;
+        }
+    }
     if !RUNNING.swap(false, Ordering::SeqCst) {
         // SAFETY: restoring the default action is what makes the second delivery final.
         unsafe { libc::signal(signal, libc::SIG_DFL) };
@@ -110,6 +135,9 @@ extern "C" fn on_signal(signal: i32, _: *mut libc::siginfo_t, context: *mut libc
         out.vector = g[libc::REG_TRAPNO as usize] as u8;
         out.error = g[libc::REG_ERR as usize] as u32;
         out.cr2 = g[libc::REG_CR2 as usize] as u64;
+        if signal == libc::SIGALRM {
+            out.vector = ENDLESS;
+        }
         out.signal = signal;
         let fx = uc.uc_mcontext.fpregs.cast::<u8>();
         std::ptr::copy_nonoverlapping(fx, out.regs.fx.as_mut_ptr(), 416);
@@ -117,14 +145,17 @@ extern "C" fn on_signal(signal: i32, _: *mut libc::siginfo_t, context: *mut libc
         g[libc::REG_RSP as usize] = HOST_STACK as i64;
         g[libc::REG_EFL as usize] = 0x202;
         let selectors = &mut g[libc::REG_CSGSFS as usize];
-        *selectors = *selectors & !0xFFFF | 0x33;
+        let (es, ds): (u16, u16);
+        core::arch::asm!("mov {0:e}, es", "mov {1:e}, ds", out(reg) es, out(reg) ds);
+        out.regs.selectors = [es, *selectors as u16, (*selectors >> 48) as u16, ds];
+        *selectors = 0x33 | 0x2B << 48;
     }
 }
 
 /// The real processor, ready to run cases.
 pub struct Native {
     code: *mut u8,
-    entry: Box<Entry>,
+    entry: *mut Entry,
 }
 
 fn map(addr: u64, len: usize, prot: i32, fd: i32) -> *mut u8 {
@@ -148,7 +179,9 @@ impl Native {
         map(CODE, CODE_SIZE, libc::PROT_READ | libc::PROT_EXEC, fd);
         let code = map(0, CODE_SIZE, libc::PROT_READ | libc::PROT_WRITE, fd);
         map(DATA, DATA_SIZE, libc::PROT_READ | libc::PROT_WRITE, -1);
-        map(READ_ONLY, 4096, libc::PROT_READ, -1);
+        let page = map(READ_ONLY, 4096, libc::PROT_READ, -1);
+        // SAFETY: the page was just mapped. Touched, it is present when a case first writes to it.
+        unsafe { page.read_volatile() };
         let stack = map(0, 1 << 17, libc::PROT_READ | libc::PROT_WRITE, -1);
         // SAFETY: the alternate stack is a live mapping; the handler has the SA_SIGINFO signature.
         unsafe {
@@ -157,11 +190,31 @@ impl Native {
             let mut action: libc::sigaction = std::mem::zeroed();
             action.sa_sigaction = on_signal as *const () as usize;
             action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+            // The watchdog must not interrupt the handler of what ends a case.
+            libc::sigaddset(&mut action.sa_mask, libc::SIGALRM);
+            THREAD.store(libc::syscall(libc::SYS_gettid), Ordering::SeqCst);
+            let tick = libc::timeval { tv_sec: 1, tv_usec: 0 };
+            let timer = libc::itimerval { it_interval: tick, it_value: tick };
+            action.sa_flags |= libc::SA_RESTART;
+            assert_eq!(libc::sigaction(libc::SIGALRM, &action, std::ptr::null_mut()), 0);
+            assert_eq!(libc::setitimer(libc::ITIMER_REAL, &timer, std::ptr::null_mut()), 0);
             for signal in [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGTRAP] {
                 assert_eq!(libc::sigaction(signal, &action, std::ptr::null_mut()), 0);
             }
         }
-        Native { code, entry: Box::new(Entry { fx: [0; 512], gpr: [0; 16], frame: [0; 5] }) }
+        let entry = map(ENTRY, 4096, libc::PROT_READ | libc::PROT_WRITE, -1).cast();
+        for (i, d) in LDT.iter().enumerate() {
+            // struct user_desc of modify_ldt(2).
+            let bits = u32::from(d.big)
+                | d.contents << 1
+                | u32::from(d.restricted) << 3
+                | u32::from(!d.present) << 5;
+            let desc = [i as u32 + 1, d.base as u32, d.limit, bits];
+            // SAFETY: function 1 reads one user_desc of 16 bytes.
+            let r = unsafe { libc::syscall(libc::SYS_modify_ldt, 1, desc.as_ptr(), 16) };
+            assert_eq!(r as i32, 0, "modify_ldt");
+        }
+        Native { code, entry }
     }
 
     pub fn run(&mut self, case: &Case, out: &mut Outcome) {
@@ -172,14 +225,16 @@ impl Native {
             std::ptr::copy_nonoverlapping(case.code.as_ptr(), self.code, CODE_SIZE);
             let data = DATA as *mut u8;
             std::ptr::copy_nonoverlapping(case.data.as_ptr(), data, DATA_SIZE);
-            let e = &mut self.entry;
+            let e = &mut *self.entry;
             e.fx = case.regs.fx;
             e.gpr = case.regs.gpr;
-            let cs = if case.long { 0x33 } else { 0x23 };
-            e.frame = [case.regs.rip, cs, case.regs.flags, case.regs.gpr[4], STACK_SELECTOR];
+            let (cs, ss) = (case.mode.code_selector().into(), case.mode.data_selector().into());
+            e.frame = [case.regs.rip, cs, case.regs.flags, case.regs.gpr[4], ss];
+            e.data_selector = ss;
             TARGET.store(out, Ordering::SeqCst);
+            SEQUENCE.fetch_add(1, Ordering::SeqCst);
             RUNNING.store(true, Ordering::SeqCst);
-            ftvm_diff_enter(&**e, &raw mut HOST_STACK);
+            ftvm_diff_enter(e, &raw mut HOST_STACK);
             std::ptr::copy_nonoverlapping(data, out.data.as_mut_ptr(), DATA_SIZE);
         }
     }

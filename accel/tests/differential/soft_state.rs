@@ -5,7 +5,7 @@ use ftvm_accel::state::{CpuState, Vector, X87};
 use super::case::Regs;
 
 pub fn load(s: &mut CpuState, r: &Regs) {
-    s.gpr = r.gpr;
+    s.gpr[..16].copy_from_slice(&r.gpr);
     let fsw = r.word(2);
     s.x87 = X87 {
         fcw: r.word(0),
@@ -26,7 +26,7 @@ pub fn load(s: &mut CpuState, r: &Regs) {
 }
 
 pub fn store(s: &CpuState, r: &mut Regs) {
-    r.gpr = s.gpr;
+    r.gpr.copy_from_slice(&s.gpr[..16]);
     r.fx = [0; 512];
     let x = &s.x87;
     r.fx[0..2].copy_from_slice(&x.fcw.to_le_bytes());

@@ -272,8 +272,7 @@ fn protected(
     let list_addr = body_addr + 0x80;
     let mut body = vec![0u8; 0x80];
     let mut put = |at: usize, value: u32| body[at..at + 4].copy_from_slice(&value.to_le_bytes());
-    let parameters: [u32; 4];
-    if multiboot {
+    let parameters: [u32; 4] = if multiboot {
         // Memory, boot device, command line, modules, memory map, loader name (section 3.3).
         put(0, 1 | 2 | 4 | 8 | 0x40 | 0x200);
         put(4, 640);
@@ -284,7 +283,7 @@ fn protected(
         put(24, list_addr);
         put(48, MAP_ADDR);
         put(64, loader);
-        parameters = [4, body_addr + 44, 24, 0x2BAD_B002];
+        [4, body_addr + 44, 24, 0x2BAD_B002]
     } else {
         // struct hvm_start_info (Xen's public/arch-x86/hvm/start_info.h).
         put(0, 0x336E_C578);
@@ -293,8 +292,8 @@ fn protected(
         put(16, list_addr);
         put(24, cmdline);
         put(40, MAP_ADDR);
-        parameters = [0, body_addr + 48, 1, 0];
-    }
+        [0, body_addr + 48, 1, 0]
+    };
     let mut info: Vec<u8> = parameters.iter().flat_map(|v| v.to_le_bytes()).collect();
     info.extend(body);
     for ((start, end), name) in ranges.iter().zip(&names) {

@@ -128,6 +128,11 @@ impl Hpet {
                 }
                 self.s.config = new;
                 ctx.board.s.hpet_legacy = new & 2 != 0;
+                if new & 2 != 0 {
+                    // The interval timer and the clock are cut off from their lines.
+                    ctx.set_irq(0, false);
+                    ctx.set_irq(8, false);
+                }
                 (0..TIMERS).for_each(|n| self.schedule(ctx, n));
             }
             0x20 => {
@@ -139,11 +144,7 @@ impl Hpet {
                 }
                 self.s.status &= !clear;
             }
-            0xF0 => {
-                if !self.enabled() {
-                    self.s.counter = merge(self.s.counter);
-                }
-            }
+            0xF0 if !self.enabled() => self.s.counter = merge(self.s.counter),
             0x100..=0x15F => {
                 let n = ((at - 0x100) / 0x20) as usize;
                 match at & 0x18 {
@@ -177,10 +178,7 @@ impl Hpet {
                         if t.config & PERIODIC != 0 && t.config & SET_ACCUMULATOR == 0 {
                             t.period = merged(t.period);
                         }
-                        // The high half of a 64-bit accumulator may follow in a second write.
-                        if mask == u64::MAX || shift != 0 || t.config & MODE_32 != 0 {
-                            t.config &= !SET_ACCUMULATOR;
-                        }
+                        t.config &= !SET_ACCUMULATOR;
                         self.schedule(ctx, n);
                     }
                     _ => {}

@@ -198,7 +198,7 @@ impl PicPair {
             return self.chips[0].vector_base | 7;
         };
         self.chips[0].acknowledge(line);
-        let vector = if line == 2 {
+        if line == 2 {
             let vector = match self.chips[1].pending(false) {
                 Some(low) => {
                     self.chips[1].acknowledge(low);
@@ -210,8 +210,7 @@ impl PicPair {
             vector
         } else {
             self.chips[0].vector_base | line
-        };
-        vector
+        }
     }
 
     /// Read a register: chip 0 or 1, offset 0 or 1.

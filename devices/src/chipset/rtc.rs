@@ -16,6 +16,8 @@ const PF: u8 = 0x40;
 const AF: u8 = 0x20;
 const UF: u8 = 0x10;
 const DAY: i64 = 86_400;
+/// How far from its base the clock can be, in seconds: more than the century register shows.
+const FAR: i64 = 1 << 40;
 
 /// Days since 1970-01-01 of a date in the proleptic Gregorian calendar.
 fn days_from_civil(year: i64, month: i64, day: i64) -> i64 {
@@ -87,14 +89,14 @@ impl Rtc {
     }
 
     fn seconds(&self, now: u64) -> i64 {
-        self.base.saturating_add(self.s.offset).saturating_add((now / SECOND) as i64)
+        self.base.clamp(-FAR, FAR) + self.s.offset + (now / SECOND) as i64
     }
 
     fn encode(&self, value: i64) -> u8 {
         if self.s.cmos[REG_B] & 4 != 0 {
             value as u8
         } else {
-            ((value / 10 % 10) << 4 | value % 10) as u8
+            (((value / 10 % 10) << 4) | (value % 10)) as u8
         }
     }
 
@@ -149,7 +151,7 @@ impl Rtc {
     fn set_time(&mut self, ctx: &mut Ctx, f: &[u8; 8]) {
         let change = self.time_of(f).saturating_sub(self.seconds(ctx.now));
         if change != 0 {
-            self.s.offset = self.s.offset.saturating_add(change);
+            self.s.offset = self.s.offset.saturating_add(change).clamp(-FAR, FAR);
             self.s.guest_offset = self.s.guest_offset.saturating_add(change);
             ctx.event(GuestEvent::RtcChange { offset: self.s.guest_offset });
         }
@@ -336,7 +338,7 @@ impl Device for Rtc {
     }
     fn input(&mut self, ctx: &mut Ctx, input: &Input) {
         if let Input::RtcAdjust { seconds } = input {
-            self.s.offset = self.s.offset.saturating_add(*seconds);
+            self.s.offset = self.s.offset.saturating_add(*seconds).clamp(-FAR, FAR);
             self.schedule(ctx);
         }
     }

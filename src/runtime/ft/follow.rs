@@ -169,7 +169,8 @@ pub fn on_event(rt: &mut Runtime, event: FtEvent) -> Option<Outcome> {
                 }
             }
             Action::Arbitrate(epoch) => {
-                f.asked_at = Some((now, now));
+                let heard = f.core.lock().map_or(now, |c| c.last_heard());
+                f.asked_at = Some((heard, now));
                 common.arbitrate(epoch, Side::Backup);
             }
             Action::GoLive { reason } => {
@@ -291,7 +292,7 @@ fn go_live(rt: &mut Runtime) -> Option<Outcome> {
     let outside = Arc::clone(&rt.outside);
     let events = rt.events.clone();
     let (f, common) = role(rt)?;
-    let asked = f.asked_at.take().map_or_else(|| common.now(), |(_, asked)| asked);
+    let (heard, asked) = f.asked_at.take().unwrap_or_else(|| (common.now(), common.now()));
     while let Err(e) = (f.host.attach)(&outside, &events) {
         log::error!("ft: cannot go live yet: {e}; trying again");
         std::thread::sleep(Duration::from_millis(200));
@@ -327,7 +328,7 @@ fn go_live(rt: &mut Runtime) -> Option<Outcome> {
     let now = common.now();
     let failover = Failover {
         reason,
-        detected_ms: common.config.timeout.as_secs_f64() * 1000.0,
+        detected_ms: asked.saturating_sub(heard).as_secs_f64() * 1000.0,
         takeover_ms: now.saturating_sub(asked).as_secs_f64() * 1000.0,
     };
     super::note_failover(&common.shared, "primary", "live", failover);

@@ -49,7 +49,6 @@ pub struct PrimaryRole {
     epoch: Option<Epoch>,
     /// A pairing is under way: another backup is refused.
     busy: Arc<AtomicBool>,
-    epochs: Arc<Mutex<u64>>,
     last_horizon: Instant,
     last_status: Instant,
     rate: Rate,
@@ -74,7 +73,7 @@ impl PrimaryRole {
         })?;
         let busy = Arc::new(AtomicBool::new(false));
         let epochs = Arc::new(Mutex::new(epoch_number));
-        let (c, b, e) = (Arc::clone(common), Arc::clone(&busy), Arc::clone(&epochs));
+        let (c, b, e) = (Arc::clone(common), Arc::clone(&busy), epochs);
         std::thread::Builder::new().name("ft-listen".into()).spawn(move || {
             for stream in listener.incoming().flatten() {
                 let peer = stream.peer_addr().map_or_else(|_| "?".into(), |a| a.to_string());
@@ -97,7 +96,6 @@ impl PrimaryRole {
             copy: None,
             epoch: None,
             busy,
-            epochs,
             last_horizon: Instant::now(),
             last_status: Instant::now(),
             rate: Rate { at: Instant::now(), bytes: 0, mbps: 0.0 },
@@ -374,7 +372,8 @@ fn act(rt: &mut Runtime, action: Action<Output>) -> Option<Outcome> {
         }
         Action::Arbitrate(epoch) => {
             let now = common.now();
-            p.suspected_at = Some((now.saturating_sub(common.config.timeout), now));
+            let heard = p.core.lock().map_or(now, |c| c.last_heard());
+            p.suspected_at = Some((heard, now));
             common.arbitrate(epoch, Side::Primary);
             None
         }

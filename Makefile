@@ -1,0 +1,35 @@
+# ftvm: the two commands are `make demo` and `make test`.
+CARGO ?= cargo
+
+.PHONY: all setup build guests demo test soak clean
+
+all: build
+
+setup:
+	packaging/setup.sh
+
+build:
+	$(CARGO) build --release --workspace --bins
+
+guests: setup
+	tests/guests/build.sh build/guests all
+
+# A protected Debian machine on two hosts (network namespaces); the primary is killed; figures printed.
+demo: setup build guests
+	target/release/demo
+
+# All set-up, then every test.
+test: setup
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --release --workspace --all-targets -- -D warnings
+	$(CARGO) build --release --workspace --bins
+	tests/guests/build.sh build/guests all
+	$(CARGO) test --release --workspace --no-fail-fast
+
+# 100 failovers under load (FTVM_SOAK_ROUNDS to change).
+soak: setup build guests
+	target/release/soak
+
+clean:
+	$(CARGO) clean
+	rm -rf build

@@ -1,0 +1,81 @@
+//! The register file as plain data, for whoever looks at a processor from outside: debuggers,
+//! tests, a machine that moves between `tcg` and `kvm`.
+
+use super::op::*;
+use super::SoftCpu;
+use crate::state::{CpuState, Segment};
+
+/// The registers besides those in [`CpuState`], which [`SoftCpu::state`] gives.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Registers {
+    pub rip: u64,
+    pub rflags: u64,
+    /// ES, CS, SS, DS, FS, GS.
+    pub segs: [Segment; 6],
+    pub ldtr: Segment,
+    pub tr: Segment,
+    pub gdt: (u64, u16),
+    pub idt: (u64, u16),
+    pub cr2: u64,
+    pub cr3: u64,
+    pub efer: u64,
+    pub cpl: u8,
+    pub halted: bool,
+}
+
+impl SoftCpu {
+    /// General, vector, x87 and control registers 0 and 4.
+    pub fn state(&self) -> &CpuState {
+        &self.st
+    }
+
+    /// As [`Self::state`], to change. Control registers are changed with [`Self::set_registers`] after
+    /// it, which makes what derives from them follow.
+    pub fn state_mut(&mut self) -> &mut CpuState {
+        &mut self.st
+    }
+
+    /// The rest of the register file.
+    pub fn registers(&self) -> Registers {
+        Registers {
+            rip: self.rip,
+            rflags: self.rflags(),
+            segs: self.segs,
+            ldtr: self.ldtr,
+            tr: self.tr,
+            gdt: self.gdt,
+            idt: self.idt,
+            cr2: self.cr2,
+            cr3: self.cr3,
+            efer: self.efer,
+            cpl: self.cpl,
+            halted: self.halted,
+        }
+    }
+
+    /// Set the rest of the register file; nothing is checked.
+    pub fn set_registers(&mut self, r: &Registers) {
+        let paging = (self.cr3, self.efer) != (r.cr3, r.efer);
+        self.st.gpr[NOREG as usize] = 0;
+        self.rip = r.rip;
+        self.set_arith_flags(r.rflags);
+        self.eflags = r.rflags & !super::flags::ARITH | 2;
+        self.segs = r.segs;
+        self.ldtr = r.ldtr;
+        self.tr = r.tr;
+        self.gdt = r.gdt;
+        self.idt = r.idt;
+        self.cr2 = r.cr2;
+        self.cr3 = r.cr3;
+        self.efer = r.efer;
+        self.cpl = r.cpl & 3;
+        self.halted = r.halted;
+        self.shadow = false;
+        self.pending_db = 0;
+        self.attention = true;
+        if paging {
+            self.flush_tlb();
+        }
+        self.update_mode();
+    }
+}

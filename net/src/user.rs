@@ -1,0 +1,371 @@
+//! `user`: networking without privileges, by libslirp: the guest is 10.0.2.15, the host 10.0.2.2, a DHCP
+//! server and a DNS forwarder are at hand, and ports of the host may be forwarded to the guest.
+
+use std::collections::BTreeMap;
+use std::ffi::{c_char, c_int, c_void, CStr, CString};
+use std::net::Ipv4Addr;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::mpsc::{channel, Receiver, Sender};
+use std::time::Instant;
+
+use libslirp_sys as sys;
+
+use crate::{Backend, NetError, Receive};
+
+/// A forwarded port.
+#[derive(Clone, Debug)]
+pub struct Forward {
+    pub udp: bool,
+    pub host: (Ipv4Addr, u16),
+    /// 0.0.0.0: the guest's first DHCP address.
+    pub guest: (Ipv4Addr, u16),
+}
+
+/// Settings of user networking.
+#[derive(Clone, Debug, Default)]
+pub struct Settings {
+    pub forwards: Vec<Forward>,
+    /// The guest can reach nothing but the forwards.
+    pub restricted: bool,
+    pub hostname: Option<String>,
+    /// Network address, `10.0.2.0` by default, always /24.
+    pub network: Option<Ipv4Addr>,
+}
+
+/// User networking.
+pub struct User {
+    frames: Sender<Vec<u8>>,
+    wake: OwnedFd,
+}
+
+fn address(ip: Ipv4Addr) -> sys::in_addr {
+    ip.into()
+}
+
+impl User {
+    /// Start the network on a thread of its own.
+    pub fn start(settings: &Settings, receive: Receive) -> Result<Self, NetError> {
+        let fail = |text: &str| NetError::User(text.to_owned());
+        let (reader, wake) = nix::unistd::pipe2(nix::fcntl::OFlag::O_NONBLOCK | nix::fcntl::OFlag::O_CLOEXEC)
+            .map_err(|e| fail(&e.to_string()))?;
+        let (frames, outgoing) = channel();
+        let (ready, started) = channel::<Result<(), String>>();
+        let settings = settings.clone();
+        std::thread::Builder::new()
+            .name("net-user".into())
+            .spawn(move || match Stack::new(&settings, receive) {
+                Ok(mut stack) => {
+                    let _ = ready.send(Ok(()));
+                    stack.run(&outgoing, &reader);
+                }
+                Err(e) => {
+                    let _ = ready.send(Err(e));
+                }
+            })
+            .map_err(NetError::Thread)?;
+        match started.recv() {
+            Ok(Ok(())) => Ok(User { frames, wake }),
+            Ok(Err(e)) => Err(NetError::User(e)),
+            Err(_) => Err(fail("its thread ended")),
+        }
+    }
+}
+
+impl Backend for User {
+    fn send(&mut self, frame: &[u8]) {
+        if self.frames.send(frame.to_vec()).is_ok() {
+            let _ = nix::unistd::write(&self.wake, &[0]);
+        }
+    }
+}
+
+struct Timer {
+    callback: unsafe extern "C" fn(*mut c_void),
+    argument: *mut c_void,
+    at_ms: Option<i64>,
+}
+
+/// What libslirp's callbacks reach.
+struct Callbacks {
+    receive: Receive,
+    start: Instant,
+    timers: BTreeMap<usize, Timer>,
+    next_timer: usize,
+}
+
+impl Callbacks {
+    fn now_ns(&self) -> i64 {
+        self.start.elapsed().as_nanos() as i64
+    }
+}
+
+/// # Safety
+/// `opaque` is the `Callbacks` that `Stack::new` gave to libslirp; libslirp calls back only within calls made by
+/// the stack's thread, so nobody else uses it.
+unsafe fn callbacks<'a>(opaque: *mut c_void) -> &'a mut Callbacks {
+    // SAFETY: see above.
+    unsafe { &mut *opaque.cast::<Callbacks>() }
+}
+
+unsafe extern "C" fn send_packet(data: *const c_void, len: usize, opaque: *mut c_void) -> isize {
+    // SAFETY: libslirp passes `len` readable bytes; see `callbacks` for the rest.
+    unsafe {
+        let frame = std::slice::from_raw_parts(data.cast::<u8>(), len).to_vec();
+        (callbacks(opaque).receive)(frame);
+    }
+    len as isize
+}
+
+unsafe extern "C" fn guest_error(message: *const c_char, _opaque: *mut c_void) {
+    // SAFETY: libslirp passes a C string.
+    log::debug!("user network: {}", unsafe { CStr::from_ptr(message) }.to_string_lossy());
+}
+
+unsafe extern "C" fn clock(opaque: *mut c_void) -> i64 {
+    // SAFETY: see `callbacks`.
+    unsafe { callbacks(opaque) }.now_ns()
+}
+
+unsafe extern "C" fn timer_new(
+    callback: sys::SlirpTimerCb,
+    argument: *mut c_void,
+    opaque: *mut c_void,
+) -> *mut c_void {
+    // SAFETY: see `callbacks`.
+    let c = unsafe { callbacks(opaque) };
+    let Some(callback) = callback else { return std::ptr::null_mut() };
+    c.next_timer += 1;
+    c.timers.insert(c.next_timer, Timer { callback, argument, at_ms: None });
+    c.next_timer as *mut c_void
+}
+
+unsafe extern "C" fn timer_free(timer: *mut c_void, opaque: *mut c_void) {
+    // SAFETY: see `callbacks`.
+    unsafe { callbacks(opaque) }.timers.remove(&(timer as usize));
+}
+
+unsafe extern "C" fn timer_mod(timer: *mut c_void, at_ms: i64, opaque: *mut c_void) {
+    // SAFETY: see `callbacks`.
+    if let Some(t) = unsafe { callbacks(opaque) }.timers.get_mut(&(timer as usize)) {
+        t.at_ms = Some(at_ms);
+    }
+}
+
+unsafe extern "C" fn poll_fd(_fd: c_int, _opaque: *mut c_void) {}
+
+unsafe extern "C" fn notify(_opaque: *mut c_void) {}
+
+unsafe extern "C" fn add_poll(fd: c_int, events: c_int, opaque: *mut c_void) -> c_int {
+    // SAFETY: `opaque` is the vector that `Stack::run` passes to slirp_pollfds_fill.
+    let list = unsafe { &mut *opaque.cast::<Vec<libc::pollfd>>() };
+    let mut wanted = 0;
+    for (slirp, poll) in FLAGS {
+        if events & slirp != 0 {
+            wanted |= poll;
+        }
+    }
+    list.push(libc::pollfd { fd, events: wanted, revents: 0 });
+    (list.len() - 1) as c_int
+}
+
+unsafe extern "C" fn get_revents(index: c_int, opaque: *mut c_void) -> c_int {
+    // SAFETY: `opaque` is the vector that `Stack::run` passes to slirp_pollfds_poll.
+    let list = unsafe { &*opaque.cast::<Vec<libc::pollfd>>() };
+    let Some(entry) = list.get(index as usize) else { return 0 };
+    FLAGS.iter().filter(|(_, poll)| entry.revents & poll != 0).fold(0, |acc, (slirp, _)| acc | slirp)
+}
+
+/// (libslirp's flag, poll's flag)
+const FLAGS: [(c_int, i16); 5] =
+    [(1, libc::POLLIN), (2, libc::POLLOUT), (4, libc::POLLPRI), (8, libc::POLLERR), (16, libc::POLLHUP)];
+
+struct Stack {
+    slirp: *mut sys::Slirp,
+    callbacks: *mut Callbacks,
+    /// libslirp keeps pointers into these.
+    _table: Box<sys::SlirpCb>,
+    _hostname: Option<CString>,
+}
+
+impl Stack {
+    fn new(settings: &Settings, receive: Receive) -> Result<Self, String> {
+        let table = Box::new(sys::SlirpCb {
+            send_packet: Some(send_packet),
+            guest_error: Some(guest_error),
+            clock_get_ns: Some(clock),
+            timer_new: Some(timer_new),
+            timer_free: Some(timer_free),
+            timer_mod: Some(timer_mod),
+            register_poll_fd: Some(poll_fd),
+            unregister_poll_fd: Some(poll_fd),
+            notify: Some(notify),
+        });
+        let hostname = settings.hostname.clone().map(CString::new).transpose().map_err(|e| e.to_string())?;
+        let [a, b, c, _] = settings.network.unwrap_or(Ipv4Addr::new(10, 0, 2, 0)).octets();
+        let host = |n| address(Ipv4Addr::new(a, b, c, n));
+        // SAFETY: an all-zero SlirpConfig is a valid value of that C structure (null pointers, false, 0).
+        let mut config: sys::SlirpConfig = unsafe { std::mem::zeroed() };
+        config.version = 1;
+        config.restricted = c_int::from(settings.restricted);
+        config.in_enabled = true;
+        config.vnetwork = host(0);
+        config.vnetmask = address(Ipv4Addr::new(255, 255, 255, 0));
+        config.vhost = host(2);
+        config.vdhcp_start = host(15);
+        config.vnameserver = host(3);
+        config.vhostname = hostname.as_ref().map_or(std::ptr::null(), |h| h.as_ptr());
+        let state = Box::into_raw(Box::new(Callbacks {
+            receive,
+            start: Instant::now(),
+            timers: BTreeMap::new(),
+            next_timer: 0,
+        }));
+        // SAFETY: config lives across the call; table and state live until slirp_cleanup in drop.
+        let slirp = unsafe { sys::slirp_new(&config, &*table, state.cast()) };
+        let stack = Stack { slirp, callbacks: state, _table: table, _hostname: hostname };
+        if slirp.is_null() {
+            return Err("libslirp could not be started".into());
+        }
+        for f in &settings.forwards {
+            let (h, g) = (address(f.host.0), address(f.guest.0));
+            // SAFETY: slirp is valid.
+            let rc = unsafe {
+                sys::slirp_add_hostfwd(
+                    slirp,
+                    c_int::from(f.udp),
+                    h,
+                    c_int::from(f.host.1),
+                    g,
+                    c_int::from(f.guest.1),
+                )
+            };
+            if rc < 0 {
+                return Err(format!(
+                    "Could not set up host forwarding rule '{}:{}:{}-{}:{}': {}",
+                    if f.udp { "udp" } else { "tcp" },
+                    f.host.0,
+                    f.host.1,
+                    f.guest.0,
+                    f.guest.1,
+                    std::io::Error::last_os_error()
+                ));
+            }
+        }
+        Ok(stack)
+    }
+
+    fn run(&mut self, frames: &Receiver<Vec<u8>>, wake: &OwnedFd) {
+        let mut list: Vec<libc::pollfd> = Vec::new();
+        loop {
+            list.clear();
+            let mut timeout = 1000u32;
+            // SAFETY: slirp is valid; add_poll gets `list`, which lives across the call.
+            unsafe {
+                sys::slirp_pollfds_fill(
+                    self.slirp,
+                    &mut timeout,
+                    Some(add_poll),
+                    std::ptr::from_mut(&mut list).cast(),
+                );
+            }
+            list.push(libc::pollfd { fd: wake.as_raw_fd(), events: libc::POLLIN, revents: 0 });
+            let wait = self.next_timer().map_or(timeout as i64, |t| t.min(i64::from(timeout))).clamp(0, 1000);
+            // SAFETY: list is a valid array of pollfds.
+            let rc = unsafe { libc::poll(list.as_mut_ptr(), list.len() as libc::nfds_t, wait as c_int) };
+            if list.pop().is_some_and(|p| p.revents != 0) {
+                let mut buf = [0u8; 256];
+                while matches!(nix::unistd::read(wake, &mut buf), Ok(n) if n == buf.len()) {}
+            }
+            // SAFETY: as above; get_revents gets the same list.
+            unsafe {
+                sys::slirp_pollfds_poll(
+                    self.slirp,
+                    c_int::from(rc < 0),
+                    Some(get_revents),
+                    std::ptr::from_mut(&mut list).cast(),
+                );
+            }
+            self.fire_timers();
+            loop {
+                match frames.try_recv() {
+                    // SAFETY: the frame's bytes are readable for its length.
+                    Ok(f) => unsafe { sys::slirp_input(self.slirp, f.as_ptr(), f.len() as c_int) },
+                    Err(std::sync::mpsc::TryRecvError::Empty) => break,
+                    Err(std::sync::mpsc::TryRecvError::Disconnected) => return,
+                }
+            }
+        }
+    }
+
+    fn next_timer(&self) -> Option<i64> {
+        // SAFETY: the callbacks live until drop, and libslirp is not running now.
+        let c = unsafe { &*self.callbacks };
+        let now = c.now_ns() / 1_000_000;
+        c.timers.values().filter_map(|t| t.at_ms).min().map(|at| at - now)
+    }
+
+    fn fire_timers(&mut self) {
+        loop {
+            // SAFETY: as in next_timer; the borrow ends before the callback runs.
+            let due = unsafe {
+                let c = &mut *self.callbacks;
+                let now = c.now_ns() / 1_000_000;
+                c.timers.values_mut().find(|t| t.at_ms.is_some_and(|at| at <= now)).map(|t| {
+                    t.at_ms = None;
+                    (t.callback, t.argument)
+                })
+            };
+            let Some((callback, argument)) = due else { return };
+            // SAFETY: libslirp gave the callback with this argument.
+            unsafe { callback(argument) };
+        }
+    }
+}
+
+impl Drop for Stack {
+    fn drop(&mut self) {
+        // SAFETY: slirp (if it was made) is cleaned up once, and then the callbacks it used.
+        unsafe {
+            if !self.slirp.is_null() {
+                sys::slirp_cleanup(self.slirp);
+            }
+            drop(Box::from_raw(self.callbacks));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    #[test]
+    fn the_host_answers_arp() {
+        let (tx, rx) = mpsc::channel();
+        let mut net = User::start(&Settings::default(), Box::new(move |f| drop(tx.send(f)))).unwrap();
+        let mac = [0x52, 0x54, 0, 1, 2, 3];
+        let mut arp = vec![0xFF; 6];
+        arp.extend(mac);
+        arp.extend([8, 6, 0, 1, 8, 0, 6, 4, 0, 1]);
+        arp.extend(mac);
+        arp.extend([10, 0, 2, 15, 0, 0, 0, 0, 0, 0, 10, 0, 2, 2]);
+        net.send(&arp);
+        let reply = rx.recv_timeout(Duration::from_secs(5)).unwrap();
+        assert_eq!(reply[12..14], [8, 6]);
+        assert_eq!(reply[28..32], [10, 0, 2, 2]);
+    }
+
+    #[test]
+    fn a_taken_port_is_an_error_with_the_rule() {
+        let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = taken.local_addr().unwrap().port();
+        let forwards = vec![Forward {
+            udp: false,
+            host: (Ipv4Addr::LOCALHOST, port),
+            guest: (Ipv4Addr::UNSPECIFIED, 80),
+        }];
+        let e = User::start(&Settings { forwards, ..Settings::default() }, Box::new(|_| {})).err().unwrap();
+        assert!(e.to_string().contains(&port.to_string()), "{e}");
+    }
+}

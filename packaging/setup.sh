@@ -1,0 +1,37 @@
+#!/bin/sh
+# Installs, by package name, what is missing to build, test and demonstrate ftvm on Debian 12.
+set -eu
+missing=
+need() { # need PACKAGE COMMAND-OR-FILE
+    case $2 in
+        /*) [ -e "$2" ] && return ;;
+        *) command -v "$2" >/dev/null 2>&1 && return
+           [ -x "/usr/sbin/$2" ] || [ -x "/sbin/$2" ] && return ;;
+    esac
+    missing="$missing $1"
+}
+need gcc cc
+need libc6-dev /usr/include/stdlib.h
+need pkg-config pkg-config
+need libslirp-dev /usr/include/slirp/libslirp.h
+need libglib2.0-dev /usr/include/glib-2.0/glib.h
+need seabios /usr/share/seabios/bios-256k.bin
+need qemu-utils qemu-img
+need mmdebstrap mmdebstrap
+need busybox-static /usr/share/doc/busybox-static
+need kmod depmod
+need cpio cpio
+need e2fsprogs mke2fs
+need fdisk sfdisk
+need grub-common grub-mkimage
+need grub-pc-bin /usr/lib/grub/i386-pc/boot.img
+need iproute2 ip
+need ipxe /usr/lib/ipxe/ipxe.lkrn
+need memtest86+ /boot/memtest86+x64.bin
+[ -z "$missing" ] && exit 0
+echo "setup: installing$missing"
+as_root=
+[ "$(id -u)" = 0 ] || as_root=sudo
+$as_root apt-get update -qq
+# shellcheck disable=SC2086
+DEBIAN_FRONTEND=noninteractive $as_root apt-get install -y -qq --no-install-recommends $missing

@@ -1,0 +1,207 @@
+//! Clients of a guest that remember every acknowledged answer.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crate::hosts::ClientNet;
+use crate::Result;
+
+/// What a client saw.
+#[derive(Clone, Debug, Default)]
+pub struct Seen {
+    /// Acknowledged requests.
+    pub answers: u64,
+    /// Requests that failed at the first try and were tried again (new connections only).
+    pub retried: u64,
+    /// Answers that were wrong, lost or repeated, in words.
+    pub wrong: Vec<String>,
+    /// The longest time between two answers, and all latencies in ms.
+    pub longest: Duration,
+    pub latencies: Vec<f64>,
+}
+
+impl Seen {
+    /// The latency that `share` of the answers did not exceed, in ms.
+    pub fn percentile(&self, share: f64) -> f64 {
+        let mut all = self.latencies.clone();
+        all.sort_by(f64::total_cmp);
+        all.get(((all.len() as f64 - 1.0) * share) as usize).copied().unwrap_or(0.0)
+    }
+}
+
+/// A client on a thread of its own.
+pub struct Client {
+    stop: Arc<AtomicBool>,
+    pub seen: Arc<Mutex<Seen>>,
+    thread: Option<JoinHandle<Result<()>>>,
+}
+
+impl Client {
+    fn start(
+        net: Option<ClientNet>,
+        work: impl FnOnce(&AtomicBool, &Mutex<Seen>) -> Result<()> + Send + 'static,
+    ) -> Client {
+        let stop = Arc::new(AtomicBool::new(false));
+        let seen = Arc::new(Mutex::new(Seen::default()));
+        let (s, w) = (Arc::clone(&stop), Arc::clone(&seen));
+        let thread = std::thread::spawn(move || {
+            if let Some(net) = net {
+                net.enter()?;
+            }
+            work(&s, &w)
+        });
+        Client { stop, seen, thread: Some(thread) }
+    }
+
+    /// One TCP session for the whole time: `inc` must answer 1, 2, 3, ... without a gap.
+    pub fn session(net: Option<ClientNet>, address: SocketAddr, pause: Duration) -> Client {
+        Client::start(net, move |stop, seen| {
+            let mut line = Line::connect(address)?;
+            let mut count = 0u64;
+            while !stop.load(Ordering::Relaxed) {
+                let (answer, took) = line.ask("inc")?;
+                count += 1;
+                note(
+                    seen,
+                    took,
+                    (answer != count.to_string())
+                        .then(|| format!("session answered {answer} instead of {count}")),
+                );
+                std::thread::sleep(pause);
+            }
+            Ok(())
+        })
+    }
+
+    /// Durable writes over one TCP session: every acknowledged text must be there afterwards.
+    pub fn journal(net: Option<ClientNet>, address: SocketAddr, tag: &str, pause: Duration) -> Client {
+        let tag = tag.to_owned();
+        Client::start(net, move |stop, seen| {
+            let mut line = Line::connect(address)?;
+            let mut acknowledged: Vec<(u64, String)> = Vec::new();
+            let mut n = 0u64;
+            while !stop.load(Ordering::Relaxed) {
+                let text = format!("{tag}-{n}");
+                n += 1;
+                let (answer, took) = line.ask(&format!("put {text}"))?;
+                let place = answer.strip_prefix("ok ").and_then(|p| p.parse().ok());
+                note(seen, took, place.is_none().then(|| format!("put answered {answer}")));
+                acknowledged.extend(place.map(|p| (p, text)));
+                std::thread::sleep(pause);
+            }
+            for (place, text) in acknowledged {
+                let (answer, _) = line.ask(&format!("get {place}"))?;
+                if answer != text {
+                    if let Ok(mut s) = seen.lock() {
+                        s.wrong.push(format!("line {place} is '{answer}' instead of '{text}'"));
+                    }
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// HTTP: a new connection for every GET; a request may be tried again until it is answered.
+    pub fn http(net: Option<ClientNet>, address: SocketAddr, expect: &str, pause: Duration) -> Client {
+        let expect = expect.to_owned();
+        Client::start(net, move |stop, seen| {
+            while !stop.load(Ordering::Relaxed) {
+                let start = Instant::now();
+                loop {
+                    match get(address) {
+                        Ok(body) => {
+                            note(
+                                seen,
+                                start.elapsed(),
+                                (!body.contains(&expect)).then(|| format!("HTTP answered {body:?}")),
+                            );
+                            break;
+                        }
+                        Err(e) => {
+                            if start.elapsed() > Duration::from_secs(60) {
+                                return Err(format!("HTTP: {e}"));
+                            }
+                            if let Ok(mut s) = seen.lock() {
+                                s.retried += 1;
+                            }
+                            std::thread::sleep(Duration::from_millis(20));
+                        }
+                    }
+                }
+                std::thread::sleep(pause);
+            }
+            Ok(())
+        })
+    }
+
+    /// Stop, and return what was seen; an error if the client itself failed (a broken connection).
+    pub fn finish(mut self) -> Result<Seen> {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            thread.join().map_err(|_| "a client panicked".to_owned())??;
+        }
+        self.seen.lock().map(|s| s.clone()).map_err(|_| "a client panicked".into())
+    }
+
+    /// Answers so far.
+    pub fn answers(&self) -> u64 {
+        self.seen.lock().map_or(0, |s| s.answers)
+    }
+}
+
+fn note(seen: &Mutex<Seen>, took: Duration, wrong: Option<String>) {
+    if let Ok(mut s) = seen.lock() {
+        s.answers += 1;
+        s.longest = s.longest.max(took);
+        s.latencies.push(took.as_secs_f64() * 1000.0);
+        s.wrong.extend(wrong);
+    }
+}
+
+/// A line-by-line conversation over TCP.
+pub struct Line {
+    out: TcpStream,
+    input: BufReader<TcpStream>,
+}
+
+impl Line {
+    /// Connect, trying for a while.
+    pub fn connect(address: SocketAddr) -> Result<Line> {
+        let out = crate::wait_for(&format!("connection to {address}"), Duration::from_secs(30), || {
+            TcpStream::connect_timeout(&address, Duration::from_secs(2)).ok()
+        })?;
+        out.set_nodelay(true).map_err(|e| e.to_string())?;
+        out.set_read_timeout(Some(Duration::from_secs(60))).map_err(|e| e.to_string())?;
+        let input = BufReader::new(out.try_clone().map_err(|e| e.to_string())?);
+        Ok(Line { out, input })
+    }
+
+    /// Send a line, read the answer.
+    pub fn ask(&mut self, text: &str) -> Result<(String, Duration)> {
+        let start = Instant::now();
+        self.out.write_all(format!("{text}\n").as_bytes()).map_err(|e| format!("the session broke: {e}"))?;
+        let mut answer = String::new();
+        match self.input.read_line(&mut answer) {
+            Ok(0) => Err("the session was closed".into()),
+            Ok(_) => Ok((answer.trim_end().to_owned(), start.elapsed())),
+            Err(e) => Err(format!("the session broke: {e}")),
+        }
+    }
+}
+
+/// One HTTP GET of `/`.
+pub fn get(address: SocketAddr) -> std::io::Result<String> {
+    let mut s = TcpStream::connect_timeout(&address, Duration::from_secs(2))?;
+    s.set_read_timeout(Some(Duration::from_secs(10)))?;
+    s.write_all(b"GET / HTTP/1.0\r\nHost: guest\r\n\r\n")?;
+    let mut text = String::new();
+    s.read_to_string(&mut text)?;
+    if !text.starts_with("HTTP/1.") {
+        return Err(std::io::Error::other(format!("answered {text:?}")));
+    }
+    Ok(text)
+}
