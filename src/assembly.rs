@@ -147,7 +147,9 @@ pub fn open_live(
 /// A backup must see the primary's byte locks on a writable image: they tell, after a takeover, whether the
 /// old primary is gone or only stalled.
 pub fn check_shared(drive: &DriveConfig) -> Result<(), String> {
-    let Some(path) = drive.file.as_deref().filter(|_| !drive.read_only && drive.locking) else { return Ok(()) };
+    let Some(path) = drive.file.as_deref().filter(|_| !drive.read_only && drive.locking) else {
+        return Ok(());
+    };
     match ftvm_block::takeover::is_held(Path::new(path)) {
         Ok(true) => Ok(()),
         Ok(false) => Err(format!(

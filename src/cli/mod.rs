@@ -1,9 +1,11 @@
 //! The command line: QEMU's grammar and the configuration that comes out of it.
 
+pub mod completion;
 pub mod config;
 pub mod drive;
 pub mod ft;
 pub mod keyval;
+pub mod man;
 pub mod net;
 pub mod options;
 
