@@ -337,17 +337,38 @@ impl Blueprint {
         Ok(Machine::new(cpus, Box::new(PcChipset(pc)), mem, self.ns_per_instruction))
     }
 
-    /// What must be equal on both sides of a recording, as text.
+    /// What must be equal on both sides of a recording: a line of text for each thing, `name: value`.
     pub fn fingerprint(&self) -> String {
         let mut pc = self.pc.clone();
+        let (memory, cpus) = (pc.ram_size >> 20, pc.cpus);
+        (pc.ram_size, pc.cpus) = (0, 0);
         pc.random_seed = [0; 32];
         pc.rtc_base_unix = 0;
         let firmware = crc32fast::hash(&std::mem::take(&mut pc.firmware));
-        let kernel = pc.kernel.take().map(|k| {
-            let files: Vec<u32> = k.initrds.iter().map(|i| crc32fast::hash(&i.data)).collect();
-            (crc32fast::hash(&k.kernel), k.cmdline, files)
+        let kernel = pc.kernel.take().map_or("none".into(), |k| {
+            let files: Vec<String> =
+                k.initrds.iter().map(|i| format!("{:08x}", crc32fast::hash(&i.data))).collect();
+            format!("{:08x} [{}] '{}'", crc32fast::hash(&k.kernel), files.join(" "), k.cmdline)
         });
-        format!("cpu {} firmware {firmware:08x} kernel {kernel:?} board {pc:?}", self.cpu_model)
+        let devices = format!("{:?}", (std::mem::take(&mut pc.devices), std::mem::take(&mut pc.nics)));
+        let drives = format!("{:?}", std::mem::take(&mut pc.drives));
+        format!(
+            "memory: {memory} MiB\nprocessors: {cpus}\ncpu: {}\nfirmware: {firmware:08x}\nkernel: {kernel}\n\
+             devices: {devices}\ndrives: {drives}\nboard: {pc:?}",
+            self.cpu_model
+        )
+    }
+
+    /// The first line in which two fingerprints differ, in words; `None` if they are equal.
+    pub fn fingerprint_difference(was: &str, is: &str) -> Option<String> {
+        if was == is {
+            return None;
+        }
+        let found = was.lines().zip(is.lines()).find(|(a, b)| a != b).map(|(a, b)| {
+            let (name, old) = a.split_once(": ").unwrap_or(("machine", a));
+            format!("{name} was {old}, is {}", b.split_once(": ").map_or(b, |(_, v)| v))
+        });
+        Some(found.unwrap_or_else(|| "another description".into()))
     }
 
     /// The back end of each network card, by card number.

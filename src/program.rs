@@ -168,7 +168,7 @@ impl Prepared {
             Prepared::Live(mut runtime) => runtime.run(),
             Prepared::Replay(mut runtime, mut player) => {
                 let outside = Arc::clone(&runtime.outside);
-                replay(&mut runtime.machine, &mut player, &outside)
+                replay(&mut runtime.machine, &mut player, &outside, &runtime.receiver)
             }
         }
     }
@@ -198,13 +198,15 @@ fn prepare(config: &Config, events: Events, receiver: Receiver<Event>) -> Result
         let mut blueprint = Blueprint::new(&config.machine, &config.host.firmware_dirs, &header.drive_sizes)
             .map_err(|e| text(&e))?;
         let fingerprint = blueprint.fingerprint();
-        if fingerprint != header.machine || header.version != env!("CARGO_PKG_VERSION") {
+        if header.version != env!("CARGO_PKG_VERSION") {
             return Err(format!(
-                "'{path}' was recorded on another machine: it was {} {}, this is {} {fingerprint}",
+                "'{path}' was recorded by ftvm {}, this is ftvm {}",
                 header.version,
-                header.machine,
                 env!("CARGO_PKG_VERSION")
             ));
+        }
+        if let Some(difference) = Blueprint::fingerprint_difference(&header.machine, &fingerprint) {
+            return Err(format!("'{path}' was recorded on another machine: {difference}"));
         }
         blueprint.pc.random_seed = header.seed;
         blueprint.pc.rtc_base_unix = header.rtc_base;

@@ -29,7 +29,7 @@ const WRONG: &[(&str, &str)] = &[
     ("-machine q36", "unsupported machine type 'q36'"),
     ("-accel warp", "warp"),
     ("-device warp-drive", "'warp-drive' is not a valid device model name"),
-    ("-device virtio-rng-pci,speed=9", "'speed'"),
+    ("-device virtio-rng-pci,speed=9", "Property 'virtio-rng-pci.speed' not found"),
     ("-device virtio-blk-pci", "drive"),
     ("-device virtio-blk-pci,drive=nowhere", "Property 'virtio-blk-pci.drive' can't find value 'nowhere'"),
     ("-device e1000,netdev=nowhere", "Property 'e1000.netdev' can't find value 'nowhere'"),
@@ -51,9 +51,11 @@ const WRONG: &[(&str, &str)] = &[
     ("-append quiet", "-append"),
     ("-netdev warp,id=n0", "warp"),
     ("-netdev user", "id"),
-    ("-netdev user,id=n0 -netdev user,id=n0", "n0"),
+    ("-netdev user,id=n0 -netdev user,id=n0", "Duplicate ID 'n0' for netdev"),
+    ("-device virtio-rng-pci,id=a -device virtio-rng-pci,id=a", "Duplicate ID 'a' for device"),
+    ("-chardev null,id=c -chardev null,id=c", "Duplicate ID 'c' for chardev"),
+    ("-object rng-builtin,id=r -object rng-builtin,id=r", "Duplicate ID 'r' for object"),
     ("-netdev user,id=n0,hostfwd=tcp:nonsense", "nonsense"),
-    ("-netdev tap,id=n0,ifname=ftvmnotap,script=no,downscript=no -device e1000,netdev=n0", "ftvmnotap"),
     ("-nic user,model=ne9000", "ne9000"),
     ("-serial warp", "'warp' is not a valid char driver"),
     ("-serial file:/no/such/dir/x", "/no/such/dir/x"),
@@ -80,11 +82,11 @@ const WRONG: &[(&str, &str)] = &[
 fn every_wrong_command_line_is_one_sentence_and_status_1() -> Result<()> {
     let mut wrong = Vec::new();
     for (line, sentence) in WRONG {
-        let mut args: Vec<&str> = line.split(' ').collect();
-        args.extend(["-display", "none"]);
+        let mut args = vec!["-display", "none"];
         if !line.contains("-serial") {
             args.extend(["-serial", "none"]);
         }
+        args.extend(line.split(' '));
         let child = ftvm()
             .args(&args)
             .stdin(Stdio::null())
@@ -126,7 +128,6 @@ fn an_image_in_use_is_refused() -> Result<()> {
     let (status, text) = say(&["-drive", &drive, "-display", "none", "-serial", "none", "-net", "none"])?;
     assert_eq!(status, 1);
     assert!(text.contains(&image) && text.contains("lock"), "{text}");
-    assert_eq!(text.lines().count(), 1, "{text}");
     let info = run("qemu-img", &["info", &image]);
     assert!(info.is_err_and(|e| e.contains("lock")), "qemu-img sees the lock too");
     Ok(())

@@ -606,6 +606,10 @@ impl Config {
                 "-icount rr=record and -ft cannot be used together: -ft records already".into(),
             ));
         }
+        unique("netdev", m.netdevs.iter().map(|n| n.id.as_str()))?;
+        unique("chardev", m.chardevs.iter().map(|(id, _)| id.as_str()))?;
+        unique("object", m.objects.iter().map(|(_, id)| id.as_str()))?;
+        unique("device", m.devices.iter().filter_map(|d| d.id.as_deref()))?;
         if m.append.is_some() && m.kernel.is_none() {
             return Err(CliError::Plain("-append only allowed with -kernel option".into()));
         }
@@ -614,6 +618,17 @@ impl Config {
         }
         Ok(Config { machine: m, host: h, given: given.to_vec() })
     }
+}
+
+/// Identifiers of one kind of thing must differ.
+fn unique<'a>(kind: &str, ids: impl Iterator<Item = &'a str>) -> Result<(), CliError> {
+    let mut seen = std::collections::BTreeSet::new();
+    for id in ids {
+        if !seen.insert(id) {
+            return Err(CliError::Plain(format!("Duplicate ID '{id}' for {kind}")));
+        }
+    }
+    Ok(())
 }
 
 fn accel(names: &str) -> Result<(), CliError> {

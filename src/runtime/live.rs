@@ -497,7 +497,12 @@ pub fn follow_entry(
 }
 
 /// Replay a recording to its end; console output goes out, everything else is dropped.
-pub fn replay(machine: &mut Machine, player: &mut Player, outside: &Outside) -> Outcome {
+pub fn replay(
+    machine: &mut Machine,
+    player: &mut Player,
+    outside: &Outside,
+    receiver: &Receiver<Event>,
+) -> Outcome {
     let mut hashes = 0u64;
     let started = Instant::now();
     loop {
@@ -506,8 +511,14 @@ pub fn replay(machine: &mut Machine, player: &mut Player, outside: &Outside) -> 
             Ok(None) => return Outcome::Failed("the recording breaks off before its end".into()),
             Err(e) => return Outcome::Failed(e.to_string()),
         };
+        // Only the wish to end counts: the world's inputs come from the recording.
+        while let Ok(event) = receiver.try_recv() {
+            if matches!(event, Event::Quit(_)) {
+                return Outcome::Failed(format!("the replay was ended at position {}", machine.stamp().position));
+            }
+        }
         let mut outputs = Vec::new();
-        let followed = follow_entry(machine, &entry, 1 << 24, &mut outputs);
+        let followed = follow_entry(machine, &entry, 1 << 22, &mut outputs);
         for (_, output) in outputs {
             if matches!(output, Output::CharOut { .. }) {
                 outside.perform(output);
