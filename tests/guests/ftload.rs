@@ -101,11 +101,14 @@ fn http(port: u16) -> std::io::Result<()> {
         let count = Arc::clone(&count);
         std::thread::spawn(move || -> std::io::Result<()> {
             let mut out = stream.try_clone()?;
-            let mut first = true;
+            let (mut first, mut last) = (true, false);
             for line in BufReader::new(stream).lines() {
                 let line = line?;
                 if first && !line.starts_with("GET ") {
                     return Ok(());
+                }
+                if first {
+                    last = line.ends_with("HTTP/1.0");
                 }
                 first = false;
                 if line.is_empty() {
@@ -117,6 +120,9 @@ fn http(port: u16) -> std::io::Result<()> {
                     let body = format!("{n}\n");
                     let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{body}", body.len());
                     out.write_all(head.as_bytes())?;
+                    if last {
+                        return Ok(());
+                    }
                     first = true;
                 }
             }

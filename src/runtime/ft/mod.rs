@@ -162,8 +162,10 @@ impl FtSide {
             }
             if let Some(output) = core.output(stamp, output, now) {
                 outside.perform(output);
-            } else if let (Some(link), Some(batch)) = (&p.link, core.take_batch(stamp)) {
-                link.send(batch);
+            } else if let Some(link) = &p.link {
+                while let Some(batch) = core.take_batch(stamp) {
+                    link.send(batch);
+                }
             }
         }
     }

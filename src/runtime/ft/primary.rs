@@ -116,7 +116,7 @@ impl PrimaryRole {
                 self.last_horizon = Instant::now();
             }
             core.horizon(stamp, common.now());
-            if let Some(batch) = core.take_batch(stamp) {
+            while let Some(batch) = core.take_batch(stamp) {
                 link.send(batch);
             }
         }
@@ -131,7 +131,7 @@ impl PrimaryRole {
                 return;
             }
             core.end(stamp, Vec::new());
-            if let Some(batch) = core.take_batch(stamp) {
+            while let Some(batch) = core.take_batch(stamp) {
                 link.send(batch);
             }
         }

@@ -59,6 +59,25 @@ impl Qmp {
         }
     }
 
+    /// Wait for an event of this name; events seen before it are dropped.
+    pub fn wait_event(&mut self, name: &str, limit: Duration) -> Result<Value> {
+        let start = std::time::Instant::now();
+        loop {
+            while !self.events.is_empty() {
+                let event = self.events.remove(0);
+                if event["event"] == name {
+                    return Ok(event);
+                }
+            }
+            let left = limit.saturating_sub(start.elapsed()).max(Duration::from_millis(1));
+            self.stream.set_read_timeout(Some(left)).map_err(|e| e.to_string())?;
+            let message = self.read().map_err(|e| format!("waiting for {name}: {e}"))?;
+            if message.get("event").is_some() {
+                self.events.push(message);
+            }
+        }
+    }
+
     /// `query-ft`.
     pub fn ft(&mut self) -> Result<Value> {
         self.command("query-ft", Value::Null)
