@@ -378,10 +378,10 @@ impl Config {
                     let p = params(Some("cpus"))?;
                     p.only(&["cpus", "sockets", "cores", "threads", "maxcpus", "dies"]).map_err(&err)?;
                     let n = |k: &str| p.number(k).map_err(&err);
-                    let shape = n("sockets")?.unwrap_or(1)
-                        * n("cores")?.unwrap_or(1)
-                        * n("threads")?.unwrap_or(1)
-                        * n("dies")?.unwrap_or(1);
+                    let mut shape = 1u64;
+                    for level in ["sockets", "dies", "cores", "threads"] {
+                        shape = shape.saturating_mul(n(level)?.unwrap_or(1));
+                    }
                     let cpus = n("cpus")?.unwrap_or(shape);
                     let max = n("maxcpus")?.unwrap_or(cpus);
                     if cpus == 0 || cpus > 255 {
