@@ -36,7 +36,7 @@ fn no_promise_is_broken_whatever_fails() {
         assert_eq!(text, None, "seed {seed}");
         return;
     }
-    let seeds = number("FTVM_SIM_SEEDS").unwrap_or(2000);
+    let seeds = number("FTVM_SIM_SEEDS").unwrap_or(1000);
     let started = std::time::Instant::now();
     let (mut failovers, mut faults, mut pairings, mut replies, mut hashes) = (0, 0, 0, 0, 0);
     let mut failed = Vec::new();

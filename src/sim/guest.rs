@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::machine::{Chipset, Machine};
 
 /// Guest memory in bytes.
-const RAM: u64 = 64 << 10;
+const RAM: u64 = 32 << 10;
 /// Sectors that the service writes.
 pub const SECTORS: u64 = 12;
 
@@ -63,12 +63,12 @@ impl Processor for Cpu {
             self.count += 1;
             self.acc = mix(self.acc, self.count);
             let at = position + retired;
-            if self.count % 13 == 0 {
+            if self.count.is_multiple_of(13) {
                 let _ = mem.write((self.acc % (RAM / 8)) * 8, &self.acc.to_le_bytes());
             }
-            if self.count % 8 == 0 {
+            if self.count.is_multiple_of(8) {
                 self.acc = mix(self.acc, u64::from(bus.io_read(at, 1, 4)));
-                if self.count % 64 == 0 && !bus.intr() {
+                if self.count.is_multiple_of(64) && !bus.intr() {
                     self.halted = true;
                 }
                 if bus.break_requested() {
@@ -248,7 +248,7 @@ impl Chipset for Service {
     fn advance(&mut self, _: &GuestMemory, now: u64) {
         if now >= self.timer + 5_000_000 {
             self.timer = now;
-            if mix(now, 3) % 4 == 0 {
+            if mix(now, 3).is_multiple_of(4) {
                 self.note();
             }
         }

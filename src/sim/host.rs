@@ -52,7 +52,9 @@ pub struct BackupRole {
 
 pub enum Role {
     /// Takes the state; the lock's claim is made when the epoch is known.
-    Joining { epoch: Option<Epoch> },
+    Joining {
+        epoch: Option<Epoch>,
+    },
     Primary(Box<PrimaryRole>),
     Backup(Box<BackupRole>),
     Ended(String),
@@ -185,7 +187,7 @@ impl World {
             Role::Primary(_) => self.live_step(p),
             Role::Backup(_) => {
                 // Some backups are slow, so that log is waiting at a failover.
-                let behind = self.options.seed % 3 == 0 && !self.is_healed() && self.is_following(p);
+                let behind = self.options.seed.is_multiple_of(3) && !self.is_healed() && self.is_following(p);
                 let steps = if behind { u64::from(self.rng.chance(25)) } else { 64 };
                 for _ in 0..steps {
                     if !self.follow(p) {
@@ -204,7 +206,7 @@ impl World {
             return;
         }
         r.steps += 1;
-        let hash = r.steps % 16 == 0;
+        let hash = r.steps.is_multiple_of(16);
         let limit = 20 + self.rng.below(120);
         let skip = self.rng.below(1_500_000);
         let m = &mut self.procs[p].machine;
@@ -575,7 +577,7 @@ impl World {
             }
         }
         match followed {
-            Followed::NotYet => {
+            Followed::NotYet | Followed::Asked(_) => {
                 f.core.executed(stamp);
                 f.current = Some(entry);
             }

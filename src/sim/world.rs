@@ -393,9 +393,10 @@ impl World {
         }
         let Some((id, op)) = self.procs[p].queue.pop_front() else { return };
         self.procs[p].serving = true;
-        let time = if self.rng.chance(5) { self.rng.range(3 * MS, 40 * MS) } else { self.rng.range(100, 2 * MS) };
-        let early = self.options.mutation == Some(Mutation::EarlyCompletion)
-            && matches!(op, DiskOp::Write { .. });
+        let time =
+            if self.rng.chance(5) { self.rng.range(3 * MS, 40 * MS) } else { self.rng.range(100, 2 * MS) };
+        let early =
+            self.options.mutation == Some(Mutation::EarlyCompletion) && matches!(op, DiskOp::Write { .. });
         if early {
             self.at(50, Event::Done(p, id, Ok(Vec::new())));
         }
@@ -433,8 +434,7 @@ impl World {
 
     pub fn arbitrate(&mut self, p: usize, epoch: Epoch, side: Side) {
         self.note(p, "asks the lock");
-        let delay =
-            if self.rng.chance(20) { self.rng.below(60 * MS) } else { self.rng.range(100, 3 * MS) };
+        let delay = if self.rng.chance(20) { self.rng.below(60 * MS) } else { self.rng.range(100, 3 * MS) };
         self.at(delay, Event::Lock(p, epoch, side));
     }
 
@@ -446,8 +446,7 @@ impl World {
         } else {
             return self.at(5 * MS, Event::Lock(p, epoch, side));
         };
-        let verdict =
-            if self.options.mutation == Some(Mutation::BothWin) { Verdict::Won } else { verdict };
+        let verdict = if self.options.mutation == Some(Mutation::BothWin) { Verdict::Won } else { verdict };
         self.note(p, &format!("the lock answers {verdict:?}"));
         let delay = if self.rng.chance(10) { self.rng.below(30 * MS) } else { self.rng.below(MS) };
         self.at(delay, Event::Verdict(p, epoch.token, verdict));
@@ -574,20 +573,14 @@ impl World {
             if !self.procs[p].alive || self.procs[p].paused {
                 continue;
             }
-            let free = self
-                .primary(p)
-                .is_some_and(|r| !r.busy && r.core.phase() == primary::Phase::Unprotected);
+            let free =
+                self.primary(p).is_some_and(|r| !r.busy && r.core.phase() == primary::Phase::Unprotected);
             let host = (self.procs[p].host + 1 + self.rng.below(HOSTS as u64 - 1) as usize) % HOSTS;
             if !free || self.cut(self.procs[p].host, host) || self.rng.chance(30) {
                 continue;
             }
             let Some(q) = self.start(host, Role::Joining { epoch: None }) else { return };
-            self.conns.push(Conn {
-                ends: [p, q],
-                queues: Default::default(),
-                last: [0; 2],
-                open: [true; 2],
-            });
+            self.conns.push(Conn { ends: [p, q], queues: Default::default(), last: [0; 2], open: [true; 2] });
             let c = self.conns.len() - 1;
             self.procs[q].conn = Some(c);
             self.report.pairings += 1;
@@ -642,7 +635,10 @@ impl World {
         match self.rng.below(8) {
             0..=2 if self.dispensable(p) => {
                 let power = self.rng.chance(40);
-                self.say(&format!("FAULT: process {p} is killed{}", if power { " with its host" } else { "" }));
+                self.say(&format!(
+                    "FAULT: process {p} is killed{}",
+                    if power { " with its host" } else { "" }
+                ));
                 self.procs[p].alive = false;
                 self.procs[p].queue.clear();
                 if let (Some(c), false) = (conn, power) {
@@ -651,7 +647,8 @@ impl World {
                 self.procs[p].conn = None;
             }
             0..=3 => {
-                let time = if self.rng.chance(50) { self.rng.below(60 * MS) } else { self.rng.below(250 * MS) };
+                let time =
+                    if self.rng.chance(50) { self.rng.below(60 * MS) } else { self.rng.below(250 * MS) };
                 self.say(&format!("FAULT: process {p} is stopped for {} ms", time / MS));
                 self.procs[p].paused = true;
                 self.at(time, Event::Resume(p));
@@ -669,8 +666,12 @@ impl World {
                     6 => (0..HOSTS).filter(|h| *h != host).collect(),
                     _ => (0..=HOSTS).filter(|h| *h != host).collect(),
                 };
-                let time = if self.rng.chance(50) { self.rng.below(60 * MS) } else { self.rng.below(250 * MS) };
-                self.say(&format!("FAULT: host {host} is cut from {others:?} (storage is {HOSTS}) for {} ms", time / MS));
+                let time =
+                    if self.rng.chance(50) { self.rng.below(60 * MS) } else { self.rng.below(250 * MS) };
+                self.say(&format!(
+                    "FAULT: host {host} is cut from {others:?} (storage is {HOSTS}) for {} ms",
+                    time / MS
+                ));
                 for other in others {
                     let pair = (host.min(other), host.max(other));
                     self.cuts.insert(pair);

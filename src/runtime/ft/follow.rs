@@ -5,7 +5,7 @@ use std::sync::mpsc::RecvTimeoutError;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use ftvm_devices::Output;
+use ftvm_devices::{MachineRequest, Output};
 
 use super::link::{Link, Pulse};
 use super::primary::PrimaryRole;
@@ -47,6 +47,9 @@ pub struct Follow {
     outputs: VecDeque<(u64, Output)>,
     made: u64,
     counting: bool,
+    /// What the guest asked of the machine, until its consequence comes in the log.
+    asked: Option<MachineRequest>,
+    last_tick: Instant,
     last_ack: Instant,
     last_status: Instant,
     asked_at: Option<(Duration, Duration)>,
@@ -75,6 +78,8 @@ impl Follow {
             outputs: VecDeque::new(),
             made: 0,
             counting: false,
+            asked: None,
+            last_tick: Instant::now(),
             last_ack: Instant::now(),
             last_status: Instant::now(),
             asked_at: None,
@@ -171,6 +176,8 @@ pub fn on_event(rt: &mut Runtime, event: FtEvent) -> Option<Outcome> {
             Action::Arbitrate(epoch) => {
                 let heard = f.core.lock().map_or(now, |c| c.last_heard());
                 f.asked_at = Some((heard, now));
+                f.pulse = None;
+                f.link = None;
                 common.arbitrate(epoch, Side::Backup);
             }
             Action::GoLive { reason } => {
@@ -185,6 +192,12 @@ pub fn on_event(rt: &mut Runtime, event: FtEvent) -> Option<Outcome> {
 
 /// One step of a backup's machine thread.
 pub fn follow(rt: &mut Runtime) -> Option<Outcome> {
+    if role(rt).is_some_and(|(f, _)| f.last_tick.elapsed() >= ACK_EVERY) {
+        role(rt)?.0.last_tick = Instant::now();
+        if let Some(outcome) = on_event(rt, FtEvent::Tick) {
+            return Some(outcome);
+        }
+    }
     let (f, common) = role(rt)?;
     if f.current.is_none() {
         let (next, ready) = match f.core.lock() {
@@ -207,7 +220,10 @@ pub fn follow(rt: &mut Runtime) -> Option<Outcome> {
     let (f, common) = role(rt)?;
     f.keep(outputs);
     match followed {
-        Followed::NotYet => {
+        Followed::NotYet | Followed::Asked(_) => {
+            if let Followed::Asked(request) = followed {
+                f.asked = Some(request);
+            }
             if let Ok(mut core) = f.core.lock() {
                 core.executed(stamp);
             }
@@ -222,6 +238,7 @@ pub fn follow(rt: &mut Runtime) -> Option<Outcome> {
             });
             f.forget_released(released);
             match entry {
+                Entry::Input { .. } => f.asked = None,
                 Entry::Protected { .. } => {
                     f.counting = true;
                     common.shared.update_ft(|ft| ft.state = "following");
@@ -299,6 +316,7 @@ fn go_live(rt: &mut Runtime) -> Option<Outcome> {
     }
     let unsent: Vec<Output> = f.outputs.drain(..).map(|(_, o)| o).collect();
     let (macs, addresses) = (f.host.macs.clone(), f.addresses.clone());
+    let request = f.asked.take();
     let (number, reason) = (f.epoch.number, std::mem::take(&mut f.reason));
     if let Ok(mut core) = f.core.lock() {
         core.live();
@@ -313,7 +331,7 @@ fn go_live(rt: &mut Runtime) -> Option<Outcome> {
     for output in pending.into_iter().chain(unsent) {
         outside.perform(output);
     }
-    let primary = match PrimaryRole::start(&common, number) {
+    let primary = match PrimaryRole::start(&common, number, true) {
         Ok(p) => p,
         Err(e) => return Some(Outcome::Failed(e.to_string())),
     };
@@ -332,7 +350,8 @@ fn go_live(rt: &mut Runtime) -> Option<Outcome> {
         takeover_ms: now.saturating_sub(asked).as_secs_f64() * 1000.0,
     };
     super::note_failover(&common.shared, "primary", "live", failover);
-    None
+    // The guest asked for a reset or the end, and the primary died before it could log it.
+    request.and_then(|request| rt.request(request))
 }
 
 /// Tell the switches (and neighbours) where the machine's MAC addresses are now.

@@ -106,7 +106,7 @@ pub struct FtSide {
 impl FtSide {
     /// A primary that waits for a backup on its `listen` address.
     pub fn primary(common: Arc<Common>) -> std::io::Result<Self> {
-        let role = primary::PrimaryRole::start(&common, 0)?;
+        let role = primary::PrimaryRole::start(&common, 0, false)?;
         Ok(FtSide { common, role: Role::Primary(Box::new(role)) })
     }
 
