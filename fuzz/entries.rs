@@ -191,7 +191,7 @@ pub fn recording(data: &[u8]) {
         let Some((_fd, path)) = memory_file(file) else { return };
         match Player::open(&path.to_string_lossy()) {
             Ok((mut player, _)) => {
-                while let Ok(Some(_)) = player.next() {
+                while let Ok(Some(_)) = player.peek() {
                     player.done();
                 }
             }

@@ -174,7 +174,10 @@ impl Prepared {
     }
 }
 
-fn sizes(config: &Config) -> Result<(Vec<u64>, Vec<Option<Box<dyn ftvm_block::Image>>>), String> {
+/// A drive's open image, if it has a medium.
+type Medium = Option<Box<dyn ftvm_block::Image>>;
+
+fn sizes(config: &Config) -> Result<(Vec<u64>, Vec<Medium>), String> {
     let mut sizes = Vec::new();
     let mut images = Vec::new();
     for drive in &config.machine.drives {

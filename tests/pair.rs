@@ -123,6 +123,8 @@ fn refusals() -> Result<()> {
     pair.finish(false)
 }
 
+type Test = fn() -> Result<()>;
+
 /// All in one process and one after the other: hosts have fixed addresses, and entering namespaces needs root.
 fn main() {
     if let Err(e) = become_root() {
@@ -131,8 +133,7 @@ fn main() {
         return;
     }
     let wanted: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
-    let tests: [(&str, fn() -> Result<()>); 4] =
-        [("kills", kills), ("stall", stall), ("cut", cut), ("refusals", refusals)];
+    let tests: [(&str, Test); 4] = [("kills", kills), ("stall", stall), ("cut", cut), ("refusals", refusals)];
     let (mut passed, mut failed) = (0, 0);
     for (name, test) in tests {
         if !wanted.is_empty() && !wanted.iter().any(|w| name.contains(w.as_str())) {

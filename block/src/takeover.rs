@@ -25,21 +25,21 @@ enum Mode {
     /// The image itself, or an overlay below which nothing is merged yet (`below`: what it stands on).
     Top { top: Layer, below: Option<PathBuf> },
     /// The overlay is being merged into `base`.
-    Merging { overlay: Qcow2, base: Arc<dyn Image>, base_path: PathBuf, next: u64 },
+    Merging { overlay: Box<Qcow2>, base: Arc<dyn Image>, base_path: PathBuf, next: u64 },
     /// An error in the middle of a change of modes.
     Broken,
 }
 
 enum Layer {
     Image(Arc<dyn Image>),
-    Overlay(Qcow2),
+    Overlay(Box<Qcow2>),
 }
 
 impl Layer {
     fn image(&self) -> &dyn Image {
         match self {
             Layer::Image(i) => i.as_ref(),
-            Layer::Overlay(o) => o,
+            Layer::Overlay(o) => o.as_ref(),
         }
     }
 }
@@ -110,7 +110,7 @@ impl Takeover {
         let opened = if n == 0 {
             crate::open(&top, options).map(|i| Layer::Image(Arc::from(i)))
         } else {
-            shared_below(&top, n).map(Layer::Overlay)
+            shared_below(&top, n).map(|o| Layer::Overlay(Box::new(o)))
         };
         let (top, below) = match opened {
             Ok(top) => (top, (n > 0).then(|| layer(path, n - 1))),
@@ -126,7 +126,7 @@ impl Takeover {
                     top.display(),
                     fresh.display()
                 );
-                (Layer::Overlay(shared_below(&fresh, n + 1)?), Some(top))
+                (Layer::Overlay(Box::new(shared_below(&fresh, n + 1)?)), Some(top))
             }
             Err(e) => return Err(e),
         };

@@ -509,7 +509,7 @@ pub fn replay(
     let mut hashes = 0u64;
     let started = Instant::now();
     loop {
-        let entry = match player.next() {
+        let entry = match player.peek() {
             Ok(Some(entry)) => entry.clone(),
             Ok(None) => return Outcome::Failed("the recording breaks off before its end".into()),
             Err(e) => return Outcome::Failed(e.to_string()),

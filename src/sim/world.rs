@@ -555,10 +555,10 @@ impl World {
                     self.report.replies += 1;
                 }
             }
-            Some(Frame::Note { count, digest }) => {
-                if *self.client.notes.entry(count).or_insert(digest) != digest {
-                    self.violation(format!("note {count} is contradicted"));
-                }
+            Some(Frame::Note { count, digest })
+                if *self.client.notes.entry(count).or_insert(digest) != digest =>
+            {
+                self.violation(format!("note {count} is contradicted"));
             }
             _ => {}
         }

@@ -27,10 +27,13 @@ const ACK_EVERY: Duration = Duration::from_millis(10);
 /// How long MAC addresses are announced after go-live: rounds and the pause between them.
 const ANNOUNCE: (u32, Duration) = (6, Duration::from_millis(150));
 
+/// Opens the images and attaches the networks of a machine that goes live.
+pub type Attach = Box<dyn FnMut(&Arc<Outside>, &Events) -> Result<(), String> + Send>;
+
 /// What a backup does on its host when it goes live.
 pub struct HostSide {
     /// Open the images and attach the networks.
-    pub attach: Box<dyn FnMut(&Arc<Outside>, &Events) -> Result<(), String> + Send>,
+    pub attach: Attach,
     /// MAC address of each network card.
     pub macs: Vec<[u8; 6]>,
 }
