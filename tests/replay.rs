@@ -40,13 +40,11 @@ fn disk_and_network_load_replays_without_the_image_and_the_network() -> Result<(
     let (file, image) = (scratch.path("load.rr"), ext4(&scratch, "disk.raw", 48)?);
     let (tcp, http) = (free_port()?, free_port()?);
     let nic = format!("-nic user,model=virtio,hostfwd=tcp:{tcp}-:7000,hostfwd=tcp:{http}-:8080");
-    let more = format!(
-        "{nic} -smp 2 -drive file={image},format=raw,if=virtio {}",
-        icount("record", &file)
-    );
+    let more = format!("{nic} -smp 2 -drive file={image},format=raw,if=virtio {}", icount("record", &file));
     let words = "net disk serve diskload";
     let mut vm = start_tiny(&scratch, "record", words, &more)?;
     vm.wait_console("ftload: http on 8080", LONG)?;
+    vm.wait_console("ftload: serving on 7000", LONG)?;
     let session = Client::session(None, tcp, Duration::from_millis(2));
     let journal = Client::journal(None, tcp, "line", Duration::from_millis(2));
     let counter = Client::http(None, http, "200 OK", Duration::from_millis(5));
@@ -102,7 +100,12 @@ fn a_recording_that_does_not_fit_is_refused_in_one_sentence() -> Result<()> {
         );
         Ok(())
     };
-    refused("another memory size", &good, "32", "was recorded on another machine: memory was 16 MiB, is 32 MiB")?;
+    refused(
+        "another memory size",
+        &good,
+        "32",
+        "was recorded on another machine: memory was 16 MiB, is 32 MiB",
+    )?;
     refused("no recording", b"hello, world", "16", "is not a record/replay file of ftvm")?;
     for at in [9, 40, good.len() / 2, good.len() - 3] {
         let mut changed = good.clone();

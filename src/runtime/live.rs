@@ -514,7 +514,10 @@ pub fn replay(
         // Only the wish to end counts: the world's inputs come from the recording.
         while let Ok(event) = receiver.try_recv() {
             if matches!(event, Event::Quit(_)) {
-                return Outcome::Failed(format!("the replay was ended at position {}", machine.stamp().position));
+                return Outcome::Failed(format!(
+                    "the replay was ended at position {}",
+                    machine.stamp().position
+                ));
             }
         }
         let mut outputs = Vec::new();
