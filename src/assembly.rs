@@ -119,12 +119,65 @@ pub fn open_options(drive: &DriveConfig) -> OpenOptions {
     }
 }
 
-/// Open a drive's image; `None` for a drive without a medium.
+/// Open a drive's image; `None` for a drive without a medium. With `snapshot=on` writes go to a temporary
+/// overlay that is gone with the program.
 pub fn open_drive(drive: &DriveConfig, options: &OpenOptions) -> Result<Option<Box<dyn Image>>, BuildError> {
     let Some(path) = &drive.file else { return Ok(None) };
+    if drive.snapshot {
+        return open_snapshot(path, options)
+            .map(Some)
+            .map_err(|source| BuildError::Drive { path: path.clone(), source });
+    }
     ftvm_block::open(Path::new(path), options)
         .map(Some)
         .map_err(|source| BuildError::Drive { path: path.clone(), source })
+}
+
+fn open_snapshot(path: &str, options: &OpenOptions) -> Result<Box<dyn Image>, ftvm_block::BlockError> {
+    let below = OpenOptions { read_only: true, ..options.clone() };
+    let base = ftvm_block::open(Path::new(path), &below)?;
+    let (size, format) = (base.size(), base.format());
+    let whole = std::fs::canonicalize(path)?;
+    let overlay = std::env::temp_dir()
+        .join(format!("ftvm-snapshot-{}-{}", std::process::id(), whole.display()).replace('/', "_"));
+    ftvm_block::qcow2::create_overlay(&overlay, size, Some((&whole.to_string_lossy(), format)))?;
+    let opened = ftvm_block::open(&overlay, &OpenOptions { format: Some("qcow2".into()), ..options.clone() });
+    // The open file stays; its name need not.
+    std::fs::remove_file(&overlay)?;
+    opened
+}
+
+/// Open a drive for a live machine: with the overlays that a takeover left, if there are any or the machine is
+/// one of a pair; `over_stalled`: this side won the pair's lock, and the old primary may only be stalled.
+pub fn open_live(
+    drive: &DriveConfig,
+    pair: bool,
+    over_stalled: bool,
+) -> Result<Option<Box<dyn Image>>, BuildError> {
+    let options = open_options(drive);
+    let Some(path) = drive.file.as_deref().map(Path::new) else { return Ok(None) };
+    if drive.read_only || drive.snapshot || !(pair || ftvm_block::takeover::has_overlays(path)) {
+        return open_drive(drive, &options);
+    }
+    ftvm_block::takeover::Takeover::open(path, &options, over_stalled)
+        .map(|t| Some(Box::new(t) as Box<dyn Image>))
+        .map_err(|source| BuildError::Drive { path: path.display().to_string(), source })
+}
+
+/// A backup must see the primary's byte locks on a writable image: they tell, after a takeover, whether the
+/// old primary is gone or only stalled.
+pub fn check_shared(drive: &DriveConfig) -> Result<(), String> {
+    let Some(path) = drive.file.as_deref().filter(|_| !drive.read_only && drive.locking) else {
+        return Ok(());
+    };
+    match ftvm_block::takeover::is_held(Path::new(path)) {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(format!(
+            "drive '{}': the primary's lock on '{path}' is not seen here: it is another file, or a file system whose locks do not reach other hosts",
+            drive.id
+        )),
+        Err(e) => Err(e.to_string()),
+    }
 }
 
 impl Blueprint {
@@ -229,6 +282,20 @@ impl Blueprint {
             }
             devices.push(spec);
         }
+        for global in &config.globals {
+            let parts = global.split_once('=').and_then(|(k, v)| Some((k.rsplit_once('.')?, v)));
+            let Some(((driver, key), value)) = parts else {
+                return Err(BuildError::Plain(format!("-global {global}: expected driver.property=value")));
+            };
+            let mut used = false;
+            for spec in devices.iter_mut().filter(|d| d.driver == driver) {
+                used = true;
+                spec.properties.entry(key.to_owned()).or_insert_with(|| value.to_owned());
+            }
+            if !used {
+                log::warn!("global {driver}.{key} has invalid class name or no device uses it");
+            }
+        }
         if let Some(dev) = &config.debugcon {
             devices.push(DeviceSpec {
                 driver: "isa-debugcon".into(),
@@ -270,7 +337,7 @@ impl Blueprint {
             rtc_base_unix: rtc_base(config.rtc_base),
             boot_order: config.boot_order.clone(),
             boot_menu: config.boot_menu,
-            boot_splash_time: None,
+            boot_splash_time: config.boot_splash_time,
             boot_strict: config.boot_strict,
             kernel,
             hpet: config.hpet,

@@ -7,3 +7,4 @@ pub mod lockstep;
 pub mod machine;
 pub mod program;
 pub mod runtime;
+pub mod sim;

@@ -11,7 +11,7 @@ use std::time::Instant;
 use ftvm_devices::Input;
 use ftvm_qmp::{serve_listener, Hub, Listener};
 
-use crate::assembly::{open_drive, open_net, open_options, Blueprint};
+use crate::assembly::{check_shared, open_drive, open_live, open_net, open_options, Blueprint};
 use crate::cli::config::{format_uuid, Monitor};
 use crate::cli::{Char, CliError, Config, Request};
 use crate::host::chars::{self, CharSink, Escape, EscapeFilter};
@@ -174,13 +174,16 @@ impl Prepared {
     }
 }
 
-fn sizes(config: &Config) -> Result<(Vec<u64>, Vec<Option<Box<dyn ftvm_block::Image>>>), String> {
+/// A drive's open image, if it has a medium.
+type Medium = Option<Box<dyn ftvm_block::Image>>;
+
+fn sizes(config: &Config) -> Result<(Vec<u64>, Vec<Medium>), String> {
     let mut sizes = Vec::new();
     let mut images = Vec::new();
     for drive in &config.machine.drives {
         let mut drive = drive.clone();
         drive.snapshot |= config.machine.snapshot;
-        let image = open_drive(&drive, &open_options(&drive)).map_err(|e| e.to_string())?;
+        let image = open_live(&drive, config.host.ft.is_some(), false).map_err(|e| e.to_string())?;
         sizes.push(image.as_ref().map_or(0, |i| i.size()));
         images.push(image);
     }
@@ -342,6 +345,7 @@ fn prepare_backup(
             let options =
                 ftvm_block::OpenOptions { read_only: true, force_share: true, ..open_options(drive) };
             let image = open_drive(drive, &options).map_err(|e| e.to_string())?;
+            check_shared(drive)?;
             let size = image.map_or(0, |i| i.size());
             if size != spec.size_bytes {
                 return Err(format!(
@@ -363,18 +367,7 @@ fn prepare_backup(
     let drives = blueprint.config.drives.clone();
     let attach = move |outside: &Arc<Outside>, events: &Events| -> Result<(), String> {
         for (i, drive) in drives.iter().enumerate() {
-            let options = open_options(drive);
-            let image = match open_drive(drive, &options) {
-                // A paused old primary may still hold the byte locks; the pair's lock was won and counts.
-                Err(crate::assembly::BuildError::Drive {
-                    source: ftvm_block::BlockError::Locked { .. },
-                    ..
-                }) => {
-                    log::warn!("ft: the image of '{}' is still locked by the old primary", drive.id);
-                    open_drive(drive, &ftvm_block::OpenOptions { locking: false, ..options })
-                }
-                other => other,
-            };
+            let image = open_live(drive, true, true);
             if let Some(image) = image.map_err(|e| e.to_string())? {
                 let worker =
                     DiskWorker::start(&drive.id, image, true, events.clone()).map_err(|e| e.to_string())?;

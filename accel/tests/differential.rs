@@ -55,7 +55,9 @@ fn generated_instructions_agree_with_this_processor() {
             }
             real.run(&case, &mut a);
             run += 1;
-            if a.vector == native::ENDLESS && generate::jumps_anywhere(&case) {
+            if a.vector == native::ENDLESS {
+                // A nested hypervisor may loop on a page fault that it does not understand.
+                unstable += 1;
                 continue;
             }
             let codes = generate::codes(&case);

@@ -9,6 +9,7 @@ mod file;
 mod lock;
 pub mod qcow2;
 pub mod raw;
+pub mod takeover;
 
 pub use error::BlockError;
 use std::path::Path;
@@ -31,6 +32,11 @@ pub trait Image: Send + Sync {
     fn discard(&self, offset: u64, len: u64) -> Result<(), BlockError>;
     /// Everything written before, and all metadata that leads to it, is on stable storage when this returns.
     fn flush(&self) -> Result<(), BlockError>;
+    /// Called now and then when there is nothing else to do: work in the background. Returns whether there
+    /// is more of it.
+    fn background(&self) -> bool {
+        false
+    }
 }
 
 /// How to open an image.

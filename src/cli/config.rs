@@ -95,6 +95,8 @@ pub struct MachineConfig {
     pub bios: String,
     pub boot_order: String,
     pub boot_menu: bool,
+    /// Milliseconds that the boot menu waits.
+    pub boot_splash_time: Option<u32>,
     pub boot_strict: bool,
     pub rtc_base: RtcBase,
     pub nographic: bool,
@@ -310,6 +312,7 @@ impl Config {
             bios: "bios-256k.bin".into(),
             boot_order: "cad".into(),
             boot_menu: false,
+            boot_splash_time: None,
             boot_strict: false,
             rtc_base: RtcBase::Utc,
             nographic: false,
@@ -378,10 +381,10 @@ impl Config {
                     let p = params(Some("cpus"))?;
                     p.only(&["cpus", "sockets", "cores", "threads", "maxcpus", "dies"]).map_err(&err)?;
                     let n = |k: &str| p.number(k).map_err(&err);
-                    let shape = n("sockets")?.unwrap_or(1)
-                        * n("cores")?.unwrap_or(1)
-                        * n("threads")?.unwrap_or(1)
-                        * n("dies")?.unwrap_or(1);
+                    let mut shape = 1u64;
+                    for level in ["sockets", "dies", "cores", "threads"] {
+                        shape = shape.saturating_mul(n(level)?.unwrap_or(1));
+                    }
                     let cpus = n("cpus")?.unwrap_or(shape);
                     let max = n("maxcpus")?.unwrap_or(cpus);
                     if cpus == 0 || cpus > 255 {
@@ -405,14 +408,14 @@ impl Config {
                 }
                 "boot" => {
                     let p = params(Some("order"))?;
-                    p.only(&["order", "once", "menu", "strict", "splash-time", "reboot-timeout"])
-                        .map_err(&err)?;
+                    p.only(&["order", "once", "menu", "strict", "splash-time"]).map_err(&err)?;
                     if let Some(order) = p.get("once").or(p.get("order")) {
                         if let Some(bad) = order.chars().find(|c| !('a'..='p').contains(c)) {
                             return Err(err(KeyvalError::Other(format!("Invalid boot device '{bad}'"))));
                         }
                         m.boot_order = order.to_owned();
                     }
+                    m.boot_splash_time = p.number("splash-time").map_err(&err)?.map(|n| n.min(0xFFFF) as u32);
                     m.boot_menu = p.bool("menu").map_err(&err)?.unwrap_or(m.boot_menu);
                     m.boot_strict = p.bool("strict").map_err(&err)?.unwrap_or(m.boot_strict);
                 }
@@ -552,8 +555,14 @@ impl Config {
                     }
                 }
                 "vga" => {
-                    if !["none", "std"].contains(&v) {
-                        return Err(CliError::Plain(format!("unknown vga type: {v}")));
+                    match v {
+                        "none" => {}
+                        "std" | "cirrus" | "vmware" | "qxl" | "virtio" => {
+                            return Err(CliError::Plain(format!(
+                                "vga type '{v}' is not available: give -vga none"
+                            )));
+                        }
+                        _ => return Err(CliError::Plain(format!("unknown vga type: {v}"))),
                     }
                     m.vga = v.to_owned();
                 }
@@ -610,6 +619,11 @@ impl Config {
         unique("chardev", m.chardevs.iter().map(|(id, _)| id.as_str()))?;
         unique("object", m.objects.iter().map(|(_, id)| id.as_str()))?;
         unique("device", m.devices.iter().filter_map(|d| d.id.as_deref()))?;
+        if h.ft.is_some() && (m.snapshot || m.drives.iter().any(|d| d.snapshot)) {
+            return Err(CliError::Plain(
+                "snapshot=on and -ft cannot be used together: a backup needs the shared image".into(),
+            ));
+        }
         if m.append.is_some() && m.kernel.is_none() {
             return Err(CliError::Plain("-append only allowed with -kernel option".into()));
         }

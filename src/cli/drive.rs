@@ -107,9 +107,10 @@ pub fn from_drive(p: &Params, before: &[DriveConfig]) -> Result<DriveConfig, Key
         Some(other) => return Err(KeyvalError::Other(format!("unsupported bus type '{other}'"))),
     };
     let cdrom = p.choice("media", &["disk", "cdrom"])? == Some("cdrom");
+    let place = |n: u64| u32::try_from(n).unwrap_or(u32::MAX);
     let index = match (p.number("index")?, p.number("unit")?) {
-        (Some(i), _) => i as u32,
-        (None, Some(unit)) => (p.number("bus")?.unwrap_or(0) * 2 + unit) as u32,
+        (Some(i), _) => place(i),
+        (None, Some(unit)) => place(p.number("bus")?.unwrap_or(0).saturating_mul(2).saturating_add(unit)),
         (None, None)
             if cdrom
                 && interface == Interface::Ide

@@ -1,9 +1,11 @@
 //! The command line: QEMU's grammar and the configuration that comes out of it.
 
+pub mod completion;
 pub mod config;
 pub mod drive;
 pub mod ft;
 pub mod keyval;
+pub mod man;
 pub mod net;
 pub mod options;
 
@@ -80,7 +82,8 @@ mod tests {
             ("-m lots", "Parameter 'size' expects"),
             ("-smp 0", "Invalid SMP CPUs 0"),
             ("-accel kvm", "kvm"),
-            ("-vga qxl", "unknown vga type: qxl"),
+            ("-vga nope", "unknown vga type: nope"),
+            ("-vga std", "not available"),
             ("-netdev wire,id=a", "does not accept value 'wire'"),
             ("-uuid x", "invalid UUID"),
             ("-append x", "-append only allowed with -kernel"),

@@ -2,9 +2,10 @@
 //! overlapping requests are never raced.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{channel, Receiver, Sender};
+use std::sync::mpsc::{channel, Receiver, RecvTimeoutError, Sender};
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use ftvm_block::{BlockError, Image};
 use ftvm_devices::{DiskOp, Input};
@@ -14,6 +15,8 @@ use crate::runtime::Event;
 
 /// Requests taken together before the flush that makes them durable.
 const BATCH: usize = 64;
+/// Idle for this long, an image may work in the background (merge overlays).
+const BACKGROUND: Duration = Duration::from_millis(20);
 
 /// A drive's thread.
 pub struct DiskWorker {
@@ -69,7 +72,23 @@ fn serve(
     abandoned: &AtomicBool,
     events: &Sender<Event>,
 ) {
-    while let Ok(first) = requests.recv() {
+    let mut background = true;
+    loop {
+        let first = if background {
+            match requests.recv_timeout(BACKGROUND) {
+                Ok(first) => first,
+                Err(RecvTimeoutError::Timeout) => {
+                    background = !abandoned.load(Ordering::SeqCst) && image.background();
+                    continue;
+                }
+                Err(RecvTimeoutError::Disconnected) => break,
+            }
+        } else {
+            match requests.recv() {
+                Ok(first) => first,
+                Err(_) => break,
+            }
+        };
         let mut batch = vec![first];
         while batch.len() < BATCH {
             match requests.try_recv() {

@@ -31,6 +31,8 @@ pub enum Phase {
 #[derive(Clone, Debug, PartialEq)]
 pub enum Action {
     Send(Message),
+    /// Ask the lock until it answers, and close the channel and stop the heartbeats: a primary that is
+    /// alive must not hold its outputs for a side whose storage does not answer.
     Arbitrate(Epoch),
     /// The lock is won.
     GoLive {
@@ -87,6 +89,11 @@ impl Backup {
         self.horizon
     }
 
+    /// When the peer last showed a sign of life.
+    pub fn last_heard(&self) -> Duration {
+        self.last_heard
+    }
+
     /// Entries received.
     pub fn received(&self) -> u64 {
         self.received
@@ -140,18 +147,20 @@ impl Backup {
         if *first != self.received {
             return Err(LogError::Truncated);
         }
-        let new = self.decoder.take_all(entries)?;
-        if new.len() as u64 != *count {
-            return Err(LogError::Truncated);
-        }
+        // All of a batch or nothing: an entry that was not kept must not change what this side may do.
+        let mut decoder = self.decoder.clone();
+        let new = decoder.take_batch(entries, *count)?;
+        let mut horizon = self.horizon;
         for entry in &new {
-            if entry.stamp() < self.horizon {
+            if entry.stamp() < horizon {
                 return Err(LogError::Overflow);
             }
-            self.horizon = entry.stamp();
-            if matches!(entry, Entry::Protected { .. }) {
-                self.phase = Phase::Following;
-            }
+            horizon = entry.stamp();
+        }
+        self.decoder = decoder;
+        self.horizon = horizon;
+        if new.iter().any(|e| matches!(e, Entry::Protected { .. })) {
+            self.phase = Phase::Following;
         }
         self.received += count;
         self.entries.extend(new);

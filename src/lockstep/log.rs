@@ -53,6 +53,8 @@ pub enum LogError {
 
 /// The largest payload of one entry: a disk read of 32 MiB and its envelope.
 const MAX_PAYLOAD: u64 = 33 << 20;
+/// The most entries of one batch: the smallest entry has three bytes, and a batch is closed at 1 MiB.
+const MAX_ENTRIES: u64 = (1 << 20) / 3 + 1;
 
 pub(crate) fn put_varint(out: &mut Vec<u8>, mut value: u64) {
     while value >= 0x80 {
@@ -128,12 +130,28 @@ impl Decoder {
         Decoder { last: start }
     }
 
-    /// Read all entries of a batch; a batch holds whole entries.
+    /// Read all entries of a file's batch; a batch holds whole entries.
     pub fn take_all(&mut self, data: &[u8]) -> Result<Vec<Entry>, LogError> {
         let mut at = 0;
         let mut out = Vec::new();
         while at < data.len() {
             out.push(self.take(data, &mut at)?);
+        }
+        Ok(out)
+    }
+
+    /// Read a batch of `count` entries from a peer; a batch holds whole entries and nothing else.
+    pub fn take_batch(&mut self, data: &[u8], count: u64) -> Result<Vec<Entry>, LogError> {
+        if count > MAX_ENTRIES {
+            return Err(LogError::TooLarge(count));
+        }
+        let mut at = 0;
+        let mut out = Vec::new();
+        while at < data.len() && (out.len() as u64) < count {
+            out.push(self.take(data, &mut at)?);
+        }
+        if at != data.len() || out.len() as u64 != count {
+            return Err(LogError::Truncated);
         }
         Ok(out)
     }
@@ -191,13 +209,37 @@ mod tests {
         for e in &entries {
             encoder.put(&mut bytes, e);
         }
-        assert_eq!(Decoder::default().take_all(&bytes).unwrap(), entries);
-        for cut in 1..bytes.len() {
-            if let Ok(got) = Decoder::default().take_all(&bytes[..cut]) {
-                assert!(got.len() < entries.len() && entries.starts_with(&got));
+        let all = |data: &[u8], n| Decoder::default().take_batch(data, n);
+        assert_eq!(all(&bytes, entries.len() as u64).unwrap(), entries);
+        for cut in 0..bytes.len() {
+            for n in 1..=entries.len() {
+                if let Ok(got) = all(&bytes[..cut], n as u64) {
+                    assert!(got.len() < entries.len() && entries.starts_with(&got));
+                }
             }
         }
-        assert_eq!(Decoder::default().take_all(&[99]), Err(LogError::Kind(99)));
-        assert!(Decoder::default().take_all(&[0, 0, 0, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 1]).is_err());
+        assert!(all(&bytes, 5).is_err(), "more than announced");
+        assert_eq!(all(&[99], 1), Err(LogError::Kind(99)));
+        assert!(all(&[0, 0, 0, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 1], 1).is_err());
+    }
+
+    #[test]
+    fn random_bytes_never_panic_nor_cost_memory() {
+        let mut x = 1u64;
+        let mut random = move || {
+            x = x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (x >> 33) as u8
+        };
+        for round in 0..50_000u64 {
+            let len = usize::from(random()) % 64;
+            // Small bytes make valid tags and short numbers likely.
+            let data: Vec<u8> =
+                (0..len).map(|_| if round % 2 == 0 { random() % 7 } else { random() }).collect();
+            for n in [0, 1, 2, 7, u64::MAX] {
+                if let Ok(entries) = Decoder::default().take_batch(&data, n) {
+                    assert!(entries.len() * 3 <= data.len());
+                }
+            }
+        }
     }
 }

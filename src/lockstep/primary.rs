@@ -15,6 +15,8 @@ use crate::machine::Stamp;
 pub enum Phase {
     /// No backup: outputs leave at once, nothing is logged.
     Unprotected,
+    /// Memory is being copied to a backup: nothing is logged, outputs leave at once.
+    Copying,
     /// The log is running, but the backup may not go live yet; outputs leave at once.
     Synchronizing,
     /// The Output Rule holds.
@@ -30,7 +32,8 @@ pub enum Phase {
 pub enum Action<T> {
     /// Let these outputs leave, in order.
     Release(Vec<T>),
-    /// Ask the lock (again, until it answers).
+    /// Ask the lock (again, until it answers), and close the channel and stop the heartbeats: this pairing
+    /// is over, and a peer that is alive must not wait for a side whose storage does not answer.
     Arbitrate(Epoch),
     /// The machine is protected now.
     NowProtected,
@@ -67,7 +70,11 @@ pub struct Primary<T> {
     acked: u64,
     last_entry_horizon: Option<Stamp>,
     batch: Vec<u8>,
+    /// Full batches: how many entries were written in all when each was closed.
+    full: VecDeque<(u64, Vec<u8>)>,
     batch_first: u64,
+    /// The machine is protected when this many entries are acknowledged.
+    protected_at: Option<u64>,
     held: VecDeque<Held<T>>,
     released: u64,
     reported_released: u64,
@@ -82,6 +89,12 @@ pub struct Primary<T> {
 
 /// With this much of the log unacknowledged the primary must wait.
 pub const LOG_BUFFER: usize = 64 << 20;
+/// With this many outputs held the primary must wait.
+pub const MAX_HELD: usize = 1 << 16;
+/// A batch of this size is closed; with the largest entry it still fits a frame.
+const BATCH: usize = 1 << 20;
+/// Loading a state takes longer than a beat: how many timeouts a new backup may be silent.
+const SYNC_PATIENCE: u32 = 5;
 
 impl<T> Primary<T> {
     /// A primary without a backup.
@@ -95,7 +108,9 @@ impl<T> Primary<T> {
             acked: 0,
             last_entry_horizon: None,
             batch: Vec::new(),
+            full: VecDeque::new(),
             batch_first: 0,
+            protected_at: None,
             held: VecDeque::new(),
             released: 0,
             reported_released: 0,
@@ -116,12 +131,17 @@ impl<T> Primary<T> {
 
     /// Whether inputs must be logged.
     pub fn is_logging(&self) -> bool {
-        self.phase != Phase::Unprotected && self.phase != Phase::Lost
+        !matches!(self.phase, Phase::Unprotected | Phase::Copying | Phase::Lost)
     }
 
     /// Outputs waiting for an acknowledgement.
     pub fn held_count(&self) -> usize {
         self.held.len()
+    }
+
+    /// When the peer last showed a sign of life.
+    pub fn last_heard(&self) -> Duration {
+        self.last_heard
     }
 
     /// Bytes of log written in this pairing.
@@ -136,7 +156,16 @@ impl<T> Primary<T> {
 
     /// Whether the log buffer is full: the machine must not run on.
     pub fn must_wait(&self) -> bool {
-        self.phase == Phase::Lost || self.is_logging() && self.unacked_bytes > LOG_BUFFER
+        self.phase == Phase::Lost
+            || self.is_logging() && (self.unacked_bytes > LOG_BUFFER || self.held.len() > MAX_HELD)
+    }
+
+    /// Memory is being copied to a backup, which shows signs of life meanwhile.
+    pub fn copying(&mut self, now: Duration) {
+        if self.phase == Phase::Unprotected {
+            self.phase = Phase::Copying;
+            self.last_heard = now;
+        }
     }
 
     /// A backup was given the state at `start`: the log begins.
@@ -147,7 +176,9 @@ impl<T> Primary<T> {
         self.written = 0;
         self.acked = 0;
         self.batch.clear();
+        self.full.clear();
         self.batch_first = 0;
+        self.protected_at = None;
         self.released = 0;
         self.reported_released = 0;
         self.unacked.clear();
@@ -167,6 +198,9 @@ impl<T> Primary<T> {
         self.unacked.push_back((self.written, size));
         self.unacked_bytes += size;
         self.bytes_total += size as u64;
+        if self.batch.len() >= BATCH {
+            self.full.push_back((self.written, std::mem::take(&mut self.batch)));
+        }
         self.last_entry_horizon = match entry {
             Entry::Horizon { stamp } => Some(*stamp),
             _ => None,
@@ -205,7 +239,7 @@ impl<T> Primary<T> {
     /// The Output Rule: returns the output if it may leave now, else keeps it.
     pub fn output(&mut self, stamp: Stamp, item: T, now: Duration) -> Option<T> {
         match self.phase {
-            Phase::Unprotected | Phase::Synchronizing => Some(item),
+            Phase::Unprotected | Phase::Copying | Phase::Synchronizing => Some(item),
             Phase::Lost => None,
             Phase::Protected | Phase::Arbitrating => {
                 self.horizon(stamp, now);
@@ -215,24 +249,26 @@ impl<T> Primary<T> {
         }
     }
 
-    /// The log written since the last call, as a message for the channel.
+    /// The log written since the last call, as messages for the channel: call until there is none.
     pub fn take_batch(&mut self, stamp: Stamp) -> Option<Message> {
         if self.phase == Phase::Protected && self.released != self.reported_released && self.is_logging() {
             let count = self.released;
             self.reported_released = count;
             self.write(&Entry::Released { stamp, count });
         }
-        if self.batch.is_empty() {
-            return None;
-        }
+        let (end, entries) = match self.full.pop_front() {
+            Some(full) => full,
+            None if self.batch.is_empty() => return None,
+            None => (self.written, std::mem::take(&mut self.batch)),
+        };
         let first = self.batch_first;
-        self.batch_first = self.written;
-        Some(Message::Log { first, count: self.written - first, entries: std::mem::take(&mut self.batch) })
+        self.batch_first = end;
+        Some(Message::Log { first, count: end - first, entries })
     }
 
     /// Whether [`Self::take_batch`] has entries to give (other than reports of releases).
     pub fn has_batch(&self) -> bool {
-        !self.batch.is_empty()
+        !self.batch.is_empty() || !self.full.is_empty()
     }
 
     /// The peer showed a sign of life.
@@ -247,7 +283,9 @@ impl<T> Primary<T> {
             Message::Loaded if self.phase == Phase::Synchronizing => {
                 self.write(&Entry::Protected { stamp });
                 self.phase = Phase::Protected;
-                vec![Action::NowProtected]
+                // Outputs wait from here on; the backup can take over when it has the entry.
+                self.protected_at = Some(self.written);
+                Vec::new()
             }
             Message::Ack { received, executed } if self.is_logging() => {
                 self.lag.executed(*executed, now);
@@ -289,9 +327,11 @@ impl<T> Primary<T> {
         self.phase = Phase::Unprotected;
         self.epoch = None;
         self.batch.clear();
+        self.full.clear();
         self.unacked.clear();
         self.unacked_bytes = 0;
         self.suspect_at = None;
+        self.protected_at = None;
         let held: Vec<T> = self.held.drain(..).map(|h| h.item).collect();
         let mut actions = Vec::new();
         if !held.is_empty() {
@@ -304,7 +344,7 @@ impl<T> Primary<T> {
     /// The channel broke. The backup may live and go live: after a short grace for heartbeats, ask the lock.
     pub fn on_disconnect(&mut self, reason: &str, now: Duration) -> Vec<Action<T>> {
         match self.phase {
-            Phase::Synchronizing => {
+            Phase::Copying | Phase::Synchronizing => {
                 self.go_alone(format!("the backup was lost while synchronizing: {reason}"))
             }
             Phase::Protected => {
@@ -320,10 +360,11 @@ impl<T> Primary<T> {
     /// Time passes: suspect a silent backup.
     pub fn tick(&mut self, now: Duration) -> Vec<Action<T>> {
         self.lag.tick(now);
-        let silent = now.saturating_sub(self.last_heard) >= self.timing.timeout;
+        let silence = now.saturating_sub(self.last_heard);
+        let silent = silence >= self.timing.timeout;
         let broken = self.suspect_at.is_some_and(|at| now >= at);
         match self.phase {
-            Phase::Synchronizing if silent => {
+            Phase::Copying | Phase::Synchronizing if silence >= self.timing.timeout * SYNC_PATIENCE => {
                 self.go_alone("the backup fell silent while synchronizing".to_owned())
             }
             Phase::Protected if silent || broken => {
@@ -332,6 +373,10 @@ impl<T> Primary<T> {
                 }
                 self.phase = Phase::Arbitrating;
                 self.epoch.clone().map(Action::Arbitrate).into_iter().collect()
+            }
+            Phase::Protected if self.protected_at.is_some_and(|n| n <= self.acked) => {
+                self.protected_at = None;
+                vec![Action::NowProtected]
             }
             _ => Vec::new(),
         }
@@ -351,6 +396,7 @@ impl<T> Primary<T> {
                 self.phase = Phase::Lost;
                 self.held.clear();
                 self.batch.clear();
+                self.full.clear();
                 vec![Action::Halt { reason: "the backup has gone live and holds the lock".to_owned() }]
             }
         }

@@ -132,7 +132,8 @@ pub fn decode(flags: u8, checksum: u32, payload: &[u8]) -> Result<Message, WireE
         0 => postcard::from_bytes(payload),
         1 => {
             let size = payload.first_chunk::<4>().map_or(usize::MAX, |b| u32::from_le_bytes(*b) as usize);
-            if size > MAX_FRAME {
+            // LZ4 packs 255 to 1 at best: a liar must not make us allocate.
+            if size > MAX_FRAME || size > payload.len().saturating_mul(256) {
                 return Err(WireError::TooLarge(size));
             }
             let body = lz4_flex::block::decompress_size_prepended(payload)
@@ -181,6 +182,32 @@ mod tests {
         for cut in 0..frame.len() {
             assert!(read(&mut &frame[..cut]).is_err());
         }
+    }
+
+    #[test]
+    fn random_payloads_with_a_right_checksum_never_panic() {
+        let mut x = 7u64;
+        let mut random = move || {
+            x = x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (x >> 33) as u8
+        };
+        for round in 0..50_000u64 {
+            let len = usize::from(random()) % 80;
+            let small = round % 2 == 0;
+            let payload: Vec<u8> = (0..len).map(|_| if small { random() % 14 } else { random() }).collect();
+            for flags in 0..3u8 {
+                let mut crc = crc32fast::Hasher::new();
+                crc.update(&[flags]);
+                crc.update(&payload);
+                let _ = decode(flags, crc.finalize(), &payload);
+            }
+        }
+        let mut packed = (MAX_FRAME as u32).to_le_bytes().to_vec();
+        packed.extend([0; 16]);
+        let mut crc = crc32fast::Hasher::new();
+        crc.update(&[1]);
+        crc.update(&packed);
+        assert!(matches!(decode(1, crc.finalize(), &packed), Err(WireError::TooLarge(_))));
     }
 
     #[test]

@@ -255,7 +255,8 @@ impl Runtime {
         Outcome::Done(status)
     }
 
-    fn request(&mut self, request: MachineRequest) -> Option<Outcome> {
+    /// Do what the guest asks of the machine as a whole.
+    pub fn request(&mut self, request: MachineRequest) -> Option<Outcome> {
         log::debug!("the guest asks for {request:?}");
         match request {
             MachineRequest::Reset if self.options.no_reboot => Some(self.quit(Quit::GuestReset)),
@@ -441,6 +442,8 @@ impl Runtime {
 pub enum Followed {
     /// The entry's stamp is not reached yet.
     NotYet,
+    /// As `NotYet`, and the guest asked this; its consequence (a reset, the end) follows in the log.
+    Asked(MachineRequest),
     /// The entry is done.
     Done,
     /// The guest or the log says that this is the end.
@@ -466,8 +469,8 @@ pub fn follow_entry(
         Some(Stop::Dead) => {
             return Followed::End(Outcome::Failed("the processor cannot go on (see the log)".into()))
         }
-        // A request is followed by its consequence in the log (a reset, the end).
-        Some(Stop::Request(_) | Stop::Limit | Stop::Output | Stop::Idle { .. }) => return Followed::NotYet,
+        Some(Stop::Request(request)) => return Followed::Asked(request),
+        Some(Stop::Limit | Stop::Output | Stop::Idle { .. }) => return Followed::NotYet,
         None => {}
     }
     let here = machine.stamp();
@@ -506,7 +509,7 @@ pub fn replay(
     let mut hashes = 0u64;
     let started = Instant::now();
     loop {
-        let entry = match player.next() {
+        let entry = match player.peek() {
             Ok(Some(entry)) => entry.clone(),
             Ok(None) => return Outcome::Failed("the recording breaks off before its end".into()),
             Err(e) => return Outcome::Failed(e.to_string()),
@@ -528,7 +531,7 @@ pub fn replay(
             }
         }
         match followed {
-            Followed::NotYet => {}
+            Followed::NotYet | Followed::Asked(_) => {}
             Followed::Done => {
                 player.done();
                 match entry {

@@ -159,7 +159,7 @@ impl Player {
     }
 
     /// The next entry; `None` where the recording breaks off.
-    pub fn next(&mut self) -> Result<Option<&Entry>, RecordError> {
+    pub fn peek(&mut self) -> Result<Option<&Entry>, RecordError> {
         while self.pending.is_empty() {
             let Some(batch) = take(&mut self.file, &self.name)? else { return Ok(None) };
             self.pending.extend(self.decoder.take_all(&batch)?);
@@ -167,7 +167,7 @@ impl Player {
         Ok(self.pending.front())
     }
 
-    /// The entry that [`Self::next`] returned is done.
+    /// The entry that [`Self::peek`] returned is done.
     pub fn done(&mut self) -> Option<Entry> {
         self.pending.pop_front()
     }

@@ -8,6 +8,7 @@
 //!     `count`          -> lines in the journal
 //!     `sum`            -> CRC-32 of the journal file as it lies on disk
 //!     `time`           -> the guest's clock in ns
+//!     `run COMMAND`    -> `STATUS SECONDS`: exit status of `sh -c COMMAND` and how long it took by the guest's clock
 //! `ftload http PORT`            answers every GET with a counter that grows by one a request
 //! `ftload spin SECONDS`         computes, prints a checksum
 //! `ftload disk FILE MIB SEED`   writes a pattern, syncs, drops it from memory, reads it back
@@ -75,6 +76,16 @@ fn session(stream: TcpStream, journal: &Mutex<Journal>) -> std::io::Result<()> {
                 format!("{:08x}", crc32(&all, 0))
             }
             "time" => SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos()).to_string(),
+            "run" => {
+                let start = Instant::now();
+                let status = std::process::Command::new("sh")
+                    .args(["-c", rest])
+                    .stdin(std::process::Stdio::null())
+                    .stdout(std::process::Stdio::null())
+                    .stderr(std::process::Stdio::null())
+                    .status()?;
+                format!("{} {:.3}", status.code().unwrap_or(-1), start.elapsed().as_secs_f64())
+            }
             _ => "what?".to_owned(),
         };
         out.write_all(format!("{answer}\n").as_bytes())?;
@@ -101,11 +112,14 @@ fn http(port: u16) -> std::io::Result<()> {
         let count = Arc::clone(&count);
         std::thread::spawn(move || -> std::io::Result<()> {
             let mut out = stream.try_clone()?;
-            let mut first = true;
+            let (mut first, mut last) = (true, false);
             for line in BufReader::new(stream).lines() {
                 let line = line?;
                 if first && !line.starts_with("GET ") {
                     return Ok(());
+                }
+                if first {
+                    last = line.ends_with("HTTP/1.0");
                 }
                 first = false;
                 if line.is_empty() {
@@ -117,6 +131,9 @@ fn http(port: u16) -> std::io::Result<()> {
                     let body = format!("{n}\n");
                     let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{body}", body.len());
                     out.write_all(head.as_bytes())?;
+                    if last {
+                        return Ok(());
+                    }
                     first = true;
                 }
             }

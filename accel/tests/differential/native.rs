@@ -2,7 +2,7 @@
 //! IRET (64-bit or compatibility mode), and whatever exception ends it comes back as a signal whose
 //! frame holds the final state.
 
-use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicPtr, AtomicU64, Ordering};
 
 use super::case::{Case, Outcome, Regs, CODE, CODE_SIZE, DATA, DATA_SIZE, ENTRY, LDT, READ_ONLY};
 
@@ -79,11 +79,21 @@ static mut HOST_STACK: u64 = 0;
 /// Number of the case in hand, and what it was at the last tick of the watchdog.
 static SEQUENCE: AtomicU64 = AtomicU64::new(0);
 static SEEN: AtomicU64 = AtomicU64::new(0);
+/// The thread that runs the cases.
+static THREAD: AtomicI64 = AtomicI64::new(0);
 /// Stands for the vector of a case that the watchdog ended.
 pub const ENDLESS: u8 = 255;
 
 extern "C" fn on_signal(signal: i32, _: *mut libc::siginfo_t, context: *mut libc::c_void) {
     if signal == libc::SIGALRM {
+        // SAFETY: plain system calls; the timer's signal goes to any thread, so it is passed on.
+        unsafe {
+            let thread = THREAD.load(Ordering::SeqCst);
+            if libc::syscall(libc::SYS_gettid) != thread {
+                libc::syscall(libc::SYS_tgkill, libc::getpid(), thread, signal);
+                return;
+            }
+        }
         let now = SEQUENCE.load(Ordering::SeqCst);
         if SEEN.swap(now, Ordering::SeqCst) != now || !RUNNING.load(Ordering::SeqCst) {
             return;
@@ -180,6 +190,9 @@ impl Native {
             let mut action: libc::sigaction = std::mem::zeroed();
             action.sa_sigaction = on_signal as *const () as usize;
             action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+            // The watchdog must not interrupt the handler of what ends a case.
+            libc::sigaddset(&mut action.sa_mask, libc::SIGALRM);
+            THREAD.store(libc::syscall(libc::SYS_gettid), Ordering::SeqCst);
             let tick = libc::timeval { tv_sec: 1, tv_usec: 0 };
             let timer = libc::itimerval { it_interval: tick, it_value: tick };
             action.sa_flags |= libc::SA_RESTART;

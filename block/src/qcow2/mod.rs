@@ -23,7 +23,7 @@ pub use header::{Header, MAGIC};
 
 use std::collections::BTreeMap;
 use std::io::Read;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use crate::file::HostFile;
 use crate::{check_range, BlockError, Image, OpenOptions};
@@ -55,7 +55,7 @@ struct State {
 pub struct Qcow2 {
     file: HostFile,
     header: Header,
-    backing: Option<Box<dyn Image>>,
+    backing: Option<Arc<dyn Image>>,
     read_only: bool,
     discard: bool,
     detect_zeroes: bool,
@@ -84,6 +84,24 @@ fn to_u64(raw: &[u8]) -> Vec<u64> {
 impl Qcow2 {
     /// The format over an open file; `depth` counts the backing chain.
     pub(crate) fn over(file: HostFile, options: &OpenOptions, depth: u32) -> Result<Self, BlockError> {
+        Self::open(file, options, depth, None)
+    }
+
+    /// As [`Self::over`], with `backing` instead of what the header names.
+    pub(crate) fn over_with(
+        file: HostFile,
+        options: &OpenOptions,
+        backing: Arc<dyn Image>,
+    ) -> Result<Self, BlockError> {
+        Self::open(file, options, 0, Some(backing))
+    }
+
+    fn open(
+        file: HostFile,
+        options: &OpenOptions,
+        depth: u32,
+        given: Option<Arc<dyn Image>>,
+    ) -> Result<Self, BlockError> {
         let header = Header::read(&file)?;
         let mut raw = vec![0u8; header.l1_size as usize * 8];
         file.read_at(header.l1_offset, &mut raw)?;
@@ -94,9 +112,10 @@ impl Qcow2 {
             header.refcount_offset,
             header.refcount_clusters,
         )?;
-        let backing = match &header.backing {
-            None => None,
-            Some(path) => {
+        let backing = match (&header.backing, given) {
+            (_, Some(given)) => Some(given),
+            (None, None) => None,
+            (Some(path), None) => {
                 let below = OpenOptions {
                     format: header.backing_format.clone().filter(|f| f == "raw" || f == "qcow2"),
                     read_only: true,
@@ -107,7 +126,7 @@ impl Qcow2 {
                     discard: false,
                     detect_zeroes: false,
                 };
-                Some(crate::open_depth(path, &below, depth + 1)?)
+                Some(Arc::from(crate::open_depth(path, &below, depth + 1)?))
             }
         };
         if !options.read_only && header.autoclear != 0 {
@@ -133,8 +152,34 @@ impl Qcow2 {
         })
     }
 
-    fn cluster(&self) -> u64 {
+    /// Size of a cluster in bytes.
+    pub fn cluster(&self) -> u64 {
         1 << self.header.cluster_bits
+    }
+
+    /// Read what is not in this image from `backing`, an image of the same contents as the one so far.
+    pub(crate) fn set_backing(&mut self, backing: Arc<dyn Image>) {
+        self.backing = Some(backing);
+    }
+
+    /// Whether the cluster at `guest` is in this image (not in its backing image).
+    pub(crate) fn holds(&self, guest: u64) -> Result<bool, BlockError> {
+        let mut state = self.lock()?;
+        Ok(self.place(&mut state, guest)? != Place::Unallocated)
+    }
+
+    /// Forget the cluster at `guest`: it is read from the backing image from now on.
+    pub(crate) fn forget(&self, guest: u64) -> Result<(), BlockError> {
+        let mut state = self.lock()?;
+        if self.place(&mut state, guest)? == Place::Unallocated {
+            return Ok(());
+        }
+        self.set_entry(&mut state, guest, 0)
+    }
+
+    /// The file's path.
+    pub(crate) fn path(&self) -> &std::path::Path {
+        self.file.path()
     }
 
     fn lock(&self) -> Result<std::sync::MutexGuard<'_, State>, BlockError> {

@@ -109,7 +109,8 @@ impl Refcounts {
 
     fn grow_table(&mut self, file: &HostFile, index: usize) -> Result<(), BlockError> {
         let per_cluster = (1usize << self.cluster_bits) / 8;
-        let entries = ((index + 1) + (index + 1) / 2).next_multiple_of(per_cluster);
+        // Half as large again as needed, so that growth is rare.
+        let entries = ((index + 1) * 3 / 2).next_multiple_of(per_cluster);
         if entries > MAX_TABLE {
             return Err(BlockError::Io(std::io::Error::from_raw_os_error(libc::EFBIG)));
         }

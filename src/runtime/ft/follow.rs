@@ -5,7 +5,7 @@ use std::sync::mpsc::RecvTimeoutError;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use ftvm_devices::Output;
+use ftvm_devices::{MachineRequest, Output};
 
 use super::link::{Link, Pulse};
 use super::primary::PrimaryRole;
@@ -27,10 +27,13 @@ const ACK_EVERY: Duration = Duration::from_millis(10);
 /// How long MAC addresses are announced after go-live: rounds and the pause between them.
 const ANNOUNCE: (u32, Duration) = (6, Duration::from_millis(150));
 
+/// Opens the images and attaches the networks of a machine that goes live.
+pub type Attach = Box<dyn FnMut(&Arc<Outside>, &Events) -> Result<(), String> + Send>;
+
 /// What a backup does on its host when it goes live.
 pub struct HostSide {
     /// Open the images and attach the networks.
-    pub attach: Box<dyn FnMut(&Arc<Outside>, &Events) -> Result<(), String> + Send>,
+    pub attach: Attach,
     /// MAC address of each network card.
     pub macs: Vec<[u8; 6]>,
 }
@@ -47,6 +50,9 @@ pub struct Follow {
     outputs: VecDeque<(u64, Output)>,
     made: u64,
     counting: bool,
+    /// What the guest asked of the machine, until its consequence comes in the log.
+    asked: Option<MachineRequest>,
+    last_tick: Instant,
     last_ack: Instant,
     last_status: Instant,
     asked_at: Option<(Duration, Duration)>,
@@ -75,6 +81,8 @@ impl Follow {
             outputs: VecDeque::new(),
             made: 0,
             counting: false,
+            asked: None,
+            last_tick: Instant::now(),
             last_ack: Instant::now(),
             last_status: Instant::now(),
             asked_at: None,
@@ -169,7 +177,10 @@ pub fn on_event(rt: &mut Runtime, event: FtEvent) -> Option<Outcome> {
                 }
             }
             Action::Arbitrate(epoch) => {
-                f.asked_at = Some((now, now));
+                let heard = f.core.lock().map_or(now, |c| c.last_heard());
+                f.asked_at = Some((heard, now));
+                f.pulse = None;
+                f.link = None;
                 common.arbitrate(epoch, Side::Backup);
             }
             Action::GoLive { reason } => {
@@ -184,6 +195,12 @@ pub fn on_event(rt: &mut Runtime, event: FtEvent) -> Option<Outcome> {
 
 /// One step of a backup's machine thread.
 pub fn follow(rt: &mut Runtime) -> Option<Outcome> {
+    if role(rt).is_some_and(|(f, _)| f.last_tick.elapsed() >= ACK_EVERY) {
+        role(rt)?.0.last_tick = Instant::now();
+        if let Some(outcome) = on_event(rt, FtEvent::Tick) {
+            return Some(outcome);
+        }
+    }
     let (f, common) = role(rt)?;
     if f.current.is_none() {
         let (next, ready) = match f.core.lock() {
@@ -206,7 +223,10 @@ pub fn follow(rt: &mut Runtime) -> Option<Outcome> {
     let (f, common) = role(rt)?;
     f.keep(outputs);
     match followed {
-        Followed::NotYet => {
+        Followed::NotYet | Followed::Asked(_) => {
+            if let Followed::Asked(request) = followed {
+                f.asked = Some(request);
+            }
             if let Ok(mut core) = f.core.lock() {
                 core.executed(stamp);
             }
@@ -221,6 +241,7 @@ pub fn follow(rt: &mut Runtime) -> Option<Outcome> {
             });
             f.forget_released(released);
             match entry {
+                Entry::Input { .. } => f.asked = None,
                 Entry::Protected { .. } => {
                     f.counting = true;
                     common.shared.update_ft(|ft| ft.state = "following");
@@ -291,13 +312,14 @@ fn go_live(rt: &mut Runtime) -> Option<Outcome> {
     let outside = Arc::clone(&rt.outside);
     let events = rt.events.clone();
     let (f, common) = role(rt)?;
-    let asked = f.asked_at.take().map_or_else(|| common.now(), |(_, asked)| asked);
+    let (heard, asked) = f.asked_at.take().unwrap_or_else(|| (common.now(), common.now()));
     while let Err(e) = (f.host.attach)(&outside, &events) {
         log::error!("ft: cannot go live yet: {e}; trying again");
         std::thread::sleep(Duration::from_millis(200));
     }
     let unsent: Vec<Output> = f.outputs.drain(..).map(|(_, o)| o).collect();
     let (macs, addresses) = (f.host.macs.clone(), f.addresses.clone());
+    let request = f.asked.take();
     let (number, reason) = (f.epoch.number, std::mem::take(&mut f.reason));
     if let Ok(mut core) = f.core.lock() {
         core.live();
@@ -312,7 +334,7 @@ fn go_live(rt: &mut Runtime) -> Option<Outcome> {
     for output in pending.into_iter().chain(unsent) {
         outside.perform(output);
     }
-    let primary = match PrimaryRole::start(&common, number) {
+    let primary = match PrimaryRole::start(&common, number, true) {
         Ok(p) => p,
         Err(e) => return Some(Outcome::Failed(e.to_string())),
     };
@@ -327,11 +349,12 @@ fn go_live(rt: &mut Runtime) -> Option<Outcome> {
     let now = common.now();
     let failover = Failover {
         reason,
-        detected_ms: common.config.timeout.as_secs_f64() * 1000.0,
+        detected_ms: asked.saturating_sub(heard).as_secs_f64() * 1000.0,
         takeover_ms: now.saturating_sub(asked).as_secs_f64() * 1000.0,
     };
     super::note_failover(&common.shared, "primary", "live", failover);
-    None
+    // The guest asked for a reset or the end, and the primary died before it could log it.
+    request.and_then(|request| rt.request(request))
 }
 
 /// Tell the switches (and neighbours) where the machine's MAC addresses are now.

@@ -111,7 +111,14 @@ impl Joined {
         let mut input = std::io::BufReader::with_capacity(1 << 20, &self.stream);
         let zero = [0u8; 4096];
         let mut pages_received = 0u64;
+        let alive = wire::encode(&Message::Alive).map_err(wire)?;
+        let mut last_alive = std::time::Instant::now();
         let start = loop {
+            if last_alive.elapsed() >= self.timing.0 {
+                // The primary must see that the copy goes on.
+                last_alive = std::time::Instant::now();
+                std::io::Write::write_all(&mut &self.stream, &alive).map_err(|e| wire(e.into()))?;
+            }
             match wire::read(&mut input).map_err(wire)?.0 {
                 Message::Pages { pages } => {
                     for (gpa, data) in pages {
@@ -176,13 +183,12 @@ impl Received {
         };
         let on_message = reader(Arc::clone(&core), Arc::clone(&common), link.sender(), bad);
         link.read_after(self.rest, on_message, end).map_err(wire)?;
-        let pulse = (|| {
+        let pulse = {
             let local = if link.peer.is_ipv6() { "[::]:0" } else { "0.0.0.0:0" };
-            let socket = UdpSocket::bind(local)?;
             let (k1, c1) = (Arc::clone(&core), Arc::clone(&common));
             let c2 = Arc::clone(&common);
             Pulse::start(
-                socket,
+                move || UdpSocket::bind(local),
                 epoch.token.clone(),
                 Side::Backup,
                 Some(link.peer),
@@ -196,7 +202,7 @@ impl Received {
                     let _ = c2.events.send(Event::Ft(FtEvent::Tick));
                 },
             )
-        })();
+        };
         let pulse = match pulse {
             Ok(p) => Some(p),
             Err(e) => {

@@ -134,10 +134,11 @@ pub struct Pulse {
 }
 
 impl Pulse {
-    /// Heartbeats of pairing `token` on `socket`. `peer` is where to send; a primary learns it from the
+    /// Heartbeats of pairing `token` on a socket from `bind`, which is tried until it succeeds (the port may
+    /// still be held by the heartbeats of the pairing before). `peer` is where to send; a primary learns it from the
     /// backup's first beat. `heard` is called for every fresh beat of the peer, `tick` regularly.
     pub fn start(
-        socket: UdpSocket,
+        bind: impl Fn() -> std::io::Result<UdpSocket> + Send + 'static,
         token: String,
         side: Side,
         peer: Option<SocketAddr>,
@@ -148,7 +149,6 @@ impl Pulse {
         let stop = Arc::new(AtomicBool::new(false));
         let flag = Arc::clone(&stop);
         let step = (interval / 4).clamp(Duration::from_millis(1), Duration::from_millis(50));
-        socket.set_read_timeout(Some(step))?;
         let peer = Mutex::new(peer);
         std::thread::Builder::new().name("ft-pulse".into()).spawn(move || {
             let other = if side == Side::Primary { Side::Backup } else { Side::Primary };
@@ -157,6 +157,21 @@ impl Pulse {
             let mut last_sent: Option<Instant> = None;
             let mut last_tick = Instant::now();
             let mut buf = [0u8; 512];
+            let mut told = false;
+            let socket = loop {
+                if flag.load(Ordering::Relaxed) {
+                    return;
+                }
+                match bind().and_then(|s| s.set_read_timeout(Some(step)).map(|()| s)) {
+                    Ok(socket) => break socket,
+                    Err(e) => {
+                        if !std::mem::replace(&mut told, true) {
+                            log::info!("ft: no heartbeats yet: {e}");
+                        }
+                        std::thread::sleep(step);
+                    }
+                }
+            };
             while !flag.load(Ordering::Relaxed) {
                 if last_sent.is_none_or(|at| at.elapsed() >= interval) {
                     last_sent = Some(Instant::now());

@@ -106,7 +106,7 @@ pub struct FtSide {
 impl FtSide {
     /// A primary that waits for a backup on its `listen` address.
     pub fn primary(common: Arc<Common>) -> std::io::Result<Self> {
-        let role = primary::PrimaryRole::start(&common, 0)?;
+        let role = primary::PrimaryRole::start(&common, 0, false)?;
         Ok(FtSide { common, role: Role::Primary(Box::new(role)) })
     }
 
@@ -162,8 +162,10 @@ impl FtSide {
             }
             if let Some(output) = core.output(stamp, output, now) {
                 outside.perform(output);
-            } else if let (Some(link), Some(batch)) = (&p.link, core.take_batch(stamp)) {
-                link.send(batch);
+            } else if let Some(link) = &p.link {
+                while let Some(batch) = core.take_batch(stamp) {
+                    link.send(batch);
+                }
             }
         }
     }

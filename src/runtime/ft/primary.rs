@@ -20,6 +20,8 @@ use crate::runtime::{Event, Outcome};
 
 /// How often the backup is told how far it may execute, when no output says so.
 const HORIZON_EVERY: Duration = Duration::from_millis(5);
+/// How often the failure detector is asked.
+const TICK_EVERY: Duration = Duration::from_millis(10);
 /// Pages sent in one message, and messages in one step.
 const PAGES: usize = 256;
 const MESSAGES: usize = 8;
@@ -49,7 +51,11 @@ pub struct PrimaryRole {
     epoch: Option<Epoch>,
     /// A pairing is under way: another backup is refused.
     busy: Arc<AtomicBool>,
-    epochs: Arc<Mutex<u64>>,
+    /// Whether the reader of the present connection may still act; one that lags behind from an older
+    /// pairing must not acknowledge for this one.
+    reading: Arc<AtomicBool>,
+    last_tick: Instant,
+    last_sent: Instant,
     last_horizon: Instant,
     last_status: Instant,
     rate: Rate,
@@ -64,18 +70,29 @@ struct Rate {
 }
 
 impl PrimaryRole {
-    /// Listen for backups.
-    pub fn start(common: &Arc<Common>, epoch_number: u64) -> std::io::Result<Self> {
-        let listener = TcpListener::bind(&common.config.listen).map_err(|e| {
-            std::io::Error::new(
-                e.kind(),
-                format!("cannot listen on {} for a backup: {e}", common.config.listen),
-            )
-        })?;
+    /// Listen for backups. A `live` machine does not end because its port is not free: it tries again.
+    pub fn start(common: &Arc<Common>, epoch_number: u64, live: bool) -> std::io::Result<Self> {
+        let mut listener = match TcpListener::bind(&common.config.listen) {
+            Ok(l) => Some(l),
+            Err(e) => {
+                let text = format!("cannot listen on {} for a backup: {e}", common.config.listen);
+                if !live {
+                    return Err(std::io::Error::new(e.kind(), text));
+                }
+                log::error!("ft: {text}; trying again");
+                None
+            }
+        };
         let busy = Arc::new(AtomicBool::new(false));
         let epochs = Arc::new(Mutex::new(epoch_number));
-        let (c, b, e) = (Arc::clone(common), Arc::clone(&busy), Arc::clone(&epochs));
+        let (c, b, e) = (Arc::clone(common), Arc::clone(&busy), epochs);
         std::thread::Builder::new().name("ft-listen".into()).spawn(move || {
+            let listener = loop {
+                match listener.take().map_or_else(|| TcpListener::bind(&c.config.listen), Ok) {
+                    Ok(l) => break l,
+                    Err(_) => std::thread::sleep(Duration::from_secs(1)),
+                }
+            };
             for stream in listener.incoming().flatten() {
                 let peer = stream.peer_addr().map_or_else(|_| "?".into(), |a| a.to_string());
                 let (c, b, e) = (Arc::clone(&c), Arc::clone(&b), Arc::clone(&e));
@@ -97,7 +114,9 @@ impl PrimaryRole {
             copy: None,
             epoch: None,
             busy,
-            epochs,
+            reading: Arc::default(),
+            last_tick: Instant::now(),
+            last_sent: Instant::now(),
             last_horizon: Instant::now(),
             last_status: Instant::now(),
             rate: Rate { at: Instant::now(), bytes: 0, mbps: 0.0 },
@@ -105,7 +124,8 @@ impl PrimaryRole {
         })
     }
 
-    /// Send what is logged; tell the horizon if it is time.
+    /// Send what is logged; tell the horizon if it is time. A stopped guest has nothing to log, but the
+    /// backup must hear of its primary on the channel too.
     pub fn flush(&mut self, common: &Common, stamp: Stamp) {
         let Some(link) = &self.link else { return };
         let Ok(mut core) = self.core.lock() else { return };
@@ -118,9 +138,14 @@ impl PrimaryRole {
                 self.last_horizon = Instant::now();
             }
             core.horizon(stamp, common.now());
-            if let Some(batch) = core.take_batch(stamp) {
+            while let Some(batch) = core.take_batch(stamp) {
                 link.send(batch);
+                self.last_sent = Instant::now();
             }
+        }
+        if self.last_sent.elapsed() >= common.config.heartbeat {
+            self.last_sent = Instant::now();
+            link.send(Message::Alive);
         }
     }
 
@@ -133,7 +158,7 @@ impl PrimaryRole {
                 return;
             }
             core.end(stamp, Vec::new());
-            if let Some(batch) = core.take_batch(stamp) {
+            while let Some(batch) = core.take_batch(stamp) {
                 link.send(batch);
             }
         }
@@ -272,6 +297,9 @@ pub fn on_event(rt: &mut Runtime, event: FtEvent) -> Option<Outcome> {
             start_reader(p, &common, &link, &outside);
             let (peer, number) = (link.peer.to_string(), epoch.number);
             p.link = Some(*link);
+            if let Ok(mut core) = p.core.lock() {
+                core.copying(now);
+            }
             p.copy = Some(Copy { epoch, cursor: 0, round: 0, started: Instant::now(), pages: 0 });
             common.shared.update_ft(|ft| {
                 ft.state = "synchronizing";
@@ -290,11 +318,6 @@ pub fn on_event(rt: &mut Runtime, event: FtEvent) -> Option<Outcome> {
         }
         FtEvent::Disconnected(id, reason) => {
             if p.link.as_ref().is_none_or(|l| l.id != id) {
-                return None;
-            }
-            if p.copy.is_some() {
-                log::warn!("ft: the backup was lost while the machine was copied: {reason}");
-                drop_pair(p, &common);
                 return None;
             }
             let actions = p.core.lock().map(|mut c| c.on_disconnect(&reason, now)).unwrap_or_default();
@@ -329,14 +352,18 @@ pub fn on_event(rt: &mut Runtime, event: FtEvent) -> Option<Outcome> {
     }
 }
 
-fn start_reader(p: &PrimaryRole, common: &Arc<Common>, link: &Link, outside: &Arc<crate::host::Outside>) {
+fn start_reader(p: &mut PrimaryRole, common: &Arc<Common>, link: &Link, outside: &Arc<crate::host::Outside>) {
     let id = link.id;
     let (core, c, outside) = (Arc::clone(&p.core), Arc::clone(common), Arc::clone(outside));
     let c2 = Arc::clone(common);
+    p.reading.store(false, Ordering::SeqCst);
+    p.reading = Arc::new(AtomicBool::new(true));
+    let reading = Arc::clone(&p.reading);
     let on_message = move |message: Message| {
         if matches!(message, Message::Ack { .. } | Message::Alive) {
             // Acknowledgements release outputs at once, whatever the machine thread is doing.
-            if let Ok(mut core) = core.lock() {
+            // The flag is looked at under the lock that the next pairing needs to begin.
+            if let Some(mut core) = core.lock().ok().filter(|_| reading.load(Ordering::SeqCst)) {
                 for action in core.on_message(&message, Stamp::default(), c.now()) {
                     if let Action::Release(outputs) = action {
                         for output in outputs {
@@ -374,7 +401,12 @@ fn act(rt: &mut Runtime, action: Action<Output>) -> Option<Outcome> {
         }
         Action::Arbitrate(epoch) => {
             let now = common.now();
-            p.suspected_at = Some((now.saturating_sub(common.config.timeout), now));
+            let heard = p.core.lock().map_or(now, |c| c.last_heard());
+            p.suspected_at = Some((heard, now));
+            p.pulse = None;
+            if let Some(link) = p.link.take() {
+                link.close();
+            }
             common.arbitrate(epoch, Side::Primary);
             None
         }
@@ -404,12 +436,13 @@ fn act(rt: &mut Runtime, action: Action<Output>) -> Option<Outcome> {
 
 /// The pairing is over; wait for another backup.
 fn drop_pair(p: &mut PrimaryRole, common: &Common) {
+    p.reading.store(false, Ordering::SeqCst);
     p.pulse = None;
-    p.copy = None;
+    let copied = p.copy.take().map(|c| c.epoch);
     if let Some(link) = p.link.take() {
         link.close();
     }
-    if let Some(epoch) = p.epoch.take() {
+    if let Some(epoch) = p.epoch.take().or(copied) {
         common.lock.retire(&epoch);
     }
     p.busy.store(false, Ordering::SeqCst);
@@ -426,6 +459,13 @@ fn drop_pair(p: &mut PrimaryRole, common: &Common) {
 /// Copy memory to a new backup, keep the status.
 pub fn live_work(rt: &mut Runtime) -> Option<Outcome> {
     let position = rt.machine.stamp().position;
+    // The failure detector does not depend on the heartbeats' thread and its socket.
+    if role(rt).is_some_and(|(p, _)| p.last_tick.elapsed() >= TICK_EVERY) {
+        role(rt)?.0.last_tick = Instant::now();
+        if let Some(outcome) = on_event(rt, FtEvent::Tick) {
+            return Some(outcome);
+        }
+    }
     {
         let (p, common) = role(rt)?;
         p.status(&common, position);
@@ -506,10 +546,10 @@ fn finish_copy(rt: &mut Runtime) -> Option<()> {
     let (core, c) = (Arc::clone(&p.core), Arc::clone(&common));
     let c2 = Arc::clone(&common);
     let core2 = Arc::clone(&p.core);
-    let socket = super::bind_heartbeat(&common.config.listen);
-    let pulse = socket.and_then(|socket| {
+    let listen = common.config.listen.clone();
+    let pulse = {
         Pulse::start(
-            socket,
+            move || super::bind_heartbeat(&listen),
             token,
             Side::Primary,
             None,
@@ -526,7 +566,7 @@ fn finish_copy(rt: &mut Runtime) -> Option<()> {
                 }
             },
         )
-    });
+    };
     match pulse {
         Ok(pulse) => p.pulse = Some(pulse),
         Err(e) => log::warn!("ft: no heartbeats: {e}"),

@@ -143,6 +143,8 @@ fn demo() -> Result<()> {
     let third = Vm::start(net.on_host(0, &ftvm), &scratch, "c", &["-ft", &peer])?;
     qmp.wait_ft("protected", Duration::from_secs(120))
         .map_err(|e| format!("{e}\n{}{}", second.log(), third.log()))?;
+    // A monitor serves one client at a time.
+    drop(qmp);
     sleep_with_status(&second, 4)?;
     step("hostB dies: SIGKILL again");
     second.kill();

@@ -1,0 +1,311 @@
+//! What is fuzzed: one function for each door at which bytes of strangers come in. Shared by the targets in
+//! `fuzz_targets` (cargo-fuzz) and by `tests/fuzz_corpus.rs` (plain cargo test).
+//!
+//! Each function may be given any bytes. It must return, in little time and memory, and panics only where a
+//! promise is broken.
+
+use std::io::Write;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use ftvm::cli::keyval::Params;
+use ftvm::lockstep::backup::Backup;
+use ftvm::lockstep::heartbeat::{Heartbeat, Listener};
+use ftvm::lockstep::log::{Decoder, Encoder};
+use ftvm::lockstep::primary::Timing;
+use ftvm::lockstep::wire::{self, Epoch, Message};
+use ftvm::lockstep::Side;
+use ftvm::machine::Stamp;
+use ftvm::runtime::control::{Control, Shared};
+use ftvm::runtime::record::Player;
+use ftvm_accel::bus::Ipi;
+use ftvm_accel::state::Segment;
+use ftvm_accel::tcg::{Registers, SoftCpu};
+use ftvm_accel::{Bus, CpuModel, Exit, GuestMemory, Processor};
+use ftvm_block::OpenOptions;
+use ftvm_qmp::{Session, Step};
+
+/// An entry point for bytes.
+pub type Entry = fn(&[u8]);
+
+/// Every entry point with its name; `corpus/NAME` holds its seeds.
+pub const ALL: &[(&str, Entry)] = &[
+    ("log", log),
+    ("wire", wire),
+    ("heartbeat", heartbeat),
+    ("qmp", qmp),
+    ("qcow2", qcow2),
+    ("command_line", command_line),
+    ("recording", recording),
+    ("processor", processor),
+];
+
+/// The lockstep log, alone and through a backup's state machine.
+pub fn log(data: &[u8]) {
+    let start = Stamp { position: 1000, ns: 50_000 };
+    if let Ok(entries) = Decoder::new(start).take_all(data) {
+        let mut bytes = Vec::new();
+        let mut encoder = Encoder::new(start);
+        for entry in &entries {
+            encoder.put(&mut bytes, entry);
+        }
+        assert_eq!(
+            Decoder::new(start).take_all(&bytes).as_ref(),
+            Ok(&entries),
+            "what is read can be written"
+        );
+        let timing = Timing {
+            heartbeat: Duration::from_millis(100),
+            timeout: Duration::from_millis(1000),
+            max_lag: Duration::from_millis(1000),
+        };
+        let epoch = Epoch { number: 1, token: "token".into() };
+        let mut backup = Backup::new(timing, epoch, start, Duration::ZERO);
+        let message = Message::Log { first: 0, count: entries.len() as u64, entries: data.to_vec() };
+        if backup.on_message(&message, Duration::ZERO).is_ok() {
+            let mut last = start;
+            while let Some(entry) = backup.done() {
+                assert!(entry.stamp() >= last, "the log never goes back");
+                last = entry.stamp();
+            }
+        }
+    }
+}
+
+/// A frame of the logging channel: as it comes, and with a checksum that is right.
+pub fn wire(data: &[u8]) {
+    let _ = wire::read(&mut &*data);
+    let Some((flags, payload)) = data.split_first() else { return };
+    let flags = flags & 1;
+    let crc = crc(&[&[flags], payload]);
+    if let Ok(message) = wire::decode(flags, crc, payload) {
+        let Ok(frame) = wire::encode(&message) else { return };
+        let again = wire::read(&mut frame.as_slice()).map(|(m, _)| m);
+        assert_eq!(again.ok(), Some(message), "what is read can be written");
+    }
+}
+
+fn crc(parts: &[&[u8]]) -> u32 {
+    let mut hasher = crc32fast::Hasher::new();
+    for part in parts {
+        hasher.update(part);
+    }
+    hasher.finalize()
+}
+
+/// A heartbeat's datagram: as it comes, and with a checksum that is right.
+pub fn heartbeat(data: &[u8]) {
+    let mut listener = Listener::new("token", Side::Backup);
+    for datagram in [data.to_vec(), [data, &crc(&[data]).to_le_bytes()].concat()] {
+        if let Some(beat) = Heartbeat::decode(&datagram) {
+            assert_eq!(beat.encode(), datagram);
+        }
+        if listener.accept(&datagram) {
+            assert!(!listener.accept(&datagram), "a repeated heartbeat is no sign of life");
+        }
+    }
+}
+
+/// A QMP client: what it says must not depend on how it is cut into packets.
+pub fn qmp(data: &[u8]) {
+    let (events, _receiver) = std::sync::mpsc::channel();
+    let control = Control { shared: Shared::new(), events, name: Some("guest".into()), uuid: String::new() };
+    let mut whole = Session::new();
+    let all = whole.feed(data, &control);
+    assert!(all.iter().all(|s| matches!(s, Step::Reply(v) if v.is_object())));
+    let mut session = Session::new();
+    let mut pieces = Vec::new();
+    for piece in data.chunks(7) {
+        pieces.extend(session.feed(piece, &control));
+    }
+    assert_eq!(all, pieces);
+    assert_eq!(whole.is_negotiated(), session.is_negotiated());
+}
+
+/// A file in memory with a name.
+fn memory_file(data: &[u8]) -> Option<(OwnedFd, PathBuf)> {
+    let fd = nix::sys::memfd::memfd_create(c"fuzz", nix::sys::memfd::MFdFlags::MFD_CLOEXEC).ok()?;
+    let path = PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()));
+    std::fs::File::options().write(true).open(&path).ok()?.write_all(data).ok()?;
+    Some((fd, path))
+}
+
+/// A qcow2 image: opened, read, written.
+pub fn qcow2(data: &[u8]) {
+    // An image may name any backing file of the host; here it names none.
+    if data.len() > 1 << 20 || data.get(8..16).is_some_and(|offset| offset != [0; 8]) {
+        return;
+    }
+    let Some((_fd, path)) = memory_file(data) else { return };
+    let options =
+        |read_only| OpenOptions { format: Some("qcow2".into()), read_only, ..OpenOptions::default() };
+    let mut buf = vec![0u8; 4096];
+    let places = |size: u64| [0, 512, size / 2, size.saturating_sub(4096)].map(|at| at / 512 * 512);
+    if let Ok(image) = ftvm_block::open(&path, &options(true)) {
+        for at in places(image.size()) {
+            let _ = image.read_at(at, &mut buf);
+        }
+        assert!(image.read_at(image.size(), &mut buf).is_err());
+        assert!(image.write_at(0, &buf).is_err());
+    }
+    if let Ok(image) = ftvm_block::open(&path, &options(false)) {
+        for at in places(image.size()) {
+            let _ = image.write_at(at, &[0xA5; 1024]);
+            let _ = image.discard(at, 512);
+            let _ = image.write_zeroes(at, 512, true);
+        }
+        let _ = image.flush();
+        let _ = image.read_at(0, &mut buf);
+    }
+}
+
+/// A command line, one word a line; each word is also read as a list of keys and values.
+pub fn command_line(data: &[u8]) {
+    let text = String::from_utf8_lossy(data);
+    let words: Vec<String> = text.lines().map(str::to_owned).collect();
+    for word in &words {
+        if let Ok(params) = Params::parse(word, Some("implied")) {
+            for (key, _) in params.iter() {
+                let _ = (params.bool(key), params.number(key), params.size(key, 1 << 20));
+            }
+        }
+    }
+    if let Err(e) = ftvm::cli::parse(&words) {
+        assert!(!e.to_string().is_empty());
+    }
+}
+
+/// A record/replay file: as it comes, as the header behind right magic and checksum, and as a batch of entries
+/// behind a right header.
+pub fn recording(data: &[u8]) {
+    let part = |bytes: &[u8]| {
+        [&(bytes.len() as u32).to_le_bytes()[..], &crc(&[bytes]).to_le_bytes(), bytes].concat()
+    };
+    // Version "", machine "", seed, clock base 0, no drives, 1.0 ns.
+    let mut header = vec![0u8; 2 + 32 + 2];
+    header.extend(1.0f64.to_le_bytes());
+    let headed = [&b"ftvm-rr1"[..], &part(data)].concat();
+    let batched = [&b"ftvm-rr1"[..], &part(&header), &part(data)].concat();
+    for (file, header_is_right) in [(data, false), (&headed[..], false), (&batched[..], true)] {
+        let Some((_fd, path)) = memory_file(file) else { return };
+        match Player::open(&path.to_string_lossy()) {
+            Ok((mut player, _)) => {
+                while let Ok(Some(_)) = player.peek() {
+                    player.done();
+                }
+            }
+            Err(e) => assert!(!header_is_right, "{e}"),
+        }
+    }
+}
+
+struct Ports(u64);
+
+impl Bus for Ports {
+    fn io_read(&mut self, position: u64, port: u16, _: u8) -> u32 {
+        u32::from(port) ^ position as u32
+    }
+    fn io_write(&mut self, _: u64, _: u16, _: u8, _: u32) {}
+    fn mmio_read(&mut self, position: u64, addr: u64, _: u8) -> u64 {
+        addr ^ position
+    }
+    fn mmio_write(&mut self, _: u64, _: u64, _: u8, _: u64) {}
+    fn clock_ns(&mut self, position: u64) -> u64 {
+        position
+    }
+    fn intr(&mut self) -> bool {
+        false
+    }
+    fn intr_ack(&mut self, _: u64) -> u8 {
+        0xFF
+    }
+    fn eoi(&mut self, _: u64, _: u8) {}
+    fn send_ipi(&mut self, _: Ipi) {}
+    fn random(&mut self) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        self.0
+    }
+    fn break_requested(&self) -> bool {
+        false
+    }
+}
+
+/// Where the code lies, and how many instructions are run.
+const CODE: u64 = 0x7C00;
+const BUDGET: u64 = 400;
+
+/// A processor with `code` to run: mode 0 real, 1 protected 32-bit, 2 64-bit with paging; privilege level 0.
+fn machine(mode: u8, code: &[u8]) -> Option<(SoftCpu, GuestMemory)> {
+    let mem = GuestMemory::new(2 << 20).ok()?;
+    mem.write(CODE, code).ok()?;
+    let mut cpu = SoftCpu::new(0, 1, &CpuModel::parse("max").ok()?);
+    let flat = |selector, attr| Segment { selector, base: 0, limit: 0xFFFF_FFFF, attr };
+    let data = flat(0x10, 0xC093);
+    let mut r: Registers = cpu.registers();
+    r.rip = CODE;
+    match mode {
+        0 => {
+            let real = |attr| Segment { selector: 0, base: 0, limit: 0xFFFF, attr };
+            r.segs = [real(0x93); 6];
+            r.segs[1] = real(0x9B);
+            r.idt = (0, 0x3FF);
+        }
+        _ => {
+            let s = cpu.state_mut();
+            s.cr0 = 0x33;
+            s.cr4 = 0x600;
+            r.segs = [data; 6];
+            r.segs[1] = flat(8, 0xC09B);
+            r.gdt = (0x6000, 0x17);
+            for (i, d) in [0u64, 0x00CF_9B00_0000_FFFF, 0x00CF_9300_0000_FFFF].into_iter().enumerate() {
+                mem.write(0x6000 + i as u64 * 8, &d.to_le_bytes()).ok()?;
+            }
+            r.idt = (0x5000, 0x7FF);
+            if mode == 2 {
+                // 2 MiB by one large page.
+                for (at, entry) in [(0x1000, 0x2003u64), (0x2000, 0x3003), (0x3000, 0x83)] {
+                    mem.write(at, &entry.to_le_bytes()).ok()?;
+                }
+                s.cr0 |= 1 << 31;
+                s.cr4 |= 0x20;
+                r.cr3 = 0x1000;
+                r.efer = 0xD01;
+                r.segs[1] = flat(8, 0xA09B);
+            }
+        }
+    }
+    cpu.state_mut().gpr[4] = 0x7000;
+    cpu.set_registers(&r);
+    Some((cpu, mem))
+}
+
+/// Machine code (behind a byte for the mode): it must not stop the program, and how the run is cut into pieces must not show.
+pub fn processor(data: &[u8]) {
+    let Some((mode, code)) = data.split_first() else { return };
+    if code.len() > 4096 {
+        return;
+    }
+    let run = |pieces: &[u64]| -> Option<(Vec<u8>, u64)> {
+        let (mut cpu, mem) = machine(mode % 3, code)?;
+        let mut bus = Ports(1);
+        let mut position = 0;
+        for piece in pieces {
+            let end = position + piece;
+            while position < end {
+                let result = cpu.run(&mem, &mut bus, position, end - position);
+                position += result.retired;
+                match result.exit {
+                    Exit::Budget | Exit::Break | Exit::Pause => {}
+                    Exit::Internal => panic!("the processor cannot go on"),
+                    Exit::Halt | Exit::Shutdown => return Some((cpu.save(), position)),
+                }
+            }
+        }
+        Some((cpu.save(), position))
+    };
+    let (whole, position) = run(&[BUDGET]).unwrap_or_default();
+    let (pieces, again) = run(&[BUDGET / 3, 1, BUDGET - BUDGET / 3 - 1]).unwrap_or_default();
+    assert_eq!(position, again, "the same number of instructions");
+    assert!(whole == pieces, "the state depends on how the run is cut");
+}

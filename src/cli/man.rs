@@ -1,0 +1,302 @@
+//! `man/ftvm.1`, made from the tables that the program itself reads: the options, the machines, the device
+//! models. `cargo run --example generate` writes it.
+
+use ftvm_devices::registry::{Attach, Kind, MODELS};
+
+use super::config::MACHINES;
+use super::options::OPTIONS;
+
+/// What one line of `-help` cannot say: (option, paragraphs).
+const DETAILS: &[(&str, &[&str])] = &[
+    (
+        "machine",
+        &["Properties: accel=tcg, hpet=on|off. usb=on and acpi=off are refused. vmport, graphics, \
+           dump-guest-core, kernel-irqchip and memory-backend are accepted and have no effect."],
+    ),
+    (
+        "cpu",
+        &["The default is qemu64. 'max' has every feature of the processor, 'host' means the same. A feature \
+           that the processor does not have (AVX, for example) is refused by name."],
+    ),
+    ("accel", &["kvm is refused: this version has none. 'kvm:tcg' selects tcg."]),
+    ("smp", &["1 to 255 processors. They cannot be hot-plugged: maxcpus must equal cpus."]),
+    (
+        "boot",
+        &["once= is used as order=. The menu needs a terminal on serial line 0 (-nographic)."],
+    ),
+    ("global", &["Accepted for compatibility. Values are not applied in this version."]),
+    (
+        "rtc",
+        &["The base is read from the host when the machine starts. Afterwards the clock follows virtual time. A \
+           date has the form 2024-02-29T12:00:00. clock= and driftfix= are accepted and have no effect."],
+    ),
+    (
+        "icount",
+        &[
+            "With shift=N an instruction takes 2^N nanoseconds of virtual time, N from 0 to 10. With shift=auto \
+             (the default) the rate follows the host's speed; the changes are inputs of the machine and are logged.",
+            "rr=record writes every input of the machine to rrfile (default replay.bin) from the start to the \
+             end, with a hash of the state for every second of virtual time. rr=replay runs the machine from that \
+             file and compares the hashes. The command line must describe the same machine, and ftvm must be of \
+             the same version. Disk images are not needed for replay: what was read is in the file. Only output of \
+             character devices leaves during replay.",
+            "sleep=off skips the time in which the guest is idle. rr=record and -ft exclude each other. align=on \
+             and rrsnapshot are refused.",
+        ],
+    ),
+    (
+        "drive",
+        &[
+            "Keys: file, if, index, bus, unit, media=disk|cdrom, format=raw|qcow2, id, \
+             cache=writeback|writethrough|none|directsync|unsafe, readonly, discard=ignore|unmap, \
+             detect-zeroes=off|on|unmap, serial, file.locking=on|off. Without format the file is looked at. aio= is \
+             accepted and has no effect. werror and rerror take 'report' only.",
+            "The image is locked with QEMU's byte locks (qemu-img sees them). With -ft every write completes only when \
+             it is on stable storage, unless cache=unsafe says that flushes do nothing: do not use cache=unsafe \
+             with -ft.",
+        ],
+    ),
+    (
+        "blockdev",
+        &["Drivers: file, host_device, raw, qcow2. JSON is taken too. A -device refers to the node by drive=n."],
+    ),
+    (
+        "snapshot",
+        &["Not effective in this version: writes go to the image. The same holds for snapshot=on of -drive."],
+    ),
+    (
+        "netdev",
+        &[
+            "tap: ifname, fd, script, downscript. No script is run unless one is named. vhost=on is refused.",
+            "user: hostfwd=[tcp|udp]:[addr]:port-[guest]:port (may be repeated), net, restrict, hostname. The \
+             network is 10.0.2.0/24, the guest 10.0.2.15. Connections of user networking end with their host: use tap \
+             for a machine with -ft.",
+        ],
+    ),
+    ("nic", &["Models: e1000 (the default) and virtio."]),
+    (
+        "chardev",
+        &["socket: path, or host and port; server, wait; fd. file: path, append. pipe: path. stdio: mux, signal."],
+    ),
+    (
+        "serial",
+        &["dev is one of none, null, stdio, mon:stdio, file:path, pipe:path, pty, unix:path[,server=on][,wait=off], \
+           tcp:addr:port[,server=on][,wait=off], chardev:id. A reader that does not keep up loses bytes; the \
+           machine is never stopped for it."],
+    ),
+    ("qmp", &["Only listening sockets: unix:path,server=on or tcp:addr:port,server=on. One client at a time. See ftvm-qmp(7)."]),
+    ("kernel", &["The kind of file is told by its contents."]),
+    ("bios", &["Looked for in the directories of -L, then in /usr/share/ftvm, /usr/share/seabios and /usr/share/qemu."]),
+    ("nographic", &["On the terminal C-a x ends ftvm, C-a c switches between serial line and monitor, C-a h shows the keys."]),
+    ("vga", &["There is no video card in this version: 'std' is accepted and adds none."]),
+    ("d", &["The environment variable RUST_LOG is read too."]),
+    (
+        "ft",
+        &[
+            "A primary runs at once and waits for a backup. A backup takes configuration and state from the primary \
+             at peer and follows it. Keys:",
+            "listen=ADDR:PORT (0.0.0.0:8100): where a primary, or a backup that has become one, waits for a backup. TCP and UDP.",
+            "lock=PATH: the lock on the shared storage; default the first writable image's path with .ftlock appended.",
+            "heartbeat=MS (100), timeout=MS (1000): how often to give a sign of life, and after how much silence to \
+             suspect the peer. timeout must be at least twice heartbeat. A backup uses the primary's values.",
+            "max-lag=MS (1000): how far the backup's execution may fall behind before the primary is slowed.",
+            "reads=log: data of disk reads travels in the log. reads=disk is refused in this version.",
+        ],
+    ),
+];
+
+/// Text as roff: no character of it may be taken for a request.
+fn roff(text: &str) -> String {
+    let mut out = String::with_capacity(text.len() + 8);
+    for c in text.chars() {
+        match c {
+            '\\' => out.push_str("\\e"),
+            '-' => out.push_str("\\-"),
+            '\'' => out.push_str("\\(aq"),
+            '^' => out.push_str("\\(ha"),
+            '~' => out.push_str("\\(ti"),
+            '`' => out.push_str("\\(ga"),
+            c => out.push(c),
+        }
+    }
+    if out.starts_with('.') {
+        out.insert_str(0, "\\&");
+    }
+    out
+}
+
+/// Text with spaces and newlines made single, broken into lines that diff well.
+fn fill(text: &str) -> String {
+    let mut out = String::new();
+    let mut width = 0;
+    for word in text.split_whitespace() {
+        if width > 0 && width + word.len() > 90 {
+            out.push('\n');
+            width = 0;
+        } else if width > 0 {
+            out.push(' ');
+        }
+        // A line must not begin as a request does.
+        if width == 0 && (word.starts_with('.') || word.starts_with('\'')) {
+            out.push_str("\\&");
+        }
+        out.push_str(word);
+        width += word.len() + 1;
+    }
+    out
+}
+
+/// The man page in roff.
+pub fn page() -> String {
+    let mut out = String::from(
+        ".\\\" Made by \"cargo run --example generate\" from the tables in src/cli and devices/src: do not edit.\n",
+    );
+    out.push_str(&format!(".TH FTVM 1 \"\" \"ftvm {}\" \"User Commands\"\n", env!("CARGO_PKG_VERSION")));
+    out.push_str(INTRODUCTION);
+    out.push_str(".SH OPTIONS\n");
+    out.push_str(
+        "\\-x and \\-\\-x are the same.\nA value is a list key=value,key=value; \",,\" stands for a comma, a key \
+         without a value for key=on.\nA word that is no option is the image of IDE disk 0.\n",
+    );
+    let mut last = "";
+    for (name, value, section, help) in OPTIONS {
+        if *section != last {
+            out.push_str(&format!(".SS {}\n", roff(section)));
+            last = section;
+        }
+        out.push_str(".TP\n");
+        if value.is_empty() {
+            out.push_str(&format!(".B {}\n", roff(&format!("-{name}"))));
+        } else {
+            out.push_str(&format!(".BI {} \" {}\"\n", roff(&format!("-{name}")), roff(value)));
+        }
+        let mut sentence = help.to_string();
+        if let Some(first) = sentence.get(..1) {
+            sentence = first.to_uppercase() + &sentence[1..];
+        }
+        out.push_str(&fill(&roff(&format!("{sentence}."))));
+        out.push('\n');
+        for text in DETAILS.iter().filter(|(n, _)| n == name).flat_map(|(_, texts)| *texts) {
+            out.push_str(&format!(".IP\n{}\n", fill(&roff(text))));
+        }
+    }
+    out.push_str(".SH MACHINES\n");
+    for (name, what) in MACHINES {
+        out.push_str(&format!(".TP\n.B {}\n{}.\n", roff(name), roff(what)));
+    }
+    out.push_str(".SH DEVICES\n");
+    for model in MODELS {
+        let bus = match model.attach {
+            Attach::Isa => "ISA",
+            Attach::Pci => "PCI",
+            Attach::Ide => "IDE",
+        };
+        out.push_str(&format!(".TP\n.BR {} \" ({bus})\"\n", roff(model.name)));
+        let properties: Vec<String> = model
+            .all_properties()
+            .iter()
+            .map(|(name, kind, _)| {
+                let kind = match kind {
+                    Kind::Bool => "on|off",
+                    Kind::Number => "number",
+                    Kind::Mac => "address",
+                    Kind::Drive | Kind::Netdev | Kind::Chardev => "id",
+                    Kind::Text => "text",
+                };
+                format!("{name}={kind}")
+            })
+            .collect();
+        let mut text = model.description.to_owned();
+        text.push('.');
+        if !properties.is_empty() {
+            text.push_str(&format!(" Properties: {}.", properties.join(", ")));
+        }
+        out.push_str(&fill(&roff(&text)));
+        out.push('\n');
+    }
+    out.push_str(CLOSING);
+    out
+}
+
+const INTRODUCTION: &str = r#".SH NAME
+ftvm \- virtual machine monitor that survives the death of its host
+.SH SYNOPSIS
+.B ftvm
+.RI [ option ]...\&
+.RI [ disk_image ]
+.SH DESCRIPTION
+.B ftvm
+runs an x86\-64 machine: QEMU's pc with SeaBIOS, disks, network cards and serial lines.
+It takes QEMU's options.
+With
+.B \-ft
+two hosts run one machine in lockstep.
+When one host dies, the other carries on; see
+.BR ftvm\-ft (7).
+.PP
+The processor is software and deterministic.
+It needs no virtualization support of the host's processor.
+"#;
+
+const CLOSING: &str = r#".SH EXIT STATUS
+0 when the machine was powered off, or was ended by a monitor or a signal.
+1 after an error; one sentence on standard error says what it was.
+The device isa\-debug\-exit gives its own status.
+A primary that finds that its backup has gone live ends with status 1.
+A backup ends with status 0 when the machine ended on the primary.
+.SH SIGNALS
+SIGTERM, SIGINT and SIGHUP end the program.
+On a primary this ends the machine, and the backup ends with it.
+On a backup it ends the backup; the primary goes on without one.
+.SH FILES
+.TP
+.I IMAGE.ftlock.*
+The lock and the claims of a pair, beside the first writable image.
+.TP
+.I IMAGE.ft1
+An overlay that a takeover left.
+It is merged into the image in the background, or at the next start of the machine.
+.SH EXAMPLES
+A Debian image on the terminal:
+.PP
+.EX
+ftvm \-m 1G \-drive file=vm.qcow2 \-nographic
+.EE
+.PP
+The same machine protected; on host A, then on host B:
+.PP
+.EX
+ftvm \-m 1G \-drive file=/shared/vm.qcow2 \-nic tap,ifname=vmtap \-ft primary
+ftvm \-ft backup,peer=hostA
+.EE
+.SH SEE ALSO
+.BR ftvm\-ft (7),
+.BR ftvm\-qmp (7)
+"#;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_committed_page_is_up_to_date() {
+        let committed = concat!(env!("CARGO_MANIFEST_DIR"), "/man/ftvm.1");
+        let text = std::fs::read_to_string(committed).unwrap_or_default();
+        assert!(text == page(), "man/ftvm.1 is out of date: run  cargo run --example generate");
+    }
+
+    #[test]
+    fn details_belong_to_options() {
+        for (name, texts) in DETAILS {
+            assert!(OPTIONS.iter().any(|(o, ..)| o == name), "{name}");
+            assert!(!texts.is_empty(), "{name}");
+        }
+    }
+
+    #[test]
+    fn no_line_of_text_is_a_request() {
+        assert_eq!(roff(".x -a'b"), "\\&.x \\-a\\(aqb");
+        let long = "word ".repeat(17) + ". .TH";
+        assert!(fill(&long).lines().all(|l| !l.starts_with('.')));
+    }
+}

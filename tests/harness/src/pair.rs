@@ -1,0 +1,271 @@
+//! A protected machine on two hosts, and what can happen to it.
+
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+
+use crate::client::{Client, Seen};
+use crate::hosts::{Network, GUEST};
+use crate::qmp::Qmp;
+use crate::vm::Vm;
+use crate::{guests, Result, Scratch};
+
+/// A machine on hosts 0 and 1.
+pub struct Pair {
+    pub net: Network,
+    pub scratch: Scratch,
+    pub image: String,
+    /// The program on each host.
+    pub hosts: [Option<Vm>; 2],
+    /// The host on which the machine lives.
+    pub live: usize,
+    /// Added to `-ft` of both sides.
+    pub ft_options: String,
+    started: u32,
+}
+
+/// Which guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Guest {
+    Tiny,
+    Debian,
+}
+
+impl Pair {
+    /// Start a primary on host 0 and wait until the guest serves.
+    pub fn start(name: &str, guest: Guest, ft_options: &str) -> Result<Pair> {
+        let scratch = Scratch::new(name)?;
+        let image = scratch.path("vm.qcow2");
+        let mut args: Vec<String> = Vec::new();
+        let mark = match guest {
+            Guest::Tiny => {
+                let (kernel, initrd) = guests::tiny()?;
+                let raw = scratch.path("fs.raw");
+                guests::run("truncate", &["-s", "64M", &raw])?;
+                guests::run("mke2fs", &["-q", "-t", "ext4", "-O", "^metadata_csum_seed,^orphan_file", &raw])?;
+                guests::run("qemu-img", &["convert", "-q", "-O", "qcow2", &raw, &image])?;
+                let append = format!("console=ttyS0 quiet net addr={GUEST}/24 disk serve");
+                for a in ["-m", "192M", "-kernel", &kernel, "-initrd", &initrd, "-append", &append] {
+                    args.push(a.to_owned());
+                }
+                "ftload: http on"
+            }
+            Guest::Debian => {
+                std::fs::copy(guests::debian()?, &image).map_err(|e| e.to_string())?;
+                args.extend(["-m".to_owned(), "512M".to_owned()]);
+                "GUEST READY"
+            }
+        };
+        for a in [
+            "-drive",
+            &format!("file={image},if=virtio"),
+            "-netdev",
+            TAP,
+            "-device",
+            "virtio-net-pci,netdev=n0",
+        ] {
+            args.push(a.to_owned());
+        }
+        let net = Network::new(2)?;
+        let mut pair = Pair {
+            net,
+            scratch,
+            image,
+            hosts: [None, None],
+            live: 0,
+            ft_options: ft_options.to_owned(),
+            started: 0,
+        };
+        args.extend(["-ft".to_owned(), format!("primary{ft_options}")]);
+        let words: Vec<&str> = args.iter().map(String::as_str).collect();
+        let mut vm = pair.spawn(0, &words)?;
+        vm.wait_console(mark, Duration::from_secs(900))?;
+        pair.hosts[0] = Some(vm);
+        Ok(pair)
+    }
+
+    fn spawn(&mut self, host: usize, args: &[&str]) -> Result<Vm> {
+        self.started += 1;
+        let name = format!("vm{}-host{host}", self.started);
+        Vm::start(self.net.on_host(host, &guests::ftvm()?), &self.scratch, &name, args)
+    }
+
+    /// The host that does not (yet) run the machine.
+    pub fn other(&self) -> usize {
+        1 - self.live
+    }
+
+    /// The live side.
+    pub fn live_vm(&mut self) -> Result<&mut Vm> {
+        let live = self.live;
+        self.hosts[live].as_mut().ok_or_else(|| "the live side is gone".to_owned())
+    }
+
+    /// QMP of the live side.
+    pub fn qmp(&mut self) -> Result<Qmp> {
+        self.live_vm()?.qmp()
+    }
+
+    /// Start a backup on the other host and wait until the machine is protected; how long it took.
+    pub fn protect(&mut self) -> Result<Duration> {
+        let start = Instant::now();
+        let other = self.other();
+        let ft = format!("backup,peer={}{}", Network::address(self.live), self.ft_options);
+        let vm = self.spawn(other, &["-ft", &ft])?;
+        self.hosts[other] = Some(vm);
+        let result = self.qmp()?.wait_ft("protected", Duration::from_secs(120));
+        result.map_err(|e| format!("{e}\n{}", self.logs()))?;
+        Ok(start.elapsed())
+    }
+
+    /// All programs' messages.
+    pub fn logs(&self) -> String {
+        self.hosts.iter().flatten().map(|vm| format!("--- {}\n{}", vm.messages, vm.log())).collect()
+    }
+
+    fn expect_takeover(&mut self) -> Result<serde_json::Value> {
+        let other = self.other();
+        let vm = self.hosts[other].as_ref().ok_or("there is no backup")?;
+        let ft = vm
+            .qmp()?
+            .wait_ft("live", Duration::from_secs(30))
+            .map_err(|e| format!("{e}\n{}", self.logs()))?;
+        self.live = other;
+        Ok(ft)
+    }
+
+    /// SIGKILL the primary; the backup must go live. Its `query-ft`.
+    pub fn kill_primary(&mut self) -> Result<serde_json::Value> {
+        let live = self.live;
+        if let Some(mut vm) = self.hosts[live].take() {
+            vm.kill();
+        }
+        self.expect_takeover()
+    }
+
+    /// SIGKILL the backup; the primary must go on unprotected.
+    pub fn kill_backup(&mut self) -> Result<serde_json::Value> {
+        let other = self.other();
+        if let Some(mut vm) = self.hosts[other].take() {
+            vm.kill();
+        }
+        let result = self.qmp()?.wait_ft("unprotected", Duration::from_secs(30));
+        result.map_err(|e| format!("{e}\n{}", self.logs()))
+    }
+
+    /// Freeze the primary for `time`: the backup must go live, and the old primary must find that it lost and end.
+    pub fn stall_primary(&mut self, time: Duration) -> Result<serde_json::Value> {
+        let old = self.live;
+        let mut vm = self.hosts[old].take().ok_or("the live side is gone")?;
+        vm.signal(Signal::SIGSTOP);
+        let ft = self.expect_takeover();
+        std::thread::sleep(time);
+        vm.signal(Signal::SIGCONT);
+        let ft = ft?;
+        let status = vm
+            .wait_exit(Duration::from_secs(30))
+            .map_err(|e| format!("the stalled primary: {e}\n{}", vm.log()))?;
+        if status == 0 || !vm.log().contains("has lost its machine") {
+            return Err(format!("the stalled primary ended with {status}:\n{}", vm.log()));
+        }
+        Ok(ft)
+    }
+
+    /// Cut the hosts from each other while both reach the storage and the clients: exactly one goes on.
+    pub fn cut_apart(&mut self) -> Result<()> {
+        self.net.set_isolated(&[0, 1], true)?;
+        let deadline = Instant::now() + Duration::from_secs(30);
+        let ended = loop {
+            let gone: Vec<usize> =
+                (0..2).filter(|i| self.hosts[*i].as_mut().is_some_and(|vm| !vm.is_running())).collect();
+            if let [one] = gone[..] {
+                break one;
+            }
+            if gone.len() == 2 {
+                return Err(format!("both sides ended\n{}", self.logs()));
+            }
+            if Instant::now() > deadline {
+                return Err(format!("both sides still run\n{}", self.logs()));
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        };
+        self.hosts[ended] = None;
+        self.live = 1 - ended;
+        std::thread::sleep(Duration::from_secs(1));
+        let state = self.qmp()?.ft()?["state"].clone();
+        self.net.set_isolated(&[0, 1], false)?;
+        if state != "unprotected" && state != "live" {
+            return Err(format!("the survivor is {state}\n{}", self.logs()));
+        }
+        Ok(())
+    }
+
+    /// Power off by ACPI (Debian) or `quit`, and check the image.
+    pub fn finish(mut self, powerdown: bool) -> Result<()> {
+        let command = if powerdown { "system_powerdown" } else { "quit" };
+        self.qmp()?.command(command, serde_json::Value::Null)?;
+        let logs = self.logs();
+        let status =
+            self.live_vm()?.wait_exit(Duration::from_secs(240)).map_err(|e| format!("{e}\n{logs}"))?;
+        if status != 0 {
+            return Err(format!("the program ended with {status}\n{}", self.logs()));
+        }
+        self.check_image()
+    }
+
+    /// `qemu-img check` finds nothing, and no overlay is left.
+    pub fn check_image(&self) -> Result<()> {
+        guests::run("qemu-img", &["check", &self.image])?;
+        let overlay = format!("{}.ft1", self.image);
+        if std::path::Path::new(&overlay).exists() {
+            return Err(format!("{overlay} was left\n{}", self.logs()));
+        }
+        Ok(())
+    }
+}
+
+const TAP: &str = "tap,id=n0,ifname=vmtap,script=no,downscript=no";
+
+/// The clients of a machine: a session that counts, durable writes, HTTP.
+pub struct Clients {
+    session: Client,
+    journal: Client,
+    http: Client,
+}
+
+impl Clients {
+    /// Start them.
+    pub fn start(pair: &Pair, http_port: u16, expect: &str, tag: &str) -> Clients {
+        let at = |port: u16| SocketAddr::new(GUEST.parse().unwrap_or([0, 0, 0, 0].into()), port);
+        Clients {
+            session: Client::session(Some(pair.net.client()), at(7000), Duration::from_millis(5)),
+            journal: Client::journal(Some(pair.net.client()), at(7000), tag, Duration::from_millis(10)),
+            http: Client::http(Some(pair.net.client()), at(http_port), expect, Duration::from_millis(30)),
+        }
+    }
+
+    /// Wait until each has had `more` further answers.
+    pub fn wait_progress(&self, more: u64, limit: Duration) -> Result<()> {
+        let start: Vec<u64> = [&self.session, &self.journal, &self.http].map(Client::answers).to_vec();
+        crate::wait_for("progress of the clients", limit, || {
+            let now = [&self.session, &self.journal, &self.http].map(Client::answers);
+            now.iter().zip(&start).all(|(n, s)| *n >= s + more).then_some(())
+        })
+    }
+
+    /// Stop them; each one's view, all of it correct.
+    pub fn finish(self) -> Result<[Seen; 3]> {
+        let mut all = [Seen::default(), Seen::default(), Seen::default()];
+        for (slot, (name, client)) in
+            all.iter_mut().zip([("session", self.session), ("journal", self.journal), ("http", self.http)])
+        {
+            let seen = client.finish().map_err(|e| format!("{name}: {e}"))?;
+            if let Some(wrong) = seen.wrong.first() {
+                return Err(format!("{name}: {} wrong answers, the first: {wrong}", seen.wrong.len()));
+            }
+            *slot = seen;
+        }
+        Ok(all)
+    }
+}

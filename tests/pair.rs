@@ -1,0 +1,156 @@
+//! A protected machine and what can happen to it, with real processes on hosts that are network
+//! namespaces, and clients that remember every acknowledged answer.
+
+use std::io::Write;
+use std::time::Duration;
+
+use ftvm_harness::hosts::{become_root, Network};
+use ftvm_harness::pair::{Clients, Guest, Pair};
+use ftvm_harness::{guests, Result};
+
+const WAIT: Duration = Duration::from_secs(60);
+
+fn clients(pair: &Pair, tag: &str) -> Clients {
+    Clients::start(pair, 8080, "HTTP/1.1 200", tag)
+}
+
+/// Primary and backup are killed in turn; a new backup is made each time.
+fn kills() -> Result<()> {
+    let mut pair = Pair::start("kills", Guest::Tiny, "")?;
+    let clients = clients(&pair, "kills");
+    for round in 0..3 {
+        let took = pair.protect()?;
+        clients.wait_progress(30, WAIT)?;
+        let ft = pair.kill_primary()?;
+        println!("round {round}: protected in {took:.1?}, failover {}", ft["last-failover"]);
+        clients.wait_progress(20, WAIT)?;
+        pair.protect()?;
+        clients.wait_progress(20, WAIT)?;
+        pair.kill_backup()?;
+        clients.wait_progress(20, WAIT)?;
+    }
+    for seen in clients.finish()? {
+        println!("{} answers, longest pause {:.0?}", seen.answers, seen.longest);
+    }
+    pair.finish(false)
+}
+
+/// The primary is frozen for longer than the timeout; it must halt when it wakes, its late writes harmless.
+fn stall() -> Result<()> {
+    let mut pair = Pair::start("stall", Guest::Tiny, "")?;
+    let clients = clients(&pair, "stall");
+    for _ in 0..2 {
+        pair.protect()?;
+        clients.wait_progress(30, WAIT)?;
+        pair.stall_primary(Duration::from_secs(2))?;
+        clients.wait_progress(30, WAIT)?;
+    }
+    clients.finish()?;
+    // The overlay is merged when the old primary is gone.
+    std::thread::sleep(Duration::from_secs(2));
+    pair.finish(false)
+}
+
+/// The hosts are cut from each other while both reach storage and clients.
+fn cut() -> Result<()> {
+    let mut pair = Pair::start("cut", Guest::Tiny, "")?;
+    let clients = clients(&pair, "cut");
+    for _ in 0..2 {
+        pair.protect()?;
+        clients.wait_progress(30, WAIT)?;
+        pair.cut_apart()?;
+        clients.wait_progress(30, WAIT)?;
+    }
+    clients.finish()?;
+    std::thread::sleep(Duration::from_secs(2));
+    pair.finish(false)
+}
+
+/// What does not fit is refused with the difference, and the machine goes on.
+fn refusals() -> Result<()> {
+    let mut pair = Pair::start("refusals", Guest::Tiny, "")?;
+    let peer = format!("backup,peer={}", Network::address(0));
+    let other = pair.scratch.path("other.qcow2");
+    guests::run("qemu-img", &["create", "-q", "-f", "qcow2", &other, "64M"])?;
+    let drive = format!("file={other},if=virtio");
+    let cases: Vec<(Vec<&str>, &str)> = vec![
+        (vec!["-m", "256M", "-ft", &peer], "-m differs"),
+        (vec!["-smp", "2", "-ft", &peer], "-smp differs"),
+        (vec!["-drive", &drive, "-ft", &peer], "drive 'virtio0'"),
+        (vec!["-netdev", "tap,id=wrong,ifname=x", "-ft", &peer], "netdev 'wrong' differs"),
+        (
+            vec!["-netdev", "tap,id=n0,ifname=name-that-is-far-too-long", "-ft", &peer],
+            "could not configure /dev/net/tun",
+        ),
+        (vec!["-ft", "backup,peer=10.77.0.11:1"], "cannot reach the primary"),
+    ];
+    for (args, part) in cases {
+        let out = pair
+            .net
+            .on_host(1, &guests::ftvm()?)
+            .args(&args)
+            .args(["-display", "none", "-serial", "null"])
+            .output()
+            .map_err(|e| e.to_string())?;
+        let text = String::from_utf8_lossy(&out.stderr).into_owned();
+        let last = text.lines().last().unwrap_or("");
+        if out.status.code() != Some(1) || !text.contains(part) || !last.starts_with("ftvm: ") {
+            return Err(format!("{args:?}: status {:?}, said {text}", out.status.code()));
+        }
+    }
+    // Garbage on the logging channel.
+    let client = pair.net.client();
+    std::thread::spawn(move || -> Result<()> {
+        client.enter()?;
+        for junk in [
+            &b"GET / HTTP/1.0\r\n\r\n"[..],
+            b"ftvm-ft1\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff",
+            b"ftvm-ft1",
+            b"",
+        ] {
+            let mut s = std::net::TcpStream::connect("10.77.0.11:8100").map_err(|e| e.to_string())?;
+            let _ = s.write_all(junk);
+        }
+        Ok(())
+    })
+    .join()
+    .map_err(|_| "panicked".to_owned())??;
+    let clients = clients(&pair, "refusals");
+    clients.wait_progress(10, WAIT)?;
+    pair.protect()?;
+    clients.wait_progress(10, WAIT)?;
+    clients.finish()?;
+    pair.finish(false)
+}
+
+type Test = fn() -> Result<()>;
+
+/// All in one process and one after the other: hosts have fixed addresses, and entering namespaces needs root.
+fn main() {
+    if let Err(e) = become_root() {
+        println!("pair tests skipped: {e}");
+        println!("0 passed, 0 failed");
+        return;
+    }
+    let wanted: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
+    let tests: [(&str, Test); 4] = [("kills", kills), ("stall", stall), ("cut", cut), ("refusals", refusals)];
+    let (mut passed, mut failed) = (0, 0);
+    for (name, test) in tests {
+        if !wanted.is_empty() && !wanted.iter().any(|w| name.contains(w.as_str())) {
+            continue;
+        }
+        let start = std::time::Instant::now();
+        match test() {
+            Ok(()) => {
+                passed += 1;
+                println!("test pair::{name} ... ok ({:.0?})", start.elapsed());
+            }
+            Err(e) => {
+                failed += 1;
+                println!("test pair::{name} ... FAILED\n{e}");
+            }
+        }
+    }
+    println!("{passed} passed, {failed} failed");
+    std::process::exit(i32::from(failed > 0));
+}
