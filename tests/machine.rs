@@ -62,6 +62,7 @@ fn services_answer_through_forwarded_ports_and_survive_stop_and_cont() -> Result
     let mut vm = start_tiny(&scratch, "vm", "net disk serve", &nic)?;
     vm.wait_console("dhcp ok", LONG)?;
     vm.wait_console("ftload: http on 8080", LONG)?;
+    vm.wait_console("ftload: serving on 7000", LONG)?;
     let mut qmp = vm.qmp()?;
     let session = Client::session(None, tcp, Duration::from_millis(5));
     let journal = Client::journal(None, tcp, "line", Duration::from_millis(5));

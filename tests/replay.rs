@@ -44,6 +44,7 @@ fn disk_and_network_load_replays_without_the_image_and_the_network() -> Result<(
     let words = "net disk serve diskload";
     let mut vm = start_tiny(&scratch, "record", words, &more)?;
     vm.wait_console("ftload: http on 8080", LONG)?;
+    vm.wait_console("ftload: serving on 7000", LONG)?;
     let session = Client::session(None, tcp, Duration::from_millis(2));
     let journal = Client::journal(None, tcp, "line", Duration::from_millis(2));
     let counter = Client::http(None, http, "200 OK", Duration::from_millis(5));

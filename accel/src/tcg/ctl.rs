@@ -150,7 +150,10 @@ pub fn loops(c: &mut SoftCpu, op: &Op) -> R<()> {
     Ok(())
 }
 pub fn pause(c: &mut SoftCpu, _: &Op) -> R<()> {
-    c.paused = true;
-    c.attend();
+    // Nobody else to run on a machine with one processor.
+    if c.cpus > 1 {
+        c.paused = true;
+        c.attend();
+    }
     Ok(())
 }

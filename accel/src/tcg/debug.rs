@@ -18,6 +18,7 @@ impl SoftCpu {
                 }
             }
         }
+        self.attend();
         self.flush_tlb();
         self.attention = true;
     }

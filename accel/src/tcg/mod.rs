@@ -345,8 +345,24 @@ impl SoftCpu {
                 continue;
             }
             match self.find_block() {
-                Ok(block) => {
-                    let faulted = self.run_block(block);
+                Ok(mut block) => {
+                    let faulted = loop {
+                        if self.run_block(block) {
+                            break true;
+                        }
+                        // Whatever makes the checks above necessary sets `attention`.
+                        if self.attention
+                            || self.single
+                            || self.pos >= self.limit
+                            || !self.cache.graveyard.is_empty()
+                        {
+                            break false;
+                        }
+                        match self.follow(block) {
+                            Ok(next) => block = next,
+                            Err(Fault) => break true,
+                        }
+                    };
                     if faulted {
                         self.shadow = false;
                         self.deliver_exception();
@@ -437,6 +453,29 @@ impl SoftCpu {
         self.find_slow(lin)
     }
 
+    /// The block at CS:RIP, which `from` led to.
+    #[inline(always)]
+    fn follow(&mut self, from: *const Block) -> R<*const Block> {
+        if !self.long {
+            return self.find_block();
+        }
+        // SAFETY: `from` has just run, and the graveyard is empty: it is in the cache.
+        let links = unsafe { &(*from).links };
+        for link in links {
+            let l = link.get();
+            if l.rip == self.rip && l.key == self.jump_key {
+                return Ok(l.block);
+            }
+        }
+        let block = self.find_block()?;
+        // A lone block must not be remembered.
+        if self.cache.graveyard.is_empty() {
+            let stale = links[0].get().key != self.jump_key;
+            links[!stale as usize].set(Link { rip: self.rip, key: self.jump_key, block });
+        }
+        Ok(block)
+    }
+
     #[inline(never)]
     fn find_slow(&mut self, lin: u64) -> R<*const Block> {
         if self.long {
@@ -474,7 +513,7 @@ impl SoftCpu {
         let bytes: Vec<u8> =
             unsafe { std::slice::from_raw_parts(e.host.add(at), (4096 - at).min(MAX_BLOCK * 15)) }.to_vec();
         let whole = bytes.len() == 4096 - at;
-        let mut b = Block { key, ops: Vec::with_capacity(8), bytes: 0, vecs: Vec::new() };
+        let mut b = Block::new(key);
         loop {
             match decode::decode(&bytes[b.bytes as usize..], self.code_mode) {
                 Ok(d) => {
@@ -522,7 +561,7 @@ impl SoftCpu {
             };
             bytes.push(v);
             if let Ok(d) = decode::decode(&bytes, self.code_mode) {
-                let mut b = Block { key: 0, ops: Vec::new(), bytes: 0, vecs: Vec::new() };
+                let mut b = Block::new(0);
                 add_op(&mut b, d);
                 let b = Box::new(b);
                 let p: *const Block = &*b;

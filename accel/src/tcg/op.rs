@@ -3,6 +3,7 @@
 use super::SoftCpu;
 use crate::simd::VecInsn;
 use crate::Exception;
+use std::cell::Cell;
 
 /// An exception was raised; its details are in [`SoftCpu::fault`].
 #[derive(Clone, Copy, Debug)]
@@ -89,6 +90,25 @@ pub struct Block {
     /// Owns what the vector ops' `imm` points to.
     #[allow(clippy::vec_box)]
     pub vecs: Vec<Box<VecOp>>,
+    /// Where execution went on from here (64-bit mode).
+    pub links: [Cell<Link>; 2],
+}
+
+/// A block that followed another: it still does for the same RIP while the key (see `Jump`) is the same.
+#[derive(Clone, Copy)]
+pub struct Link {
+    pub rip: u64,
+    pub key: u64,
+    pub block: *const Block,
+}
+
+impl Block {
+    /// An empty block.
+    pub fn new(key: u64) -> Self {
+        let none = Link { rip: 0, key: u64::MAX, block: std::ptr::null() };
+        let links = [Cell::new(none), Cell::new(none)];
+        Block { key, ops: Vec::with_capacity(8), bytes: 0, vecs: Vec::new(), links }
+    }
 }
 
 /// Operand widths.
