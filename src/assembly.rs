@@ -156,6 +156,13 @@ pub fn open_live(
 ) -> Result<Option<Box<dyn Image>>, BuildError> {
     let options = open_options(drive);
     let Some(path) = drive.file.as_deref().map(Path::new) else { return Ok(None) };
+    if (drive.read_only || drive.snapshot) && ftvm_block::takeover::has_overlays(path) {
+        return Err(BuildError::Plain(format!(
+            "drive '{}': a takeover has left data in '{}.ft1'; open the image for writing once, so that it is merged",
+            drive.id,
+            path.display()
+        )));
+    }
     if drive.read_only || drive.snapshot || !(pair || ftvm_block::takeover::has_overlays(path)) {
         return open_drive(drive, &options);
     }

@@ -619,6 +619,23 @@ impl Config {
         unique("chardev", m.chardevs.iter().map(|(id, _)| id.as_str()))?;
         unique("object", m.objects.iter().map(|(_, id)| id.as_str()))?;
         unique("device", m.devices.iter().filter_map(|d| d.id.as_deref()))?;
+        if h.ft.is_some() {
+            if let Some(d) = m.drives.iter().find(|d| !d.read_only && d.cache == drive::Cache::Unsafe) {
+                return Err(CliError::Plain(format!(
+                    "drive '{}': cache=unsafe and -ft cannot be used together: a write must be durable before the guest is told",
+                    d.id
+                )));
+            }
+            if let Some(d) = m.drives.iter().find(|d| !d.read_only && !d.locking) {
+                return Err(CliError::Plain(format!(
+                    "drive '{}': file.locking=off and -ft cannot be used together: the image's locks tell a dead primary from a stalled one",
+                    d.id
+                )));
+            }
+            if m.icount.replay.is_some() {
+                return Err(CliError::Plain("-icount rr=replay and -ft cannot be used together".into()));
+            }
+        }
         if h.ft.is_some() && (m.snapshot || m.drives.iter().any(|d| d.snapshot)) {
             return Err(CliError::Plain(
                 "snapshot=on and -ft cannot be used together: a backup needs the shared image".into(),

@@ -188,7 +188,7 @@ impl Runtime {
                     .emit("RTC_CHANGE", json!({"offset": offset, "qom-path": "/machine/unattached/rtc"}));
             }
             GuestEvent::Panicked => {
-                self.shared.events.emit("GUEST_PANICKED", json!({"action": "pause"}));
+                self.shared.events.emit("GUEST_PANICKED", json!({"action": "run"}));
             }
             GuestEvent::CrashLoaded => self.shared.events.emit("GUEST_CRASHLOADED", json!({"action": "run"})),
             GuestEvent::NicRxFilterChanged { nic } => {
