@@ -57,9 +57,9 @@ fn cut() -> Result<()> {
     let clients = clients(&pair, "cut");
     for _ in 0..2 {
         pair.protect()?;
-        clients.wait_progress(30, WAIT)?;
+        clients.wait_progress(30, WAIT).map_err(|e| format!("{e}\n{}", pair.logs()))?;
         pair.cut_apart()?;
-        clients.wait_progress(30, WAIT)?;
+        clients.wait_progress(30, WAIT).map_err(|e| format!("{e}\n{}", pair.logs()))?;
     }
     clients.finish()?;
     std::thread::sleep(Duration::from_secs(2));

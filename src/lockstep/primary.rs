@@ -326,6 +326,8 @@ impl<T> Primary<T> {
     fn go_alone(&mut self, reason: String) -> Vec<Action<T>> {
         self.phase = Phase::Unprotected;
         self.epoch = None;
+        // Nobody lags behind any more: a throttle left over would slow the machine for ever.
+        self.lag = LagControl::new(self.timing.max_lag);
         self.batch.clear();
         self.full.clear();
         self.unacked.clear();
@@ -400,5 +402,33 @@ impl<T> Primary<T> {
                 vec![Action::Halt { reason: "the backup has gone live and holds the lock".to_owned() }]
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_primary_that_goes_alone_is_not_throttled_by_its_lost_backup() {
+        let ms = Duration::from_millis;
+        let timing = Timing { heartbeat: ms(100), timeout: ms(1000), max_lag: ms(200) };
+        let mut p: Primary<u32> = Primary::new(timing);
+        let at = |n| Stamp { position: n, ns: n };
+        p.begin(Epoch { number: 1, token: "t".into() }, at(0), ms(0));
+        p.on_message(&Message::Loaded, at(0), ms(1));
+        let mut asked = false;
+        for t in 2..3000 {
+            p.horizon(at(t), ms(t));
+            while p.take_batch(at(t)).is_some() {}
+            asked |= p.tick(ms(t)).iter().any(|a| matches!(a, Action::Arbitrate(_)));
+        }
+        assert!(asked && p.lag().throttle() > 0.5);
+        p.on_verdict(Verdict::Won);
+        for t in 3000..3100 {
+            p.tick(ms(t));
+        }
+        assert_eq!(p.phase(), Phase::Unprotected);
+        assert_eq!((p.lag().throttle(), p.lag().lag()), (0.0, Duration::ZERO));
     }
 }

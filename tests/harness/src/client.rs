@@ -147,6 +147,11 @@ impl Client {
         self.seen.lock().map(|s| s.clone()).map_err(|_| "a client panicked".into())
     }
 
+    /// Whether the client ended by itself (its connection broke).
+    pub fn has_ended(&self) -> bool {
+        self.thread.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+
     /// Answers so far.
     pub fn answers(&self) -> u64 {
         self.seen.lock().map_or(0, |s| s.answers)

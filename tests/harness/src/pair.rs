@@ -247,11 +247,24 @@ impl Clients {
 
     /// Wait until each has had `more` further answers.
     pub fn wait_progress(&self, more: u64, limit: Duration) -> Result<()> {
-        let start: Vec<u64> = [&self.session, &self.journal, &self.http].map(Client::answers).to_vec();
-        crate::wait_for("progress of the clients", limit, || {
-            let now = [&self.session, &self.journal, &self.http].map(Client::answers);
-            now.iter().zip(&start).all(|(n, s)| *n >= s + more).then_some(())
-        })
+        let all = [&self.session, &self.journal, &self.http];
+        let start = all.map(Client::answers);
+        let result = crate::wait_for("progress of the clients", limit, || {
+            let enough = all.iter().zip(start).all(|(c, s)| c.answers() >= s + more);
+            (enough || all.iter().any(|c| c.has_ended())).then_some(())
+        });
+        let state: Vec<String> = all
+            .iter()
+            .zip(["session", "journal", "http"])
+            .zip(start)
+            .map(|((c, name), s)| {
+                format!("{name} {} more{}", c.answers() - s, if c.has_ended() { " and broke" } else { "" })
+            })
+            .collect();
+        if all.iter().any(|c| c.has_ended()) {
+            return Err(format!("a client ended: {}", state.join(", ")));
+        }
+        result.map_err(|e| format!("{e}: {}", state.join(", ")))
     }
 
     /// Stop them; each one's view, all of it correct.
