@@ -39,6 +39,9 @@ fn kills() -> Result<()> {
 fn stall() -> Result<()> {
     let mut pair = Pair::start("stall", Guest::Tiny, "")?;
     let clients = clients(&pair, "stall");
+    pair.protect()?;
+    clients.wait_progress(30, WAIT)?;
+    pair.stall_backup(&clients)?;
     for _ in 0..2 {
         pair.protect()?;
         clients.wait_progress(30, WAIT)?;

@@ -172,6 +172,22 @@ impl Pair {
         Ok(ft)
     }
 
+    /// Freeze the backup: the primary must go on alone; the backup must find that it lost when it wakes.
+    pub fn stall_backup(&mut self, clients: &Clients) -> Result<()> {
+        let other = self.other();
+        let mut vm = self.hosts[other].take().ok_or("there is no backup")?;
+        vm.signal(Signal::SIGSTOP);
+        let alone = self.qmp()?.wait_ft("unprotected", Duration::from_secs(30));
+        let going_on = alone.and_then(|_| clients.wait_progress(20, Duration::from_secs(30)));
+        vm.signal(Signal::SIGCONT);
+        going_on.map_err(|e| format!("{e}\n{}", self.logs()))?;
+        let status = vm.wait_exit(Duration::from_secs(30)).map_err(|e| format!("the stalled backup: {e}"))?;
+        if status == 0 || !vm.log().contains("this backup ends") {
+            return Err(format!("the stalled backup ended with {status}:\n{}", vm.log()));
+        }
+        Ok(())
+    }
+
     /// Cut the hosts from each other while both reach the storage and the clients: exactly one goes on.
     pub fn cut_apart(&mut self) -> Result<()> {
         self.net.set_isolated(&[0, 1], true)?;
