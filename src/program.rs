@@ -43,7 +43,20 @@ pub fn main(args: &[String]) -> i32 {
     match outcome {
         Ok(Outcome::Done(status)) => status,
         Ok(Outcome::Failed(text)) | Err(text) => fail(&text),
+        Ok(Outcome::Again(text)) => {
+            eprintln!("ftvm: {text}");
+            again(args)
+        }
     }
+}
+
+/// Start this program anew in its place: a backup whose state differed joins its primary again.
+fn again(args: &[String]) -> i32 {
+    use std::os::unix::process::CommandExt;
+    // Not in a circle at full speed, should the difference come back each time.
+    std::thread::sleep(std::time::Duration::from_secs(2));
+    let error = std::process::Command::new("/proc/self/exe").args(args).exec();
+    fail(&format!("cannot start anew: {error}"))
 }
 
 fn fail(text: &str) -> i32 {
@@ -168,7 +181,9 @@ impl Prepared {
             Prepared::Live(mut runtime) => runtime.run(),
             Prepared::Replay(mut runtime, mut player) => {
                 let outside = Arc::clone(&runtime.outside);
-                replay(&mut runtime.machine, &mut player, &outside, &runtime.receiver)
+                let outcome = replay(&mut runtime.machine, &mut player, &outside, &runtime.receiver);
+                outside.drain_chars();
+                outcome
             }
         }
     }

@@ -6,8 +6,10 @@ use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, FromRawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{sync_channel, SyncSender, TrySendError};
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use nix::sys::termios;
 
@@ -31,6 +33,8 @@ pub enum CharError {
 #[derive(Clone, Default)]
 pub struct CharSink {
     queue: Option<SyncSender<Vec<u8>>>,
+    /// Chunks that were queued and are not written yet.
+    pending: Arc<AtomicUsize>,
     /// What a person can be told of it (`pty:/dev/pts/3`).
     pub label: String,
 }
@@ -39,9 +43,24 @@ impl CharSink {
     /// Write; a reader that does not keep up loses bytes rather than stopping the machine.
     pub fn write(&self, bytes: &[u8]) {
         if let Some(queue) = &self.queue {
-            if let Err(TrySendError::Full(_)) = queue.try_send(bytes.to_vec()) {
+            self.pending.fetch_add(1, Ordering::SeqCst);
+            if let Err(e) = queue.try_send(bytes.to_vec()) {
+                self.pending.fetch_sub(1, Ordering::SeqCst);
+                if matches!(e, TrySendError::Disconnected(_)) {
+                    return;
+                }
                 log::debug!("a slow reader of {} lost {} bytes", self.label, bytes.len());
             }
+        }
+    }
+}
+
+impl CharSink {
+    /// Wait until what was written has left, but not for ever for a reader that does not read.
+    pub fn drain(&self) {
+        let until = Instant::now() + Duration::from_millis(500);
+        while self.pending.load(Ordering::SeqCst) > 0 && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(1));
         }
     }
 }
@@ -58,6 +77,8 @@ fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<(), CharErr
 
 fn sink(label: &str, out: Clients) -> Result<CharSink, CharError> {
     let (queue, bytes) = sync_channel::<Vec<u8>>(4096);
+    let pending = Arc::new(AtomicUsize::new(0));
+    let written = Arc::clone(&pending);
     spawn("out", move || {
         for chunk in bytes {
             if let Ok(mut guard) = out.lock() {
@@ -67,9 +88,10 @@ fn sink(label: &str, out: Clients) -> Result<CharSink, CharError> {
                     }
                 }
             }
+            written.fetch_sub(1, Ordering::SeqCst);
         }
     })?;
-    Ok(CharSink { queue: Some(queue), label: label.to_owned() })
+    Ok(CharSink { queue: Some(queue), pending, label: label.to_owned() })
 }
 
 fn pump(mut from: impl Read, typed: &mut Typed) {

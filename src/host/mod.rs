@@ -83,6 +83,13 @@ impl Outside {
         drop(disks);
     }
 
+    /// Wait until character devices have written what they were given.
+    pub fn drain_chars(&self) {
+        for sink in &self.chars {
+            sink.drain();
+        }
+    }
+
     /// Stop disk writes at once: what is queued is thrown away (this side has lost).
     pub fn abandon(&self) {
         if let Ok(disks) = self.disks.lock() {

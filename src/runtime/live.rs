@@ -116,6 +116,7 @@ impl Runtime {
             ft.end(stamp);
         }
         self.outside.close_disks();
+        self.outside.drain_chars();
     }
 
     /// Set state and tell monitors.

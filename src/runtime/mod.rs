@@ -44,6 +44,8 @@ pub enum Outcome {
     Done(i32),
     /// With an error for the user.
     Failed(String),
+    /// A backup's state differed from its primary's, and it gave up: it is to be made anew.
+    Again(String),
 }
 
 /// Sends events to the machine thread.

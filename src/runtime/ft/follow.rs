@@ -270,8 +270,14 @@ pub fn follow(rt: &mut Runtime) -> Option<Outcome> {
                 .shared
                 .events
                 .emit("FT_DIVERGED", serde_json::json!({"position": stamp.position, "parts": parts}));
+            let gave_up =
+                f.core.lock().is_ok_and(|c| matches!(c.phase(), Phase::Synchronizing | Phase::Following));
             f.resign(&what);
-            Some(Outcome::Failed(format!("this backup ends: {what}")))
+            Some(if gave_up {
+                Outcome::Again(format!("this backup is made anew: {what}"))
+            } else {
+                Outcome::Failed(format!("this backup ends: {what}"))
+            })
         }
     }
 }
