@@ -13,7 +13,7 @@ use ftvm_harness::guests::{debian, root, run};
 use ftvm_harness::{wait_for, Result, Scratch};
 use serde_json::Value;
 
-/// A second serial line is not needed to type: the first one is a socket, copied to a file.
+/// The first serial line, as a socket.
 struct Terminal {
     stream: UnixStream,
     seen: std::sync::Arc<std::sync::Mutex<String>>,
@@ -85,13 +85,15 @@ fn story(name: &str, drive: &str, nic: &str, more: &[&str], generic: bool, marks
     }
     terminal.wait("ftvm-guest login:")?;
     terminal.wait("GUEST READY")?;
-    eprintln!("{name}: ready after {:.1} s", started.elapsed().as_secs_f64());
+    let say = |what: &str| eprintln!("{name}: {what} after {:.1} s", started.elapsed().as_secs_f64());
+    say("ready");
     let session = Client::session(None, tcp, std::time::Duration::from_millis(20));
     let journal = Client::journal(None, tcp, "line", std::time::Duration::from_millis(20));
     terminal.enter("root")?;
     terminal.wait("Password:")?;
     terminal.enter("root")?;
     terminal.wait("root@ftvm-guest")?;
+    say("logged in");
     terminal.enter("echo sum $((6 * 7)); systemctl is-system-running; sha256sum /bin/bash | wc -c")?;
     terminal.wait("sum 42")?;
     assert!(get(http).map_err(|e| e.to_string())?.contains("ftvm guest"));
@@ -99,12 +101,13 @@ fn story(name: &str, drive: &str, nic: &str, more: &[&str], generic: bool, marks
         let seen = client.finish()?;
         assert!(seen.wrong.is_empty() && seen.answers > 0, "{:?}", seen.wrong);
     }
+    say("power button");
     ftvm_harness::qmp::Qmp::connect(&qmp)?.command("system_powerdown", Value::Null)?;
     terminal.wait("Power down")?;
     let status = wait_for("the end", LONG, || child.0.try_wait().ok().flatten())?;
     assert_eq!(status.code(), Some(0));
     run("qemu-img", &["check", &image])?;
-    eprintln!("{name}: off after {:.1} s", started.elapsed().as_secs_f64());
+    say("off");
     Ok(())
 }
 
