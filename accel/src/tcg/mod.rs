@@ -243,7 +243,8 @@ impl SoftCpu {
             filled: Vec::new(),
             code_filled: Vec::new(),
             cache: Cache::default(),
-            jumps: vec![Jump { lin: 0, key: u64::MAX, made: 0, block: std::ptr::null() }; JUMPS].into_boxed_slice(),
+            jumps: vec![Jump { lin: 0, key: u64::MAX, made: 0, block: std::ptr::null() }; JUMPS]
+                .into_boxed_slice(),
             jump_key: 0,
             epoch: 1,
             code_epoch: 1,
@@ -498,7 +499,8 @@ impl SoftCpu {
         let mut block: *const Block = std::ptr::null();
         let j = self.jumps[(lin ^ lin >> 13) as usize & (JUMPS - 1)];
         // SAFETY: no code was dropped since the entry was made, so its block is in the cache.
-        if !e.host.is_null() && j.lin == lin && j.made == self.code_epoch && unsafe { (*j.block).key } == key {
+        if !e.host.is_null() && j.lin == lin && j.made == self.code_epoch && unsafe { (*j.block).key } == key
+        {
             // Only the TLB was flushed since.
             block = j.block;
         } else if !e.host.is_null() {
