@@ -35,7 +35,19 @@ const MAX_BLOCKS: usize = 200_000;
 pub struct Jump {
     pub lin: u64,
     pub key: u64,
+    /// `code_epoch` when the entry was made.
+    pub made: u64,
     pub block: *const Block,
+}
+
+/// Instructions that cross a page, kept by page.
+pub const LONE: usize = 1024;
+
+/// An instruction that crosses a page.
+pub struct Lone {
+    pub mode: u8,
+    pub bytes: Vec<u8>,
+    pub block: Box<Block>,
 }
 
 /// What is decoded of one physical page.
@@ -96,6 +108,7 @@ impl SoftCpu {
         let old = std::mem::take(&mut self.cache.blocks);
         self.cache.graveyard.extend(old.into_values());
         self.cache.pages.clear();
+        self.code_epoch += 1;
         self.end = std::ptr::null();
         self.new_epoch();
     }
@@ -109,6 +122,7 @@ impl SoftCpu {
                 }
             }
             self.end = std::ptr::null();
+            self.code_epoch += 1;
             self.new_epoch();
         }
     }

@@ -39,7 +39,7 @@ use crate::bus::Ipi;
 use crate::mem::GuestMemory;
 use crate::state::{CpuState, Segment};
 use crate::{ApicMessage, Bus, CpuModel, Exception, Exit, Processor, RunResult};
-use cache::{Cache, Jump, JUMPS};
+use cache::{Cache, Jump, Lone, JUMPS, LONE};
 use flags::{IF, TF};
 use lapic::Lapic;
 use msr::Msrs;
@@ -133,6 +133,10 @@ pub struct SoftCpu {
     jumps: Box<[Jump]>,
     jump_key: u64,
     epoch: u64,
+    /// Counts droppings of code.
+    code_epoch: u64,
+    /// Instructions that cross a page, decoded, with their bytes.
+    lone: Box<[Option<Lone>]>,
     generation: u32,
     seen: u64,
 }
@@ -239,9 +243,12 @@ impl SoftCpu {
             filled: Vec::new(),
             code_filled: Vec::new(),
             cache: Cache::default(),
-            jumps: vec![Jump { lin: 0, key: u64::MAX, block: std::ptr::null() }; JUMPS].into_boxed_slice(),
+            jumps: vec![Jump { lin: 0, key: u64::MAX, made: 0, block: std::ptr::null() }; JUMPS]
+                .into_boxed_slice(),
             jump_key: 0,
             epoch: 1,
+            code_epoch: 1,
+            lone: (0..LONE).map(|_| None).collect(),
             generation: 0,
             seen: 0,
         };
@@ -468,8 +475,9 @@ impl SoftCpu {
             }
         }
         let block = self.find_block()?;
-        // A lone block must not be remembered.
-        if self.cache.graveyard.is_empty() {
+        // A lone block holds only as long as its bytes are looked at.
+        // SAFETY: the block is in the cache, among the lone ones or in the graveyard.
+        if self.cache.graveyard.is_empty() && unsafe { (*block).key } != 0 {
             let stale = links[0].get().key != self.jump_key;
             links[!stale as usize].set(Link { rip: self.rip, key: self.jump_key, block });
         }
@@ -489,7 +497,13 @@ impl SoftCpu {
         let phys = e.phys | lin & 0xFFF;
         let key = phys | (self.code_mode as u64) << 60;
         let mut block: *const Block = std::ptr::null();
-        if !e.host.is_null() {
+        let j = self.jumps[(lin ^ lin >> 13) as usize & (JUMPS - 1)];
+        // SAFETY: no code was dropped since the entry was made, so its block is in the cache.
+        if !e.host.is_null() && j.lin == lin && j.made == self.code_epoch && unsafe { (*j.block).key } == key
+        {
+            // Only the TLB was flushed since.
+            block = j.block;
+        } else if !e.host.is_null() {
             if let Some(b) = self.cache.blocks.get(&key) {
                 block = &**b;
             } else if let Some(b) = self.decode_block(e, lin, key) {
@@ -502,7 +516,8 @@ impl SoftCpu {
         if !fits {
             return self.lone_block(lin);
         }
-        self.jumps[(lin ^ lin >> 13) as usize & (JUMPS - 1)] = Jump { lin, key: self.jump_key, block };
+        self.jumps[(lin ^ lin >> 13) as usize & (JUMPS - 1)] =
+            Jump { lin, key: self.jump_key, made: self.code_epoch, block };
         Ok(block)
     }
 
@@ -533,10 +548,13 @@ impl SoftCpu {
     }
 
     /// One instruction that crosses a page, runs into the code segment's limit, or is not in memory:
-    /// decoded afresh each time.
+    /// looked at afresh each time.
     fn lone_block(&mut self, lin: u64) -> R<*const Block> {
         let mut bytes = Vec::with_capacity(15);
         let mut page = self.fetch_page(lin)?;
+        if let Some(block) = self.known_lone(lin, page)? {
+            return Ok(block);
+        }
         let limit = self.segs[CS].limit as u64;
         loop {
             let n = bytes.len() as u64;
@@ -565,10 +583,41 @@ impl SoftCpu {
                 add_op(&mut b, d);
                 let b = Box::new(b);
                 let p: *const Block = &*b;
-                self.cache.graveyard.push(b);
+                let lone = Lone { mode: self.code_mode, bytes, block: b };
+                if let Some(old) = self.lone[lin as usize >> 12 & (LONE - 1)].replace(lone) {
+                    self.cache.graveyard.push(old.block);
+                }
                 return Ok(p);
             }
         }
+    }
+
+    /// The same for an instruction in 64-bit mode whose bytes are those that were decoded before. What is
+    /// decoded follows from the bytes alone, so the second page is fetched only where decoding would.
+    fn known_lone(&mut self, lin: u64, page: CodeEntry) -> R<Option<*const Block>> {
+        let first = 4096 - (lin & 0xFFF) as usize;
+        let Some(lone) = &self.lone[lin as usize >> 12 & (LONE - 1)] else { return Ok(None) };
+        let (n, known): (usize, *const Block) = (lone.bytes.len(), &*lone.block);
+        if !self.long || lone.mode != self.code_mode || page.host.is_null() || n <= first {
+            return Ok(None);
+        }
+        let mut bytes = [0u8; 15];
+        bytes[..n].copy_from_slice(&lone.bytes);
+        // SAFETY: `host` is a whole page of guest memory; `first` bytes are left in it.
+        if unsafe { std::slice::from_raw_parts(page.host.add(4096 - first), first) } != &bytes[..first] {
+            return Ok(None);
+        }
+        let at = lin.wrapping_add(first as u64);
+        if !access::canonical(at) {
+            return self.gp(0);
+        }
+        let next = self.fetch_page(at)?;
+        if next.host.is_null() {
+            return Ok(None);
+        }
+        // SAFETY: as above, at the start of the page; n is at most 15.
+        let same = unsafe { std::slice::from_raw_parts(next.host, n - first) } == &bytes[first..n];
+        Ok(same.then_some(known))
     }
 
     /// Whatever must be looked at between instructions. Some: `run` returns.
