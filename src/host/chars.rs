@@ -36,9 +36,13 @@ pub struct CharSink {
 }
 
 impl CharSink {
-    /// Write; a reader that does not keep up loses bytes rather than stopping the machine.
+    /// Write; a reader that does not keep up loses bytes rather than stopping the machine. A file loses none.
     pub fn write(&self, bytes: &[u8]) {
         if let Some(queue) = &self.queue {
+            if self.label.starts_with("file:") {
+                let _ = queue.send(bytes.to_vec());
+                return;
+            }
             if let Err(TrySendError::Full(_)) = queue.try_send(bytes.to_vec()) {
                 log::debug!("a slow reader of {} lost {} bytes", self.label, bytes.len());
             }
