@@ -35,15 +35,22 @@ pub struct CharSink {
     queue: Option<SyncSender<Vec<u8>>>,
     /// Chunks that were queued and are not written yet.
     pending: Arc<AtomicUsize>,
+    /// Wait for room rather than lose bytes.
+    lossless: bool,
     /// What a person can be told of it (`pty:/dev/pts/3`).
     pub label: String,
 }
 
 impl CharSink {
-    /// Write; a reader that does not keep up loses bytes rather than stopping the machine.
+    /// Write; a reader that does not keep up loses bytes rather than stopping the machine. A file loses none.
     pub fn write(&self, bytes: &[u8]) {
         if let Some(queue) = &self.queue {
             self.pending.fetch_add(1, Ordering::SeqCst);
+            if self.lossless {
+                // A file takes what it is given; should it be slow, the machine waits.
+                let _ = queue.send(bytes.to_vec());
+                return;
+            }
             if let Err(e) = queue.try_send(bytes.to_vec()) {
                 self.pending.fetch_sub(1, Ordering::SeqCst);
                 if matches!(e, TrySendError::Disconnected(_)) {
@@ -53,9 +60,7 @@ impl CharSink {
             }
         }
     }
-}
 
-impl CharSink {
     /// Wait until what was written has left, but not for ever for a reader that does not read.
     pub fn drain(&self) {
         let until = Instant::now() + Duration::from_millis(500);
@@ -91,7 +96,8 @@ fn sink(label: &str, out: Clients) -> Result<CharSink, CharError> {
             written.fetch_sub(1, Ordering::SeqCst);
         }
     })?;
-    Ok(CharSink { queue: Some(queue), pending, label: label.to_owned() })
+    let lossless = label.starts_with("file:");
+    Ok(CharSink { queue: Some(queue), pending, lossless, label: label.to_owned() })
 }
 
 fn pump(mut from: impl Read, typed: &mut Typed) {
