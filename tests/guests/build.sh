@@ -48,11 +48,20 @@ tiny() {
     mv "$dir/tiny.cpio.gz.new" "$dir/tiny.cpio.gz"
 }
 
+# newer FILE INPUT...: FILE exists and is newer than every input
+newer() {
+    local file=$1 input
+    shift
+    [ -e "$file" ] || return 1
+    for input in "$@"; do [ "$file" -nt "$input" ] || return 1; done
+}
+
 debian() {
     ftload
+    newer "$dir/debian.qcow2" "$here/build.sh" "$here/debian-customize" "$here/ftload.rs" && return
     uuid=f7f7f7f7-0000-4000-8000-000000000001
     root=$dir/rootfs
-    if [ ! -e "$dir/rootfs.tar" ]; then
+    if ! newer "$dir/rootfs.tar" "$here/build.sh" "$here/debian-customize" "$here/ftload.rs"; then
         say "installing Debian 12 into a directory (one to three minutes)"
         mmdebstrap --mode=root --format=tar --variant=minbase --include=systemd-sysv,udev,kmod,linux-image-amd64,linux-image-cloud-amd64,initramfs-tools,lz4,openssh-server,nginx-light,sqlite3,iproute2,curl,dbus,libpam-systemd,gcc,libc6-dev \
             --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
