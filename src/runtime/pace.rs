@@ -1,7 +1,8 @@
 //! Keeps virtual time in step with real time on the live side.
 //!
-//! While the guest computes, virtual time follows the instruction count; its rate is adjusted to how
-//! fast the host really executes, and small jumps take up the rest. All of it goes through the input door.
+//! While the guest computes, virtual time follows the instruction count, at the rate of the fastest code of
+//! late, so that it hardly runs ahead (then the machine must sleep); small jumps take up what slower code
+//! leaves behind. All of it goes through the input door.
 
 use std::time::{Duration, Instant};
 
@@ -11,8 +12,10 @@ use crate::machine::{Adjust, Machine, VirtualClock};
 const JUMP_FROM: u64 = 2_000_000;
 /// Ahead by more than this, the machine sleeps.
 const SLEEP_FROM: u64 = 1_000_000;
-/// How long busy execution is measured before the rate is looked at.
-const WINDOW: Duration = Duration::from_millis(100);
+/// Over this time of execution the fastest speed is looked for, before the rate is raised again.
+const WINDOW: Duration = Duration::from_millis(500);
+/// Pieces of execution shorter than this say nothing about speed.
+const PIECE: u64 = 20_000;
 
 /// The host's clock against the machine's.
 pub struct Pacer {
@@ -21,7 +24,8 @@ pub struct Pacer {
     /// The rate may change (`-icount shift=auto`, the default).
     adaptive: bool,
     busy: Duration,
-    busy_instructions: u64,
+    /// The fewest nanoseconds per instruction in this window.
+    fastest: f64,
 }
 
 impl Pacer {
@@ -32,7 +36,7 @@ impl Pacer {
             start_ns: machine.now(),
             adaptive,
             busy: Duration::ZERO,
-            busy_instructions: 0,
+            fastest: f64::INFINITY,
         }
     }
 
@@ -60,7 +64,6 @@ impl Pacer {
         took: Duration,
     ) -> (Option<Adjust>, Duration) {
         self.busy += took;
-        self.busy_instructions += instructions;
         let now = machine.now();
         let host = self.host_ns();
         if !self.adaptive {
@@ -68,18 +71,24 @@ impl Pacer {
             let ahead = now.saturating_sub(host);
             return (None, if ahead > SLEEP_FROM { Duration::from_nanos(ahead) } else { Duration::ZERO });
         }
-        let mut rate = 0;
-        if self.busy >= WINDOW && self.busy_instructions > 10_000 {
-            let real = self.busy.as_nanos() as f64 / self.busy_instructions as f64;
-            let current = machine.ns_per_instruction();
-            // Aim a little slow, so that catching up is by small jumps rather than by sleeping.
-            let wanted = (real * 0.95).clamp(0.05, 200.0);
-            if (wanted / current - 1.0).abs() > 0.10 {
-                rate = VirtualClock::rate_from(current + (wanted - current) * 0.7);
+        let current = machine.ns_per_instruction();
+        let mut wanted = current;
+        if instructions >= PIECE {
+            // A little slower than measured: catching up by small jumps costs nothing, sleeping does.
+            let real = (took.as_nanos() as f64 / instructions as f64 * 0.95).clamp(0.05, 200.0);
+            self.fastest = self.fastest.min(real);
+            if real < current * 0.9 && now > host {
+                wanted = real;
+            }
+        }
+        if self.busy >= WINDOW {
+            if self.fastest.is_finite() && self.fastest > current * 1.1 {
+                wanted = self.fastest;
             }
             self.busy = Duration::ZERO;
-            self.busy_instructions = 0;
+            self.fastest = f64::INFINITY;
         }
+        let rate = if wanted == current { 0 } else { VirtualClock::rate_from(wanted) };
         let jump_ns = if host > now + JUMP_FROM { host - now } else { 0 };
         let adjust = (rate != 0 || jump_ns != 0).then_some(Adjust { jump_ns, rate });
         let ahead = now.saturating_sub(host);
