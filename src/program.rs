@@ -13,7 +13,7 @@ use ftvm_qmp::{serve_listener, Hub, Listener};
 
 use crate::assembly::{check_shared, open_drive, open_live, open_net, open_options, Blueprint};
 use crate::cli::config::{format_uuid, Monitor};
-use crate::cli::{Char, CliError, Config, Request};
+use crate::cli::{Char, Config, Request};
 use crate::host::chars::{self, CharSink, Escape, EscapeFilter};
 use crate::host::disk::DiskWorker;
 use crate::host::{net_receiver, signals, Outside};
@@ -230,7 +230,7 @@ fn prepare(config: &Config, events: Events, receiver: Receiver<Event>) -> Result
         blueprint.pc.rtc_base_unix = header.rtc_base;
         blueprint.ns_per_instruction = header.ns_per_instruction;
         let machine = blueprint.build().map_err(|e| text(&e))?;
-        let (outside, control) = open_outside(config, &blueprint, &shared, &events)?;
+        let (outside, control) = open_outside(&blueprint, &shared, &events)?;
         start_monitors(config, &control)?;
         let runtime = Runtime::new(machine, outside, shared, events, receiver, RunOptions::default());
         return Ok(Prepared::Replay(Box::new(runtime), Box::new(player)));
@@ -239,7 +239,7 @@ fn prepare(config: &Config, events: Events, receiver: Receiver<Event>) -> Result
     let blueprint =
         Blueprint::new(&config.machine, &config.host.firmware_dirs, &sizes).map_err(|e| text(&e))?;
     let machine = blueprint.build().map_err(|e| text(&e))?;
-    let (outside, control) = open_outside(config, &blueprint, &shared, &events)?;
+    let (outside, control) = open_outside(&blueprint, &shared, &events)?;
     attach_nets(&blueprint, &outside, &events)?;
     let durable = |d: &crate::cli::drive::DriveConfig| {
         config.host.ft.is_some()
@@ -258,7 +258,7 @@ fn prepare(config: &Config, events: Events, receiver: Receiver<Event>) -> Result
     let ft = match &config.host.ft {
         None => None,
         Some(ft) => {
-            let common = common(config, ft.clone(), &blueprint, &shared, &events)?;
+            let common = common(ft.clone(), &blueprint, &shared, &events)?;
             Some(FtSide::primary(common).map_err(|e| text(&e))?)
         }
     };
@@ -291,15 +291,10 @@ fn prepare(config: &Config, events: Events, receiver: Receiver<Event>) -> Result
     Ok(Prepared::Live(Box::new(runtime)))
 }
 
-fn lock_path(
-    config: &Config,
-    ft: &crate::cli::ft::FtConfig,
-    blueprint: &Blueprint,
-) -> Result<String, String> {
+fn lock_path(ft: &crate::cli::ft::FtConfig, blueprint: &Blueprint) -> Result<String, String> {
     if let Some(path) = &ft.lock {
         return Ok(path.clone());
     }
-    let _ = config;
     blueprint
         .config
         .drives
@@ -313,13 +308,12 @@ fn lock_path(
 }
 
 fn common(
-    config: &Config,
     ft: crate::cli::ft::FtConfig,
     blueprint: &Blueprint,
     shared: &Arc<Shared>,
     events: &Events,
 ) -> Result<Arc<Common>, String> {
-    let lock = FileLock::new(lock_path(config, &ft, blueprint)?);
+    let lock = FileLock::new(lock_path(&ft, blueprint)?);
     Ok(Arc::new(Common {
         config: ft,
         lock,
@@ -354,8 +348,8 @@ fn prepare_backup(
     let ft = crate::cli::ft::FtConfig { heartbeat: joined.timing.0, timeout: joined.timing.1, ..ft };
     let prepared = (|| {
         let machine = blueprint.build().map_err(|e| e.to_string())?;
-        let (outside, control) = open_outside(config, &blueprint, shared, &events)?;
-        let common = common(config, ft, &blueprint, shared, &events)?;
+        let (outside, control) = open_outside(&blueprint, shared, &events)?;
+        let common = common(ft, &blueprint, shared, &events)?;
         for (drive, spec) in blueprint.config.drives.iter().zip(&blueprint.pc.drives) {
             let options =
                 ftvm_block::OpenOptions { read_only: true, force_share: true, ..open_options(drive) };
@@ -417,7 +411,6 @@ fn attach_nets(blueprint: &Blueprint, outside: &Outside, events: &Events) -> Res
 
 /// Open the character devices; the terminal may be shared between a serial line and the human monitor.
 fn open_outside(
-    config: &Config,
     blueprint: &Blueprint,
     shared: &Arc<Shared>,
     events: &Events,
@@ -444,7 +437,6 @@ fn open_outside(
         };
         sinks.push(sink);
     }
-    let _ = config;
     Ok((Arc::new(Outside::new(sinks)), control))
 }
 
@@ -590,11 +582,4 @@ fn start_human(dev: &Char, control: &Arc<Control>) -> Result<(), String> {
         *slot = Some(sink);
     }
     Ok(())
-}
-
-/// Errors of the command line as text.
-impl From<CliError> for String {
-    fn from(e: CliError) -> String {
-        e.to_string()
-    }
 }

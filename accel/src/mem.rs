@@ -353,7 +353,6 @@ impl GuestMemory {
         }
     }
 
-    /// Write into the firmware image's copy of a flash or ROM is not offered: see `set_firmware`.
     /// Read RAM at `gpa` into `buf` (for devices, loaders and monitors).
     pub fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MemError> {
         self.ram.read_slice(buf, GuestAddress(gpa)).map_err(|_| MemError::Range(gpa, buf.len() as u64))

@@ -110,21 +110,7 @@ impl SoftCpu {
             0xC000_0101 => self.segs[GS].base,
             0xC000_0102 => m.kernel_gs_base,
             0xC000_0103 => m.tsc_aux,
-            // AMD: SYSCFG, HWCR, top of memory, NB_CFG, patch level, performance, SVM, IBS and others.
-            0xC001_0000..=0xC001_0007
-            | 0xC001_0010
-            | 0xC001_0015
-            | 0xC001_001A
-            | 0xC001_001D
-            | 0xC001_001F
-            | 0xC001_0020
-            | 0xC001_0055
-            | 0xC001_0058
-            | 0xC001_0061..=0xC001_0074
-            | 0xC001_0111..=0xC001_0117
-            | 0xC001_0140
-            | 0xC001_0141
-            | 0xC001_1000..=0xC001_10FF => 0,
+            n if is_platform(n) => 0,
             _ => match fixed_index(n) {
                 Some(i) => m.mtrr_fixed[i],
                 None => {
@@ -208,20 +194,7 @@ impl SoftCpu {
             0xC000_0101 if canonical(v) => self.segs[GS].base = v,
             0xC000_0102 if canonical(v) => self.msr.kernel_gs_base = v,
             0xC000_0103 => self.msr.tsc_aux = v & 0xFFFF_FFFF,
-            0xC001_0000..=0xC001_0007
-            | 0xC001_0010
-            | 0xC001_0015
-            | 0xC001_001A
-            | 0xC001_001D
-            | 0xC001_001F
-            | 0xC001_0020
-            | 0xC001_0055
-            | 0xC001_0058
-            | 0xC001_0061..=0xC001_0074
-            | 0xC001_0111..=0xC001_0117
-            | 0xC001_0140
-            | 0xC001_0141
-            | 0xC001_1000..=0xC001_10FF => {}
+            n if is_platform(n) => {}
             _ => match fixed_index(n) {
                 Some(i) => self.msr.mtrr_fixed[i] = v,
                 None => {
@@ -247,4 +220,13 @@ impl SoftCpu {
         self.flush_tlb();
         Ok(())
     }
+}
+
+/// AMD's SYSCFG, HWCR, top of memory, NB_CFG, patch level, performance, SVM, IBS and others: they read as zero,
+/// and what is written is forgotten.
+fn is_platform(n: u32) -> bool {
+    matches!(
+        n,
+        0xC001_0000..=0xC001_0007 | 0xC001_0010 | 0xC001_0015 | 0xC001_001A | 0xC001_001D | 0xC001_001F | 0xC001_0020 | 0xC001_0055 | 0xC001_0058 | 0xC001_0061..=0xC001_0074 | 0xC001_0111..=0xC001_0117 | 0xC001_0140 | 0xC001_0141 | 0xC001_1000..=0xC001_10FF
+    )
 }

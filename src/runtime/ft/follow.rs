@@ -14,7 +14,7 @@ use crate::host::Outside;
 use crate::lockstep::backup::{Action, Backup, Phase};
 use crate::lockstep::log::Entry;
 use crate::lockstep::wire::{Epoch, Message};
-use crate::lockstep::Side;
+use crate::lockstep::{Arbiter, Side};
 use crate::machine::Stamp;
 use crate::runtime::control::{Failover, RunState};
 use crate::runtime::live::{follow_entry, is_held, Followed, Runtime};
@@ -333,7 +333,7 @@ fn go_live(rt: &mut Runtime) -> Option<Outcome> {
     f.pulse = None;
     f.link = None;
     // The loser's claim is gone already; this side's may go too: nobody can win this pairing any more.
-    super::retire(&common.lock, &f.epoch);
+    common.lock.retire(&f.epoch);
     announce(&outside, &macs, &addresses);
     let pending = rt.machine.pending_disk();
     log::info!("ft: live; {} disk requests reissued, {} outputs sent again", pending.len(), unsent.len());

@@ -10,7 +10,6 @@ pub use follow::{follow, Follow, HostSide};
 pub use join::{join, JoinError, Joined};
 pub use link::{Link, Pulse};
 
-use std::net::UdpSocket;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -231,19 +230,9 @@ pub fn note_failover(shared: &Shared, role: &'static str, state: &'static str, f
     shared.events.emit("FT_FAILOVER", data);
 }
 
-/// A UDP socket on the heartbeat port of `listen`.
-pub fn bind_heartbeat(listen: &str) -> std::io::Result<UdpSocket> {
-    UdpSocket::bind(listen)
-}
-
 /// A random token.
 pub fn token() -> std::io::Result<String> {
     let mut bytes = [0u8; 12];
     std::io::Read::read_exact(&mut std::fs::File::open("/dev/urandom")?, &mut bytes)?;
     Ok(bytes.iter().map(|b| format!("{b:02x}")).collect())
-}
-
-/// Take the claims of an old pairing away.
-pub fn retire(lock: &FileLock, epoch: &Epoch) {
-    lock.retire(epoch);
 }

@@ -1,6 +1,6 @@
 //! The live side with `-ft`: waits for a backup, copies the machine to it, logs.
 
-use std::net::{TcpListener, TcpStream};
+use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -469,8 +469,7 @@ pub fn live_work(rt: &mut Runtime) -> Option<Outcome> {
     {
         let (p, common) = role(rt)?;
         p.status(&common, position);
-        let (Some(link), Some(copy)) = (&p.link, &p.copy) else { return None };
-        let _ = copy;
+        let link = p.link.as_ref().filter(|_| p.copy.is_some())?;
         if link.queued() > COPY_WINDOW {
             return None;
         }
@@ -549,7 +548,7 @@ fn finish_copy(rt: &mut Runtime) -> Option<()> {
     let listen = common.config.listen.clone();
     let pulse = {
         Pulse::start(
-            move || super::bind_heartbeat(&listen),
+            move || UdpSocket::bind(&listen),
             token,
             Side::Primary,
             None,
