@@ -18,6 +18,16 @@ pub struct HostFile {
     length: AtomicU64,
     direct: bool,
     no_flush: bool,
+    locked: bool,
+}
+
+impl Drop for HostFile {
+    fn drop(&mut self) {
+        if self.locked {
+            // If it fails the locks go with the descriptor.
+            let _ = lock::release(&self.file);
+        }
+    }
 }
 
 impl HostFile {
@@ -46,7 +56,8 @@ impl HostFile {
         } else if !meta.is_file() {
             direct = false;
         }
-        if options.locking && !options.force_share && meta.is_file() {
+        let locked = options.locking && !options.force_share && meta.is_file();
+        if locked {
             lock::acquire(&file, path, !options.read_only)?;
         }
         Ok(HostFile {
@@ -55,6 +66,7 @@ impl HostFile {
             length: AtomicU64::new(length),
             direct,
             no_flush: options.no_flush || options.read_only,
+            locked,
         })
     }
 
@@ -180,5 +192,24 @@ impl Bounce {
     }
     fn slice(&mut self) -> &mut [u8] {
         &mut self.data[self.at..self.at + self.len]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As between the fork and the exec of a child that another thread starts.
+    #[test]
+    fn closing_lets_the_locks_go_though_a_child_has_a_copy_of_the_descriptor() {
+        let path = std::env::temp_dir().join(format!("ftvm-file-copy-{}", std::process::id()));
+        std::fs::write(&path, [0; 512]).unwrap();
+        let image = HostFile::open(&path, &OpenOptions::default()).unwrap();
+        let copy = image.file.try_clone().unwrap();
+        assert!(HostFile::open(&path, &OpenOptions::default()).is_err());
+        drop(image);
+        HostFile::open(&path, &OpenOptions::default()).unwrap();
+        drop(copy);
+        std::fs::remove_file(&path).unwrap();
     }
 }

@@ -45,7 +45,17 @@ fn is_taken(file: &File, at: i64) -> std::io::Result<bool> {
     Ok(lock.l_type != libc::F_UNLCK as libc::c_short)
 }
 
-/// Lock an image for reading, or for reading and writing. The locks live as long as the open file.
+/// Let every lock go. Closing alone would not do at once: a child that another thread is just starting has a
+/// copy of every descriptor until it executes its program, and the locks live as long as the last copy.
+pub fn release(file: &File) -> std::io::Result<()> {
+    for bit in 0..4 {
+        set(file, libc::F_UNLCK, PERM_BASE + bit)?;
+        set(file, libc::F_UNLCK, SHARED_BASE + bit)?;
+    }
+    Ok(())
+}
+
+/// Lock an image for reading, or for reading and writing, until [`release`].
 pub fn acquire(file: &File, path: &Path, write: bool) -> Result<(), BlockError> {
     let used: &[(i64, &'static str)] =
         if write { &[CONSISTENT_READ, WRITE, RESIZE] } else { &[CONSISTENT_READ] };
@@ -72,10 +82,7 @@ pub fn acquire(file: &File, path: &Path, write: bool) -> Result<(), BlockError> 
     match conflict {
         None => Ok(()),
         Some(e) => {
-            for bit in 0..4 {
-                set(file, libc::F_UNLCK, PERM_BASE + bit)?;
-                set(file, libc::F_UNLCK, SHARED_BASE + bit)?;
-            }
+            release(file)?;
             Err(e)
         }
     }
