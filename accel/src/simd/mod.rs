@@ -6,6 +6,7 @@ mod fxsave;
 mod host;
 mod lanes;
 mod moves;
+mod native;
 mod sse;
 mod table;
 #[cfg(test)]
@@ -17,6 +18,7 @@ mod x87;
 mod x87_env;
 mod x87_math;
 
+pub(crate) use native::{native, Form, Native};
 pub use x87::wait as x87_wait;
 
 use crate::fault::Exception;

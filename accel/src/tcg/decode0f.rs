@@ -431,6 +431,7 @@ impl Decoder<'_> {
         let f = vec::resolve(&insn).ok_or(Stop::Undefined)?;
         let v = Box::new(VecOp { insn, f });
         self.o.imm = &*v as *const VecOp as u64;
+        self.o.map = VECTOR;
         self.vec = Some(v);
         Ok(vec::run)
     }

@@ -57,6 +57,9 @@ pub const RBP: usize = 5;
 pub const RSI: usize = 6;
 pub const RDI: usize = 7;
 
+/// `Op::map`: `imm` points to a [`VecOp`].
+pub const VECTOR: u8 = 0x40;
+
 /// One decoded instruction.
 #[derive(Clone, Copy)]
 pub struct Op {
@@ -78,7 +81,7 @@ pub struct Op {
     pub asz: u8,
     /// 0, 0xF2 or 0xF3.
     pub rep: u8,
-    /// Opcode map: 0 one-byte, 1 0F, 2 0F38, 3 0F3A, 4 and up VEX.
+    /// Opcode map: 0 one-byte, 1 0F, 2 0F38, 3 0F3A, 4 and up VEX; or [`VECTOR`].
     pub map: u8,
     /// Number within the block.
     pub idx: u8,

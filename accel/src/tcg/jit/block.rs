@@ -15,7 +15,9 @@ use crate::state::Segment;
 /// Code out of line.
 enum Cold {
     /// Instruction `i` by its handler, then on at `join`.
-    Step { from: Fix, i: usize, flags: Flags, join: Fix },
+    Step { from: Fix, i: usize, flags: Flags, join: Fix, xmm: bool },
+    /// Load the XMM registers for instruction `i`, then on at `back`.
+    Load { from: Fix, i: usize, flags: Flags, back: Fix },
     /// An edge without a link, and without budget.
     Edge { n: u32, link: Option<Fix>, budget: Fix, flags: Flags, target: i32 },
 }
@@ -27,6 +29,8 @@ pub struct Compiler<'a> {
     /// Whether somebody may look at the flags as they are before instruction i (and at the end).
     pub need: Vec<bool>,
     pub fl: Flags,
+    /// The XMM registers are in the host's.
+    xmm: bool,
     block: &'a Block,
     /// The block's offset in its page.
     at: u64,
@@ -45,9 +49,17 @@ fn classes(block: &Block) -> Vec<Kind> {
 /// See [`Compiler::need`].
 fn needs(kinds: &[Kind]) -> Vec<bool> {
     let mut need = vec![true; kinds.len() + 1];
+    // The first vector instruction may leave to the interpreter.
+    let mut loaded = false;
+    let mut first = Vec::with_capacity(kinds.len());
+    for k in kinds {
+        let vector = matches!(k, Kind::Vector { .. });
+        first.push(vector && !loaded);
+        loaded = vector || loaded && *k != Kind::Handler;
+    }
     for (i, k) in kinds.iter().enumerate().rev() {
         let e = k.effects();
-        need[i] = e.exits || e.reads != 0 || need[i + 1] && e.writes != ALL;
+        need[i] = e.exits || first[i] || e.reads != 0 || need[i + 1] && e.writes != ALL;
     }
     need
 }
@@ -75,6 +87,7 @@ impl SoftCpu {
                 kinds: classes(block),
                 need: Vec::new(),
                 fl: Flags::KEPT,
+                xmm: false,
                 block,
                 at: block.key & 0xFFF,
                 cache: &self.cache,
@@ -123,18 +136,19 @@ impl Compiler<'_> {
 
     // ---- handlers
 
-    fn call_step(&mut self, i: usize) {
+    fn call_step(&mut self, i: usize, xmm: bool) {
         let place = (self.at as u32) | self.block.count << 16;
         let op = &self.block.ops[i] as *const Op as u64;
         self.a.constant(RAX, op);
         self.a.constant(RDI, place as u64);
-        self.a.call_abs(self.stubs.step);
+        self.a.call_abs(if xmm { self.stubs.step_xmm } else { self.stubs.step });
     }
 
     /// Instruction `i` by its handler.
     pub fn handler(&mut self, i: usize) {
         self.keep();
-        self.call_step(i);
+        self.call_step(i, false);
+        self.xmm = false;
         self.fl = Flags::KEPT;
     }
 
@@ -200,8 +214,24 @@ impl Compiler<'_> {
     pub fn join(&mut self, access: Access) {
         let join = Fix::at(self.a.at());
         for from in access.slow {
-            self.cold.push(Cold::Step { from, i: access.i, flags: access.flags, join });
+            self.cold.push(Cold::Step { from, i: access.i, flags: access.flags, join, xmm: self.xmm });
         }
+    }
+
+    /// The XMM registers are in the host's from instruction `i` on. Clobbers the flags.
+    pub fn load_xmm(&mut self, i: usize) {
+        if self.xmm {
+            return;
+        }
+        self.a.alu_imm(1, 7, mem(XMM_LIVE), 0);
+        let from = self.a.jcc(cc::E);
+        let back = Fix::at(self.a.at());
+        self.cold.push(Cold::Load { from, i, flags: self.fl, back });
+        self.fl.host = 0;
+        self.xmm = true;
+    }
+    pub fn xmm_loaded(&self) -> bool {
+        self.xmm
     }
 
     // ---- ways out
@@ -261,15 +291,31 @@ impl Compiler<'_> {
     fn out_of_line(&mut self) {
         for c in std::mem::take(&mut self.cold) {
             match c {
-                Cold::Step { from, i, flags, join } => {
+                Cold::Step { from, i, flags, join, xmm } => {
                     self.a.here(from);
                     self.fl = Flags { host: 0, ..flags };
                     if self.need[i] {
                         self.keep();
                     }
-                    self.call_step(i);
+                    self.call_step(i, xmm);
                     let back = self.a.jmp();
                     self.a.to(back, join.end());
+                }
+                Cold::Load { from, i, flags, back } => {
+                    self.a.here(from);
+                    self.fl = Flags { host: 0, ..flags };
+                    self.keep();
+                    self.a.call_abs(self.stubs.load_xmm);
+                    let ok = self.a.jcc(cc::E);
+                    self.a.to(ok, back.end());
+                    let op = self.op(i);
+                    self.a.word(8, 0, 0x81, 0, mem(LEFT)); // add
+                    self.a.d32((self.block.count as usize - i) as i32);
+                    self.a.load(8, RDI, mem(PAGE));
+                    self.a.lea(8, RDI, Rm::M(RDI, self.at as i32 + op.off as i32));
+                    self.a.store(8, mem(RIP_OUT), RDI);
+                    self.a.constant(RAX, INTERPRET as u64);
+                    self.a.jmp_abs(self.stubs.exit);
                 }
                 Cold::Edge { n, link, budget, flags, target } => {
                     let to_common = link.map(|link| {

@@ -22,6 +22,7 @@ impl Compiler<'_> {
         match kind {
             Kind::Handler => self.handler(i),
             Kind::Nop => {}
+            Kind::Vector { native, mem, .. } => self.vector(i, native, mem),
             Kind::Mov { .. } | Kind::MovImm { .. } | Kind::Lea { .. } | Kind::Xchg { .. } => {
                 self.before(i, false);
                 self.move_registers(i);

@@ -2,6 +2,7 @@
 
 use super::super::op::*;
 use super::stubs::{HOST, NONE};
+use crate::simd::{native, Form, Native, Rm};
 
 /// A register (by the guest's number) or a constant.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,6 +18,12 @@ pub enum Kind {
     /// By the interpreter's handler.
     Handler,
     Nop,
+    /// A vector instruction; the general registers that it changes.
+    Vector {
+        native: Native,
+        mem: bool,
+        changes: u16,
+    },
     Mov {
         size: u8,
         d: u8,
@@ -186,6 +193,10 @@ impl Kind {
     pub fn effects(&self) -> Effects {
         let (reads, writes, exits) = match *self {
             Kind::Handler => (ALL, ALL, true),
+            Kind::Vector { native, mem, .. } => {
+                let flags = matches!(native.form, Form::Flags | Form::Strings);
+                (0, if flags { ALL } else { 0 }, mem)
+            }
             Kind::Load { .. } | Kind::Store { .. } | Kind::XchgMem { .. } => (0, 0, true),
             Kind::Extend { s, .. } => (0, 0, s.is_none()),
             Kind::Push(_) | Kind::PushMem | Kind::Pop(_) | Kind::Leave => (0, 0, true),
@@ -222,6 +233,7 @@ impl Kind {
         let bit = |r: u8| 1u16 << (r & 15);
         match *self {
             Kind::Handler => 0xFFFF,
+            Kind::Vector { changes, .. } => changes,
             Kind::Mov { d, .. }
             | Kind::MovImm { d, .. }
             | Kind::Load { d, .. }
@@ -285,6 +297,19 @@ fn exchange(size: u8, a: u8, b: u8) -> Option<Kind> {
     (here(a) && here(b)).then_some(Kind::Xchg { size, a, b })
 }
 
+fn vector(op: &Op) -> Option<Kind> {
+    // SAFETY: `imm` points to what the block owns.
+    let insn = unsafe { &(*(op.imm as *const VecOp)).insn };
+    let native = native(insn)?;
+    let changes = match (native.form, insn.rm) {
+        (Form::ToReg, _) => 1 << (insn.reg & 15),
+        (Form::ToRm, Rm::Reg(r)) => 1 << (r & 15),
+        (Form::Strings, _) if insn.opcode & 1 != 0 => 1 << RCX,
+        _ => 0,
+    };
+    Some(Kind::Vector { native, mem: insn.rm == Rm::Mem, changes })
+}
+
 /// The kind of an instruction of 64-bit code; `at` is the block's offset in its page.
 pub fn classify(op: &Op, at: u64) -> Kind {
     known(op, at).unwrap_or(Kind::Handler)
@@ -300,6 +325,9 @@ fn known(op: &Op, at: u64) -> Option<Kind> {
         if !matches!(op.asz, 8 | 4) || i32::try_from(op.disp + rip).is_err() {
             return None;
         }
+    }
+    if op.map == VECTOR {
+        return vector(op);
     }
     // The high halves of registers are left to the interpreter.
     let low = |r: u8| (r & HIGH == 0).then_some(r & 15);
@@ -382,6 +410,8 @@ fn known(op: &Op, at: u64) -> Option<Kind> {
             _ => return None,
         },
         (1, 0x0D | 0x18..=0x1F) => Kind::Nop,
+        // MOVNTI
+        (1, 0xC3) if !reg => Kind::Store { size, s: Val::Reg(op.reg) },
         (1, 0x40..=0x4F) => Kind::Cmov { cc: o & 15, size, d: op.reg, s: rm()? },
         (1, 0x90..=0x9F) if reg => Kind::Setcc { cc: o & 15, d: low(op.rm)? },
         (1, 0xAF) => Kind::Imul { size, d: op.reg, s: rm()?, imm: None },

@@ -21,6 +21,7 @@ mod int;
 mod kind;
 mod memory;
 mod stubs;
+mod vector;
 
 use super::op::{
     Block, Op, BLOCKIP, FLAGS, HOST_CSR, JUMP_TABLE, KEY, LEFT, NEVER, PAGE, RIP_OUT, TLB, XMM_LIVE,

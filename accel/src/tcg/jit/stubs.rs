@@ -33,6 +33,8 @@ pub struct Stubs {
     /// Call the handler of the instruction in RAX, EDI describes its place; returns when execution goes on,
     /// with the guest's flags in the host's.
     pub step: u64,
+    /// The same, and the XMM registers are loaded again.
+    pub step_xmm: u64,
     /// Load the XMM registers; returns with ZF clear when the interpreter must have a look.
     pub load_xmm: u64,
     /// Jump to the guest address in RAX.
@@ -113,27 +115,33 @@ impl Stubs {
         }
         a.b(&[0xC3]);
 
-        s.step = address(&a);
-        a.alu_imm(8, 5, Rm::R(RSP), 8);
-        spill(&mut a);
-        a.store(8, Rm::R(RSI), RAX);
-        a.store(4, Rm::R(RDX), RDI);
-        a.alu_imm(1, 7, mem(XMM_LIVE), 0);
-        let none = a.jcc_short(cc::E);
-        a.call_abs(save_xmm);
-        a.short_here(none);
-        a.lea(8, RDI, Rm::M(RBP, -(ORIGIN as i32)));
-        a.constant(RAX, step as *const () as u64);
-        a.b(&[0xFF, 0xD0]); // call rax
-        a.test(4, Rm::R(RAX), RAX);
-        let leave = a.jcc(cc::NE);
-        reload(&mut a);
-        restore_flags(&mut a);
-        a.lea(8, RSP, Rm::M(RSP, 8));
-        a.b(&[0xC3]);
-        a.here(leave);
-        a.alu_imm(8, 0, Rm::R(RSP), 16);
-        a.jmp_abs(exit2);
+        for xmm in [false, true] {
+            *(if xmm { &mut s.step_xmm } else { &mut s.step }) = address(&a);
+            a.alu_imm(8, 5, Rm::R(RSP), 8);
+            spill(&mut a);
+            a.store(8, Rm::R(RSI), RAX);
+            a.store(4, Rm::R(RDX), RDI);
+            a.alu_imm(1, 7, mem(XMM_LIVE), 0);
+            let none = a.jcc_short(cc::E);
+            a.call_abs(save_xmm);
+            a.short_here(none);
+            a.lea(8, RDI, Rm::M(RBP, -(ORIGIN as i32)));
+            a.constant(RAX, step as *const () as u64);
+            a.b(&[0xFF, 0xD0]); // call rax
+            a.test(4, Rm::R(RAX), RAX);
+            let leave = a.jcc(cc::NE);
+            reload(&mut a);
+            if xmm {
+                // No load or store changes what it looks at.
+                a.call_abs(s.load_xmm);
+            }
+            restore_flags(&mut a);
+            a.lea(8, RSP, Rm::M(RSP, 8));
+            a.b(&[0xC3]);
+            a.here(leave);
+            a.alu_imm(8, 0, Rm::R(RSP), 16);
+            a.jmp_abs(exit2);
+        }
 
         s.lookup = address(&a);
         a.store(8, Rm::R(RDI), RAX);
