@@ -33,6 +33,7 @@ pub mod cc {
     pub const B: u8 = 2;
     pub const E: u8 = 4;
     pub const NE: u8 = 5;
+    pub const BE: u8 = 6;
     pub const A: u8 = 7;
 }
 

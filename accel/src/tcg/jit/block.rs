@@ -34,6 +34,7 @@ pub struct Compiler<'a> {
     block: &'a Block,
     /// The block's offset in its page.
     at: u64,
+    alone: bool,
     cache: &'a Cache,
     stubs: Stubs,
     cold: Vec<Cold>,
@@ -41,9 +42,9 @@ pub struct Compiler<'a> {
     first_edge: usize,
 }
 
-fn classes(block: &Block) -> Vec<Kind> {
+fn classes(block: &Block, alone: bool) -> Vec<Kind> {
     let at = block.key & 0xFFF;
-    block.ops.iter().map(|op| classify(op, at)).collect()
+    block.ops.iter().map(|op| classify(op, at, alone)).collect()
 }
 
 /// See [`Compiler::need`].
@@ -84,7 +85,8 @@ impl SoftCpu {
             let base = memory.next();
             let mut c = Compiler {
                 a: Asm::new(base),
-                kinds: classes(block),
+                kinds: classes(block, self.cpus == 1),
+                alone: self.cpus == 1,
                 need: Vec::new(),
                 fl: Flags::KEPT,
                 xmm: false,
@@ -118,7 +120,7 @@ impl Compiler<'_> {
             self.instruction(i);
         }
         let last = self.kinds[n - 1];
-        if last != Kind::Handler && !last.branches() {
+        if !last.branches() {
             self.edge(self.at as i64 + self.block.bytes as i64);
         }
     }
@@ -250,7 +252,7 @@ impl Compiler<'_> {
         if key == self.block.key {
             (count, code, need) = (self.block.count, self.a.base, self.need[0]);
         } else if let Some(b) = self.cache.blocks.get(&key) {
-            need = needs(&classes(b))[0];
+            need = needs(&classes(b, self.alone))[0];
             if !b.code.get().is_null() {
                 (count, code) = (b.count, b.code.get() as u64);
             }

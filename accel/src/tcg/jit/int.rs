@@ -119,6 +119,104 @@ impl Compiler<'_> {
                 c.a.sized(size, 0, 0xF6, 3, rm);
                 c.fl = Flags::HOST;
             }),
+            Kind::Bit { .. } => self.bit(i),
+            Kind::Cmpxchg { size, r } => {
+                self.before(i, true);
+                let access = self.operand(i, size as u64, true);
+                self.a.load(8, RAX, Rm::R(AX));
+                self.a.sized(size, 1, 0xB0, HOST[r as usize], AT);
+                // The accumulator changes only when they differed.
+                self.a.word(8, 1, 0x40 | cc::NE, AX, Rm::R(RAX));
+                self.join(access);
+                self.fl = Flags::HOST;
+            }
+            Kind::Xadd { size, r } => {
+                self.before(i, true);
+                let access = self.operand(i, size as u64, true);
+                let h = HOST[r as usize];
+                self.a.load(size, RAX, AT);
+                self.a.alu(size, 0, AT, h);
+                self.a.load(size, h, Rm::R(RAX));
+                self.join(access);
+                self.fl = Flags::HOST;
+            }
+            Kind::Bswap { size, d } => {
+                self.before(i, false);
+                self.modify(d, |c, r| {
+                    let rex = (size == 8) as u8 * 8 | r >> 3;
+                    if rex != 0 {
+                        c.a.b(&[0x40 | rex]);
+                    }
+                    c.a.b(&[0x0F, 0xC8 | r & 7]);
+                });
+                self.after(i, false);
+            }
+            Kind::Div { .. } => self.divide(i),
+            Kind::Scan { reverse, size, d, s } => {
+                let access = self.source(i, s, size);
+                self.a.word(size, 1, 0xBC | reverse as u8, RDI, s.map_or(AT, place));
+                // Of zero: the destination stays.
+                self.modify(d, |c, r| c.a.word(8, 1, 0x40 | cc::NE, r, Rm::R(RDI)));
+                if self.need[i + 1] {
+                    self.a.setcc(cc::E, Rm::R(RAX));
+                    self.a.b(&[0xF6, 0xD8]); // neg al
+                    self.a.b(&[0x24, 0x44]); // and al, ZF | PF
+                    self.a.store(1, Rm::M(RBP, slot(FLAGS) + 1), RAX);
+                    self.a.store_imm(1, mem(FLAGS), 0);
+                }
+                self.close(access);
+                self.fl = Flags::KEPT;
+            }
+            Kind::Popcnt { size, d, s } => {
+                let access = self.source(i, s, size);
+                let from = s.map_or(AT, place);
+                self.modify(d, |c, r| {
+                    let prefix = 0xF3;
+                    if size == 2 {
+                        c.a.b(&[0x66]);
+                    }
+                    c.a.enc(prefix, size == 8, 1, 0xB8, r, from, false);
+                });
+                self.close(access);
+                self.fl = Flags::HOST;
+            }
+            Kind::SetccMem { cc } => {
+                self.before(i, true);
+                let access = self.operand(i, 1, true);
+                self.want(condition(cc));
+                self.a.setcc(cc, AT);
+                self.join(access);
+                self.after(i, false);
+            }
+            Kind::ExtendHigh { signed, size, d, s } => {
+                self.before(i, false);
+                self.a.load(8, RAX, place(s));
+                // From AH, which no REX prefix may go with.
+                self.a.b(&[0x0F, 0xB6 | (signed as u8) << 3, 0xC4]);
+                if signed && size == 8 {
+                    self.a.word(8, 0, 0x63, RAX, Rm::R(RAX));
+                }
+                match HOST[d as usize] {
+                    NONE => self.a.store(if size == 2 { 2 } else { 8 }, place(d), RAX),
+                    h => self.a.load(size, h, Rm::R(RAX)),
+                }
+                self.after(i, false);
+            }
+            Kind::AluHigh { op, d, imm } => {
+                if op == 2 || op == 3 {
+                    self.want(CF);
+                }
+                self.a.load(8, RAX, place(d));
+                if op == 8 {
+                    self.a.b(&[0xF6, 0xC4, imm as u8]); // test ah, imm
+                } else {
+                    self.a.b(&[0x80, 0xC4 | op << 3, imm as u8]); // op ah, imm
+                }
+                if op < 7 {
+                    self.a.store(8, place(d), RAX);
+                }
+                self.fl = if matches!(op, 1 | 4 | 6 | 8) { Flags::LOGIC } else { Flags::HOST };
+            }
             Kind::Shift { op, size, d, count } => self.shift(i, op, size, d, count),
             Kind::ShiftCl { op, size, d } => self.shift_cl(i, op, size, d),
             Kind::Imul { .. } | Kind::Mul { .. } => self.multiply(i),
@@ -366,6 +464,76 @@ impl Compiler<'_> {
             self.a.short_here(skip);
         }
         self.fl = Flags::KEPT;
+    }
+
+    fn bit(&mut self, i: usize) {
+        let Kind::Bit { op, size, d, n } = self.kinds[i] else { return };
+        let needed = self.need[i + 1];
+        self.before(i, d.is_none());
+        if needed {
+            self.keep();
+        }
+        let access = d.is_none().then(|| self.operand(i, size as u64, op != 0));
+        let emit = |c: &mut Self, rm: Rm| match n {
+            Val::Imm(n) => {
+                c.a.word(size, 1, 0xBA, 4 | op, rm);
+                c.a.b(&[n as u8]);
+            }
+            Val::Reg(r) => {
+                let r = c.reg(r, RDI);
+                c.a.word(size, 1, 0xA3 | op << 3, r, rm);
+            }
+        };
+        match d {
+            Some(d) if op == 0 => {
+                let r = self.reg(d, RAX);
+                emit(self, Rm::R(r));
+            }
+            Some(d) => self.modify(d, |c, r| emit(c, Rm::R(r))),
+            None => emit(self, AT),
+        }
+        if needed {
+            self.a.setcc(cc::B, Rm::R(RAX));
+            self.a.alu_imm(1, 4, Rm::M(RBP, slot(FLAGS) + 1), !1);
+            self.a.alu(1, 1, Rm::M(RBP, slot(FLAGS) + 1), RAX);
+        }
+        self.close(access);
+        self.fl = Flags::KEPT;
+    }
+
+    fn divide(&mut self, i: usize) {
+        let Kind::Div { signed, size, s } = self.kinds[i] else { return };
+        self.before(i, true);
+        let mut access = match s {
+            None => {
+                let access = self.operand(i, size as u64, false);
+                self.a.load(size, RDI, AT);
+                access
+            }
+            Some(s) => {
+                self.a.load(size, RDI, place(s));
+                Access { slow: Vec::new(), i, flags: self.fl }
+            }
+        };
+        self.fl.host = 0;
+        // Whatever might fault is the handler's: a quotient that may not fit, a divisor of 0 (or -1).
+        if signed {
+            self.a.load(size, RAX, Rm::R(AX));
+            self.a.shift(size, 7, Rm::R(RAX), 8 * size - 1);
+            self.a.alu(size, 7, Rm::R(RAX), RDX);
+            access.slow.push(self.a.jcc(cc::NE));
+            self.a.lea(size, RAX, Rm::M(RDI, 1));
+            self.a.alu_imm(size, 7, Rm::R(RAX), 1);
+            access.slow.push(self.a.jcc(cc::BE));
+        } else {
+            self.a.alu(size, 7, Rm::R(RDI), RDX);
+            access.slow.push(self.a.jcc(cc::BE));
+        }
+        self.a.load(size, RAX, Rm::R(AX));
+        self.a.sized(size, 0, 0xF6, 6 | signed as u8, Rm::R(RDI));
+        self.a.load(size, AX, Rm::R(RAX));
+        self.join(access);
+        self.after(i, true);
     }
 
     fn multiply(&mut self, i: usize) {

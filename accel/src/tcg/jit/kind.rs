@@ -152,6 +152,57 @@ pub enum Kind {
     Ret {
         extra: i32,
     },
+    /// BT BTS BTR BTC (0 to 3) of a register, or of memory by an immediate.
+    Bit {
+        op: u8,
+        size: u8,
+        d: Option<u8>,
+        n: Val,
+    },
+    Cmpxchg {
+        size: u8,
+        r: u8,
+    },
+    Xadd {
+        size: u8,
+        r: u8,
+    },
+    Bswap {
+        size: u8,
+        d: u8,
+    },
+    Div {
+        signed: bool,
+        size: u8,
+        s: Option<u8>,
+    },
+    Scan {
+        reverse: bool,
+        size: u8,
+        d: u8,
+        s: Option<u8>,
+    },
+    Popcnt {
+        size: u8,
+        d: u8,
+        s: Option<u8>,
+    },
+    SetccMem {
+        cc: u8,
+    },
+    /// MOVZX or MOVSX from AH, CH, DH or BH.
+    ExtendHigh {
+        signed: bool,
+        size: u8,
+        d: u8,
+        s: u8,
+    },
+    /// An operation of group 1, or TEST (8), of AH, CH, DH or BH with a constant.
+    AluHigh {
+        op: u8,
+        d: u8,
+        imm: i32,
+    },
     /// JMP or CALL through a register or memory.
     Indirect {
         call: bool,
@@ -213,6 +264,13 @@ impl Kind {
             // A count of zero leaves the flags alone.
             Kind::ShiftCl { .. } => (0, 0, false),
             Kind::Imul { s, .. } | Kind::Mul { s, .. } => (0, ALL, s.is_none()),
+            // All but CF stay.
+            Kind::Bit { d, .. } => (0, CF, d.is_none()),
+            Kind::Cmpxchg { .. } | Kind::Xadd { .. } => (0, ALL, true),
+            Kind::Div { .. } => (0, 0, true),
+            Kind::Scan { s, .. } | Kind::Popcnt { s, .. } => (0, ALL, s.is_none()),
+            Kind::SetccMem { cc } => (condition(cc), 0, true),
+            Kind::AluHigh { op, .. } => (if op == 2 || op == 3 { CF } else { 0 }, ALL, false),
             Kind::Setcc { cc, .. } => (condition(cc), 0, false),
             Kind::Cmov { cc, s, .. } => (condition(cc), 0, s.is_none()),
             Kind::Jcc { cc, .. } => (condition(cc), 0, true),
@@ -223,6 +281,8 @@ impl Kind {
             | Kind::Lea { .. }
             | Kind::Cbw(_)
             | Kind::Cwd(_)
+            | Kind::Bswap { .. }
+            | Kind::ExtendHigh { .. }
             | Kind::Xchg { .. } => (0, 0, false),
         };
         Effects { reads, writes, exits }
@@ -247,7 +307,15 @@ impl Kind {
             | Kind::Setcc { d, .. }
             | Kind::Cmov { d, .. } => bit(d),
             Kind::Inc { d, .. } | Kind::Not { d, .. } | Kind::Neg { d, .. } => d.map_or(0, bit),
-            Kind::Mul { .. } => bit(RAX as u8) | bit(RDX as u8),
+            Kind::Bit { op, d, .. } if op != 0 => d.map_or(0, bit),
+            Kind::Cmpxchg { .. } => bit(RAX as u8),
+            Kind::Xadd { r, .. } => bit(r),
+            Kind::Bswap { d, .. }
+            | Kind::Scan { d, .. }
+            | Kind::Popcnt { d, .. }
+            | Kind::ExtendHigh { d, .. }
+            | Kind::AluHigh { d, .. } => bit(d),
+            Kind::Mul { .. } | Kind::Div { .. } => bit(RAX as u8) | bit(RDX as u8),
             Kind::Push(_) | Kind::PushMem | Kind::Call { .. } | Kind::Ret { .. } => bit(RSP as u8),
             Kind::Indirect { call, .. } => (call as u16) << RSP,
             Kind::Pop(d) => bit(d) | bit(RSP as u8),
@@ -291,9 +359,12 @@ fn group(op: &Op) -> u8 {
     }
 }
 
+fn here(r: u8) -> bool {
+    HOST[r as usize] != NONE
+}
+
 /// XCHG of registers that both live in the host's.
 fn exchange(size: u8, a: u8, b: u8) -> Option<Kind> {
-    let here = |r: u8| HOST[r as usize] != NONE;
     (here(a) && here(b)).then_some(Kind::Xchg { size, a, b })
 }
 
@@ -310,12 +381,13 @@ fn vector(op: &Op) -> Option<Kind> {
     Some(Kind::Vector { native, mem: insn.rm == Rm::Mem, changes })
 }
 
-/// The kind of an instruction of 64-bit code; `at` is the block's offset in its page.
-pub fn classify(op: &Op, at: u64) -> Kind {
-    known(op, at).unwrap_or(Kind::Handler)
+/// The kind of an instruction of 64-bit code; `at` is the block's offset in its page, `alone` says that the
+/// machine has one processor.
+pub fn classify(op: &Op, at: u64, alone: bool) -> Kind {
+    known(op, at, alone).unwrap_or(Kind::Handler)
 }
 
-fn known(op: &Op, at: u64) -> Option<Kind> {
+fn known(op: &Op, at: u64, alone: bool) -> Option<Kind> {
     let size = op.osz;
     let reg = op.kind == K_REG;
     let o = op.opcode;
@@ -349,8 +421,10 @@ fn known(op: &Op, at: u64) -> Option<Kind> {
         (0, 0x68 | 0x6A) if size == 8 => Kind::Push(imm),
         (0, 0x69 | 0x6B) => Kind::Imul { size, d: op.reg, s: rm()?, imm: Some(constant(size, op.imm)) },
         (0, 0x70..=0x7F) | (1, 0x80..=0x8F) => Kind::Jcc { cc: o & 15, rel: op.imm as i64 },
-        (0, 0x80 | 0x81 | 0x83) if reg => Kind::Alu { op: group(op), size, d: low(op.rm)?, s: imm },
-        (0, 0x80 | 0x81 | 0x83) => Kind::AluStore { op: group(op), size, s: imm },
+        (0, 0x80 | 0x81 | 0x83) if reg && op.rm & HIGH == 0 => {
+            Kind::Alu { op: group(op), size, d: low(op.rm)?, s: imm }
+        }
+        (0, 0x80 | 0x81 | 0x83) if !reg => Kind::AluStore { op: group(op), size, s: imm },
         (0, 0x84 | 0x85) if reg => Kind::Test { size, a: low(op.rm)?, b: Val::Reg(low(op.reg)?) },
         (0, 0x84 | 0x85) => Kind::TestMem { size, b: Val::Reg(low(op.reg)?) },
         (0, 0x86 | 0x87) if reg => exchange(size, low(op.rm)?, low(op.reg)?)?,
@@ -365,7 +439,8 @@ fn known(op: &Op, at: u64) -> Option<Kind> {
             }
             Kind::Lea { size, d: op.reg }
         }
-        (0, 0x90) if op.rep != 0xF3 && op.rm == 0 => Kind::Nop,
+        // PAUSE does nothing where no other processor waits for its turn.
+        (0, 0x90) if (op.rep != 0xF3 || alone) && op.rm == 0 => Kind::Nop,
         (0, 0x91..=0x97) => exchange(size, op.rm, 0)?,
         (0, 0x98) => Kind::Cbw(size),
         (0, 0x99) => Kind::Cwd(size),
@@ -393,11 +468,16 @@ fn known(op: &Op, at: u64) -> Option<Kind> {
         (0, 0xC9) if size == 8 => Kind::Leave,
         (0, 0xE8) => Kind::Call { rel: op.imm as i64 },
         (0, 0xE9 | 0xEB) => Kind::Jmp { rel: op.imm as i64 },
+        (0, 0x80) if reg => Kind::AluHigh { op: group(op), d: op.rm & 3, imm: constant(1, op.imm) },
+        (0, 0xF6) if reg && op.rm & HIGH != 0 && group(op) < 2 => {
+            Kind::AluHigh { op: 8, d: op.rm & 3, imm: constant(1, op.imm) }
+        }
         (0, 0xF6 | 0xF7) => match (group(op), reg) {
             (0 | 1, true) => Kind::Test { size, a: low(op.rm)?, b: imm },
             (0 | 1, false) => Kind::TestMem { size, b: imm },
             (2, _) => Kind::Not { size, d: rm()? },
             (3, _) => Kind::Neg { size, d: rm()? },
+            (n @ (6 | 7), _) if size >= 4 => Kind::Div { signed: n == 7, size, s: rm()? },
             (n @ (4 | 5), _) if size >= 4 => Kind::Mul { signed: n == 5, size, s: rm()? },
             _ => return None,
         },
@@ -413,7 +493,29 @@ fn known(op: &Op, at: u64) -> Option<Kind> {
         // MOVNTI
         (1, 0xC3) if !reg => Kind::Store { size, s: Val::Reg(op.reg) },
         (1, 0x40..=0x4F) => Kind::Cmov { cc: o & 15, size, d: op.reg, s: rm()? },
-        (1, 0x90..=0x9F) if reg => Kind::Setcc { cc: o & 15, d: low(op.rm)? },
+        (1, 0x90..=0x9F) if !reg => Kind::SetccMem { cc: o & 15 },
+        (1, 0x90..=0x9F) => Kind::Setcc { cc: o & 15, d: low(op.rm)? },
+        // Fences: everything happens in order.
+        (1, 0xAE) if reg && op.rep == 0 && matches!(op.reg & 7, 5..=7) => Kind::Nop,
+        (1, 0xA3 | 0xAB | 0xB3 | 0xBB) if reg => {
+            Kind::Bit { op: o >> 3 & 3, size, d: Some(op.rm), n: Val::Reg(op.reg) }
+        }
+        (1, 0xBA) => {
+            let n = Val::Imm((op.imm & (8 * size as u64 - 1)) as i32);
+            Kind::Bit { op: op.reg & 3, size, d: rm()?, n }
+        }
+        (1, 0xB0 | 0xB1) if !reg && here(low(op.reg)?) => Kind::Cmpxchg { size, r: op.reg },
+        (1, 0xC0 | 0xC1) if !reg && here(low(op.reg)?) => Kind::Xadd { size, r: op.reg },
+        (1, 0xC8..=0xCF) if size >= 4 => Kind::Bswap { size, d: op.rm },
+        (1, 0xBC | 0xBD) if op.rep != 0xF3 && size >= 4 => {
+            Kind::Scan { reverse: o & 1 != 0, size, d: op.reg, s: rm()? }
+        }
+        (1, 0xB8) if op.rep == 0xF3 && std::arch::is_x86_feature_detected!("popcnt") => {
+            Kind::Popcnt { size, d: op.reg, s: rm()? }
+        }
+        (1, 0xB6 | 0xBE) if reg && op.rm & HIGH != 0 => {
+            Kind::ExtendHigh { signed: o & 8 != 0, size, d: op.reg, s: op.rm & 3 }
+        }
         (1, 0xAF) => Kind::Imul { size, d: op.reg, s: rm()?, imm: None },
         (1, 0xB6 | 0xB7 | 0xBE | 0xBF) => {
             Kind::Extend { signed: o & 8 != 0, from: 1 + (o & 1), size, d: op.reg, s: rm()? }

@@ -23,6 +23,8 @@ mod memory;
 mod stubs;
 mod vector;
 
+use super::decode::MODE64;
+use super::flags::{IF, TF};
 use super::op::{
     Block, Op, BLOCKIP, FLAGS, HOST_CSR, JUMP_TABLE, KEY, LEFT, NEVER, PAGE, RIP_OUT, TLB, XMM_LIVE,
 };
@@ -67,6 +69,8 @@ const FAULT: u32 = 2;
 const NEXT: u32 = 3;
 /// The same; the interpreter must run the next instruction.
 const INTERPRET: u32 = 4;
+/// Go on at RIP_OUT by the table (only from [`step`]).
+const JUMP: u32 = 5;
 /// Plus twice the number of an edge: it leads to code that it is not linked with; plus one: the budget ends.
 const EDGE: u32 = 16;
 
@@ -265,7 +269,24 @@ unsafe extern "sysv64" fn step(c: *mut SoftCpu, op: *const Op, place: u32) -> u3
         c.rip = start.wrapping_add(op.off as u64);
         return FAULT;
     }
-    if c.end.is_null() || op.idx as u64 + 1 == count {
+    let last = op.idx as u64 + 1 == count;
+    if last && !c.rep_again {
+        let next = start.wrapping_add(op.off as u64 + op.len as u64);
+        c.pos += count;
+        if !c.settled() {
+            return LEAVE;
+        }
+        let g = &mut c.st.gpr;
+        // The position moved on if the instruction repeated.
+        g[LEFT] = c.limit - c.pos;
+        g[TLB] = c.tlb[c.mmu].as_ptr() as u64;
+        g[KEY] = c.jump_key;
+        g[RIP_OUT] = c.rip;
+        let on = c.rip == next && !c.end.is_null();
+        c.st.gpr[FLAGS] = raw_flags(c.arith_flags());
+        return if on { 0 } else { JUMP };
+    }
+    if c.end.is_null() {
         c.pos += op.idx as u64 + 1;
         if std::mem::take(&mut c.rep_again) {
             c.rip = start.wrapping_add(op.off as u64);
@@ -274,4 +295,37 @@ unsafe extern "sysv64" fn step(c: *mut SoftCpu, op: *const Op, place: u32) -> u3
     }
     c.st.gpr[FLAGS] = raw_flags(c.arith_flags());
     0
+}
+
+impl SoftCpu {
+    /// Whether 64-bit code just goes on, as `run_loop` would find; settles `attention` if so.
+    fn settled(&mut self) -> bool {
+        if self.attention {
+            let due = self.shutdown
+                || self.brk
+                || self.paused
+                || self.wait_sipi
+                || self.pending_db != 0
+                || self.shadow
+                || self.nmi_pending && !self.nmi_blocked
+                || self.halted;
+            if due {
+                return false;
+            }
+            if self.eflags & IF != 0
+                && (self.extint_vector.is_some()
+                    || self.lapic.pending().is_some()
+                    || self.lapic.accepts_extint() && self.bus().intr())
+            {
+                return false;
+            }
+            self.attention = false;
+        }
+        self.code_mode == MODE64
+            && self.long
+            && self.eflags & TF == 0
+            && !self.dr_exec
+            && self.cache.graveyard.is_empty()
+            && !near_hole(self.rip)
+    }
 }

@@ -115,6 +115,7 @@ impl Stubs {
         }
         a.b(&[0xC3]);
 
+        let mut jumps = Vec::new();
         for xmm in [false, true] {
             *(if xmm { &mut s.step_xmm } else { &mut s.step }) = address(&a);
             a.alu_imm(8, 5, Rm::R(RSP), 8);
@@ -140,9 +141,16 @@ impl Stubs {
             a.b(&[0xC3]);
             a.here(leave);
             a.alu_imm(8, 0, Rm::R(RSP), 16);
+            a.alu_imm(4, 7, Rm::R(RAX), JUMP as i32);
+            jumps.push(a.jcc(cc::E));
             a.jmp_abs(exit2);
         }
 
+        for f in jumps {
+            a.here(f);
+        }
+        reload(&mut a);
+        a.load(8, RAX, mem(RIP_OUT));
         s.lookup = address(&a);
         a.store(8, Rm::R(RDI), RAX);
         a.shift(8, 5, Rm::R(RDI), 13);
