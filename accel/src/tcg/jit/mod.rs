@@ -248,8 +248,11 @@ fn flags_from_raw(raw: u64) -> u64 {
     (raw & 1) << 11 | raw >> 8 & 0xD5
 }
 
-/// Run one instruction by its handler. `place`: the offset of its block in its page (bits 0..11) and the
-/// number of the block's instructions (from bit 16). Returns 0 to go on, or why to leave.
+/// `place` of [`step`]: the instruction has nothing to do with the arithmetic flags.
+const NEUTRAL: u32 = 1 << 15;
+
+/// Run one instruction by its handler. `place`: the offset of its block in its page (bits 0..11), [`NEUTRAL`],
+/// and the number of the block's instructions (from bit 16). Returns 0 to go on, or why to leave.
 unsafe extern "sysv64" fn step(c: *mut SoftCpu, op: *const Op, place: u32) -> u32 {
     // SAFETY: compiled code passes the processor that `run_code` was called with, whose other references are
     // not in use meanwhile, and an instruction of the block that runs, which is kept until `run_loop` goes on.
@@ -261,10 +264,25 @@ unsafe extern "sysv64" fn step(c: *mut SoftCpu, op: *const Op, place: u32) -> u3
     c.cur = op;
     c.end = op;
     c.rip = start.wrapping_add(op.off as u64 + op.len as u64);
-    c.set_arith_flags(flags_from_raw(c.st.gpr[FLAGS]));
+    let neutral = place & NEUTRAL != 0;
+    if !neutral {
+        c.set_arith_flags(flags_from_raw(c.st.gpr[FLAGS]));
+    }
+    // Whoever leaves needs them in any case.
+    let settle = |c: &mut SoftCpu| {
+        if neutral {
+            c.set_arith_flags(flags_from_raw(c.st.gpr[FLAGS]));
+        }
+    };
+    let keep = |c: &mut SoftCpu| {
+        if !neutral {
+            c.st.gpr[FLAGS] = raw_flags(c.arith_flags());
+        }
+    };
     let done = (op.f)(c, op);
     c.cur = &super::IDLE;
     if done.is_err() {
+        settle(c);
         c.pos += op.idx as u64;
         c.rip = start.wrapping_add(op.off as u64);
         return FAULT;
@@ -274,6 +292,7 @@ unsafe extern "sysv64" fn step(c: *mut SoftCpu, op: *const Op, place: u32) -> u3
         let next = start.wrapping_add(op.off as u64 + op.len as u64);
         c.pos += count;
         if !c.settled() {
+            settle(c);
             return LEAVE;
         }
         let g = &mut c.st.gpr;
@@ -283,7 +302,7 @@ unsafe extern "sysv64" fn step(c: *mut SoftCpu, op: *const Op, place: u32) -> u3
         g[KEY] = c.jump_key;
         g[RIP_OUT] = c.rip;
         let on = c.rip == next && !c.end.is_null();
-        c.st.gpr[FLAGS] = raw_flags(c.arith_flags());
+        keep(c);
         return if on { 0 } else { JUMP };
     }
     if c.end.is_null() {
@@ -291,9 +310,10 @@ unsafe extern "sysv64" fn step(c: *mut SoftCpu, op: *const Op, place: u32) -> u3
         if std::mem::take(&mut c.rep_again) {
             c.rip = start.wrapping_add(op.off as u64);
         }
+        settle(c);
         return LEAVE;
     }
-    c.st.gpr[FLAGS] = raw_flags(c.arith_flags());
+    keep(c);
     0
 }
 
