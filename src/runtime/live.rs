@@ -210,6 +210,7 @@ impl Runtime {
                 self.input(input);
                 None
             }
+            Event::Command(Command::Ft(wish)) => super::ft::wish(self, wish),
             Event::Command(command) => {
                 self.command(command);
                 None
@@ -241,6 +242,7 @@ impl Runtime {
                 self.shared.events.emit("POWERDOWN", Value::Null);
             }
             Command::Nmi => self.input(MachineInput::Nmi),
+            Command::Ft(_) => {}
         }
     }
 
