@@ -198,6 +198,8 @@ impl Blueprint {
                 chars.push(dev.clone());
             }
         }
+        let given = config;
+        let mut config = given.clone();
         let mut drives = Vec::new();
         let mut devices: Vec<DeviceSpec> = Vec::new();
         for (i, (d, size)) in config.drives.iter().zip(sizes).enumerate() {
@@ -246,7 +248,7 @@ impl Blueprint {
                 ..DeviceSpec::default()
             });
         }
-        for d in &config.devices {
+        for d in &given.devices {
             let mut spec = DeviceSpec { driver: d.driver.clone(), id: d.id.clone(), ..DeviceSpec::default() };
             for (key, value) in &d.props {
                 spec.properties.insert(key.clone(), value.clone());
@@ -258,6 +260,13 @@ impl Blueprint {
                     Some(at.ok_or_else(|| {
                         fail(format!("Property '{}.drive' can't find value '{name}'", d.driver))
                     })? as u32);
+            }
+            let (werror, rerror) = (spec.properties.remove("werror"), spec.properties.remove("rerror"));
+            if werror.is_some() || rerror.is_some() {
+                let drive = spec.drive.and_then(|i| config.drives.get_mut(i as usize));
+                let drive = drive.ok_or_else(|| fail("Property 'werror' needs a drive".into()))?;
+                let set = drive.on_error.set(werror.as_deref(), rerror.as_deref());
+                set.map_err(|e| fail(e.to_string()))?;
             }
             if let Some(name) = spec.properties.get("netdev") {
                 if !config.netdevs.iter().any(|n| &n.id == name) {
@@ -356,13 +365,7 @@ impl Blueprint {
             random_seed: seed()?,
         };
         let ns_per_instruction = config.icount.shift.map_or(DEFAULT_RATE, |s| f64::from(1u32 << s));
-        Ok(Blueprint {
-            pc,
-            cpu_model: config.cpu_model.clone(),
-            ns_per_instruction,
-            config: config.clone(),
-            chars,
-        })
+        Ok(Blueprint { pc, cpu_model: config.cpu_model.clone(), ns_per_instruction, config, chars })
     }
 
     /// Build the machine.

@@ -13,6 +13,7 @@ use ftvm_qmp::{serve_listener, Hub, Listener};
 
 use crate::assembly::{check_shared, open_drive, open_live, open_net, open_options, Blueprint};
 use crate::cli::config::{format_uuid, Monitor};
+use crate::cli::drive::{Cache, DriveConfig, ErrorPolicy};
 use crate::cli::{Char, Config, Request};
 use crate::host::chars::{self, CharSink, Escape, EscapeFilter};
 use crate::host::disk::DiskWorker;
@@ -241,17 +242,16 @@ fn prepare(config: &Config, events: Events, receiver: Receiver<Event>) -> Result
     let machine = blueprint.build().map_err(|e| text(&e))?;
     let (outside, control) = open_outside(&blueprint, &shared, &events)?;
     attach_nets(&blueprint, &outside, &events)?;
-    let durable = |d: &crate::cli::drive::DriveConfig| {
-        config.host.ft.is_some()
-            || matches!(
-                d.cache,
-                crate::cli::drive::Cache::Writethrough | crate::cli::drive::Cache::DirectSync
-            )
-    };
     for (i, (image, drive)) in images.into_iter().zip(&config.machine.drives).enumerate() {
         if let Some(image) = image {
-            let worker =
-                DiskWorker::start(&drive.id, image, durable(drive), events.clone()).map_err(|e| text(&e))?;
+            let worker = DiskWorker::start(
+                i,
+                &drive.id,
+                image,
+                queue_settings(drive, config.host.ft.is_some()),
+                events.clone(),
+            )
+            .map_err(|e| text(&e))?;
             outside.attach_disk(i, worker);
         }
     }
@@ -271,6 +271,7 @@ fn prepare(config: &Config, events: Events, receiver: Receiver<Event>) -> Result
     };
     let mut runtime = Runtime::new(machine, outside, shared, events, receiver, options);
     runtime.ft = ft;
+    runtime.errors.drives = error_policies(&blueprint);
     if let Some(path) = &config.machine.icount.record {
         let header = Header {
             version: env!("CARGO_PKG_VERSION").into(),
@@ -289,6 +290,19 @@ fn prepare(config: &Config, events: Events, receiver: Receiver<Event>) -> Result
     }
     runtime.restart_pace();
     Ok(Prepared::Live(Box::new(runtime)))
+}
+
+/// How a drive's queue serves; in a pair every write is durable before the guest is told.
+fn queue_settings(drive: &DriveConfig, pair: bool) -> ftvm_block::queue::Settings {
+    ftvm_block::queue::Settings {
+        durable: pair || matches!(drive.cache, Cache::Writethrough | Cache::DirectSync),
+        limits: drive.limits,
+    }
+}
+
+/// Each drive's name and what its errors do.
+fn error_policies(blueprint: &Blueprint) -> Vec<(String, ErrorPolicy)> {
+    blueprint.config.drives.iter().map(|d| (d.id.clone(), d.on_error)).collect()
 }
 
 fn lock_path(ft: &crate::cli::ft::FtConfig, blueprint: &Blueprint) -> Result<String, String> {
@@ -378,8 +392,9 @@ fn prepare_backup(
         for (i, drive) in drives.iter().enumerate() {
             let image = open_live(drive, true, true);
             if let Some(image) = image.map_err(|e| e.to_string())? {
-                let worker =
-                    DiskWorker::start(&drive.id, image, true, events.clone()).map_err(|e| e.to_string())?;
+                let settings = queue_settings(drive, true);
+                let worker = DiskWorker::start(i, &drive.id, image, settings, events.clone())
+                    .map_err(|e| e.to_string())?;
                 outside.attach_disk(i, worker);
             }
         }
@@ -394,6 +409,7 @@ fn prepare_backup(
         adaptive: blueprint.config.icount.shift.is_none(),
     };
     let mut runtime = Runtime::new(machine, outside, Arc::clone(shared), events, receiver, options);
+    runtime.errors.drives = error_policies(&blueprint);
     runtime.ft = Some(side);
     Ok(Prepared::Live(Box::new(runtime)))
 }

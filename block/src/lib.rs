@@ -4,15 +4,21 @@
 //! their own. Requests that overlap in time may be served in any order, so the caller orders those
 //! that touch the same bytes.
 
+pub mod buffers;
 mod error;
 mod file;
 mod lock;
 pub mod qcow2;
+pub mod queue;
 pub mod raw;
+mod store;
 pub mod takeover;
+pub mod throttle;
 
 pub use error::BlockError;
+pub use queue::{Queue, Request};
 use std::path::Path;
+pub use store::Store;
 
 /// A disk image. Offsets and lengths are in bytes.
 pub trait Image: Send + Sync {
@@ -93,7 +99,7 @@ fn open_depth(path: &Path, options: &OpenOptions, depth: u32) -> Result<Box<dyn 
         None | Some("raw" | "qcow2") => {}
         Some(other) => return Err(BlockError::UnknownFormat(other.to_owned())),
     }
-    let file = file::HostFile::open(path, options)?;
+    let file = store::open(path, options)?;
     let mut magic = [0; 4];
     file.read_at(0, &mut magic)?;
     let is_qcow2 = &magic == qcow2::MAGIC;

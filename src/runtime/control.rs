@@ -29,6 +29,8 @@ pub enum RunState {
     InMigrate,
     InternalError,
     GuestPanicked,
+    /// A disk request failed and the drive's policy is to stop.
+    IoError,
 }
 
 impl RunState {
@@ -42,6 +44,7 @@ impl RunState {
             RunState::InMigrate => "inmigrate",
             RunState::InternalError => "internal-error",
             RunState::GuestPanicked => "guest-panicked",
+            RunState::IoError => "io-error",
         }
     }
 }
