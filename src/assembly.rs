@@ -9,7 +9,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use ftvm_accel::model::CpuModel;
 use ftvm_accel::tcg::SoftCpu;
 use ftvm_accel::{ApicMessage, GuestMemory, Processor};
-use ftvm_block::{Image, OpenOptions};
+use ftvm_block::{Image, OpenOptions, Reserve};
 use ftvm_devices::{
     DeviceError, DeviceSpec, DriveSpec, InitrdFile, Input, KernelImages, MachineRequest, NicSpec, Output, Pc,
     PcConfig, SerialSpec,
@@ -116,6 +116,7 @@ pub fn open_options(drive: &DriveConfig) -> OpenOptions {
         no_flush: drive.cache == Cache::Unsafe,
         discard: drive.discard,
         detect_zeroes: drive.detect_zeroes,
+        reserve: Reserve::No,
     }
 }
 
@@ -154,8 +155,16 @@ pub fn open_live(
     pair: bool,
     over_stalled: bool,
 ) -> Result<Option<Box<dyn Image>>, BuildError> {
-    let options = open_options(drive);
+    let mut options = open_options(drive);
     let Some(path) = drive.file.as_deref().map(Path::new) else { return Ok(None) };
+    if pair && is_lun(path) {
+        // The target refuses everybody else's writes from here on.
+        let mut random = [0u8; 8];
+        random.copy_from_slice(&seed()?[..8]);
+        let key = crate::lockstep::lun_lock::alone(&format!("{:x}", u64::from_be_bytes(random)));
+        options.reserve = if over_stalled { Reserve::Seize(key) } else { Reserve::Free(key) };
+        return open_drive(drive, &options);
+    }
     if (drive.read_only || drive.snapshot) && ftvm_block::takeover::has_overlays(path) {
         return Err(BuildError::Plain(format!(
             "drive '{}': a takeover has left data in '{}.ft1'; open the image for writing once, so that it is merged",
@@ -171,12 +180,26 @@ pub fn open_live(
         .map_err(|source| BuildError::Drive { path: path.display().to_string(), source })
 }
 
+fn is_lun(path: &Path) -> bool {
+    path.to_str().is_some_and(|p| p.starts_with("iscsi://"))
+}
+
 /// A backup must see the primary's byte locks on a writable image: they tell, after a takeover, whether the
 /// old primary is gone or only stalled.
 pub fn check_shared(drive: &DriveConfig) -> Result<(), String> {
     let Some(path) = drive.file.as_deref().filter(|_| !drive.read_only && drive.locking) else {
         return Ok(());
     };
+    if is_lun(Path::new(path)) {
+        let fail = |e| format!("drive '{}': {e}", drive.id);
+        let held = ftvm_block::iscsi::LunLock::open(path).and_then(|l| l.holder()).map_err(fail)?;
+        return held.map(|_| ()).ok_or_else(|| {
+            format!(
+                "drive '{}': the primary's reservation of the LUN is not seen here: it is another LUN",
+                drive.id
+            )
+        });
+    }
     match ftvm_block::takeover::is_held(Path::new(path)) {
         Ok(true) => Ok(()),
         Ok(false) => Err(format!(

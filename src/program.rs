@@ -18,7 +18,7 @@ use crate::cli::{Char, Config, Request};
 use crate::host::chars::{self, CharSink, Escape, EscapeFilter};
 use crate::host::disk::DiskWorker;
 use crate::host::{net_receiver, signals, Outside};
-use crate::lockstep::FileLock;
+use crate::lockstep::{Arbiter, FileLock, LunArbiter};
 use crate::machine::MachineInput;
 use crate::runtime::control::{Control, RunState, Shared};
 use crate::runtime::ft::{join, Common, FtSide, HostSide};
@@ -37,6 +37,7 @@ pub fn main(args: &[String]) -> i32 {
         Err(e) => return fail(&e.to_string()),
     };
     let outcome = start(&config);
+    ftvm_block::iscsi::release_all();
     chars::restore_terminal();
     if let Some(path) = &config.host.pidfile {
         let _ = std::fs::remove_file(path);
@@ -314,7 +315,9 @@ fn lock_path(ft: &crate::cli::ft::FtConfig, blueprint: &Blueprint) -> Result<Str
         .drives
         .iter()
         .find(|d| !d.read_only && d.file.is_some())
-        .and_then(|d| d.file.as_ref().map(|f| format!("{f}.ftlock")))
+        .and_then(|d| d.file.as_ref())
+        // A LUN's lock is its own reservation.
+        .map(|f| if f.starts_with("iscsi://") { f.clone() } else { format!("{f}.ftlock") })
         .ok_or_else(|| {
             "-ft needs a lock on shared storage: the machine has no writable disk image, so give lock=PATH"
                 .into()
@@ -327,7 +330,13 @@ fn common(
     shared: &Arc<Shared>,
     events: &Events,
 ) -> Result<Arc<Common>, String> {
-    let lock = FileLock::new(lock_path(&ft, blueprint)?);
+    let path = lock_path(&ft, blueprint)?;
+    let fail = |e: std::io::Error| format!("-ft: the lock '{}': {e}", ftvm_block::iscsi::hide_secret(&path));
+    let lock: Arc<dyn Arbiter> = if path.starts_with("iscsi://") {
+        Arc::new(LunArbiter::open(&path, ftvm_block::iscsi::hide_secret(&path)).map_err(fail)?)
+    } else {
+        Arc::new(FileLock::new(&path).map_err(fail)?)
+    };
     Ok(Arc::new(Common {
         config: ft,
         lock,
@@ -384,7 +393,7 @@ fn prepare_backup(
         Err(e) => return Err(text(&joined.refuse(e))),
     };
     start_monitors(config, &control)?;
-    let received = joined.receive(&common.lock, &mut machine).map_err(|e| text(&e))?;
+    let received = joined.receive(common.lock.as_ref(), &mut machine).map_err(|e| text(&e))?;
     // Networks are opened now, so that a wrong name is found now; frames are taken when live.
     attach_nets(&blueprint, &outside, &events)?;
     let drives = blueprint.config.drives.clone();

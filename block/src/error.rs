@@ -23,6 +23,16 @@ pub enum BlockError {
     Corrupt(String),
 }
 
+/// The number of an error that did not come from the kernel.
+fn by_kind(kind: std::io::ErrorKind) -> i32 {
+    match kind {
+        std::io::ErrorKind::StorageFull => libc::ENOSPC,
+        std::io::ErrorKind::ReadOnlyFilesystem => libc::EROFS,
+        std::io::ErrorKind::TimedOut => libc::ETIMEDOUT,
+        _ => libc::EIO,
+    }
+}
+
 /// The words and the number of an error that several requests share.
 #[derive(Debug, thiserror::Error)]
 #[error("{text}")]
@@ -46,7 +56,7 @@ impl BlockError {
         match self {
             BlockError::Io(e) | BlockError::Open { source: e, .. } => e.raw_os_error().unwrap_or_else(|| {
                 let again = e.get_ref().and_then(|inner| inner.downcast_ref::<Again>());
-                again.map_or(libc::EIO, |a| a.errno)
+                again.map_or_else(|| by_kind(e.kind()), |a| a.errno)
             }),
             BlockError::ReadOnly => libc::EROFS,
             BlockError::OutOfRange { .. } => libc::EINVAL,

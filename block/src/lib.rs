@@ -7,12 +7,15 @@
 pub mod buffers;
 mod error;
 mod file;
+pub mod files;
+pub mod iscsi;
 mod lock;
 pub mod qcow2;
 pub mod queue;
 pub mod raw;
 mod store;
 pub mod takeover;
+mod tcp;
 pub mod throttle;
 
 pub use error::BlockError;
@@ -63,6 +66,19 @@ pub struct OpenOptions {
     pub discard: bool,
     /// Turn writes of zeroes into [`Image::write_zeroes`].
     pub detect_zeroes: bool,
+    /// On a LUN: hold its reservation while it is open for writing.
+    pub reserve: Reserve,
+}
+
+/// Whether a LUN is reserved when it is opened for writing, and under which key.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Reserve {
+    #[default]
+    No,
+    /// Only if nobody holds it.
+    Free(u64),
+    /// From whoever holds it.
+    Seize(u64),
 }
 
 impl Default for OpenOptions {
@@ -76,6 +92,7 @@ impl Default for OpenOptions {
             no_flush: false,
             discard: false,
             detect_zeroes: false,
+            reserve: Reserve::No,
         }
     }
 }

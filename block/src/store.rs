@@ -32,5 +32,8 @@ pub trait Store: Send + Sync {
 
 /// Open what `path` names.
 pub(crate) fn open(path: &Path, options: &OpenOptions) -> Result<Arc<dyn Store>, BlockError> {
-    Ok(Arc::new(HostFile::open(path, options)?))
+    match path.to_str() {
+        Some(url) if url.starts_with("iscsi://") => Ok(Arc::new(crate::iscsi::Lun::open(url, options)?)),
+        _ => Ok(Arc::new(HostFile::open(path, options)?)),
+    }
 }

@@ -167,6 +167,7 @@ impl Qcow2 {
                     no_flush: true,
                     discard: false,
                     detect_zeroes: false,
+                    reserve: crate::Reserve::No,
                 };
                 Some(Arc::from(crate::open_depth(path, &below, depth + 1)?))
             }
