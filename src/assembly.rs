@@ -47,7 +47,8 @@ pub enum BuildError {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Blueprint {
     pub pc: PcConfig,
-    pub cpu_model: String,
+    /// What `-cpu` names, with the features that it has (of the primary's choice, where its host decides).
+    pub cpu_model: CpuModel,
     pub ns_per_instruction: f64,
     /// The command line's view, for what belongs to a host (files, interfaces) and for comparing.
     pub config: MachineConfig,
@@ -387,19 +388,29 @@ impl Blueprint {
             devices,
             random_seed: seed()?,
         };
+        let cpu_model = CpuModel::parse(&config.cpu_model)
+            .map_err(|e| BuildError::Cpu(config.cpu_model.clone(), e.to_string()))?;
+        // The default's SVM is not worth a word each time.
+        if !cpu_model.missing().is_empty() && config.cpu_model != "qemu64" {
+            let missing = cpu_model.missing().join(" ");
+            log::warn!(
+                "CPU model '{}' without what the processor does not have: {missing}",
+                config.cpu_model
+            );
+        }
         let ns_per_instruction = config.icount.shift.map_or(DEFAULT_RATE, |s| f64::from(1u32 << s));
-        Ok(Blueprint { pc, cpu_model: config.cpu_model.clone(), ns_per_instruction, config, chars })
+        Ok(Blueprint { pc, cpu_model, ns_per_instruction, config, chars })
     }
 
     /// Build the machine.
     pub fn build(&self) -> Result<Machine, BuildError> {
-        let model = CpuModel::parse(&self.cpu_model)
-            .map_err(|e| BuildError::Cpu(self.cpu_model.clone(), e.to_string()))?;
+        let model = &self.cpu_model;
+        model.check_host().map_err(|e| BuildError::Cpu(model.name().to_owned(), e.to_string()))?;
         let mem = GuestMemory::new(self.pc.ram_size)?;
         mem.set_firmware(self.pc.firmware.clone())?;
         let pc = Pc::new(self.pc.clone(), &mem)?;
         let cpus = (0..self.pc.cpus)
-            .map(|i| Box::new(SoftCpu::new(i, self.pc.cpus, &model)) as Box<dyn Processor>)
+            .map(|i| Box::new(SoftCpu::new(i, self.pc.cpus, model)) as Box<dyn Processor>)
             .collect();
         Ok(Machine::new(cpus, Box::new(PcChipset(pc)), mem, self.ns_per_instruction))
     }
@@ -422,7 +433,7 @@ impl Blueprint {
         format!(
             "memory: {memory} MiB\nprocessors: {cpus}\ncpu: {}\nfirmware: {firmware:08x}\nkernel: {kernel}\n\
              devices: {devices}\ndrives: {drives}\nboard: {pc:?}",
-            self.cpu_model
+            self.cpu_model.describe()
         )
     }
 

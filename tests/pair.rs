@@ -29,8 +29,8 @@ fn kills() -> Result<()> {
         pair.kill_backup()?;
         clients.wait_progress(20, WAIT)?;
     }
-    for seen in clients.finish()? {
-        println!("{} answers, longest pause {:.0?}", seen.answers, seen.longest);
+    for (name, seen) in clients.finish()? {
+        println!("{name}: {} answers, longest pause {:.0?}", seen.answers, seen.longest);
     }
     pair.finish(false)
 }
@@ -66,6 +66,20 @@ fn cut() -> Result<()> {
     }
     clients.finish()?;
     std::thread::sleep(Duration::from_secs(2));
+    pair.finish(false)
+}
+
+/// The backup's host has bad memory: the difference is found, the backup made anew, and the new one is good.
+fn divergence() -> Result<()> {
+    let mut pair = Pair::start("divergence", Guest::Tiny, "")?;
+    let clients = clients(&pair, "divergence");
+    pair.protect()?;
+    clients.wait_progress(30, WAIT)?;
+    pair.corrupt_backup()?;
+    clients.wait_progress(30, WAIT)?;
+    pair.kill_primary()?;
+    clients.wait_progress(30, WAIT)?;
+    clients.finish()?;
     pair.finish(false)
 }
 
@@ -136,7 +150,13 @@ fn main() {
         return;
     }
     let wanted: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
-    let tests: [(&str, Test); 4] = [("kills", kills), ("stall", stall), ("cut", cut), ("refusals", refusals)];
+    let tests: [(&str, Test); 5] = [
+        ("kills", kills),
+        ("stall", stall),
+        ("cut", cut),
+        ("divergence", divergence),
+        ("refusals", refusals),
+    ];
     let (mut passed, mut failed) = (0, 0);
     for (name, test) in tests {
         if !wanted.is_empty() && !wanted.iter().any(|w| name.contains(w.as_str())) {

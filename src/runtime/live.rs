@@ -483,7 +483,18 @@ pub fn follow_entry(
         Some(Stop::Dead) => {
             return Followed::End(Outcome::Failed("the processor cannot go on (see the log)".into()))
         }
-        Some(Stop::Request(request)) => return Followed::Asked(request),
+        // Its consequence is logged where it was asked (a wish to suspend has none).
+        Some(Stop::Request(request)) => {
+            let here = machine.stamp();
+            if request != MachineRequest::Suspend && here.position < target.position {
+                return Followed::Differs(vec![format!("the guest asks for {request:?} here only")]);
+            }
+            return Followed::Asked(request);
+        }
+        // A sleeping guest's time passes without instructions: it may never reach the target.
+        Some(Stop::Limit | Stop::Output | Stop::Idle { .. }) if machine.now() > target.ns => {
+            return Followed::Differs(vec!["virtual time".into()]);
+        }
         Some(Stop::Limit | Stop::Output | Stop::Idle { .. }) => return Followed::NotYet,
         None => {}
     }
