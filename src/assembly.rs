@@ -9,7 +9,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use ftvm_accel::model::CpuModel;
 use ftvm_accel::tcg::SoftCpu;
 use ftvm_accel::{ApicMessage, GuestMemory, Processor};
-use ftvm_block::{Image, OpenOptions};
+use ftvm_block::{Image, OpenOptions, Reserve};
 use ftvm_devices::{
     DeviceError, DeviceSpec, DriveSpec, InitrdFile, Input, KernelImages, MachineRequest, NicSpec, Output, Pc,
     PcConfig, SerialSpec,
@@ -117,6 +117,7 @@ pub fn open_options(drive: &DriveConfig) -> OpenOptions {
         no_flush: drive.cache == Cache::Unsafe,
         discard: drive.discard,
         detect_zeroes: drive.detect_zeroes,
+        reserve: Reserve::No,
     }
 }
 
@@ -155,8 +156,16 @@ pub fn open_live(
     pair: bool,
     over_stalled: bool,
 ) -> Result<Option<Box<dyn Image>>, BuildError> {
-    let options = open_options(drive);
+    let mut options = open_options(drive);
     let Some(path) = drive.file.as_deref().map(Path::new) else { return Ok(None) };
+    if pair && is_lun(path) {
+        // The target refuses everybody else's writes from here on.
+        let mut random = [0u8; 8];
+        random.copy_from_slice(&seed()?[..8]);
+        let key = crate::lockstep::lun_lock::alone(&format!("{:x}", u64::from_be_bytes(random)));
+        options.reserve = if over_stalled { Reserve::Seize(key) } else { Reserve::Free(key) };
+        return open_drive(drive, &options);
+    }
     if (drive.read_only || drive.snapshot) && ftvm_block::takeover::has_overlays(path) {
         return Err(BuildError::Plain(format!(
             "drive '{}': a takeover has left data in '{}.ft1'; open the image for writing once, so that it is merged",
@@ -172,12 +181,26 @@ pub fn open_live(
         .map_err(|source| BuildError::Drive { path: path.display().to_string(), source })
 }
 
+fn is_lun(path: &Path) -> bool {
+    path.to_str().is_some_and(|p| p.starts_with("iscsi://"))
+}
+
 /// A backup must see the primary's byte locks on a writable image: they tell, after a takeover, whether the
 /// old primary is gone or only stalled.
 pub fn check_shared(drive: &DriveConfig) -> Result<(), String> {
     let Some(path) = drive.file.as_deref().filter(|_| !drive.read_only && drive.locking) else {
         return Ok(());
     };
+    if is_lun(Path::new(path)) {
+        let fail = |e| format!("drive '{}': {e}", drive.id);
+        let held = ftvm_block::iscsi::LunLock::open(path).and_then(|l| l.holder()).map_err(fail)?;
+        return held.map(|_| ()).ok_or_else(|| {
+            format!(
+                "drive '{}': the primary's reservation of the LUN is not seen here: it is another LUN",
+                drive.id
+            )
+        });
+    }
     match ftvm_block::takeover::is_held(Path::new(path)) {
         Ok(true) => Ok(()),
         Ok(false) => Err(format!(
@@ -199,6 +222,8 @@ impl Blueprint {
                 chars.push(dev.clone());
             }
         }
+        let given = config;
+        let mut config = given.clone();
         let mut drives = Vec::new();
         let mut devices: Vec<DeviceSpec> = Vec::new();
         for (i, (d, size)) in config.drives.iter().zip(sizes).enumerate() {
@@ -247,7 +272,7 @@ impl Blueprint {
                 ..DeviceSpec::default()
             });
         }
-        for d in &config.devices {
+        for d in &given.devices {
             let mut spec = DeviceSpec { driver: d.driver.clone(), id: d.id.clone(), ..DeviceSpec::default() };
             for (key, value) in &d.props {
                 spec.properties.insert(key.clone(), value.clone());
@@ -259,6 +284,13 @@ impl Blueprint {
                     Some(at.ok_or_else(|| {
                         fail(format!("Property '{}.drive' can't find value '{name}'", d.driver))
                     })? as u32);
+            }
+            let (werror, rerror) = (spec.properties.remove("werror"), spec.properties.remove("rerror"));
+            if werror.is_some() || rerror.is_some() {
+                let drive = spec.drive.and_then(|i| config.drives.get_mut(i as usize));
+                let drive = drive.ok_or_else(|| fail("Property 'werror' needs a drive".into()))?;
+                let set = drive.on_error.set(werror.as_deref(), rerror.as_deref());
+                set.map_err(|e| fail(e.to_string()))?;
             }
             if let Some(name) = spec.properties.get("netdev") {
                 if !config.netdevs.iter().any(|n| &n.id == name) {
@@ -367,7 +399,7 @@ impl Blueprint {
             );
         }
         let ns_per_instruction = config.icount.shift.map_or(DEFAULT_RATE, |s| f64::from(1u32 << s));
-        Ok(Blueprint { pc, cpu_model, ns_per_instruction, config: config.clone(), chars })
+        Ok(Blueprint { pc, cpu_model, ns_per_instruction, config, chars })
     }
 
     /// Build the machine.

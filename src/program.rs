@@ -13,11 +13,12 @@ use ftvm_qmp::{serve_listener, Hub, Listener};
 
 use crate::assembly::{check_shared, open_drive, open_live, open_net, open_options, Blueprint};
 use crate::cli::config::{format_uuid, Monitor};
+use crate::cli::drive::{Cache, DriveConfig, ErrorPolicy};
 use crate::cli::{Char, Config, Request};
 use crate::host::chars::{self, CharSink, Escape, EscapeFilter};
 use crate::host::disk::DiskWorker;
 use crate::host::{net_receiver, signals, Outside};
-use crate::lockstep::FileLock;
+use crate::lockstep::{Arbiter, FileLock, LunArbiter};
 use crate::machine::MachineInput;
 use crate::runtime::control::{Control, RunState, Shared};
 use crate::runtime::ft::{join, Common, FtSide, HostSide};
@@ -36,6 +37,7 @@ pub fn main(args: &[String]) -> i32 {
         Err(e) => return fail(&e.to_string()),
     };
     let outcome = start(&config);
+    ftvm_block::iscsi::release_all();
     chars::restore_terminal();
     if let Some(path) = &config.host.pidfile {
         let _ = std::fs::remove_file(path);
@@ -262,17 +264,16 @@ fn prepare(config: &Config, events: Events, receiver: Receiver<Event>) -> Result
     let machine = blueprint.build().map_err(|e| text(&e))?;
     let (outside, control) = open_outside(&blueprint, &shared, &events)?;
     attach_nets(&blueprint, &outside, &events)?;
-    let durable = |d: &crate::cli::drive::DriveConfig| {
-        config.host.ft.is_some()
-            || matches!(
-                d.cache,
-                crate::cli::drive::Cache::Writethrough | crate::cli::drive::Cache::DirectSync
-            )
-    };
     for (i, (image, drive)) in images.into_iter().zip(&config.machine.drives).enumerate() {
         if let Some(image) = image {
-            let worker =
-                DiskWorker::start(&drive.id, image, durable(drive), events.clone()).map_err(|e| text(&e))?;
+            let worker = DiskWorker::start(
+                i,
+                &drive.id,
+                image,
+                queue_settings(drive, config.host.ft.is_some()),
+                events.clone(),
+            )
+            .map_err(|e| text(&e))?;
             outside.attach_disk(i, worker);
         }
     }
@@ -292,6 +293,7 @@ fn prepare(config: &Config, events: Events, receiver: Receiver<Event>) -> Result
     };
     let mut runtime = Runtime::new(machine, outside, shared, events, receiver, options);
     runtime.ft = ft;
+    runtime.errors.drives = error_policies(&blueprint);
     if let Some(path) = &config.machine.icount.record {
         let header = Header {
             version: env!("CARGO_PKG_VERSION").into(),
@@ -312,6 +314,19 @@ fn prepare(config: &Config, events: Events, receiver: Receiver<Event>) -> Result
     Ok(Prepared::Live(Box::new(runtime)))
 }
 
+/// How a drive's queue serves; in a pair every write is durable before the guest is told.
+fn queue_settings(drive: &DriveConfig, pair: bool) -> ftvm_block::queue::Settings {
+    ftvm_block::queue::Settings {
+        durable: pair || matches!(drive.cache, Cache::Writethrough | Cache::DirectSync),
+        limits: drive.limits,
+    }
+}
+
+/// Each drive's name and what its errors do.
+fn error_policies(blueprint: &Blueprint) -> Vec<(String, ErrorPolicy)> {
+    blueprint.config.drives.iter().map(|d| (d.id.clone(), d.on_error)).collect()
+}
+
 fn lock_path(ft: &crate::cli::ft::FtConfig, blueprint: &Blueprint) -> Result<String, String> {
     if let Some(path) = &ft.lock {
         return Ok(path.clone());
@@ -321,7 +336,9 @@ fn lock_path(ft: &crate::cli::ft::FtConfig, blueprint: &Blueprint) -> Result<Str
         .drives
         .iter()
         .find(|d| !d.read_only && d.file.is_some())
-        .and_then(|d| d.file.as_ref().map(|f| format!("{f}.ftlock")))
+        .and_then(|d| d.file.as_ref())
+        // A LUN's lock is its own reservation.
+        .map(|f| if f.starts_with("iscsi://") { f.clone() } else { format!("{f}.ftlock") })
         .ok_or_else(|| {
             "-ft needs a lock on shared storage: the machine has no writable disk image, so give lock=PATH"
                 .into()
@@ -334,7 +351,13 @@ fn common(
     shared: &Arc<Shared>,
     events: &Events,
 ) -> Result<Arc<Common>, String> {
-    let lock = FileLock::new(lock_path(&ft, blueprint)?);
+    let path = lock_path(&ft, blueprint)?;
+    let fail = |e: std::io::Error| format!("-ft: the lock '{}': {e}", ftvm_block::iscsi::hide_secret(&path));
+    let lock: Arc<dyn Arbiter> = if path.starts_with("iscsi://") {
+        Arc::new(LunArbiter::open(&path, ftvm_block::iscsi::hide_secret(&path)).map_err(fail)?)
+    } else {
+        Arc::new(FileLock::new(&path).map_err(fail)?)
+    };
     Ok(Arc::new(Common {
         config: ft,
         lock,
@@ -391,7 +414,7 @@ fn prepare_backup(
         Err(e) => return Err(text(&joined.refuse(e))),
     };
     start_monitors(config, &control)?;
-    let received = joined.receive(&common.lock, &mut machine).map_err(|e| text(&e))?;
+    let received = joined.receive(common.lock.as_ref(), &mut machine).map_err(|e| text(&e))?;
     // Networks are opened now, so that a wrong name is found now; frames are taken when live.
     attach_nets(&blueprint, &outside, &events)?;
     let drives = blueprint.config.drives.clone();
@@ -399,8 +422,9 @@ fn prepare_backup(
         for (i, drive) in drives.iter().enumerate() {
             let image = open_live(drive, true, true);
             if let Some(image) = image.map_err(|e| e.to_string())? {
-                let worker =
-                    DiskWorker::start(&drive.id, image, true, events.clone()).map_err(|e| e.to_string())?;
+                let settings = queue_settings(drive, true);
+                let worker = DiskWorker::start(i, &drive.id, image, settings, events.clone())
+                    .map_err(|e| e.to_string())?;
                 outside.attach_disk(i, worker);
             }
         }
@@ -415,6 +439,7 @@ fn prepare_backup(
         adaptive: blueprint.config.icount.shift.is_none(),
     };
     let mut runtime = Runtime::new(machine, outside, Arc::clone(shared), events, receiver, options);
+    runtime.errors.drives = error_policies(&blueprint);
     runtime.ft = Some(side);
     Ok(Prepared::Live(Box::new(runtime)))
 }

@@ -43,6 +43,8 @@ pub enum RunState {
     InMigrate,
     InternalError,
     GuestPanicked,
+    /// A disk request failed and the drive's policy is to stop.
+    IoError,
 }
 
 impl RunState {
@@ -56,6 +58,7 @@ impl RunState {
             RunState::InMigrate => "inmigrate",
             RunState::InternalError => "internal-error",
             RunState::GuestPanicked => "guest-panicked",
+            RunState::IoError => "io-error",
         }
     }
 }

@@ -9,6 +9,7 @@ use ftvm_devices::{DiskOp, Input, MachineRequest, Output};
 use serde_json::{json, Value};
 
 use super::control::{Command, RunState, Shared};
+use super::disk_errors::DiskErrors;
 use super::ft::FtSide;
 use super::pace::Pacer;
 use super::record::{Player, Recorder};
@@ -51,6 +52,7 @@ pub struct Runtime {
     pub options: RunOptions,
     pub sink: Sink,
     pub ft: Option<FtSide>,
+    pub errors: DiskErrors,
     pacer: Pacer,
     chunk: u64,
     next_hash_ns: u64,
@@ -82,6 +84,7 @@ impl Runtime {
             options,
             sink: Sink::None,
             ft: None,
+            errors: DiskErrors::default(),
             pacer,
             chunk: 20_000,
             next_hash_ns: 0,
@@ -148,6 +151,9 @@ impl Runtime {
         let stamp = self.machine.stamp();
         self.log_input(stamp, &input);
         self.machine.apply(&input);
+        if let MachineInput::Device(Input::DiskDone { result: Ok(data), .. }) = input {
+            ftvm_block::buffers::give(data);
+        }
         self.route_outputs();
     }
 
@@ -211,6 +217,10 @@ impl Runtime {
                 None
             }
             Event::Command(Command::Ft(wish)) => super::ft::wish(self, wish),
+            Event::DiskFailed(failure) => {
+                self.disk_failed(failure);
+                None
+            }
             Event::Command(command) => {
                 self.command(command);
                 None
@@ -227,6 +237,7 @@ impl Runtime {
                 self.set_running(false, RunState::Paused);
             }
             Command::Cont if self.machine.is_paused() => {
+                self.retry_failed();
                 self.input(MachineInput::Paused(false));
                 self.shutdown = false;
                 self.restart_pace();
@@ -425,6 +436,8 @@ impl Runtime {
     /// An event while following: the world's inputs come from the log, so those of this host are dropped.
     pub fn follow_event(&mut self, event: Event) -> Option<Outcome> {
         match event {
+            // A backup has no disks.
+            Event::DiskFailed(_) => None,
             Event::Input(_) => None,
             Event::Command(command) => {
                 log::warn!("{command:?} on a backup has no effect: give it to the primary");

@@ -14,7 +14,7 @@ use crate::host::Outside;
 use crate::lockstep::backup::{Action, Backup, Phase};
 use crate::lockstep::log::Entry;
 use crate::lockstep::wire::{Epoch, Message};
-use crate::lockstep::{Arbiter, Side};
+use crate::lockstep::Side;
 use crate::machine::Stamp;
 use crate::runtime::control::{Failover, RunState};
 use crate::runtime::live::{follow_entry, is_held, Followed, Runtime};

@@ -10,7 +10,7 @@ use super::{Common, FtEvent, FtSide, Role};
 use crate::lockstep::backup::Backup;
 use crate::lockstep::primary::Timing;
 use crate::lockstep::wire::{self, Epoch, Message, WireError, PROTOCOL};
-use crate::lockstep::{Arbiter, FileLock, Side};
+use crate::lockstep::{Arbiter, Side};
 use crate::machine::{Machine, MachineState, Stamp};
 use crate::runtime::Event;
 
@@ -84,8 +84,8 @@ impl Joined {
     }
 
     /// Make the claim, take memory and state into `machine`.
-    pub fn receive(mut self, lock: &FileLock, machine: &mut Machine) -> Result<Received, JoinError> {
-        let shown = lock.path().display().to_string();
+    pub fn receive(mut self, lock: &dyn Arbiter, machine: &mut Machine) -> Result<Received, JoinError> {
+        let shown = lock.describe();
         let claimed = lock.sees_peer(&self.epoch, Side::Backup).and_then(|seen| {
             if seen {
                 lock.claim(&self.epoch, Side::Backup)?;

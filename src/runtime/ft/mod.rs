@@ -22,7 +22,7 @@ use crate::cli::ft::FtConfig;
 use crate::host::Outside;
 use crate::lockstep::primary::{Primary, Timing};
 use crate::lockstep::wire::{Epoch, Message};
-use crate::lockstep::{Arbiter, FileLock, Side, Verdict};
+use crate::lockstep::{Arbiter, Side, Verdict};
 use crate::machine::{Stamp, StateHash};
 
 /// News of the pair for the machine thread.
@@ -44,7 +44,7 @@ pub enum FtEvent {
 /// What is shared by both roles.
 pub struct Common {
     pub config: FtConfig,
-    pub lock: FileLock,
+    pub lock: Arc<dyn Arbiter>,
     pub shared: Arc<Shared>,
     pub events: Events,
     /// What a backup is told of the machine (a serialized blueprint).
@@ -69,8 +69,8 @@ impl Common {
 
     /// Ask the lock on a thread of its own until it answers.
     pub fn arbitrate(&self, epoch: Epoch, side: Side) {
-        let (lock, events) = (self.lock.clone(), self.events.clone());
-        log::warn!("ft: the peer is suspected; asking the lock {}", lock.path().display());
+        let (lock, events) = (Arc::clone(&self.lock), self.events.clone());
+        log::warn!("ft: the peer is suspected; asking the lock {}", lock.describe());
         let spawned = std::thread::Builder::new().name("ft-lock".into()).spawn(move || loop {
             match lock.try_win(&epoch, side) {
                 Ok(verdict) => {

@@ -12,7 +12,7 @@ use super::link::{Link, Pulse};
 use super::{Common, FtEvent, Role};
 use crate::lockstep::primary::{Action, Phase, Primary};
 use crate::lockstep::wire::{self, Epoch, Message, WireError, PROTOCOL};
-use crate::lockstep::{Arbiter, Side, Verdict};
+use crate::lockstep::{Side, Verdict};
 use crate::machine::Stamp;
 use crate::runtime::control::{Failover, FtWish};
 use crate::runtime::live::Runtime;
@@ -269,7 +269,7 @@ fn prepare(
     };
     let epoch = Epoch { number, token: super::token()? };
     if let Err(e) = common.lock.claim(&epoch, Side::Primary) {
-        let reason = format!("the primary cannot make the lock '{}': {e}", common.lock.path().display());
+        let reason = format!("the primary cannot make the lock '{}': {e}", common.lock.describe());
         std::io::Write::write_all(&mut stream, &wire::encode(&Message::Refuse { reason: reason.clone() })?)?;
         return Err(WireError::Format(reason));
     }
