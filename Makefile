@@ -1,7 +1,7 @@
 # ftvm: the two commands are `make demo` and `make test`.
 CARGO ?= cargo
 
-.PHONY: all setup build guests demo test soak clean
+.PHONY: all setup build guests demo test soak deb rpm clean
 
 all: build
 
@@ -29,6 +29,13 @@ test: setup
 # 100 failovers under load (FTVM_SOAK_ROUNDS to change).
 soak: setup build guests
 	target/release/soak
+
+# Packages of the release build, in build/; lintian and rpmlint have their say.
+deb: setup build
+	packaging/deb.sh
+
+rpm: setup build
+	packaging/rpm.sh
 
 clean:
 	$(CARGO) clean

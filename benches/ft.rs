@@ -1,16 +1,21 @@
 //! What fault tolerance costs: the same guest work alone, unprotected (`-ft primary` without a backup) and
-//! protected (a backup follows on the same two cores), in turn, as ratios of medians.
+//! protected (a backup follows on the same two cores), in turn, as ratios of medians. Because both hosts share one
+//! machine here, a third figure tells what that alone costs: unprotected, while a second machine does the same work.
 //!
 //! `cargo bench --bench ft`; FTVM_BENCH_ROUNDS (default 3). The figures of the paper (Table 1: 0.94 to 0.99,
 //! 1.5 to 18 Mbit/s) stand beside.
 
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use ftvm_harness::client::{get, Line};
 use ftvm_harness::hosts::{become_root, GUEST};
 use ftvm_harness::pair::{Guest, Pair};
-use ftvm_harness::Result;
+use ftvm_harness::vm::Vm;
+use ftvm_harness::{guests, Result};
 
 /// (name, command in the guest)
 const WORK: &[(&str, &str)] = &[
@@ -29,85 +34,152 @@ fn median(mut v: Vec<f64>) -> f64 {
 struct Row {
     name: String,
     off: Vec<f64>,
+    beside: Vec<f64>,
     on: Vec<f64>,
     mbps: Vec<f64>,
 }
 
-fn measure(pair: &mut Pair, name: &str, work: &mut dyn FnMut() -> Result<()>) -> Result<(f64, f64)> {
+/// How the machine runs.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Mode {
+    Off,
+    /// Unprotected, with a second machine that does the same.
+    Beside,
+    On,
+}
+
+fn at(port: u16) -> SocketAddr {
+    SocketAddr::new(GUEST.parse().unwrap_or([0, 0, 0, 0].into()), port)
+}
+
+/// Do a row's work; the sessions of the machine and of its HTTP server are given by address.
+fn work(row: usize, line: &mut Line, http: SocketAddr) -> Result<()> {
+    if let Some((name, command)) = WORK.get(row) {
+        return match line.ask(&format!("run {command}"))?.0.starts_with("0 ") {
+            true => Ok(()),
+            false => Err(format!("{name}: the command failed in the guest")),
+        };
+    }
+    match row - WORK.len() {
+        0 => (0..150).try_for_each(|_| get(http).map(|_| ()).map_err(|e| e.to_string())),
+        1 => (0..300).try_for_each(|_| line.ask("inc").map(|_| ())),
+        _ => {
+            std::thread::sleep(Duration::from_secs(10));
+            Ok(())
+        }
+    }
+}
+
+/// Seconds that a row took, and log megabits a second.
+fn measure(pair: &mut Pair, row: usize, line: &mut Line) -> Result<(f64, f64)> {
     let before = pair.qmp()?.ft()?["log-bytes"].as_u64().unwrap_or(0);
     let start = Instant::now();
-    work().map_err(|e| format!("{name}: {e}"))?;
+    work(row, line, at(80))?;
     let took = start.elapsed().as_secs_f64();
     std::thread::sleep(Duration::from_millis(200));
     let after = pair.qmp()?.ft()?["log-bytes"].as_u64().unwrap_or(0);
     Ok((took, after.saturating_sub(before) as f64 * 8.0 / took / 1e6))
 }
 
+/// A second machine, unprotected, that does the rows over and over.
+struct Second {
+    row: Arc<AtomicUsize>,
+    thread: Option<JoinHandle<Result<()>>>,
+    vm: Vm,
+}
+
+const STOP: usize = usize::MAX;
+const REST: usize = usize::MAX - 1;
+
+impl Second {
+    fn start(pair: &Pair) -> Result<Second> {
+        let image = pair.scratch.path("second.qcow2");
+        std::fs::copy(guests::debian()?, &image).map_err(|e| e.to_string())?;
+        let drive = format!("file={image},if=virtio");
+        let nic = "user,model=virtio,hostfwd=tcp:127.0.0.1:17000-:7000,hostfwd=tcp:127.0.0.1:10080-:80";
+        let command = std::process::Command::new(guests::ftvm()?);
+        let args = ["-m", "512M", "-drive", &drive, "-nic", nic];
+        let mut vm = Vm::start(command, &pair.scratch, "second", &args)?;
+        vm.wait_console("GUEST READY", Duration::from_secs(900))?;
+        let row = Arc::new(AtomicUsize::new(REST));
+        let wanted = Arc::clone(&row);
+        let thread = std::thread::spawn(move || {
+            let mut line = Line::connect(SocketAddr::from(([127, 0, 0, 1], 17000)))?;
+            loop {
+                match wanted.load(Ordering::Relaxed) {
+                    STOP => return Ok(()),
+                    REST => std::thread::sleep(Duration::from_millis(5)),
+                    row => work(row, &mut line, SocketAddr::from(([127, 0, 0, 1], 10080)))?,
+                }
+            }
+        });
+        Ok(Second { row, thread: Some(thread), vm })
+    }
+
+    fn stop(mut self) -> Result<()> {
+        self.row.store(STOP, Ordering::Relaxed);
+        let ended = self.thread.take().map(JoinHandle::join);
+        self.vm.kill();
+        ended.map_or(Ok(()), |r| r.map_err(|_| "the second machine's client panicked".to_owned())?)
+    }
+}
+
 fn bench() -> Result<()> {
     let rounds = std::env::var("FTVM_BENCH_ROUNDS").ok().and_then(|r| r.parse().ok()).unwrap_or(3usize);
     eprintln!("booting Debian ...");
     let mut pair = Pair::start("bench", Guest::Debian, "")?;
+    let second = Second::start(&pair)?;
     pair.net.enter_client()?;
-    let at = |port: u16| SocketAddr::new(GUEST.parse().unwrap_or([0, 0, 0, 0].into()), port);
     let mut line = Line::connect(at(7000))?;
-    let mut rows: Vec<Row> = WORK
-        .iter()
-        .map(|(n, _)| (*n).to_owned())
-        .chain([
-            "HTTP (nginx, 150 requests)".into(),
-            "request latency (TCP, 300)".into(),
-            "idle (10 s)".into(),
-        ])
-        .map(|name| Row { name, off: vec![], on: vec![], mbps: vec![] })
+    let names = WORK.iter().map(|(n, _)| *n).chain([
+        "HTTP (nginx, 150 requests)",
+        "request latency (TCP, 300)",
+        "idle (10 s)",
+    ]);
+    let mut rows: Vec<Row> = names
+        .map(|name| Row { name: name.into(), off: vec![], beside: vec![], on: vec![], mbps: vec![] })
         .collect();
-    for (_, command) in WORK {
-        line.ask(&format!("run {command}"))?;
+    for row in 0..WORK.len() {
+        work(row, &mut line, at(80))?;
     }
     for round in 0..rounds {
-        for protected in [false, true] {
-            if protected {
+        for mode in [Mode::Off, Mode::Beside, Mode::On] {
+            if mode == Mode::On {
                 pair.protect()?;
                 std::thread::sleep(Duration::from_secs(2));
             }
             for (i, row) in rows.iter_mut().enumerate() {
-                let mut work: Box<dyn FnMut() -> Result<()>> = match i {
-                    i if i < WORK.len() => {
-                        let command = WORK[i].1;
-                        let line = &mut line;
-                        Box::new(move || match line.ask(&format!("run {command}"))?.0.starts_with("0 ") {
-                            true => Ok(()),
-                            false => Err("the command failed in the guest".into()),
-                        })
+                if mode == Mode::Beside {
+                    second.row.store(i, Ordering::Relaxed);
+                    std::thread::sleep(Duration::from_millis(100));
+                }
+                let (took, mbps) = measure(&mut pair, i, &mut line)?;
+                second.row.store(REST, Ordering::Relaxed);
+                match mode {
+                    Mode::Off => row.off.push(took),
+                    Mode::Beside => row.beside.push(took),
+                    Mode::On => {
+                        row.on.push(took);
+                        row.mbps.push(mbps);
                     }
-                    i if i == WORK.len() => Box::new(|| {
-                        (0..150).try_for_each(|_| get(at(80)).map(|_| ()).map_err(|e| e.to_string()))
-                    }),
-                    i if i == WORK.len() + 1 => {
-                        let line = &mut line;
-                        Box::new(move || (0..300).try_for_each(|_| line.ask("inc").map(|_| ())))
-                    }
-                    _ => Box::new(|| {
-                        std::thread::sleep(Duration::from_secs(10));
-                        Ok(())
-                    }),
-                };
-                let (took, mbps) = measure(&mut pair, &row.name.clone(), &mut work)?;
-                if protected {
-                    row.on.push(took);
-                    row.mbps.push(mbps);
-                } else {
-                    row.off.push(took);
                 }
             }
-            eprintln!("round {round}, protected {protected}: done");
+            eprintln!("round {round}, {mode:?}: done");
         }
         pair.kill_backup()?;
     }
-    println!("| work | FT off (s) | FT on (s) | off/on | log (Mbit/s) |");
-    println!("|---|---|---|---|---|");
+    second.stop()?;
+    println!("| work | FT off (s) | beside another (s) | FT on (s) | off/on | beside/on | log (Mbit/s) |");
+    println!("|---|---|---|---|---|---|---|");
     for row in rows {
-        let (off, on) = (median(row.off), median(row.on));
-        println!("| {} | {off:.2} | {on:.2} | {:.2} | {:.2} |", row.name, off / on, median(row.mbps));
+        let (off, beside, on) = (median(row.off), median(row.beside), median(row.on));
+        println!(
+            "| {} | {off:.2} | {beside:.2} | {on:.2} | {:.2} | {:.2} | {:.2} |",
+            row.name,
+            off / on,
+            beside / on,
+            median(row.mbps)
+        );
     }
     pair.finish(false)
 }

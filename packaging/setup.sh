@@ -26,6 +26,10 @@ need fdisk sfdisk
 need grub-common grub-mkimage
 need grub-pc-bin /usr/lib/grub/i386-pc/boot.img
 need iproute2 ip
+need openssh-client ssh
+need lintian lintian
+need rpm rpmbuild
+need rpmlint rpmlint
 need ipxe /usr/lib/ipxe/ipxe.lkrn
 need memtest86+ /boot/memtest86+x64.bin
 [ -z "$missing" ] && exit 0

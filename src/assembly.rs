@@ -9,7 +9,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use ftvm_accel::model::CpuModel;
 use ftvm_accel::tcg::SoftCpu;
 use ftvm_accel::{ApicMessage, GuestMemory, Processor};
-use ftvm_block::{Image, OpenOptions};
+use ftvm_block::{Image, OpenOptions, Reserve};
 use ftvm_devices::{
     DeviceError, DeviceSpec, DriveSpec, InitrdFile, Input, KernelImages, MachineRequest, NicSpec, Output, Pc,
     PcConfig, SerialSpec,
@@ -47,7 +47,8 @@ pub enum BuildError {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Blueprint {
     pub pc: PcConfig,
-    pub cpu_model: String,
+    /// What `-cpu` names, with the features that it has (of the primary's choice, where its host decides).
+    pub cpu_model: CpuModel,
     pub ns_per_instruction: f64,
     /// The command line's view, for what belongs to a host (files, interfaces) and for comparing.
     pub config: MachineConfig,
@@ -116,6 +117,7 @@ pub fn open_options(drive: &DriveConfig) -> OpenOptions {
         no_flush: drive.cache == Cache::Unsafe,
         discard: drive.discard,
         detect_zeroes: drive.detect_zeroes,
+        reserve: Reserve::No,
     }
 }
 
@@ -154,8 +156,16 @@ pub fn open_live(
     pair: bool,
     over_stalled: bool,
 ) -> Result<Option<Box<dyn Image>>, BuildError> {
-    let options = open_options(drive);
+    let mut options = open_options(drive);
     let Some(path) = drive.file.as_deref().map(Path::new) else { return Ok(None) };
+    if pair && is_lun(path) {
+        // The target refuses everybody else's writes from here on.
+        let mut random = [0u8; 8];
+        random.copy_from_slice(&seed()?[..8]);
+        let key = crate::lockstep::lun_lock::alone(&format!("{:x}", u64::from_be_bytes(random)));
+        options.reserve = if over_stalled { Reserve::Seize(key) } else { Reserve::Free(key) };
+        return open_drive(drive, &options);
+    }
     if (drive.read_only || drive.snapshot) && ftvm_block::takeover::has_overlays(path) {
         return Err(BuildError::Plain(format!(
             "drive '{}': a takeover has left data in '{}.ft1'; open the image for writing once, so that it is merged",
@@ -171,12 +181,26 @@ pub fn open_live(
         .map_err(|source| BuildError::Drive { path: path.display().to_string(), source })
 }
 
+fn is_lun(path: &Path) -> bool {
+    path.to_str().is_some_and(|p| p.starts_with("iscsi://"))
+}
+
 /// A backup must see the primary's byte locks on a writable image: they tell, after a takeover, whether the
 /// old primary is gone or only stalled.
 pub fn check_shared(drive: &DriveConfig) -> Result<(), String> {
     let Some(path) = drive.file.as_deref().filter(|_| !drive.read_only && drive.locking) else {
         return Ok(());
     };
+    if is_lun(Path::new(path)) {
+        let fail = |e| format!("drive '{}': {e}", drive.id);
+        let held = ftvm_block::iscsi::LunLock::open(path).and_then(|l| l.holder()).map_err(fail)?;
+        return held.map(|_| ()).ok_or_else(|| {
+            format!(
+                "drive '{}': the primary's reservation of the LUN is not seen here: it is another LUN",
+                drive.id
+            )
+        });
+    }
     match ftvm_block::takeover::is_held(Path::new(path)) {
         Ok(true) => Ok(()),
         Ok(false) => Err(format!(
@@ -198,6 +222,8 @@ impl Blueprint {
                 chars.push(dev.clone());
             }
         }
+        let given = config;
+        let mut config = given.clone();
         let mut drives = Vec::new();
         let mut devices: Vec<DeviceSpec> = Vec::new();
         for (i, (d, size)) in config.drives.iter().zip(sizes).enumerate() {
@@ -246,7 +272,7 @@ impl Blueprint {
                 ..DeviceSpec::default()
             });
         }
-        for d in &config.devices {
+        for d in &given.devices {
             let mut spec = DeviceSpec { driver: d.driver.clone(), id: d.id.clone(), ..DeviceSpec::default() };
             for (key, value) in &d.props {
                 spec.properties.insert(key.clone(), value.clone());
@@ -258,6 +284,13 @@ impl Blueprint {
                     Some(at.ok_or_else(|| {
                         fail(format!("Property '{}.drive' can't find value '{name}'", d.driver))
                     })? as u32);
+            }
+            let (werror, rerror) = (spec.properties.remove("werror"), spec.properties.remove("rerror"));
+            if werror.is_some() || rerror.is_some() {
+                let drive = spec.drive.and_then(|i| config.drives.get_mut(i as usize));
+                let drive = drive.ok_or_else(|| fail("Property 'werror' needs a drive".into()))?;
+                let set = drive.on_error.set(werror.as_deref(), rerror.as_deref());
+                set.map_err(|e| fail(e.to_string()))?;
             }
             if let Some(name) = spec.properties.get("netdev") {
                 if !config.netdevs.iter().any(|n| &n.id == name) {
@@ -355,25 +388,29 @@ impl Blueprint {
             devices,
             random_seed: seed()?,
         };
+        let cpu_model = CpuModel::parse(&config.cpu_model)
+            .map_err(|e| BuildError::Cpu(config.cpu_model.clone(), e.to_string()))?;
+        // The default's SVM is not worth a word each time.
+        if !cpu_model.missing().is_empty() && config.cpu_model != "qemu64" {
+            let missing = cpu_model.missing().join(" ");
+            log::warn!(
+                "CPU model '{}' without what the processor does not have: {missing}",
+                config.cpu_model
+            );
+        }
         let ns_per_instruction = config.icount.shift.map_or(DEFAULT_RATE, |s| f64::from(1u32 << s));
-        Ok(Blueprint {
-            pc,
-            cpu_model: config.cpu_model.clone(),
-            ns_per_instruction,
-            config: config.clone(),
-            chars,
-        })
+        Ok(Blueprint { pc, cpu_model, ns_per_instruction, config, chars })
     }
 
     /// Build the machine.
     pub fn build(&self) -> Result<Machine, BuildError> {
-        let model = CpuModel::parse(&self.cpu_model)
-            .map_err(|e| BuildError::Cpu(self.cpu_model.clone(), e.to_string()))?;
+        let model = &self.cpu_model;
+        model.check_host().map_err(|e| BuildError::Cpu(model.name().to_owned(), e.to_string()))?;
         let mem = GuestMemory::new(self.pc.ram_size)?;
         mem.set_firmware(self.pc.firmware.clone())?;
         let pc = Pc::new(self.pc.clone(), &mem)?;
         let cpus = (0..self.pc.cpus)
-            .map(|i| Box::new(SoftCpu::new(i, self.pc.cpus, &model)) as Box<dyn Processor>)
+            .map(|i| Box::new(SoftCpu::new(i, self.pc.cpus, model)) as Box<dyn Processor>)
             .collect();
         Ok(Machine::new(cpus, Box::new(PcChipset(pc)), mem, self.ns_per_instruction))
     }
@@ -396,7 +433,7 @@ impl Blueprint {
         format!(
             "memory: {memory} MiB\nprocessors: {cpus}\ncpu: {}\nfirmware: {firmware:08x}\nkernel: {kernel}\n\
              devices: {devices}\ndrives: {drives}\nboard: {pc:?}",
-            self.cpu_model
+            self.cpu_model.describe()
         )
     }
 

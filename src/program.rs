@@ -13,11 +13,12 @@ use ftvm_qmp::{serve_listener, Hub, Listener};
 
 use crate::assembly::{check_shared, open_drive, open_live, open_net, open_options, Blueprint};
 use crate::cli::config::{format_uuid, Monitor};
+use crate::cli::drive::{Cache, DriveConfig, ErrorPolicy};
 use crate::cli::{Char, Config, Request};
 use crate::host::chars::{self, CharSink, Escape, EscapeFilter};
 use crate::host::disk::DiskWorker;
 use crate::host::{net_receiver, signals, Outside};
-use crate::lockstep::FileLock;
+use crate::lockstep::{Arbiter, FileLock, LunArbiter};
 use crate::machine::MachineInput;
 use crate::runtime::control::{Control, RunState, Shared};
 use crate::runtime::ft::{join, Common, FtSide, HostSide};
@@ -36,6 +37,7 @@ pub fn main(args: &[String]) -> i32 {
         Err(e) => return fail(&e.to_string()),
     };
     let outcome = start(&config);
+    ftvm_block::iscsi::release_all();
     chars::restore_terminal();
     if let Some(path) = &config.host.pidfile {
         let _ = std::fs::remove_file(path);
@@ -45,16 +47,37 @@ pub fn main(args: &[String]) -> i32 {
         Ok(Outcome::Failed(text)) | Err(text) => fail(&text),
         Ok(Outcome::Again(text)) => {
             eprintln!("ftvm: {text}");
+            // Not in a circle at full speed, should a difference come back each time.
+            std::thread::sleep(std::time::Duration::from_secs(2));
             again(args)
+        }
+        Ok(Outcome::Rejoin(peer)) => {
+            eprintln!("ftvm: the machine lives at {peer}; this side becomes its backup");
+            again(&as_backup_of(peer, args))
         }
     }
 }
 
-/// Start this program anew in its place: a backup whose state differed joins its primary again.
+/// These arguments, with an `-ft` that joins the primary at `peer`.
+fn as_backup_of(peer: std::net::SocketAddr, args: &[String]) -> Vec<String> {
+    let mut out = Vec::with_capacity(args.len());
+    let mut ft = false;
+    for arg in args {
+        if !std::mem::replace(&mut ft, matches!(arg.as_str(), "-ft" | "--ft")) {
+            out.push(arg.clone());
+            continue;
+        }
+        // What belongs to this host or to the pair stays.
+        let own = |p: &&str| ["listen=", "lock=", "max-lag="].iter().any(|k| p.starts_with(k));
+        let rest: String = arg.split(',').filter(own).map(|p| format!(",{p}")).collect();
+        out.push(format!("backup,peer={peer}{rest}"));
+    }
+    out
+}
+
+/// Start this program anew in its place.
 fn again(args: &[String]) -> i32 {
     use std::os::unix::process::CommandExt;
-    // Not in a circle at full speed, should the difference come back each time.
-    std::thread::sleep(std::time::Duration::from_secs(2));
     let error = std::process::Command::new("/proc/self/exe").args(args).exec();
     fail(&format!("cannot start anew: {error}"))
 }
@@ -241,17 +264,16 @@ fn prepare(config: &Config, events: Events, receiver: Receiver<Event>) -> Result
     let machine = blueprint.build().map_err(|e| text(&e))?;
     let (outside, control) = open_outside(&blueprint, &shared, &events)?;
     attach_nets(&blueprint, &outside, &events)?;
-    let durable = |d: &crate::cli::drive::DriveConfig| {
-        config.host.ft.is_some()
-            || matches!(
-                d.cache,
-                crate::cli::drive::Cache::Writethrough | crate::cli::drive::Cache::DirectSync
-            )
-    };
     for (i, (image, drive)) in images.into_iter().zip(&config.machine.drives).enumerate() {
         if let Some(image) = image {
-            let worker =
-                DiskWorker::start(&drive.id, image, durable(drive), events.clone()).map_err(|e| text(&e))?;
+            let worker = DiskWorker::start(
+                i,
+                &drive.id,
+                image,
+                queue_settings(drive, config.host.ft.is_some()),
+                events.clone(),
+            )
+            .map_err(|e| text(&e))?;
             outside.attach_disk(i, worker);
         }
     }
@@ -271,6 +293,7 @@ fn prepare(config: &Config, events: Events, receiver: Receiver<Event>) -> Result
     };
     let mut runtime = Runtime::new(machine, outside, shared, events, receiver, options);
     runtime.ft = ft;
+    runtime.errors.drives = error_policies(&blueprint);
     if let Some(path) = &config.machine.icount.record {
         let header = Header {
             version: env!("CARGO_PKG_VERSION").into(),
@@ -291,6 +314,19 @@ fn prepare(config: &Config, events: Events, receiver: Receiver<Event>) -> Result
     Ok(Prepared::Live(Box::new(runtime)))
 }
 
+/// How a drive's queue serves; in a pair every write is durable before the guest is told.
+fn queue_settings(drive: &DriveConfig, pair: bool) -> ftvm_block::queue::Settings {
+    ftvm_block::queue::Settings {
+        durable: pair || matches!(drive.cache, Cache::Writethrough | Cache::DirectSync),
+        limits: drive.limits,
+    }
+}
+
+/// Each drive's name and what its errors do.
+fn error_policies(blueprint: &Blueprint) -> Vec<(String, ErrorPolicy)> {
+    blueprint.config.drives.iter().map(|d| (d.id.clone(), d.on_error)).collect()
+}
+
 fn lock_path(ft: &crate::cli::ft::FtConfig, blueprint: &Blueprint) -> Result<String, String> {
     if let Some(path) = &ft.lock {
         return Ok(path.clone());
@@ -300,7 +336,9 @@ fn lock_path(ft: &crate::cli::ft::FtConfig, blueprint: &Blueprint) -> Result<Str
         .drives
         .iter()
         .find(|d| !d.read_only && d.file.is_some())
-        .and_then(|d| d.file.as_ref().map(|f| format!("{f}.ftlock")))
+        .and_then(|d| d.file.as_ref())
+        // A LUN's lock is its own reservation.
+        .map(|f| if f.starts_with("iscsi://") { f.clone() } else { format!("{f}.ftlock") })
         .ok_or_else(|| {
             "-ft needs a lock on shared storage: the machine has no writable disk image, so give lock=PATH"
                 .into()
@@ -313,7 +351,13 @@ fn common(
     shared: &Arc<Shared>,
     events: &Events,
 ) -> Result<Arc<Common>, String> {
-    let lock = FileLock::new(lock_path(&ft, blueprint)?);
+    let path = lock_path(&ft, blueprint)?;
+    let fail = |e: std::io::Error| format!("-ft: the lock '{}': {e}", ftvm_block::iscsi::hide_secret(&path));
+    let lock: Arc<dyn Arbiter> = if path.starts_with("iscsi://") {
+        Arc::new(LunArbiter::open(&path, ftvm_block::iscsi::hide_secret(&path)).map_err(fail)?)
+    } else {
+        Arc::new(FileLock::new(&path).map_err(fail)?)
+    };
     Ok(Arc::new(Common {
         config: ft,
         lock,
@@ -334,7 +378,7 @@ fn prepare_backup(
     let text = |e: &dyn std::fmt::Display| e.to_string();
     let peer = ft.peer.clone().unwrap_or_default();
     shared.set_state(RunState::InMigrate);
-    let joined = join(&peer).map_err(|e| text(&e))?;
+    let joined = join(&peer, &ft.listen).map_err(|e| text(&e))?;
     let mut blueprint: Blueprint = match postcard::from_bytes(&joined.config) {
         Ok(b) => b,
         Err(e) => {
@@ -370,7 +414,7 @@ fn prepare_backup(
         Err(e) => return Err(text(&joined.refuse(e))),
     };
     start_monitors(config, &control)?;
-    let received = joined.receive(&common.lock, &mut machine).map_err(|e| text(&e))?;
+    let received = joined.receive(common.lock.as_ref(), &mut machine).map_err(|e| text(&e))?;
     // Networks are opened now, so that a wrong name is found now; frames are taken when live.
     attach_nets(&blueprint, &outside, &events)?;
     let drives = blueprint.config.drives.clone();
@@ -378,8 +422,9 @@ fn prepare_backup(
         for (i, drive) in drives.iter().enumerate() {
             let image = open_live(drive, true, true);
             if let Some(image) = image.map_err(|e| e.to_string())? {
-                let worker =
-                    DiskWorker::start(&drive.id, image, true, events.clone()).map_err(|e| e.to_string())?;
+                let settings = queue_settings(drive, true);
+                let worker = DiskWorker::start(i, &drive.id, image, settings, events.clone())
+                    .map_err(|e| e.to_string())?;
                 outside.attach_disk(i, worker);
             }
         }
@@ -394,6 +439,7 @@ fn prepare_backup(
         adaptive: blueprint.config.icount.shift.is_none(),
     };
     let mut runtime = Runtime::new(machine, outside, Arc::clone(shared), events, receiver, options);
+    runtime.errors.drives = error_policies(&blueprint);
     runtime.ft = Some(side);
     Ok(Prepared::Live(Box::new(runtime)))
 }

@@ -17,6 +17,8 @@ mod native;
 mod soft;
 #[path = "differential/soft_state.rs"]
 mod soft_state;
+#[path = "differential/values.rs"]
+mod values;
 
 use ftvm_accel::tcg::Tier;
 use std::collections::{BTreeMap, BTreeSet};
@@ -43,7 +45,7 @@ fn generated_instructions_agree_with_this_processor() {
         let (mut a, mut b) = (case::Outcome::new(), case::Outcome::new());
         let mut c = case::Outcome::new();
         for n in 0..cases / 4 {
-            let mut rng = generate::Rng(seed.wrapping_mul(0x1_0000_0001) ^ n << 1 ^ (mode as u64) << 60);
+            let mut rng = values::Rng(seed.wrapping_mul(0x1_0000_0001) ^ n << 1 ^ (mode as u64) << 60);
             // Three in four are single instructions, the others sequences.
             let count = if n % 4 == 3 && !single { 2 + rng.below(5) as usize } else { 1 };
             let case = generator.case(&mut rng, count);

@@ -23,11 +23,41 @@ pub enum BlockError {
     Corrupt(String),
 }
 
+/// The number of an error that did not come from the kernel.
+fn by_kind(kind: std::io::ErrorKind) -> i32 {
+    match kind {
+        std::io::ErrorKind::StorageFull => libc::ENOSPC,
+        std::io::ErrorKind::ReadOnlyFilesystem => libc::EROFS,
+        std::io::ErrorKind::TimedOut => libc::ETIMEDOUT,
+        _ => libc::EIO,
+    }
+}
+
+/// The words and the number of an error that several requests share.
+#[derive(Debug, thiserror::Error)]
+#[error("{text}")]
+struct Again {
+    text: String,
+    errno: i32,
+}
+
 impl BlockError {
+    /// The same error for another request that shares its cause.
+    pub fn again(&self) -> BlockError {
+        let kind = std::io::Error::from_raw_os_error(self.errno());
+        BlockError::Io(std::io::Error::new(
+            kind.kind(),
+            Again { text: self.to_string(), errno: self.errno() },
+        ))
+    }
+
     /// The errno that a guest's request fails with.
     pub fn errno(&self) -> i32 {
         match self {
-            BlockError::Io(e) | BlockError::Open { source: e, .. } => e.raw_os_error().unwrap_or(libc::EIO),
+            BlockError::Io(e) | BlockError::Open { source: e, .. } => e.raw_os_error().unwrap_or_else(|| {
+                let again = e.get_ref().and_then(|inner| inner.downcast_ref::<Again>());
+                again.map_or_else(|| by_kind(e.kind()), |a| a.errno)
+            }),
             BlockError::ReadOnly => libc::EROFS,
             BlockError::OutOfRange { .. } => libc::EINVAL,
             _ => libc::EIO,

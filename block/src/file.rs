@@ -5,7 +5,9 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Mutex;
 
+use crate::store::Store;
 use crate::{lock, BlockError, OpenOptions};
 
 /// Alignment of buffers and requests with O_DIRECT.
@@ -19,6 +21,10 @@ pub struct HostFile {
     direct: bool,
     no_flush: bool,
     locked: bool,
+    /// A block device: it does not grow.
+    device: bool,
+    /// Held while the rest of a block is read and written back around a part of it (O_DIRECT).
+    patching: Mutex<()>,
 }
 
 impl Drop for HostFile {
@@ -67,39 +73,9 @@ impl HostFile {
             direct,
             no_flush: options.no_flush || options.read_only,
             locked,
+            device: !meta.is_file(),
+            patching: Mutex::new(()),
         })
-    }
-
-    /// Where the file lies.
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// Length in bytes.
-    pub fn length(&self) -> u64 {
-        self.length.load(Ordering::Relaxed)
-    }
-
-    /// Fill `buf`; what lies past the end reads as zero.
-    pub fn read_at(&self, mut offset: u64, mut buf: &mut [u8]) -> std::io::Result<()> {
-        if self.direct {
-            return self.read_direct(offset, buf);
-        }
-        while !buf.is_empty() {
-            match self.file.read_at(buf, offset) {
-                Ok(0) => {
-                    buf.fill(0);
-                    return Ok(());
-                }
-                Ok(n) => {
-                    offset += n as u64;
-                    buf = &mut buf[n..];
-                }
-                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
-                Err(e) => return Err(e),
-            }
-        }
-        Ok(())
     }
 
     fn read_direct(&self, offset: u64, buf: &mut [u8]) -> std::io::Result<()> {
@@ -121,14 +97,46 @@ impl HostFile {
         buf.copy_from_slice(&area[at..at + buf.len()]);
         Ok(())
     }
+}
 
-    /// Write all of `data`.
-    pub fn write_at(&self, offset: u64, data: &[u8]) -> std::io::Result<()> {
+impl Store for HostFile {
+    fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn length(&self) -> u64 {
+        self.length.load(Ordering::Relaxed)
+    }
+
+    fn read_at(&self, mut offset: u64, mut buf: &mut [u8]) -> std::io::Result<()> {
+        if self.direct {
+            return self.read_direct(offset, buf);
+        }
+        while !buf.is_empty() {
+            match self.file.read_at(buf, offset) {
+                Ok(0) => {
+                    buf.fill(0);
+                    return Ok(());
+                }
+                Ok(n) => {
+                    offset += n as u64;
+                    buf = &mut buf[n..];
+                }
+                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(())
+    }
+
+    fn write_at(&self, offset: u64, data: &[u8]) -> std::io::Result<()> {
         if self.direct {
             let start = offset / ALIGN * ALIGN;
             let end = (offset + data.len() as u64).next_multiple_of(ALIGN);
             let mut bounce = Bounce::new((end - start) as usize);
+            let mut _patching = None;
             if start != offset || end != offset + data.len() as u64 {
+                _patching = self.patching.lock().ok();
                 self.read_direct(start, bounce.slice())?;
             }
             let at = (offset - start) as usize;
@@ -142,8 +150,7 @@ impl HostFile {
         Ok(())
     }
 
-    /// Grow the file so that it has at least `length` bytes; the new ones read as zero.
-    pub fn grow(&self, length: u64) -> std::io::Result<()> {
+    fn grow(&self, length: u64) -> std::io::Result<()> {
         if length > self.length() {
             self.file.set_len(length)?;
             self.length.fetch_max(length, Ordering::Relaxed);
@@ -151,8 +158,11 @@ impl HostFile {
         Ok(())
     }
 
-    /// Make a range read as zero by the file system's own means; false if it has none.
-    pub fn zero_range(&self, offset: u64, len: u64, unmap: bool) -> bool {
+    fn grows_with_zeroes(&self) -> bool {
+        !self.device
+    }
+
+    fn zero_range(&self, offset: u64, len: u64, unmap: bool) -> bool {
         let keep = libc::FALLOC_FL_KEEP_SIZE;
         let call = |mode: i32| {
             // SAFETY: fallocate on our own descriptor takes no pointers.
@@ -161,15 +171,13 @@ impl HostFile {
         unmap && call(libc::FALLOC_FL_PUNCH_HOLE | keep) || call(libc::FALLOC_FL_ZERO_RANGE | keep)
     }
 
-    /// Give a range back to the file system, if it takes it.
-    pub fn punch(&self, offset: u64, len: u64) {
+    fn punch(&self, offset: u64, len: u64) {
         let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
         // SAFETY: fallocate on our own descriptor takes no pointers.
         unsafe { libc::fallocate(self.file.as_raw_fd(), mode, offset as i64, len as i64) };
     }
 
-    /// All that was written is on stable storage when this returns.
-    pub fn sync(&self) -> std::io::Result<()> {
+    fn sync(&self) -> std::io::Result<()> {
         if self.no_flush {
             return Ok(());
         }

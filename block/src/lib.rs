@@ -4,15 +4,24 @@
 //! their own. Requests that overlap in time may be served in any order, so the caller orders those
 //! that touch the same bytes.
 
+pub mod buffers;
 mod error;
 mod file;
+pub mod files;
+pub mod iscsi;
 mod lock;
 pub mod qcow2;
+pub mod queue;
 pub mod raw;
+mod store;
 pub mod takeover;
+mod tcp;
+pub mod throttle;
 
 pub use error::BlockError;
+pub use queue::{Queue, Request};
 use std::path::Path;
+pub use store::Store;
 
 /// A disk image. Offsets and lengths are in bytes.
 pub trait Image: Send + Sync {
@@ -57,6 +66,19 @@ pub struct OpenOptions {
     pub discard: bool,
     /// Turn writes of zeroes into [`Image::write_zeroes`].
     pub detect_zeroes: bool,
+    /// On a LUN: hold its reservation while it is open for writing.
+    pub reserve: Reserve,
+}
+
+/// Whether a LUN is reserved when it is opened for writing, and under which key.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Reserve {
+    #[default]
+    No,
+    /// Only if nobody holds it.
+    Free(u64),
+    /// From whoever holds it.
+    Seize(u64),
 }
 
 impl Default for OpenOptions {
@@ -70,6 +92,7 @@ impl Default for OpenOptions {
             no_flush: false,
             discard: false,
             detect_zeroes: false,
+            reserve: Reserve::No,
         }
     }
 }
@@ -93,7 +116,7 @@ fn open_depth(path: &Path, options: &OpenOptions, depth: u32) -> Result<Box<dyn 
         None | Some("raw" | "qcow2") => {}
         Some(other) => return Err(BlockError::UnknownFormat(other.to_owned())),
     }
-    let file = file::HostFile::open(path, options)?;
+    let file = store::open(path, options)?;
     let mut magic = [0; 4];
     file.read_at(0, &mut magic)?;
     let is_qcow2 = &magic == qcow2::MAGIC;

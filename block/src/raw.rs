@@ -1,28 +1,30 @@
 //! The raw format: the file is the disk.
 
-use std::path::Path;
+use std::sync::Arc;
 
-use crate::file::HostFile;
+use crate::store::Store;
 use crate::{check_range, BlockError, Image, OpenOptions};
 
 /// A raw image on a file or block device.
 pub struct Raw {
-    file: HostFile,
+    file: Arc<dyn Store>,
     size: u64,
     read_only: bool,
     discard: bool,
+    detect_zeroes: bool,
 }
 
 impl Raw {
-    /// Open `path`.
-    pub fn open(path: &Path, options: &OpenOptions) -> Result<Self, BlockError> {
-        Ok(Self::over(HostFile::open(path, options)?, options))
-    }
-
     /// The raw format over an open file.
-    pub fn over(file: HostFile, options: &OpenOptions) -> Self {
+    pub fn over(file: Arc<dyn Store>, options: &OpenOptions) -> Self {
         let size = file.length() / 512 * 512;
-        Raw { file, size, read_only: options.read_only, discard: options.discard }
+        Raw {
+            file,
+            size,
+            read_only: options.read_only,
+            discard: options.discard,
+            detect_zeroes: options.detect_zeroes,
+        }
     }
 }
 
@@ -42,6 +44,9 @@ impl Image for Raw {
     }
     fn write_at(&self, offset: u64, data: &[u8]) -> Result<(), BlockError> {
         check_range(self, offset, data.len() as u64, true)?;
+        if self.detect_zeroes && data.iter().all(|b| *b == 0) {
+            return self.write_zeroes(offset, data.len() as u64, self.discard);
+        }
         Ok(self.file.write_at(offset, data)?)
     }
     fn write_zeroes(&self, offset: u64, len: u64, may_unmap: bool) -> Result<(), BlockError> {

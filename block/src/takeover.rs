@@ -11,7 +11,7 @@
 //! moment leaves each cluster in at least one of both. Then it is removed.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, RwLock};
 
 use crate::qcow2::{create_overlay, Qcow2};
 use crate::{BlockError, Image, OpenOptions};
@@ -50,7 +50,7 @@ pub struct Takeover {
     base: PathBuf,
     size: u64,
     format: &'static str,
-    mode: Mutex<Mode>,
+    mode: RwLock<Mode>,
 }
 
 fn layer(base: &Path, n: u32) -> PathBuf {
@@ -102,7 +102,7 @@ impl Takeover {
         };
         let shared_below = |top: &Path, n: u32| -> Result<Qcow2, BlockError> {
             // What lies below is only read, whoever holds it.
-            let file = crate::file::HostFile::open(top, &layer_options(n))?;
+            let file = crate::store::open(top, &layer_options(n))?;
             let below = OpenOptions { read_only: true, force_share: true, ..layer_options(n - 1) };
             let under = Arc::from(crate::open(&layer(path, n - 1), &below)?);
             Qcow2::over_with(file, &layer_options(n), under)
@@ -136,19 +136,25 @@ impl Takeover {
             base: path.to_owned(),
             size,
             format,
-            mode: Mutex::new(Mode::Top { top, below }),
+            mode: RwLock::new(Mode::Top { top, below }),
         })
     }
 
-    fn with<R>(&self, f: impl FnOnce(&mut Mode) -> Result<R, BlockError>) -> Result<R, BlockError> {
-        let mut mode =
-            self.mode.lock().map_err(|_| BlockError::Corrupt("an earlier request failed badly".into()))?;
-        f(&mut mode)
+    /// Serve a request; many may be here at once.
+    fn with<R>(&self, f: impl FnOnce(&Mode) -> Result<R, BlockError>) -> Result<R, BlockError> {
+        let mode = self.mode.read().map_err(|_| failed())?;
+        f(&mode)
     }
 
     /// One step of the background work: take the layer below over if it is free, or merge a batch.
     fn step(&self) -> Result<bool, BlockError> {
-        self.with(|mode| match mode {
+        if self.with(|mode| Ok(matches!(mode, Mode::Top { below: None, .. } | Mode::Broken)))? {
+            return Ok(false);
+        }
+        // No request is under way while clusters change their place.
+        let mut mode = self.mode.write().map_err(|_| failed())?;
+        let mode = &mut *mode;
+        match mode {
             Mode::Top { below: None, .. } | Mode::Broken => Ok(false),
             Mode::Top { below: Some(below), .. } => {
                 let n = topmost(&self.base);
@@ -210,7 +216,7 @@ impl Takeover {
                 *mode = again.mode.into_inner().unwrap_or(Mode::Broken);
                 Ok(true)
             }
-        })
+        }
     }
 }
 
@@ -292,6 +298,10 @@ impl Image for Takeover {
             true
         })
     }
+}
+
+fn failed() -> BlockError {
+    BlockError::Corrupt("an earlier request failed badly".into())
 }
 
 fn broken() -> BlockError {

@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use ftvm_block::throttle::{Limit, Limits};
+
 use super::keyval::{KeyvalError, Params};
 
 /// The interface a `-drive` is attached to.
@@ -23,11 +25,65 @@ pub enum Cache {
     Unsafe,
 }
 
+/// What happens when a request fails (`werror=`, `rerror=`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum OnError {
+    /// The guest sees the error.
+    Report,
+    /// The guest sees success.
+    Ignore,
+    /// The machine stops; `cont` tries the request again.
+    Stop,
+    /// `Stop` when there is no space left, else `Report`.
+    Enospc,
+}
+
+impl OnError {
+    fn parse(text: &str, read: bool) -> Result<Self, KeyvalError> {
+        Ok(match text {
+            "report" => OnError::Report,
+            "ignore" => OnError::Ignore,
+            "stop" => OnError::Stop,
+            "enospc" if !read => OnError::Enospc,
+            other => {
+                let kind = if read { "read" } else { "write" };
+                return Err(KeyvalError::Other(format!("'{other}' invalid {kind} error action")));
+            }
+        })
+    }
+}
+
+/// What happens when a drive's requests fail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ErrorPolicy {
+    pub write: OnError,
+    pub read: OnError,
+}
+
+impl Default for ErrorPolicy {
+    fn default() -> Self {
+        ErrorPolicy { write: OnError::Enospc, read: OnError::Report }
+    }
+}
+
+impl ErrorPolicy {
+    /// Set what is given (`werror`, `rerror`).
+    pub fn set(&mut self, werror: Option<&str>, rerror: Option<&str>) -> Result<(), KeyvalError> {
+        if let Some(text) = werror.filter(|t| *t != "auto") {
+            self.write = OnError::parse(text, false)?;
+        }
+        if let Some(text) = rerror.filter(|t| *t != "auto") {
+            self.read = OnError::parse(text, true)?;
+        }
+        Ok(())
+    }
+}
+
 /// One drive.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DriveConfig {
     pub id: String,
-    /// The image file; `None` for a CD-ROM drive without a disc.
+    /// The image: a path, `nfs://` or `iscsi://`; `None` for a CD-ROM drive without a disc.
     pub file: Option<String>,
     /// `raw`, `qcow2` or `None` to look at the file.
     pub format: Option<String>,
@@ -43,6 +99,8 @@ pub struct DriveConfig {
     pub serial: Option<String>,
     /// Byte locks as QEMU's (`file.locking=off` turns them off).
     pub locking: bool,
+    pub on_error: ErrorPolicy,
+    pub limits: Limits,
 }
 
 fn next_index(interface: Interface, drives: &[DriveConfig]) -> u32 {
@@ -92,14 +150,36 @@ pub fn from_drive(p: &Params, before: &[DriveConfig]) -> Result<DriveConfig, Key
         "file.filename",
         "file.locking",
         "driver",
+        "cache.direct",
+        "cache.no-flush",
+        "cache.writeback",
+        "throttling.",
+        "file.",
+        "bps",
+        "bps_rd",
+        "bps_wr",
+        "iops",
+        "iops_rd",
+        "iops_wr",
+        "bps_max",
+        "bps_rd_max",
+        "bps_wr_max",
+        "iops_max",
+        "iops_rd_max",
+        "iops_wr_max",
+        "iops_size",
+        "copy-on-read",
     ])?;
-    p.choice("aio", &["threads", "native", "io_uring"])?;
-    for policy in ["werror", "rerror"] {
-        p.choice(policy, &["report", "stop", "enospc", "ignore"])?;
-        if matches!(p.get(policy), Some("stop" | "enospc" | "ignore")) {
-            return Err(KeyvalError::Other(format!("Parameter '{policy}' supports only 'report' here")));
-        }
+    if p.bool("copy-on-read")? == Some(true) {
+        return Err(KeyvalError::Other("copy-on-read=on is not supported".into()));
     }
+    let cache = match p.get("cache") {
+        Some(text) => cache(text)?,
+        None => cache_flags(p)?,
+    };
+    check_aio(p, "aio", cache)?;
+    let mut on_error = ErrorPolicy::default();
+    on_error.set(p.get("werror"), p.get("rerror"))?;
     let interface = match p.get("if") {
         None | Some("ide") => Interface::Ide,
         Some("virtio") => Interface::Virtio,
@@ -126,7 +206,11 @@ pub fn from_drive(p: &Params, before: &[DriveConfig]) -> Result<DriveConfig, Key
     if before.iter().any(|d| d.interface == interface && interface != Interface::None && d.index == index) {
         return Err(KeyvalError::Other(format!("drive with bus=0, unit={index} (index={index}) exists")));
     }
-    let file = p.get("file").or(p.get("file.filename")).filter(|f| !f.is_empty()).map(str::to_owned);
+    let file = match p.get("file") {
+        Some(file) => Some(file.to_owned()),
+        None => nested_file(p)?,
+    };
+    let file = file.filter(|f| !f.is_empty());
     if file.is_none() && !cdrom {
         return Err(KeyvalError::Other("A block device must be specified for \"file\"".into()));
     }
@@ -151,62 +235,170 @@ pub fn from_drive(p: &Params, before: &[DriveConfig]) -> Result<DriveConfig, Key
         cdrom,
         read_only: p.bool("readonly")?.or(p.bool("read-only")?).unwrap_or(cdrom),
         snapshot: p.bool("snapshot")?.unwrap_or(false),
-        cache: p.get("cache").map_or(Ok(Cache::Writeback), cache)?,
-        discard: matches!(p.choice("discard", &["ignore", "off", "unmap", "on"])?, Some("unmap" | "on")),
-        detect_zeroes: matches!(p.choice("detect-zeroes", &["off", "on", "unmap"])?, Some("on" | "unmap")),
+        cache,
+        discard: discard(p)?,
+        detect_zeroes: detect_zeroes(p)?,
         serial: p.get("serial").map(str::to_owned),
         locking: p.choice("file.locking", &["on", "off", "auto"])? != Some("off"),
+        on_error,
+        limits: limits(p)?,
     })
 }
 
+fn cache_flags(p: &Params) -> Result<Cache, KeyvalError> {
+    let (direct, through) =
+        (p.bool("cache.direct")? == Some(true), p.bool("cache.writeback")? == Some(false));
+    Ok(match (p.bool("cache.no-flush")? == Some(true), direct, through) {
+        (true, _, _) => Cache::Unsafe,
+        (_, true, true) => Cache::DirectSync,
+        (_, true, false) => Cache::None,
+        (_, false, true) => Cache::Writethrough,
+        _ => Cache::Writeback,
+    })
+}
+
+fn check_aio(p: &Params, key: &str, cache: Cache) -> Result<(), KeyvalError> {
+    let aio = p.choice(key, &["threads", "native", "io_uring"])?;
+    if aio == Some("native") && !matches!(cache, Cache::None | Cache::DirectSync) {
+        return Err(KeyvalError::Other(
+            "aio=native was specified, but it requires cache.direct=on, which was not specified.".into(),
+        ));
+    }
+    Ok(())
+}
+
+fn discard(p: &Params) -> Result<bool, KeyvalError> {
+    Ok(matches!(p.choice("discard", &["ignore", "off", "unmap", "on"])?, Some("unmap" | "on")))
+}
+
+fn detect_zeroes(p: &Params) -> Result<bool, KeyvalError> {
+    let mode = p.choice("detect-zeroes", &["off", "on", "unmap"])?;
+    if mode == Some("unmap") && !discard(p)? {
+        return Err(KeyvalError::Other(
+            "setting detect-zeroes to unmap is not allowed without setting discard operation to unmap".into(),
+        ));
+    }
+    Ok(matches!(mode, Some("on" | "unmap")))
+}
+
+/// The limits of `throttling.*` and their short forms (`bps`, `iops_rd`, `bps_wr_max`, ...).
+fn limits(p: &Params) -> Result<Limits, KeyvalError> {
+    let mut limits = Limits::default();
+    let mut known = vec!["throttling.iops-size".to_owned()];
+    let mut number = |long: String, short: String| -> Result<u64, KeyvalError> {
+        let value = p.number(&long)?.or(p.number(&short)?).unwrap_or(0);
+        known.push(long);
+        if value > 1_000_000_000_000_000 {
+            return Err(KeyvalError::Other(
+                "bps/iops/max values must be within [0, 1000000000000000]".into(),
+            ));
+        }
+        Ok(value)
+    };
+    for (what, list) in [("bps", &mut limits.bytes), ("iops", &mut limits.requests)] {
+        for (i, (long, short)) in [("total", ""), ("read", "_rd"), ("write", "_wr")].iter().enumerate() {
+            let name = format!("throttling.{what}-{long}");
+            list[i] = Limit {
+                average: number(name.clone(), format!("{what}{short}"))?,
+                max: number(format!("{name}-max"), format!("{what}{short}_max"))?,
+                length: number(format!("{name}-max-length"), String::new())?,
+            };
+            if list[i].max > 0 && list[i].average == 0 {
+                return Err(KeyvalError::Other(
+                    "bps_max/iops_max require corresponding bps/iops values".into(),
+                ));
+            }
+            if list[i].max > 0 && list[i].max < list[i].average {
+                return Err(KeyvalError::Other("bps_max/iops_max cannot be lower than bps/iops".into()));
+            }
+            if list[i].length > 1 && list[i].max == 0 {
+                return Err(KeyvalError::Other("burst length set without burst rate".into()));
+            }
+        }
+        let each = list[1].average > 0 || list[2].average > 0;
+        if list[0].average > 0 && each {
+            return Err(KeyvalError::Other(
+                "bps/iops/max total values and read/write values cannot be used at the same time".into(),
+            ));
+        }
+    }
+    limits.request_size = p.number("throttling.iops-size")?.or(p.number("iops_size")?).unwrap_or(0);
+    if let Some((key, _)) =
+        p.iter().find(|(k, _)| k.starts_with("throttling.") && !known.iter().any(|n| n == k))
+    {
+        return Err(KeyvalError::Unknown(key.to_owned()));
+    }
+    Ok(limits)
+}
+
+/// The image of a format node's `file.*` options.
+fn nested_file(p: &Params) -> Result<Option<String>, KeyvalError> {
+    let known = |keys: &[&str]| -> Result<(), KeyvalError> {
+        let common = ["driver", "node-name", "read-only", "discard", "cache.direct", "cache.no-flush"];
+        match p.iter().find(|(k, _)| {
+            k.strip_prefix("file.").is_some_and(|k| !common.contains(&k) && !keys.contains(&k))
+        }) {
+            Some((key, _)) => Err(KeyvalError::Unknown(key.to_owned())),
+            None => Ok(()),
+        }
+    };
+    match p.get("file.driver") {
+        None | Some("file" | "host_device" | "host_cdrom") => {
+            known(FILE_KEYS)?;
+            Ok(p.get("file.filename").map(str::to_owned))
+        }
+        Some(other) => Err(KeyvalError::Other(format!("Unknown driver '{other}'"))),
+    }
+}
+
+/// Options of a `file` node.
+const FILE_KEYS: &[&str] = &["filename", "locking", "aio"];
+
 /// A `-blockdev`: protocol nodes (`driver=file`) are kept as drives until a format node takes them in.
 pub fn add_blockdev(p: &Params, drives: &mut Vec<DriveConfig>) -> Result<(), KeyvalError> {
-    p.only(&[
+    let common = [
         "driver",
         "node-name",
-        "filename",
-        "file",
-        "file.driver",
-        "file.filename",
-        "file.node-name",
-        "file.locking",
-        "locking",
         "read-only",
         "auto-read-only",
         "discard",
         "detect-zeroes",
         "cache.direct",
         "cache.no-flush",
-        "backing",
-        "aio",
-        "file.aio",
         "force-share",
-    ])?;
+    ];
+    let driver = p.need("driver")?;
+    let own: &[&str] = match driver {
+        "file" | "host_device" => FILE_KEYS,
+        _ => &["file", "file.", "backing"],
+    };
+    p.only(&[&common, own].concat())?;
     let name = p.need("node-name")?.to_owned();
     if drives.iter().any(|d| d.id == name) {
         return Err(KeyvalError::Other(format!("Duplicate nodes with node-name='{name}'")));
     }
-    let driver = p.need("driver")?;
-    let cache = match (p.bool("cache.direct")?, p.bool("cache.no-flush")?) {
-        (_, Some(true)) => Cache::Unsafe,
-        (Some(true), _) => Cache::None,
-        _ => Cache::Writeback,
-    };
+    let mut cache = cache_flags(p)?;
     let (file, fmt, locking) = match driver {
-        "file" | "host_device" => (p.need("filename")?.to_owned(), "raw", p.get("locking") != Some("off")),
+        "file" | "host_device" => {
+            check_aio(p, "aio", cache)?;
+            let locking = p.choice("locking", &["on", "off", "auto"])? != Some("off");
+            (p.need("filename")?.to_owned(), "raw", locking)
+        }
         "raw" | "qcow2" => {
             if let Some(lower) = p.get("file") {
                 let at = drives.iter().position(|d| d.id == lower).ok_or_else(|| {
                     KeyvalError::Other(format!("Cannot find device='' nor node-name='{lower}'"))
                 })?;
                 let node = drives.remove(at);
+                // What the node below was told of the host's cache holds for both.
+                if cache == Cache::Writeback {
+                    cache = node.cache;
+                }
                 (node.file.unwrap_or_default(), driver, node.locking)
             } else {
-                match p.get("file.driver") {
-                    None | Some("file" | "host_device") => {}
-                    Some(other) => return Err(KeyvalError::Other(format!("Unknown driver '{other}'"))),
-                }
-                (p.need("file.filename")?.to_owned(), driver, p.get("file.locking") != Some("off"))
+                let file = nested_file(p)?.ok_or_else(|| KeyvalError::Missing("file".into()))?;
+                let locking = p.choice("file.locking", &["on", "off", "auto"])? != Some("off");
+                (file, driver, locking)
             }
         }
         other => return Err(KeyvalError::Other(format!("Unknown driver '{other}'"))),
@@ -221,10 +413,12 @@ pub fn add_blockdev(p: &Params, drives: &mut Vec<DriveConfig>) -> Result<(), Key
         read_only: p.bool("read-only")?.unwrap_or(false),
         snapshot: false,
         cache,
-        discard: p.choice("discard", &["ignore", "unmap"])? == Some("unmap"),
-        detect_zeroes: matches!(p.choice("detect-zeroes", &["off", "on", "unmap"])?, Some("on" | "unmap")),
+        discard: discard(p)?,
+        detect_zeroes: detect_zeroes(p)?,
         serial: None,
         locking,
+        on_error: ErrorPolicy::default(),
+        limits: Limits::default(),
     });
     Ok(())
 }

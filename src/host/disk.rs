@@ -1,152 +1,84 @@
-//! One thread a drive: serves requests in the order in which they were submitted, so that
-//! overlapping requests are never raced.
+//! A drive's queue: requests that have left the machine, and their ends on the way back to it.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{channel, Receiver, RecvTimeoutError, Sender};
-use std::sync::Arc;
-use std::thread::JoinHandle;
-use std::time::Duration;
+use std::sync::mpsc::Sender;
 
-use ftvm_block::{BlockError, Image};
+use ftvm_block::queue::{Done, Settings};
+use ftvm_block::{Image, Queue, Request};
 use ftvm_devices::{DiskOp, Input};
 
 use crate::machine::MachineInput;
 use crate::runtime::Event;
 
-/// Requests taken together before the flush that makes them durable.
-const BATCH: usize = 64;
-/// Idle for this long, an image may work in the background (merge overlays).
-const BACKGROUND: Duration = Duration::from_millis(20);
-
-/// A drive's thread.
-pub struct DiskWorker {
-    queue: Option<Sender<(u64, DiskOp)>>,
-    abandoned: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
+/// A request that failed; the drive's policy says what the guest sees of it.
+#[derive(Debug)]
+pub struct DiskFailure {
+    pub drive: u32,
+    pub id: u64,
+    pub op: DiskOp,
+    pub errno: i32,
+    pub reason: String,
 }
 
+/// A drive's queue and threads.
+pub struct DiskWorker(Queue);
+
 impl DiskWorker {
-    /// Start serving `image`. With `durable` every write's completion waits until it is on stable storage.
+    /// Start serving `image` as drive `index`.
     pub fn start(
+        index: usize,
         name: &str,
         image: Box<dyn Image>,
-        durable: bool,
+        settings: Settings,
         events: Sender<Event>,
     ) -> std::io::Result<Self> {
-        let (queue, requests) = channel();
-        let abandoned = Arc::new(AtomicBool::new(false));
-        let flag = Arc::clone(&abandoned);
-        let thread = std::thread::Builder::new()
-            .name(format!("disk-{name}"))
-            .spawn(move || serve(image.as_ref(), &requests, durable, &flag, &events))?;
-        Ok(DiskWorker { queue: Some(queue), abandoned, thread: Some(thread) })
+        let drive = index as u32;
+        let done = move |done: Done| {
+            let Done { id, mut request, result } = done;
+            if let (Request::Write { data, .. }, true) = (&mut request, result.is_ok()) {
+                ftvm_block::buffers::give(std::mem::take(data));
+            }
+            let event = match result {
+                Ok(data) => Event::Input(MachineInput::Device(Input::DiskDone { id, result: Ok(data) })),
+                Err(e) => Event::DiskFailed(DiskFailure {
+                    drive,
+                    id,
+                    op: op(request),
+                    errno: e.errno(),
+                    reason: e.to_string(),
+                }),
+            };
+            let _ = events.send(event);
+        };
+        Queue::start(name, image, settings, Box::new(done)).map(DiskWorker)
     }
 
     /// Queue a request.
     pub fn submit(&self, id: u64, op: DiskOp) {
-        if let Some(queue) = &self.queue {
-            let _ = queue.send((id, op));
-        }
+        self.0.submit(id, request(op));
     }
 
     /// Throw away what is queued and everything submitted from now on.
     pub fn abandon(&self) {
-        self.abandoned.store(true, Ordering::SeqCst);
+        self.0.abandon();
     }
 }
 
-impl Drop for DiskWorker {
-    /// Serves what is queued, flushes, closes the image.
-    fn drop(&mut self) {
-        self.queue = None;
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
+fn request(op: DiskOp) -> Request {
+    match op {
+        DiskOp::Read { offset, len } => Request::Read { offset, len },
+        DiskOp::Write { offset, data } => Request::Write { offset, data },
+        DiskOp::Flush => Request::Flush,
+        DiskOp::Discard { offset, len } => Request::Discard { offset, len },
+        DiskOp::WriteZeroes { offset, len, may_unmap } => Request::WriteZeroes { offset, len, may_unmap },
     }
 }
 
-fn serve(
-    image: &dyn Image,
-    requests: &Receiver<(u64, DiskOp)>,
-    durable: bool,
-    abandoned: &AtomicBool,
-    events: &Sender<Event>,
-) {
-    let mut background = true;
-    loop {
-        let first = if background {
-            match requests.recv_timeout(BACKGROUND) {
-                Ok(first) => first,
-                Err(RecvTimeoutError::Timeout) => {
-                    background = !abandoned.load(Ordering::SeqCst) && image.background();
-                    continue;
-                }
-                Err(RecvTimeoutError::Disconnected) => break,
-            }
-        } else {
-            match requests.recv() {
-                Ok(first) => first,
-                Err(_) => break,
-            }
-        };
-        let mut batch = vec![first];
-        while batch.len() < BATCH {
-            match requests.try_recv() {
-                Ok(next) => batch.push(next),
-                Err(_) => break,
-            }
-        }
-        let mut done = Vec::with_capacity(batch.len());
-        let mut dirty = false;
-        for (id, op) in batch {
-            if abandoned.load(Ordering::SeqCst) {
-                return;
-            }
-            dirty |= !matches!(op, DiskOp::Read { .. } | DiskOp::Flush);
-            let result = perform(image, &op);
-            done.push((id, op, result));
-        }
-        if durable && dirty {
-            if let Err(e) = image.flush() {
-                // None of the writes before is known to be safe.
-                log::error!("disk: flush failed: {e}");
-                for (_, op, result) in &mut done {
-                    if !matches!(op, DiskOp::Read { .. }) {
-                        *result = Err(e.errno());
-                    }
-                }
-            }
-        }
-        if abandoned.load(Ordering::SeqCst) {
-            return;
-        }
-        for (id, _, result) in done {
-            if events.send(Event::Input(MachineInput::Device(Input::DiskDone { id, result }))).is_err() {
-                return;
-            }
-        }
+fn op(request: Request) -> DiskOp {
+    match request {
+        Request::Read { offset, len } => DiskOp::Read { offset, len },
+        Request::Write { offset, data } => DiskOp::Write { offset, data },
+        Request::Flush => DiskOp::Flush,
+        Request::Discard { offset, len } => DiskOp::Discard { offset, len },
+        Request::WriteZeroes { offset, len, may_unmap } => DiskOp::WriteZeroes { offset, len, may_unmap },
     }
-    if !abandoned.load(Ordering::SeqCst) && !image.read_only() {
-        if let Err(e) = image.flush() {
-            log::error!("disk: the last flush failed: {e}");
-        }
-    }
-}
-
-fn perform(image: &dyn Image, op: &DiskOp) -> Result<Vec<u8>, i32> {
-    let none = |r: Result<(), BlockError>| r.map(|()| Vec::new());
-    let result = match op {
-        DiskOp::Read { offset, len } => {
-            let mut data = vec![0; *len as usize];
-            image.read_at(*offset, &mut data).map(|()| data)
-        }
-        DiskOp::Write { offset, data } => none(image.write_at(*offset, data)),
-        DiskOp::Flush => none(image.flush()),
-        DiskOp::Discard { offset, len } => none(image.discard(*offset, *len)),
-        DiskOp::WriteZeroes { offset, len, may_unmap } => none(image.write_zeroes(*offset, *len, *may_unmap)),
-    };
-    result.map_err(|e| {
-        log::warn!("disk: {e}");
-        e.errno()
-    })
 }

@@ -11,9 +11,11 @@
 //! stale side of an older pairing can never win, whenever it wakes up. An ambiguous answer (a reply lost on
 //! NFS and the request repeated) is settled by reading the lock back: it holds the winner's name.
 
-use std::fs;
-use std::io::{self, Write};
-use std::path::{Path, PathBuf};
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use ftvm_block::files::Files;
 
 use super::wire::{Epoch, Side};
 
@@ -25,7 +27,9 @@ pub enum Verdict {
 }
 
 /// A place where exactly one side of a pairing can win, once.
-pub trait Arbiter: Send {
+pub trait Arbiter: Send + Sync {
+    /// What it is, for messages.
+    fn describe(&self) -> String;
     /// Make this side's claim, before the machine is protected.
     fn claim(&self, epoch: &Epoch, side: Side) -> io::Result<()>;
     /// Whether the other side's claim is visible here, that is, whether both see one storage.
@@ -36,9 +40,11 @@ pub trait Arbiter: Send {
     fn retire(&self, epoch: &Epoch);
 }
 
-/// The lock as files beside the image.
-#[derive(Clone, Debug)]
+/// The lock as files beside the image, on a mounted file system or an NFS server.
+#[derive(Clone)]
 pub struct FileLock {
+    files: Arc<dyn Files>,
+    name: String,
     path: PathBuf,
 }
 
@@ -57,42 +63,27 @@ fn other(side: Side) -> Side {
 }
 
 impl FileLock {
-    /// A lock at `path` (usually `<image>.ftlock`).
-    pub fn new(path: impl Into<PathBuf>) -> Self {
-        FileLock { path: path.into() }
+    /// A lock at `path` (usually `<image>.ftlock`), a path or an `nfs://` URL.
+    pub fn new(path: impl Into<PathBuf>) -> io::Result<Self> {
+        let path = path.into();
+        let (files, name) = ftvm_block::files::beside(&path)?;
+        Ok(FileLock { files, name, path })
     }
 
-    /// Where the lock lies.
-    pub fn path(&self) -> &Path {
-        &self.path
+    fn lock(&self, epoch: &Epoch) -> String {
+        format!("{}.{}", self.name, epoch.token)
     }
 
-    fn with(&self, suffix: &str) -> PathBuf {
-        let mut p = self.path.clone().into_os_string();
-        p.push(".");
-        p.push(suffix);
-        p.into()
-    }
-
-    fn lock(&self, epoch: &Epoch) -> PathBuf {
-        self.with(&epoch.token)
-    }
-
-    fn claim_path(&self, epoch: &Epoch, side: Side) -> PathBuf {
-        self.with(&format!("{}.{}", epoch.token, name(side)))
-    }
-
-    fn sync_dir(&self) -> io::Result<()> {
-        let dir = self.path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        fs::File::open(dir)?.sync_all()
+    fn claim_name(&self, epoch: &Epoch, side: Side) -> String {
+        format!("{}.{}.{}", self.name, epoch.token, name(side))
     }
 
     /// Who holds the lock of a pairing, read back from the file.
     fn holder(&self, epoch: &Epoch) -> io::Result<Option<Side>> {
-        match fs::read_to_string(self.lock(epoch)) {
-            Ok(text) => match text.split_whitespace().next() {
-                Some("primary") => Ok(Some(Side::Primary)),
-                Some("backup") => Ok(Some(Side::Backup)),
+        match self.files.read(&self.lock(epoch)) {
+            Ok(text) => match text.split(|b| b.is_ascii_whitespace()).next() {
+                Some(b"primary") => Ok(Some(Side::Primary)),
+                Some(b"backup") => Ok(Some(Side::Backup)),
                 _ => Err(io::Error::new(io::ErrorKind::InvalidData, "the lock's contents are not readable")),
             },
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
@@ -102,32 +93,32 @@ impl FileLock {
 }
 
 impl Arbiter for FileLock {
+    fn describe(&self) -> String {
+        self.path.display().to_string()
+    }
+
     fn claim(&self, epoch: &Epoch, side: Side) -> io::Result<()> {
-        let path = self.claim_path(epoch, side);
-        let mut file = fs::OpenOptions::new().write(true).create_new(true).open(&path)?;
-        writeln!(file, "{} {} {}", name(side), epoch.number, epoch.token)?;
-        file.sync_all()?;
-        self.sync_dir()
+        let text = format!("{} {} {}\n", name(side), epoch.number, epoch.token);
+        self.files.create(&self.claim_name(epoch, side), text.as_bytes())
     }
 
     fn sees_peer(&self, epoch: &Epoch, side: Side) -> io::Result<bool> {
-        match fs::read_to_string(self.claim_path(epoch, other(side))) {
-            Ok(text) => Ok(text.contains(&epoch.token)),
+        match self.files.read(&self.claim_name(epoch, other(side))) {
+            Ok(text) => Ok(String::from_utf8_lossy(&text).contains(&epoch.token)),
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
             Err(e) => Err(e),
         }
     }
 
     fn try_win(&self, epoch: &Epoch, side: Side) -> io::Result<Verdict> {
-        let claim = self.claim_path(epoch, side);
-        let linked = fs::hard_link(&claim, self.lock(epoch));
+        let linked = self.files.link(&self.claim_name(epoch, side), &self.lock(epoch));
         let verdict = match (linked, self.holder(epoch)) {
             (_, Ok(Some(holder))) if holder == side => Verdict::Won,
             (_, Ok(Some(_))) => Verdict::Lost,
             // No claim and no lock: the winner has cleaned up; this pairing is long over.
             (Err(e), Ok(None)) if e.kind() == io::ErrorKind::NotFound => {
                 // Only if the storage itself answers: its directory must be there.
-                self.sync_dir()?;
+                self.files.check()?;
                 Verdict::Lost
             }
             (Err(e), _) => return Err(e),
@@ -135,8 +126,8 @@ impl Arbiter for FileLock {
             (Ok(()), Err(e)) => return Err(e),
         };
         if verdict == Verdict::Won {
-            self.sync_dir()?;
-            match fs::remove_file(self.claim_path(epoch, other(side))) {
+            self.files.check()?;
+            match self.files.remove(&self.claim_name(epoch, other(side))) {
                 Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
                 _ => {}
             }
@@ -147,16 +138,17 @@ impl Arbiter for FileLock {
     fn retire(&self, epoch: &Epoch) {
         // The claims first: from then on nobody can win.
         for side in [Side::Primary, Side::Backup] {
-            let _ = fs::remove_file(self.claim_path(epoch, side));
+            let _ = self.files.remove(&self.claim_name(epoch, side));
         }
-        let _ = fs::remove_file(self.lock(epoch));
+        let _ = self.files.remove(&self.lock(epoch));
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::{Arc, Barrier};
+    use std::fs;
+    use std::sync::Barrier;
 
     fn epoch(n: u64) -> Epoch {
         Epoch { number: n, token: format!("tok{n}") }
@@ -173,7 +165,7 @@ mod tests {
         let d = dir("race");
         for round in 0..200 {
             let barrier = Arc::new(Barrier::new(2));
-            let lock = FileLock::new(d.join("vm.ftlock"));
+            let lock = FileLock::new(d.join("vm.ftlock")).unwrap();
             let e = epoch(round);
             for side in [Side::Primary, Side::Backup] {
                 lock.claim(&e, side).unwrap();
@@ -197,7 +189,7 @@ mod tests {
     #[test]
     fn the_winner_wins_again_and_a_stale_side_never() {
         let d = dir("stale");
-        let lock = FileLock::new(d.join("vm.ftlock"));
+        let lock = FileLock::new(d.join("vm.ftlock")).unwrap();
         let e = epoch(1);
         lock.claim(&e, Side::Primary).unwrap();
         lock.claim(&e, Side::Backup).unwrap();

@@ -19,8 +19,10 @@ pub mod backup;
 pub mod heartbeat;
 pub mod lag;
 pub mod log;
+pub mod lun_lock;
 pub mod primary;
 pub mod wire;
 
 pub use arbitration::{Arbiter, FileLock, Verdict};
+pub use lun_lock::LunArbiter;
 pub use wire::{Epoch, Message, Side};

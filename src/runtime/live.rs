@@ -9,6 +9,7 @@ use ftvm_devices::{DiskOp, Input, MachineRequest, Output};
 use serde_json::{json, Value};
 
 use super::control::{Command, RunState, Shared};
+use super::disk_errors::DiskErrors;
 use super::ft::FtSide;
 use super::pace::Pacer;
 use super::record::{Player, Recorder};
@@ -51,6 +52,7 @@ pub struct Runtime {
     pub options: RunOptions,
     pub sink: Sink,
     pub ft: Option<FtSide>,
+    pub errors: DiskErrors,
     pacer: Pacer,
     chunk: u64,
     next_hash_ns: u64,
@@ -82,6 +84,7 @@ impl Runtime {
             options,
             sink: Sink::None,
             ft: None,
+            errors: DiskErrors::default(),
             pacer,
             chunk: 20_000,
             next_hash_ns: 0,
@@ -148,6 +151,9 @@ impl Runtime {
         let stamp = self.machine.stamp();
         self.log_input(stamp, &input);
         self.machine.apply(&input);
+        if let MachineInput::Device(Input::DiskDone { result: Ok(data), .. }) = input {
+            ftvm_block::buffers::give(data);
+        }
         self.route_outputs();
     }
 
@@ -210,6 +216,11 @@ impl Runtime {
                 self.input(input);
                 None
             }
+            Event::Command(Command::Ft(wish)) => super::ft::wish(self, wish),
+            Event::DiskFailed(failure) => {
+                self.disk_failed(failure);
+                None
+            }
             Event::Command(command) => {
                 self.command(command);
                 None
@@ -226,6 +237,7 @@ impl Runtime {
                 self.set_running(false, RunState::Paused);
             }
             Command::Cont if self.machine.is_paused() => {
+                self.retry_failed();
                 self.input(MachineInput::Paused(false));
                 self.shutdown = false;
                 self.restart_pace();
@@ -241,6 +253,7 @@ impl Runtime {
                 self.shared.events.emit("POWERDOWN", Value::Null);
             }
             Command::Nmi => self.input(MachineInput::Nmi),
+            Command::Ft(_) => {}
         }
     }
 
@@ -423,6 +436,8 @@ impl Runtime {
     /// An event while following: the world's inputs come from the log, so those of this host are dropped.
     pub fn follow_event(&mut self, event: Event) -> Option<Outcome> {
         match event {
+            // A backup has no disks.
+            Event::DiskFailed(_) => None,
             Event::Input(_) => None,
             Event::Command(command) => {
                 log::warn!("{command:?} on a backup has no effect: give it to the primary");
@@ -470,7 +485,18 @@ pub fn follow_entry(
         Some(Stop::Dead) => {
             return Followed::End(Outcome::Failed("the processor cannot go on (see the log)".into()))
         }
-        Some(Stop::Request(request)) => return Followed::Asked(request),
+        // Its consequence is logged where it was asked (a wish to suspend has none).
+        Some(Stop::Request(request)) => {
+            let here = machine.stamp();
+            if request != MachineRequest::Suspend && here.position < target.position {
+                return Followed::Differs(vec![format!("the guest asks for {request:?} here only")]);
+            }
+            return Followed::Asked(request);
+        }
+        // A sleeping guest's time passes without instructions: it may never reach the target.
+        Some(Stop::Limit | Stop::Output | Stop::Idle { .. }) if machine.now() > target.ns => {
+            return Followed::Differs(vec!["virtual time".into()]);
+        }
         Some(Stop::Limit | Stop::Output | Stop::Idle { .. }) => return Followed::NotYet,
         None => {}
     }

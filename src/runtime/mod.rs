@@ -4,6 +4,7 @@
 //! threads of its own and reaches it as [`Event`]s.
 
 pub mod control;
+pub mod disk_errors;
 pub mod ft;
 pub mod live;
 pub mod pace;
@@ -17,6 +18,8 @@ use crate::machine::MachineInput;
 pub enum Event {
     /// Something for the input door.
     Input(MachineInput),
+    /// A disk request failed.
+    DiskFailed(crate::host::disk::DiskFailure),
     /// A monitor's command.
     Command(control::Command),
     /// News of the pair.
@@ -46,6 +49,8 @@ pub enum Outcome {
     Failed(String),
     /// A backup's state differed from its primary's, and it gave up: it is to be made anew.
     Again(String),
+    /// The machine was handed over to its backup, which waits there for a backup of its own: this side becomes it.
+    Rejoin(std::net::SocketAddr),
 }
 
 /// Sends events to the machine thread.

@@ -11,7 +11,7 @@ export SOURCE_DATE_EPOCH=1700000000 LC_ALL=C
 say() { printf '%s\n' "guest: $*" >&2; }
 
 ftload() {
-    [ "$dir/ftload" -nt "$here/ftload.rs" ] && return
+    newer "$dir/ftload" "$here"/ftload*.rs && return
     rustc --edition 2021 -O -C target-feature=+crt-static -C strip=symbols -o "$dir/ftload.new" "$here/ftload.rs"
     mv "$dir/ftload.new" "$dir/ftload"
 }
@@ -63,7 +63,7 @@ debian() {
     root=$dir/rootfs
     if ! newer "$dir/rootfs.tar" "$here/build.sh" "$here/debian-customize" "$here/ftload.rs"; then
         say "installing Debian 12 into a directory (one to three minutes)"
-        mmdebstrap --mode=root --format=tar --variant=minbase --include=systemd-sysv,udev,kmod,linux-image-amd64,linux-image-cloud-amd64,initramfs-tools,lz4,openssh-server,nginx-light,sqlite3,iproute2,curl,dbus,libpam-systemd,gcc,libc6-dev \
+        mmdebstrap --mode=root --format=tar --variant=minbase --include=systemd-sysv,udev,kmod,linux-image-amd64,linux-image-cloud-amd64,initramfs-tools,lz4,openssh-server,nginx-light,sqlite3,iproute2,curl,dbus,libpam-systemd,gcc,libc6-dev,xz-utils,openssl \
             --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
             --setup-hook='mkdir -p "$1/etc/initramfs-tools/conf.d"' \
             --essential-hook='mkdir -p "$1/etc/initramfs-tools/conf.d"; printf "MODULES=list\nCOMPRESS=lz4\n" > "$1/etc/initramfs-tools/conf.d/ftvm"; printf "%s\n" ata_piix ata_generic ahci sd_mod sr_mod virtio_pci virtio_blk virtio_scsi nvme ext4 crc32c_generic > "$1/etc/initramfs-tools/modules-ftvm"' \

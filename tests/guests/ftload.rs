@@ -13,6 +13,11 @@
 //! `ftload spin SECONDS`         computes, prints a checksum
 //! `ftload disk FILE MIB SEED`   writes a pattern, syncs, drops it from memory, reads it back
 //! `ftload console N`            prints N numbered lines
+//! `ftload bench`                runs the rows of `ftload_bench.rs`, with a mark before and after each
+
+#[path = "ftload_bench.rs"]
+mod bench;
+
 use std::collections::hash_map::DefaultHasher;
 use std::fs::{File, OpenOptions};
 use std::hash::{Hash, Hasher};
@@ -200,6 +205,10 @@ fn main() -> std::io::Result<()> {
             Ok(())
         }
         "disk" => disk(arg(2), num(3) as usize, num(4)),
+        "bench" => {
+            bench::run();
+            Ok(())
+        }
         "console" => {
             for i in 0..num(2) {
                 println!("line {i} of {}", num(2));
@@ -207,7 +216,7 @@ fn main() -> std::io::Result<()> {
             Ok(())
         }
         _ => {
-            eprintln!("usage: ftload serve PORT JOURNAL | http PORT | spin SECONDS | disk FILE MIB SEED | console N");
+            eprintln!("usage: ftload serve PORT JOURNAL | http PORT | spin SECONDS | disk FILE MIB SEED | console N | bench");
             std::process::exit(2);
         }
     }

@@ -11,8 +11,8 @@ const CR4_OSXSAVE: u64 = 1 << 18;
 /// Writable bits of MXCSR, as the image's MXCSR_MASK tells them.
 pub(super) const MXCSR_MASK: u32 = 0xFFFF;
 const X87: u64 = 1;
-const SSE: u64 = 2;
-const AVX: u64 = 4;
+pub(super) const SSE: u64 = 2;
+pub(super) const AVX: u64 = 4;
 /// Where the upper halves of the YMM registers lie in the standard format (CPUID.0DH.2).
 const AVX_OFFSET: usize = 576;
 /// Size of the largest image.
@@ -211,6 +211,11 @@ fn in_use(s: &CpuState, registers: usize) -> u64 {
         mask |= AVX;
     }
     mask
+}
+
+/// XINUSE: the components of the processor that are not in their initial state.
+pub(crate) fn components_in_use(s: &CpuState) -> u64 {
+    in_use(s, 16)
 }
 
 /// Write one component's part(s) of the image.

@@ -1,7 +1,9 @@
-//! x87, MMX, SSE to SSE4.2, AES, PCLMULQDQ: everything that computes on floating-point and vector
+//! x87, MMX, SSE to SSE4.2, AES, PCLMULQDQ, AVX, AVX2, FMA, F16C: everything that computes on floating-point and vector
 //! registers, and FXSAVE/XSAVE images. The core decodes and hands over a [`VecInsn`].
 
 mod approx;
+mod avx;
+mod avx_host;
 mod fxsave;
 mod host;
 mod lanes;
@@ -18,6 +20,10 @@ mod x87;
 mod x87_env;
 mod x87_math;
 
+pub(crate) use avx::is_gather;
+pub use avx::Vex;
+pub use avx_host::Prepared;
+pub(crate) use fxsave::components_in_use;
 pub(crate) use native::{native, Form, Native};
 pub use x87::wait as x87_wait;
 
@@ -72,6 +78,10 @@ pub struct VecInsn {
     /// Operand size 16 (for FLDENV, FSAVE and so on).
     pub opsize16: bool,
     pub imm: u8,
+    /// The rest of a VEX prefix, if it has one.
+    pub vex: Option<Vex>,
+    /// The host routine that computes it ([`resolve`] fills it for VEX-coded ones).
+    pub host: Option<Prepared>,
 }
 
 /// What vector and x87 instructions need of the processor core.
@@ -124,6 +134,10 @@ pub enum Feature {
     Aes,
     Pclmul,
     Sha,
+    Avx,
+    Avx2,
+    Fma,
+    F16c,
 }
 
 /// Whether this host can execute an extension; the processor model offers no other.
@@ -137,6 +151,10 @@ pub fn host_supports(feature: Feature) -> bool {
         Feature::Aes => is_x86_feature_detected!("aes"),
         Feature::Pclmul => is_x86_feature_detected!("pclmulqdq"),
         Feature::Sha => is_x86_feature_detected!("sha"),
+        Feature::Avx => is_x86_feature_detected!("avx"),
+        Feature::Avx2 => is_x86_feature_detected!("avx2"),
+        Feature::Fma => is_x86_feature_detected!("fma"),
+        Feature::F16c => is_x86_feature_detected!("f16c"),
     }
 }
 
@@ -144,8 +162,12 @@ pub fn host_supports(feature: Feature) -> bool {
 ///
 /// The core asks for: maps 0F, 0F38 and 0F3A with the opcodes of MMX, SSE to SSE4.2, AES,
 /// PCLMULQDQ and SHA (0F C3 MOVNTI among them), 0F AE and 0F C7 with a memory operand (FXSAVE,
-/// FXRSTOR, LDMXCSR, STMXCSR, XSAVE, XRSTOR, XSAVEOPT, XSAVEC), and D8..DF.
-pub fn resolve<C: Core>(insn: &VecInsn) -> Option<Handler<C>> {
+/// FXRSTOR, LDMXCSR, STMXCSR, XSAVE, XRSTOR, XSAVEOPT, XSAVEC), and D8..DF; and everything VEX-coded but the
+/// integer instructions of BMI1 and BMI2.
+pub fn resolve<C: Core>(insn: &mut VecInsn) -> Option<Handler<C>> {
+    if insn.vex.is_some() {
+        return avx::resolve(insn);
+    }
     match insn.map {
         Map::X87 => x87::resolve(insn),
         _ => moves::resolve(insn).or_else(|| fxsave::resolve(insn)).or_else(|| sse::resolve(insn)),

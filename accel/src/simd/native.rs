@@ -39,6 +39,9 @@ pub(crate) struct Native {
 
 /// `None`: leave it to the instruction's handler.
 pub(crate) fn native(insn: &VecInsn) -> Option<Native> {
+    if insn.vex.is_some() {
+        return None;
+    }
     moves(insn).or_else(|| computes(insn))
 }
 

@@ -273,7 +273,7 @@ fn gpr_xmm<C: Core, const SIZE: usize>(c: &mut C, insn: &VecInsn) -> Done {
     Ok(())
 }
 
-fn give_flags<C: Core>(c: &mut C, flags: u64) {
+pub(super) fn give_flags<C: Core>(c: &mut C, flags: u64) {
     let bit = |n: u32| flags >> n & 1 != 0;
     c.set_flags(bit(0), bit(2), bit(4), bit(6), bit(7), bit(11));
 }

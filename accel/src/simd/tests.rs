@@ -35,8 +35,8 @@ impl Mock {
         u128::from_le_bytes(self.state.vector.ymm[i][..16].try_into().unwrap())
     }
 
-    pub fn run(&mut self, insn: VecInsn) -> Result<(), Exception> {
-        resolve::<Mock>(&insn).expect("known instruction")(self, &insn)
+    pub fn run(&mut self, mut insn: VecInsn) -> Result<(), Exception> {
+        resolve::<Mock>(&mut insn).expect("known instruction")(self, &insn)
     }
 }
 
@@ -83,7 +83,20 @@ pub(super) fn insn(map: Map, prefix: Prefix, opcode: u8, reg: u8, rm: Rm) -> Vec
         Rm::Reg(r) => 0xC0 | (reg & 7) << 3 | r & 7,
         Rm::Mem => (reg & 7) << 3,
     };
-    VecInsn { map, prefix, opcode, modrm, reg, rm, rex_w: false, long: true, opsize16: false, imm: 0 }
+    VecInsn {
+        map,
+        prefix,
+        opcode,
+        modrm,
+        reg,
+        rm,
+        rex_w: false,
+        long: true,
+        opsize16: false,
+        imm: 0,
+        vex: None,
+        host: None,
+    }
 }
 
 fn op(prefix: Prefix, opcode: u8) -> VecInsn {

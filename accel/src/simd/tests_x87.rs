@@ -17,6 +17,8 @@ fn x87(opcode: u8, modrm: u8) -> VecInsn {
         long: true,
         opsize16: false,
         imm: 0,
+        vex: None,
+        host: None,
     }
 }
 

@@ -5,7 +5,7 @@ use super::decode::*;
 use super::op::*;
 use super::{alu, bits, ctl, mov, shift, sys, vec};
 use crate::by_size;
-use crate::simd::{Map, Prefix, Rm, VecInsn};
+use crate::simd::{is_gather, Map, Prefix, Rm, VecInsn, Vex};
 
 impl Decoder<'_> {
     pub(super) fn two_byte(&mut self) -> D<Handler> {
@@ -275,8 +275,13 @@ impl Decoder<'_> {
                 by_size!(self.o.osz, mov::mov_mr)
             }
             0xC7 => {
+                let at = self.p;
                 self.modrm()?;
                 match (self.modrm >> 3 & 7, self.is_reg()) {
+                    (4, false) => {
+                        self.p = at;
+                        return self.vector(Map::M0F, 0xC7);
+                    }
                     (1, false) => {
                         self.lockable = true;
                         if self.o.osz == 8 {
@@ -391,32 +396,27 @@ impl Decoder<'_> {
         if has_modrm {
             self.modrm()?;
         }
-        let imm8 = match map {
-            Map::M0F => matches!(opcode, 0x70..=0x73 | 0xC2 | 0xC4 | 0xC5 | 0xC6),
-            Map::M0F3A => true,
-            _ => false,
-        };
         let prefix = match (self.o.rep, self.p66) {
             (0xF3, _) => Prefix::F3,
             (0xF2, _) => Prefix::F2,
             (_, true) => Prefix::P66,
             _ => Prefix::None,
         };
-        let imm = if imm8 { self.u8()? } else { 0 };
-        self.hand_over(map, prefix, opcode, imm)
+        let imm = if has_imm8(map, opcode) { self.u8()? } else { 0 };
+        self.hand_over(map, prefix, opcode, imm, None)
     }
 
     pub(super) fn x87(&mut self, opcode: u8) -> D<Handler> {
         self.modrm()?;
-        self.hand_over(Map::X87, Prefix::None, opcode, 0)
+        self.hand_over(Map::X87, Prefix::None, opcode, 0, None)
     }
 
     pub(super) fn x87_wait(&mut self) -> D<Handler> {
         Ok(sys::fwait)
     }
 
-    fn hand_over(&mut self, map: Map, prefix: Prefix, opcode: u8, imm: u8) -> D<Handler> {
-        let insn = VecInsn {
+    fn hand_over(&mut self, map: Map, prefix: Prefix, opcode: u8, imm: u8, vex: Option<Vex>) -> D<Handler> {
+        let mut insn = VecInsn {
             map,
             prefix,
             opcode,
@@ -427,8 +427,10 @@ impl Decoder<'_> {
             long: self.long(),
             opsize16: self.o.osz == 2,
             imm,
+            vex,
+            host: None,
         };
-        let f = vec::resolve(&insn).ok_or(Stop::Undefined)?;
+        let f = vec::resolve(&mut insn).ok_or(Stop::Undefined)?;
         let v = Box::new(VecOp { insn, f });
         self.o.imm = &*v as *const VecOp as u64;
         self.o.map = VECTOR;
@@ -436,7 +438,7 @@ impl Decoder<'_> {
         Ok(vec::run)
     }
 
-    /// VEX: the integer instructions of BMI1 and BMI2 (vvvv goes to `imm`).
+    /// VEX: the integer instructions of BMI1 and BMI2 (vvvv goes to `imm`), and the vector instructions.
     pub(super) fn vex(&mut self, first: u8) -> D<Handler> {
         if self.rex != 0 || self.p66 || self.o.rep != 0 || self.lock {
             return Err(Stop::Undefined);
@@ -468,6 +470,12 @@ impl Decoder<'_> {
         self.o.opcode = opcode;
         self.o.map = 4 + map;
         self.o.osz = if rex & 8 != 0 { 8 } else { 4 };
+        let integer = matches!((map, opcode), (2, 0xF2..=0xF7) | (3, 0xF0));
+        if !integer {
+            // Vector instructions have W outside 64-bit mode too.
+            self.rex = rex | if first == 0xC4 { p2 >> 4 & 8 } else { 0 };
+            return self.vex_vector(map, pp, opcode, Vex { l: l != 0, v: vvvv });
+        }
         if l != 0 {
             return Err(Stop::Undefined);
         }
@@ -497,5 +505,43 @@ impl Decoder<'_> {
             _ => return Err(Stop::Undefined),
         };
         Ok(f)
+    }
+
+    fn vex_vector(&mut self, map: u8, pp: u8, opcode: u8, vex: Vex) -> D<Handler> {
+        let map = match map {
+            1 => Map::M0F,
+            2 => Map::M0F38,
+            3 => Map::M0F3A,
+            _ => return Err(Stop::Undefined),
+        };
+        let prefix = [Prefix::None, Prefix::P66, Prefix::F3, Prefix::F2][pp as usize & 3];
+        // VZEROUPPER and VZEROALL are the only ones without ModRM.
+        let mut imm = 0;
+        if !(map == Map::M0F && opcode == 0x77) {
+            let at = self.p;
+            self.modrm()?;
+            if is_gather(map, opcode) {
+                // The index is a vector register, number 4 too: the unit adds it.
+                if self.is_reg() || self.modrm & 7 != 4 || self.o.asz == 2 {
+                    return Err(Stop::Undefined);
+                }
+                let sib = self.b[at + 1];
+                imm = (sib >> 3 & 7) | (self.rex & 2) << 2 | (sib >> 6) << 4;
+                self.o.index = NOREG;
+            }
+        }
+        if has_imm8(map, opcode) {
+            imm = self.u8()?;
+        }
+        self.hand_over(map, prefix, opcode, imm, Some(vex))
+    }
+}
+
+/// Vector opcodes with an immediate byte.
+fn has_imm8(map: Map, opcode: u8) -> bool {
+    match map {
+        Map::M0F => matches!(opcode, 0x70..=0x73 | 0xC2 | 0xC4 | 0xC5 | 0xC6),
+        Map::M0F3A => true,
+        _ => false,
     }
 }

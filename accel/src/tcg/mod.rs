@@ -807,6 +807,7 @@ impl SoftCpu {
             cpus: self.cpus,
             osxsave: self.st.cr4 & CR4_OSXSAVE != 0,
             apic_on: self.lapic.enabled(),
+            xcr0: self.st.xcr0,
         };
         self.model.cpuid(leaf, sub, at)
     }

@@ -777,10 +777,11 @@ pub fn xgetbv(c: &mut SoftCpu, _: &Op) -> R<()> {
     if c.st.cr4 & CR4_OSXSAVE == 0 {
         return c.ud();
     }
-    if c.st.gpr[RCX] as u32 != 0 {
-        return c.gp(0);
-    }
-    let v = c.st.xcr0;
+    let v = match c.st.gpr[RCX] as u32 {
+        0 => c.st.xcr0,
+        1 if c.model.has_xgetbv1() => c.st.xcr0 & crate::simd::components_in_use(&c.st),
+        _ => return c.gp(0),
+    };
     c.set::<u32>(0, v);
     c.set::<u32>(2, v >> 32);
     Ok(())
@@ -791,7 +792,7 @@ pub fn xsetbv(c: &mut SoftCpu, _: &Op) -> R<()> {
     }
     c.need_cpl0()?;
     let v = c.get::<u32>(0) | c.get::<u32>(2) << 32;
-    if c.st.gpr[RCX] as u32 != 0 || v & 1 == 0 || v & !c.xcr0_mask != 0 {
+    if c.st.gpr[RCX] as u32 != 0 || v & 1 == 0 || v & 6 == 4 || v & !c.xcr0_mask != 0 {
         return c.gp(0);
     }
     c.st.xcr0 = v;

@@ -7,7 +7,7 @@ use crate::state::CpuState;
 use crate::Exception;
 
 /// The implementation of a vector or x87 instruction.
-pub fn resolve(insn: &VecInsn) -> Option<VecHandler> {
+pub fn resolve(insn: &mut VecInsn) -> Option<VecHandler> {
     simd::resolve::<SoftCpu>(insn)
 }
 

@@ -8,6 +8,10 @@ pub const DATA: u64 = 0x0110_0000;
 pub const DATA_SIZE: usize = 8192;
 /// A page of zeros that cannot be written.
 pub const READ_ONLY: u64 = 0x0120_0000;
+/// Whether the processor has YMM registers.
+pub fn has_avx() -> bool {
+    std::is_x86_feature_detected!("avx")
+}
 /// Where the entry code's own data lie. Returning to a 16-bit stack leaves bits 16..31 of ESP as they
 /// were, so they are this address's.
 pub const ENTRY: u64 = 0x01AB_0000;
@@ -108,13 +112,15 @@ pub struct Regs {
     pub rip: u64,
     pub flags: u64,
     pub fx: [u8; 512],
+    /// The upper halves of the YMM registers.
+    pub high: [u8; 256],
     /// ES, CS, SS, DS (results only).
     pub selectors: [u16; 4],
 }
 
 impl Default for Regs {
     fn default() -> Self {
-        Regs { gpr: [0; 16], rip: 0, flags: 2, fx: [0; 512], selectors: [0; 4] }
+        Regs { gpr: [0; 16], rip: 0, flags: 2, fx: [0; 512], high: [0; 256], selectors: [0; 4] }
     }
 }
 

@@ -144,6 +144,10 @@ pub fn difference(case: &Case, real: &Outcome, soft: &Outcome) -> Option<String>
         if !xmm_equal(&r.fx[at..at + 16], &s.fx[at..at + 16], c.xmm_close) {
             note(&format!("xmm{i}"), bytes(&r.fx[at..at + 16]), bytes(&s.fx[at..at + 16]));
         }
+        let (a, b) = (&r.high[i * 16..i * 16 + 16], &s.high[i * 16..i * 16 + 16]);
+        if !xmm_equal(a, b, c.xmm_close) {
+            note(&format!("ymm{i} above"), bytes(a), bytes(b));
+        }
     }
     if real.data != soft.data {
         let mut shown = 0;
@@ -198,7 +202,8 @@ pub fn describe(case: &Case) -> String {
     let _ = writeln!(out);
     for i in 0..16 {
         let at = 160 + i * 16;
-        let _ = write!(out, "  xmm{i}={}{}", hex(&r.fx[at..at + 16]), if i % 4 == 3 { "\n" } else { "" });
+        let (high, low) = (hex(&r.high[i * 16..i * 16 + 16]), hex(&r.fx[at..at + 16]));
+        let _ = write!(out, "  ymm{i}={high}_{low}{}", if i % 2 == 1 { "\n" } else { "" });
     }
     out
 }

@@ -1,164 +1,12 @@
 //! Generates cases: every opcode in every prefix and ModRM form, on operand values that matter.
 
 use iced_x86::{
-    Code, ConstantOffsets, CpuidFeature, Decoder, DecoderOptions, FlowControl, Instruction,
+    Code, ConstantOffsets, CpuidFeature, Decoder, DecoderOptions, EncodingKind, FlowControl, Instruction,
     InstructionInfoFactory, Mnemonic, OpKind, Register, RflagsBits,
 };
 
 use super::case::{Case, Compare, Mode, Regs, CODE, CODE_SIZE, DATA, DATA_SIZE, ENTRY, READ_ONLY};
-
-/// splitmix64: the whole test is a function of its seed.
-pub struct Rng(pub u64);
-
-impl Rng {
-    pub fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ (z >> 31)
-    }
-    pub fn below(&mut self, n: u64) -> u64 {
-        self.next() % n
-    }
-    /// True once in n.
-    pub fn one_in(&mut self, n: u64) -> bool {
-        self.below(n) == 0
-    }
-    fn pick<T: Copy>(&mut self, list: &[T]) -> T {
-        list[self.below(list.len() as u64) as usize]
-    }
-
-    fn integer(&mut self) -> u64 {
-        let n = self.below(64);
-        match self.below(10) {
-            0 => self.pick(&[0, 1, 2, u64::MAX, i64::MAX as u64, 1 << 63]),
-            1 => {
-                self.pick(&[0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x7FFF_FFFF, 0x8000_0000, 0xFFFF_FFFF])
-            }
-            2 => 1 << n,
-            3 => (1 << n) - 1,
-            4 => self.below(256),
-            5 => self.below(65536),
-            6 => self.below(1 << 32),
-            7 => (self.next() as i32) as i64 as u64,
-            _ => self.next(),
-        }
-    }
-
-    fn f32(&mut self) -> u32 {
-        let sign = (self.next() as u32) & 0x8000_0000;
-        let special = [
-            0,
-            1,
-            0x7F_FFFF,
-            0x80_0000,
-            0x80_0001,
-            0x3F80_0000,
-            0x3F80_0001,
-            0x3F7F_FFFF,
-            0x4000_0000,
-            0x7F7F_FFFF,
-            0x7F80_0000,
-            0x7F80_0001,
-            0x7FC0_0000,
-            0x7FFF_FFFF,
-            0x3F00_0000,
-            0x4F00_0000,
-            0x5F00_0000,
-            0x4EFF_FFFF,
-        ];
-        let bits = match self.below(6) {
-            0 | 1 => self.pick(&special),
-            2 => (self.below(500) as f32 * 0.5).to_bits(),
-            3 => (((127 - 20 + self.below(40)) << 23) + self.below(1 << 23)) as u32,
-            4 => (self.next() as u32) & 0x7F_FFFF,
-            _ => self.next() as u32,
-        };
-        bits & 0x7FFF_FFFF | sign
-    }
-
-    fn f64(&mut self) -> u64 {
-        let sign = self.next() & 1 << 63;
-        let special = [
-            0,
-            1,
-            0xF_FFFF_FFFF_FFFF,
-            1 << 52,
-            (1 << 52) + 1,
-            1f64.to_bits(),
-            1f64.to_bits() + 1,
-            1f64.to_bits() - 1,
-            2f64.to_bits(),
-            f64::MAX.to_bits(),
-            f64::INFINITY.to_bits(),
-            f64::INFINITY.to_bits() + 1,
-            f64::NAN.to_bits() & !(1 << 63),
-            0x7FFF_FFFF_FFFF_FFFF,
-            0.5f64.to_bits(),
-            2147483648f64.to_bits(),
-            2147483647.5f64.to_bits(),
-            9223372036854775808f64.to_bits(),
-            (f32::MIN_POSITIVE as f64).to_bits(),
-            (f32::MIN_POSITIVE as f64).to_bits() - 1,
-            (f32::MAX as f64).to_bits() + 1,
-            1e-40f64.to_bits(),
-        ];
-        let bits = match self.below(6) {
-            0 | 1 => self.pick(&special),
-            2 => (self.below(500) as f64 * 0.5).to_bits(),
-            3 => {
-                1f64.to_bits().wrapping_add((self.below(140) << 52).wrapping_sub(70 << 52))
-                    + self.below(1 << 52)
-            }
-            4 => self.below(1 << 52),
-            _ => self.next(),
-        };
-        bits & i64::MAX as u64 | sign
-    }
-
-    fn f80(&mut self) -> [u8; 10] {
-        let mut exp = match self.below(8) {
-            0 => 0,
-            1 => 0x7FFF,
-            2 => self.pick(&[1, 0x7FFE, 0x3FFF, 0x3FFE, 0x4000, 0x403E, 0x401E]),
-            3 => 0x3FFF - 140 + self.below(280),
-            4 => self.below(0x8000),
-            _ => 0x3FFF - 20 + self.below(40),
-        } as u16;
-        let mut mant = match self.below(5) {
-            0 => 1 << 63,
-            1 => self.pick(&[0, 1, 3 << 62, u64::MAX, (1 << 63) + 1, 1 << 62]),
-            2 => (self.next() | 1 << 63) & !0xFF_FFFF_FFFF,
-            3 => (self.next() | 1 << 63) & !0x7FF,
-            _ => self.next(),
-        };
-        if exp != 0 && !self.one_in(30) {
-            mant |= 1 << 63;
-        }
-        if exp == 0 && self.one_in(2) {
-            mant = 0;
-        }
-        if self.one_in(2) {
-            exp |= 0x8000;
-        }
-        let mut out = [0; 10];
-        out[..8].copy_from_slice(&mant.to_le_bytes());
-        out[8..].copy_from_slice(&exp.to_le_bytes());
-        out
-    }
-
-    /// Sixteen bytes of one kind of value.
-    fn vector(&mut self) -> [u8; 16] {
-        let mut out = [0; 16];
-        match self.below(5) {
-            0 | 1 => out.chunks_exact_mut(4).for_each(|c| c.copy_from_slice(&self.f32().to_le_bytes())),
-            2 | 3 => out.chunks_exact_mut(8).for_each(|c| c.copy_from_slice(&self.f64().to_le_bytes())),
-            _ => out.chunks_exact_mut(8).for_each(|c| c.copy_from_slice(&self.integer().to_le_bytes())),
-        }
-        out
-    }
-}
+use super::values::{fill_data, registers, Rng};
 
 /// One instruction form: prefix, map, opcode and ModRM.reg.
 #[derive(Clone, Copy, Debug)]
@@ -169,8 +17,10 @@ pub struct Form {
     reg: u8,
     memory: bool,
     rex_w: bool,
-    /// VEX: 0 or the `pp` field plus one (BMI1 and BMI2 alone use it here).
+    /// VEX: 0 or the `pp` field plus one.
     vex: u8,
+    /// VEX.L
+    l: bool,
     /// ModRM.reg is part of the opcode.
     group: bool,
 }
@@ -225,6 +75,11 @@ fn claimed(feature: CpuidFeature) -> bool {
             | LZCNT
             | XSAVE
             | XSAVEOPT
+            | XSAVEC
+            | AVX
+            | AVX2
+            | FMA
+            | F16C
             | MULTIBYTENOP
             | PAUSE
             | CLFSH
@@ -335,7 +190,7 @@ impl Generator {
             for map in 0..4u8 {
                 for opcode in 0..=255u8 {
                     // ftvm has no VEX in 16-bit code, which hardly any program uses.
-                    if vex != 0 && (map < 2 || mode == Mode::Segmented16) || is_prefix(map, opcode, long) {
+                    if vex != 0 && (map < 1 || mode == Mode::Segmented16) || is_prefix(map, opcode, long) {
                         continue;
                     }
                     for prefix in if vex == 0 { &[0, 0x66, 0xF3, 0xF2][..] } else { &[0][..] } {
@@ -344,31 +199,37 @@ impl Generator {
                                 if rex_w && !long && vex == 0 {
                                     continue;
                                 }
-                                let form = |reg| Form {
-                                    map,
-                                    prefix: *prefix,
-                                    opcode,
-                                    reg,
-                                    memory,
-                                    rex_w,
-                                    vex,
-                                    group: true,
-                                };
-                                let decoded: Vec<Instruction> = (0..8)
-                                    .map(|reg| {
-                                        let mut bytes = assemble(&form(reg), &mut rng, long, true);
-                                        bytes.resize(32, 0);
-                                        decode(&bytes, 0, mode)
-                                    })
-                                    .collect();
-                                let good = |i: &Instruction| !i.is_invalid() && !excluded(i) && filter(i);
-                                let same = decoded.iter().all(|i| i.code() == decoded[0].code());
-                                if same && good(&decoded[0]) {
-                                    forms.push(Form { group: false, ..form(0) });
-                                } else if !same {
-                                    for (reg, i) in decoded.iter().enumerate() {
-                                        if good(i) {
-                                            forms.push(form(reg as u8));
+                                for l in [false, true] {
+                                    if l && vex == 0 {
+                                        continue;
+                                    }
+                                    let form = |reg| Form {
+                                        map,
+                                        prefix: *prefix,
+                                        opcode,
+                                        reg,
+                                        memory,
+                                        rex_w,
+                                        vex,
+                                        l,
+                                        group: true,
+                                    };
+                                    let decoded: Vec<Instruction> = (0..8)
+                                        .map(|reg| {
+                                            let mut bytes = assemble(&form(reg), &mut rng, long, true);
+                                            bytes.resize(32, 0);
+                                            decode(&bytes, 0, mode)
+                                        })
+                                        .collect();
+                                    let good = |i: &Instruction| !i.is_invalid() && !excluded(i) && filter(i);
+                                    let same = decoded.iter().all(|i| i.code() == decoded[0].code());
+                                    if same && good(&decoded[0]) {
+                                        forms.push(Form { group: false, ..form(0) });
+                                    } else if !same {
+                                        for (reg, i) in decoded.iter().enumerate() {
+                                            if good(i) {
+                                                forms.push(form(reg as u8));
+                                            }
                                         }
                                     }
                                 }
@@ -514,6 +375,7 @@ impl Generator {
                 let loads_state = matches!(
                     i.mnemonic(),
                     Mnemonic::Ldmxcsr
+                        | Mnemonic::Vldmxcsr
                         | Mnemonic::Fxrstor
                         | Mnemonic::Fxrstor64
                         | Mnemonic::Xrstor
@@ -583,7 +445,7 @@ impl Generator {
         let r = &mut case.regs;
         let base = self.mode.data_base();
         let wide = |rng: &mut Rng| DATA - base + 512 + rng.below(DATA_SIZE as u64 - 1024);
-        if i.is_string_instruction() || matches!(m, Maskmovq | Maskmovdqu) {
+        if i.is_string_instruction() || matches!(m, Maskmovq | Maskmovdqu | Vmaskmovdqu) {
             for n in [6, 7] {
                 if !rng.one_in(30) {
                     r.gpr[n] = wide(rng);
@@ -603,9 +465,34 @@ impl Generator {
             r.gpr[3] = wide(rng);
         }
         let mut address: Option<u64> = None;
-        if touches_memory(i) && !i.is_string_instruction() && !matches!(m, Maskmovq | Maskmovdqu | Xlatb) {
+        if touches_memory(i)
+            && !i.is_string_instruction()
+            && !matches!(m, Maskmovq | Maskmovdqu | Vmaskmovdqu | Xlatb)
+        {
             if i.is_ip_rel_memory_operand() {
                 address = Some(i.memory_displacement64());
+            } else if i.is_vsib() {
+                // The base near the data, small indices, and about half of the elements asked for.
+                let segment = segment_base(i, self.mode);
+                let target = target_address(rng, i).wrapping_sub(segment);
+                if i.memory_base() == Register::None || !place(rng, r, i, target) {
+                    return false;
+                }
+                let index = i.memory_index().number();
+                let size = if i.is_vsib64() { 8 } else { 4 };
+                for at in (0..16).step_by(size) {
+                    for wide in [true, false] {
+                        let v = (rng.below(64) as i64 - 20).to_le_bytes();
+                        let half = if wide {
+                            &mut r.high[index * 16 + at..]
+                        } else {
+                            &mut r.fx[160 + index * 16 + at..]
+                        };
+                        half[..size].copy_from_slice(&v[..size]);
+                    }
+                }
+                // Faults of later elements may come first.
+                case.compare.cr2_open = true;
             } else {
                 let segment = segment_base(i, self.mode);
                 let target = target_address(rng, i).wrapping_sub(segment);
@@ -697,7 +584,7 @@ impl Generator {
             }
         }
         match m {
-            Ldmxcsr => {
+            Ldmxcsr | Vldmxcsr => {
                 if let (Some(o), false) = (offset, rng.one_in(10)) {
                     case.data[o as usize + 2..o as usize + 4].fill(0);
                 } else if offset.is_some() {
@@ -742,9 +629,13 @@ impl Generator {
                 }
             }
             // The roundings within a dot product have no defined order of exceptions.
-            Dpps | Dppd if r.mxcsr() & 0x1F80 != 0x1F80 => return false,
+            Dpps | Dppd | Vdpps | Vdppd if r.mxcsr() & 0x1F80 != 0x1F80 => return false,
+            // Unmasked overflow and underflow are judged by the rounded result here.
+            _ if i.encoding() == EncodingKind::VEX && r.mxcsr() & 0xC00 != 0xC00 => return false,
             Movsxd if i.op0_register().is_gpr16() => return false,
-            Rcpps | Rcpss | Rsqrtps | Rsqrtss => case.compare.xmm_close = true,
+            Rcpps | Rcpss | Rsqrtps | Rsqrtss | Vrcpps | Vrcpss | Vrsqrtps | Vrsqrtss => {
+                case.compare.xmm_close = true
+            }
             F2xm1 | Fyl2x | Fyl2xp1 | Fptan | Fpatan | Fsin | Fcos | Fsincos => {
                 let st = |n: usize| (r.word(40 + n * 16) & 0x7FFF, r.word(40 + n * 16) >> 15 != 0);
                 // Outside their ranges F2XM1 and FYL2XP1 are undefined; a processor's pi of 66 bits
@@ -772,7 +663,7 @@ impl Generator {
                 // AMD's processors do not ask for alignment.
                 return false;
             }
-            Maskmovq | Maskmovdqu => {
+            Maskmovq | Maskmovdqu | Vmaskmovdqu => {
                 // Whether a masked-out byte faults is the implementation's choice.
                 let narrow = match self.mode {
                     Mode::Long => i.op0_kind() != OpKind::MemorySegRDI,
@@ -831,7 +722,7 @@ fn needs(i: &Instruction) -> u32 {
             list |= bit(i.op1_register());
         }
     }
-    if i.is_string_instruction() || matches!(i.mnemonic(), Maskmovq | Maskmovdqu) {
+    if i.is_string_instruction() || matches!(i.mnemonic(), Maskmovq | Maskmovdqu | Vmaskmovdqu) {
         list |= 0xC2;
     }
     if i.is_stack_instruction() || matches!(i.mnemonic(), Enter | Leave) {
@@ -877,13 +768,15 @@ fn target_address(rng: &mut Rng, i: &Instruction) -> u64 {
         4 => CODE + rng.below(2000),
         5..=12 => any,
         _ if size >= 64 => any & !63,
+        _ if size >= 32 => any & !31,
         _ => any & !15,
     }
 }
 
 /// Set base and index registers so that the operand lies at `target`.
 fn place(rng: &mut Rng, r: &mut Regs, i: &Instruction, target: u64) -> bool {
-    let (base, index) = (i.memory_base(), i.memory_index());
+    let index = if i.is_vsib() { Register::None } else { i.memory_index() };
+    let base = i.memory_base();
     let number = |reg: Register| reg.full_register().number();
     let disp = i.memory_displacement64();
     let mut rest = target.wrapping_sub(disp);
@@ -929,92 +822,6 @@ fn segment_base(i: &Instruction, mode: Mode) -> u64 {
     }
 }
 
-fn registers(rng: &mut Rng, mode: Mode) -> Regs {
-    let long = mode == Mode::Long;
-    let mut r = Regs::default();
-    for n in 0..16 {
-        let mut v =
-            if rng.one_in(3) { DATA - mode.data_base() + rng.below(DATA_SIZE as u64) } else { rng.integer() };
-        if rng.one_in(12) {
-            v = CODE - mode.code_base() + rng.below(2000);
-        }
-        r.gpr[n] = if long { v } else { v & 0xFFFF_FFFF };
-    }
-    if !long {
-        r.gpr[8..].fill(0);
-    }
-    r.flags = 0x202 | rng.next() & 0x8D5;
-    if rng.one_in(4) {
-        r.flags |= 0x400;
-    }
-    let fx = &mut r.fx;
-    let all_masked = !rng.one_in(3);
-    let fcw = 0x40 | (rng.next() & 0xF00) as u16 | if all_masked { 0x3F } else { (rng.next() & 0x3F) as u16 };
-    let mut fsw = (rng.next() & 0x7F00) as u16;
-    if rng.one_in(2) {
-        fsw |= (rng.next() & 0x7F) as u16;
-        if !rng.one_in(8) {
-            fsw &= fcw & 0x3F | 0xFF40;
-        }
-    }
-    if fsw & !fcw & 0x3F != 0 {
-        fsw |= 0x8080;
-    }
-    fx[0..2].copy_from_slice(&fcw.to_le_bytes());
-    fx[2..4].copy_from_slice(&fsw.to_le_bytes());
-    fx[4] = match rng.below(4) {
-        0 => 0xFF,
-        1 => rng.next() as u8,
-        _ => {
-            // ST(0) to ST(n) in use, as programs have it.
-            let top = fsw >> 11 & 7;
-            (0..1 + rng.below(7) as u16).fold(0, |t, i| t | 1 << ((top + i) & 7))
-        }
-    };
-    for n in 0..8 {
-        let v = if rng.one_in(8) {
-            let mut m = [0xFF; 10];
-            m[..8].copy_from_slice(&rng.integer().to_le_bytes());
-            m
-        } else {
-            rng.f80()
-        };
-        fx[32 + n * 16..42 + n * 16].copy_from_slice(&v);
-    }
-    let masks = if all_masked || rng.one_in(2) { 0x1F80 } else { (rng.next() & 0x1F80) as u32 };
-    let mut mxcsr = masks | (rng.next() & 0x6000) as u32 | (rng.next() & 0x3F) as u32;
-    if rng.one_in(4) {
-        mxcsr |= (rng.next() & 0x8040) as u32;
-    }
-    if rng.one_in(2) {
-        mxcsr &= !0x3F;
-    }
-    fx[24..28].copy_from_slice(&mxcsr.to_le_bytes());
-    for n in 0..if long { 16 } else { 8 } {
-        let v = rng.vector();
-        fx[160 + n * 16..176 + n * 16].copy_from_slice(&v);
-    }
-    r
-}
-
-fn fill_data(rng: &mut Rng, data: &mut [u8; DATA_SIZE]) {
-    // A pool of values repeated: filling each byte afresh would be most of the time.
-    let mut pool = [0u8; 640];
-    for c in pool.chunks_exact_mut(16) {
-        if rng.one_in(4) {
-            c[..10].copy_from_slice(&rng.f80());
-            c[10..].fill(rng.next() as u8);
-        } else {
-            c.copy_from_slice(&rng.vector());
-        }
-    }
-    let shift = rng.below(40) as usize * 16;
-    for (k, c) in data.chunks_exact_mut(16).enumerate() {
-        let at = (shift + k * 16) % 640;
-        c.copy_from_slice(&pool[at..at + 16]);
-    }
-}
-
 /// The bytes of an instruction of this form with random rest; the length is what decoding says.
 fn assemble(form: &Form, rng: &mut Rng, long: bool, plain: bool) -> Vec<u8> {
     let mut b = Vec::with_capacity(32);
@@ -1047,11 +854,11 @@ fn assemble(form: &Form, rng: &mut Rng, long: bool, plain: bool) -> Vec<u8> {
             _ => {}
         }
     } else {
-        let v = if plain { 0 } else { rng.below(if long { 16 } else { 8 }) as u8 };
+        let v = if plain || rng.one_in(2) { 0 } else { rng.below(if long { 16 } else { 8 }) as u8 };
         b.extend([
             0xC4,
             (!extend & 7) << 5 | form.map,
-            u8::from(form.rex_w) << 7 | (!v & 15) << 3 | (form.vex - 1),
+            u8::from(form.rex_w) << 7 | (!v & 15) << 3 | u8::from(form.l) << 2 | (form.vex - 1),
         ]);
     }
     b.push(form.opcode);

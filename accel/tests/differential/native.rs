@@ -13,6 +13,9 @@ struct Entry {
     gpr: [u64; 16],
     frame: [u64; 5],
     data_selector: u64,
+    avx: u64,
+    reserved: u64,
+    high: [u8; 256],
 }
 
 core::arch::global_asm!(
@@ -29,6 +32,25 @@ core::arch::global_asm!(
     "push 0x202",
     "popfq",
     "fxrstor64 [rdi]",
+    "cmp qword ptr [rdi + 688], 0",
+    "je 2f",
+    "vinsertf128 ymm0, ymm0, xmmword ptr [rdi + 704], 1",
+    "vinsertf128 ymm1, ymm1, xmmword ptr [rdi + 720], 1",
+    "vinsertf128 ymm2, ymm2, xmmword ptr [rdi + 736], 1",
+    "vinsertf128 ymm3, ymm3, xmmword ptr [rdi + 752], 1",
+    "vinsertf128 ymm4, ymm4, xmmword ptr [rdi + 768], 1",
+    "vinsertf128 ymm5, ymm5, xmmword ptr [rdi + 784], 1",
+    "vinsertf128 ymm6, ymm6, xmmword ptr [rdi + 800], 1",
+    "vinsertf128 ymm7, ymm7, xmmword ptr [rdi + 816], 1",
+    "vinsertf128 ymm8, ymm8, xmmword ptr [rdi + 832], 1",
+    "vinsertf128 ymm9, ymm9, xmmword ptr [rdi + 848], 1",
+    "vinsertf128 ymm10, ymm10, xmmword ptr [rdi + 864], 1",
+    "vinsertf128 ymm11, ymm11, xmmword ptr [rdi + 880], 1",
+    "vinsertf128 ymm12, ymm12, xmmword ptr [rdi + 896], 1",
+    "vinsertf128 ymm13, ymm13, xmmword ptr [rdi + 912], 1",
+    "vinsertf128 ymm14, ymm14, xmmword ptr [rdi + 928], 1",
+    "vinsertf128 ymm15, ymm15, xmmword ptr [rdi + 944], 1",
+    "2:",
     "mov eax, [rdi + 680]",
     "mov ds, eax",
     "mov es, eax",
@@ -141,6 +163,12 @@ extern "C" fn on_signal(signal: i32, _: *mut libc::siginfo_t, context: *mut libc
         out.signal = signal;
         let fx = uc.uc_mcontext.fpregs.cast::<u8>();
         std::ptr::copy_nonoverlapping(fx, out.regs.fx.as_mut_ptr(), 416);
+        // The kernel's extended frame: its mark, then the XSAVE header's XSTATE_BV; AVX follows the header.
+        let (mark, used) = (fx.add(464).cast::<u32>().read_unaligned(), fx.add(512).cast::<u64>());
+        out.regs.high = [0; 256];
+        if mark == 0x4650_5853 && used.read_unaligned() & 4 != 0 {
+            std::ptr::copy_nonoverlapping(fx.add(576), out.regs.high.as_mut_ptr(), 256);
+        }
         g[libc::REG_RIP as usize] = ftvm_diff_leave as *const () as i64;
         g[libc::REG_RSP as usize] = HOST_STACK as i64;
         g[libc::REG_EFL as usize] = 0x202;
@@ -227,6 +255,8 @@ impl Native {
             std::ptr::copy_nonoverlapping(case.data.as_ptr(), data, DATA_SIZE);
             let e = &mut *self.entry;
             e.fx = case.regs.fx;
+            e.high = case.regs.high;
+            e.avx = super::case::has_avx().into();
             e.gpr = case.regs.gpr;
             let (cs, ss) = (case.mode.code_selector().into(), case.mode.data_selector().into());
             e.frame = [case.regs.rip, cs, case.regs.flags, case.regs.gpr[4], ss];

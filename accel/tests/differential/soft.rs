@@ -136,7 +136,7 @@ impl Soft {
         // PE MP ET NE WP AM PG; PAE PGE OSFXSR OSXMMEXCPT FSGSBASE OSXSAVE SMEP.
         s.cr0 = 0x8005_0033;
         s.cr4 = 0x20 | 0x80 | 0x200 | 0x400 | 1 << 16 | 1 << 18 | 1 << 20;
-        s.xcr0 = 3;
+        s.xcr0 = if super::case::has_avx() { 7 } else { 3 };
         let data = segment(0x2B, 0xC0F3);
         let null = Segment::default();
         let base = Registers {

@@ -22,6 +22,7 @@ pub fn load(s: &mut CpuState, r: &Regs) {
     s.vector.mxcsr = r.mxcsr();
     for i in 0..16 {
         s.vector.ymm[i][..16].copy_from_slice(&r.fx[160 + i * 16..176 + i * 16]);
+        s.vector.ymm[i][16..].copy_from_slice(&r.high[i * 16..i * 16 + 16]);
     }
 }
 
@@ -38,5 +39,6 @@ pub fn store(s: &CpuState, r: &mut Regs) {
     }
     for i in 0..16 {
         r.fx[160 + i * 16..176 + i * 16].copy_from_slice(&s.vector.ymm[i][..16]);
+        r.high[i * 16..i * 16 + 16].copy_from_slice(&s.vector.ymm[i][16..]);
     }
 }

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::file::HostFile;
+use crate::store::Store;
 use crate::BlockError;
 
 /// The first four bytes of an image.
@@ -51,7 +51,7 @@ fn be64(b: &[u8], at: usize) -> u64 {
 
 impl Header {
     /// Read and check a header.
-    pub fn read(file: &HostFile) -> Result<Self, BlockError> {
+    pub fn read(file: &dyn Store) -> Result<Self, BlockError> {
         let bad = |reason: String| BlockError::Format { path: file.path().to_owned(), reason };
         let mut raw = vec![0u8; 104];
         file.read_at(0, &mut raw)?;
@@ -121,7 +121,7 @@ impl Header {
         header.with_extensions(file, length, &raw)
     }
 
-    fn with_extensions(mut self, file: &HostFile, length: u64, raw: &[u8]) -> Result<Self, BlockError> {
+    fn with_extensions(mut self, file: &dyn Store, length: u64, raw: &[u8]) -> Result<Self, BlockError> {
         let bad = |reason: String| BlockError::Format { path: file.path().to_owned(), reason };
         let mut first = vec![0u8; 1 << self.cluster_bits];
         file.read_at(0, &mut first)?;

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::file::HostFile;
+use crate::store::Store;
 use crate::BlockError;
 
 struct Block {
@@ -31,7 +31,7 @@ const MAX_TABLE: usize = 1 << 20;
 impl Refcounts {
     /// Read the table.
     pub fn read(
-        file: &HostFile,
+        file: &dyn Store,
         cluster_bits: u32,
         order: u32,
         offset: u64,
@@ -60,7 +60,7 @@ impl Refcounts {
         (8u64 << self.cluster_bits) >> self.order
     }
 
-    fn block(&mut self, file: &HostFile, index: usize) -> Result<Option<&mut Block>, BlockError> {
+    fn block(&mut self, file: &dyn Store, index: usize) -> Result<Option<&mut Block>, BlockError> {
         let offset = self.table.get(index).copied().unwrap_or(0);
         if offset == 0 {
             return Ok(None);
@@ -74,13 +74,13 @@ impl Refcounts {
     }
 
     /// The count of a host cluster.
-    pub fn get(&mut self, file: &HostFile, cluster: u64) -> Result<u64, BlockError> {
+    pub fn get(&mut self, file: &dyn Store, cluster: u64) -> Result<u64, BlockError> {
         let (per, order) = (self.per_block(), self.order);
         let slot = (cluster % per) as usize;
         Ok(self.block(file, (cluster / per) as usize)?.map_or(0, |b| load(&b.data, order, slot)))
     }
 
-    fn set(&mut self, file: &HostFile, cluster: u64, value: u64) -> Result<(), BlockError> {
+    fn set(&mut self, file: &dyn Store, cluster: u64, value: u64) -> Result<(), BlockError> {
         let (per, order) = (self.per_block(), self.order);
         self.ensure_block(file, (cluster / per) as usize, cluster)?;
         let slot = (cluster % per) as usize;
@@ -92,7 +92,7 @@ impl Refcounts {
     }
 
     /// Make the block `index` exist; `taken` is a cluster that is being allocated and may not hold it.
-    fn ensure_block(&mut self, file: &HostFile, index: usize, taken: u64) -> Result<(), BlockError> {
+    fn ensure_block(&mut self, file: &dyn Store, index: usize, taken: u64) -> Result<(), BlockError> {
         if index >= self.table.len() {
             self.grow_table(file, index)?;
         }
@@ -107,7 +107,7 @@ impl Refcounts {
         self.set(file, place, 1)
     }
 
-    fn grow_table(&mut self, file: &HostFile, index: usize) -> Result<(), BlockError> {
+    fn grow_table(&mut self, file: &dyn Store, index: usize) -> Result<(), BlockError> {
         let per_cluster = (1usize << self.cluster_bits) / 8;
         // Half as large again as needed, so that growth is rare.
         let entries = ((index + 1) * 3 / 2).next_multiple_of(per_cluster);
@@ -118,7 +118,7 @@ impl Refcounts {
         let clusters = (entries / per_cluster) as u64;
         // Behind everything that any block covers or the file holds: certainly free.
         let covered = self.table.len() as u64 * self.per_block();
-        let end = file.length().div_ceil(1 << self.cluster_bits);
+        let end = if file.grows_with_zeroes() { file.length().div_ceil(1 << self.cluster_bits) } else { 0 };
         let start = covered.max(end);
         self.table.resize(entries, 0);
         self.table_offset = start << self.cluster_bits;
@@ -130,7 +130,7 @@ impl Refcounts {
         Ok(())
     }
 
-    fn find_free(&mut self, file: &HostFile, from: u64) -> Result<u64, BlockError> {
+    fn find_free(&mut self, file: &dyn Store, from: u64) -> Result<u64, BlockError> {
         let mut cluster = from;
         while self.get(file, cluster)? != 0 {
             cluster += 1;
@@ -138,16 +138,21 @@ impl Refcounts {
         Ok(cluster)
     }
 
-    /// Allocate one cluster; returns its number. Cluster 0 (the header) is never given.
-    pub fn allocate(&mut self, file: &HostFile) -> Result<u64, BlockError> {
-        let cluster = self.find_free(file, self.hint.max(1))?;
-        self.set(file, cluster, 1)?;
-        self.hint = cluster + 1;
-        Ok(cluster)
+    /// Allocate up to `want` clusters that lie side by side: (the first one's number, how many). Cluster 0
+    /// (the header) is never given.
+    pub fn allocate(&mut self, file: &dyn Store, want: u64) -> Result<(u64, u64), BlockError> {
+        let first = self.find_free(file, self.hint.max(1))?;
+        let mut got = 0;
+        while got < want.max(1) && (got == 0 || self.get(file, first + got)? == 0) {
+            self.set(file, first + got, 1)?;
+            got += 1;
+        }
+        self.hint = first + got;
+        Ok((first, got))
     }
 
     /// One reference less.
-    pub fn release(&mut self, file: &HostFile, cluster: u64) -> Result<u64, BlockError> {
+    pub fn release(&mut self, file: &dyn Store, cluster: u64) -> Result<u64, BlockError> {
         let count = self.get(file, cluster)?;
         if count == 0 {
             return Err(BlockError::Corrupt(format!("cluster {cluster} is freed but has no reference")));
@@ -159,14 +164,25 @@ impl Refcounts {
         Ok(count - 1)
     }
 
-    /// Whether [`Self::write`] has something to do.
-    pub fn is_dirty(&self) -> bool {
-        self.table_dirty || self.blocks.values().any(|b| b.dirty)
+    /// Whether the table itself changed, so that [`Self::write`] is needed.
+    pub fn is_table_dirty(&self) -> bool {
+        self.table_dirty
+    }
+
+    /// Copies of the changed blocks and their offsets; they count as written.
+    pub fn take_dirty(&mut self) -> Vec<(u64, Vec<u8>)> {
+        let mut out = Vec::new();
+        for (index, block) in &mut self.blocks {
+            if std::mem::take(&mut block.dirty) {
+                out.push((self.table[*index], block.data.clone()));
+            }
+        }
+        out
     }
 
     /// Write what changed, in this order: blocks, barrier, table, barrier, header. A crash in between leaves at
     /// most counts that are too high (leaks). Ends without a barrier for the last step written.
-    pub fn write(&mut self, file: &HostFile) -> Result<Option<(u64, u64)>, BlockError> {
+    pub fn write(&mut self, file: &dyn Store) -> Result<Option<(u64, u64)>, BlockError> {
         for (index, block) in &mut self.blocks {
             if block.dirty {
                 file.write_at(self.table[*index], &block.data)?;

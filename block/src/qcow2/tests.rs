@@ -264,3 +264,225 @@ fn a_crash_after_any_flush_loses_nothing_flushed() {
     verify(&path, &model);
     std::fs::remove_dir_all(d).unwrap();
 }
+
+/// Threads that share clusters but no bytes, with flushes and discards between them.
+#[test]
+fn requests_side_by_side_lose_nothing() {
+    let d = dir("side");
+    for (i, (options, backing)) in [
+        ("cluster_size=65536", false),
+        ("cluster_size=4096,refcount_bits=8", true),
+        ("cluster_size=2M", true),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let (base, path) = (d.join(format!("b{i}.raw")), d.join(format!("s{i}.qcow2")));
+        let size = 16 << 20;
+        let below: Vec<u8> = (0..size).map(|n| (n / 777) as u8).collect();
+        std::fs::write(&base, &below).unwrap();
+        let mut args = vec!["create", "-q", "-f", "qcow2", "-o", options];
+        let total = size.to_string();
+        if backing {
+            args.extend(["-b", base.to_str().unwrap(), "-F", "raw"]);
+        }
+        args.extend([path.to_str().unwrap(), &total]);
+        assert!(qemu_img(&args));
+        let image = open(&path, &OpenOptions { discard: true, ..OpenOptions::default() }).unwrap();
+        let image = &*image;
+        let model = std::sync::Mutex::new(if backing { below } else { vec![0; size] });
+        let model = &model;
+        std::thread::scope(|s| {
+            for t in 0..4u64 {
+                s.spawn(move || {
+                    let mut rng = Rng(0x1234_5678 + t * 77);
+                    for n in 0..1500 {
+                        // Each thread has every fourth 1 KiB.
+                        let at = ((rng.below(size as u64 / 4096) * 4 + t) * 1024) as usize;
+                        match rng.below(20) {
+                            0..=12 => {
+                                let data = vec![rng.next() as u8; 1024];
+                                image.write_at(at as u64, &data).unwrap();
+                                model.lock().unwrap()[at..at + 1024].copy_from_slice(&data);
+                            }
+                            13 => image.flush().unwrap(),
+                            14 if t == 0 && n % 5 == 0 => {
+                                image.write_zeroes(at as u64, 1024, true).unwrap();
+                                model.lock().unwrap()[at..at + 1024].fill(0);
+                            }
+                            _ => {
+                                let mut got = vec![0; 1024];
+                                image.read_at(at as u64, &mut got).unwrap();
+                                assert!(got == model.lock().unwrap()[at..at + 1024], "at {at}");
+                            }
+                        }
+                    }
+                });
+            }
+        });
+        let model = model.lock().unwrap().clone();
+        let mut got = vec![0; size];
+        image.read_at(0, &mut got).unwrap();
+        assert!(got == model);
+    }
+    for i in 0..3 {
+        assert!(qemu_img(&["check", "-q", d.join(format!("s{i}.qcow2")).to_str().unwrap()]));
+    }
+    std::fs::remove_dir_all(d).unwrap();
+}
+
+/// A disk with a volatile cache: at a power cut any part of what was not flushed may be missing, torn or there.
+struct Volatile {
+    path: PathBuf,
+    safe: std::sync::Mutex<Vec<u8>>,
+    cached: std::sync::Mutex<Vec<(u64, Vec<u8>)>>,
+}
+
+impl Volatile {
+    fn now(&self) -> Vec<u8> {
+        let mut all = self.safe.lock().unwrap().clone();
+        for (at, data) in self.cached.lock().unwrap().iter() {
+            put(&mut all, *at, data);
+        }
+        all
+    }
+    /// What a power cut leaves: of each write since the last flush some sectors, in any order.
+    fn after_power_cut(&self, rng: &mut Rng) -> Vec<u8> {
+        let mut all = self.safe.lock().unwrap().clone();
+        let mut pieces: Vec<(u64, Vec<u8>)> = Vec::new();
+        for (at, data) in self.cached.lock().unwrap().iter() {
+            for (i, sector) in data.chunks(512).enumerate() {
+                pieces.push((at + i as u64 * 512, sector.to_vec()));
+            }
+        }
+        let mode = rng.below(4);
+        for i in (1..pieces.len()).rev() {
+            if mode == 3 {
+                pieces.swap(i, rng.below(i as u64 + 1) as usize);
+            }
+        }
+        for (at, data) in pieces {
+            if mode == 1 || (mode != 0 && rng.below(2) == 0) {
+                put(&mut all, at, &data);
+            }
+        }
+        all
+    }
+}
+
+fn put(all: &mut Vec<u8>, at: u64, data: &[u8]) {
+    let at = at as usize;
+    if all.len() < at + data.len() {
+        all.resize(at + data.len(), 0);
+    }
+    all[at..at + data.len()].copy_from_slice(data);
+}
+
+impl crate::Store for Volatile {
+    fn path(&self) -> &Path {
+        &self.path
+    }
+    fn length(&self) -> u64 {
+        self.now().len() as u64
+    }
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> std::io::Result<()> {
+        let all = self.now();
+        for (i, b) in buf.iter_mut().enumerate() {
+            *b = all.get(offset as usize + i).copied().unwrap_or(0);
+        }
+        Ok(())
+    }
+    fn write_at(&self, offset: u64, data: &[u8]) -> std::io::Result<()> {
+        self.cached.lock().unwrap().push((offset, data.to_vec()));
+        Ok(())
+    }
+    fn grow(&self, length: u64) -> std::io::Result<()> {
+        self.write_at(length - 1, &[0])
+    }
+    fn grows_with_zeroes(&self) -> bool {
+        true
+    }
+    fn zero_range(&self, _: u64, _: u64, _: bool) -> bool {
+        false
+    }
+    fn punch(&self, offset: u64, len: u64) {
+        let _ = self.write_at(offset, &vec![0xDD; len as usize]);
+    }
+    fn sync(&self) -> std::io::Result<()> {
+        let now = self.now();
+        *self.safe.lock().unwrap() = now;
+        self.cached.lock().unwrap().clear();
+        Ok(())
+    }
+}
+
+/// Power is cut before every single write and at every flush: what was flushed before is there, whatever of the
+/// rest the disk's cache let through, and no table refers to a free cluster.
+#[test]
+fn a_power_cut_at_any_moment_loses_nothing_flushed() {
+    let d = dir("power");
+    let path = d.join("p.qcow2");
+    let copy = d.join("copy.qcow2");
+    let mut rng = Rng(4711);
+    for round in 0..6 {
+        assert!(qemu_img(&[
+            "create",
+            "-q",
+            "-f",
+            "qcow2",
+            "-o",
+            if round % 2 == 0 { "cluster_size=512" } else { "cluster_size=4096,refcount_bits=64" },
+            path.to_str().unwrap(),
+            "256K",
+        ]));
+        let store = std::sync::Arc::new(Volatile {
+            path: path.clone(),
+            safe: std::sync::Mutex::new(std::fs::read(&path).unwrap()),
+            cached: Default::default(),
+        });
+        let options = OpenOptions { discard: true, locking: false, ..OpenOptions::default() };
+        let image = super::Qcow2::over(std::sync::Arc::clone(&store) as _, &options, 0).unwrap();
+        let image: &dyn crate::Image = &image;
+        let mut durable = vec![0u8; 256 << 10];
+        // What each sector may hold besides: everything written to it since the last flush.
+        let mut since: Vec<(usize, Vec<u8>)> = Vec::new();
+        for step in 0..40 {
+            let at = rng.below(500) as usize * 512;
+            let len = 512 * (1 + rng.below(12)) as usize;
+            match rng.below(6) {
+                0 => {
+                    image.flush().unwrap();
+                    for (at, data) in since.drain(..) {
+                        durable[at..at + data.len()].copy_from_slice(&data);
+                    }
+                }
+                1 => {
+                    image.write_zeroes(at as u64, len as u64, true).unwrap();
+                    since.push((at, vec![0; len]));
+                }
+                _ => {
+                    let data = vec![1 + rng.below(255) as u8; len];
+                    image.write_at(at as u64, &data).unwrap();
+                    since.push((at, data));
+                }
+            }
+            std::fs::write(&copy, store.after_power_cut(&mut rng)).unwrap();
+            let status = Command::new("qemu-img").args(["check", "-q", copy.to_str().unwrap()]).status();
+            let code = status.unwrap().code();
+            assert!(matches!(code, Some(0 | 3)), "round {round} step {step}: check gave {code:?}");
+            let shared = OpenOptions { read_only: true, ..OpenOptions::default() };
+            let mut got = vec![0; durable.len()];
+            open(&copy, &shared).unwrap().read_at(0, &mut got).unwrap();
+            for sector in 0..durable.len() / 512 {
+                let at = sector * 512;
+                let is = &got[at..at + 512];
+                let ok = is == &durable[at..at + 512]
+                    || since.iter().any(|(start, data)| {
+                        at >= *start && at < start + data.len() && is == &data[at - start..at - start + 512]
+                    });
+                assert!(ok, "round {round} step {step}: sector {sector} holds {:x?}", &is[..4]);
+            }
+        }
+    }
+    std::fs::remove_dir_all(d).unwrap();
+}

@@ -10,7 +10,7 @@ use super::{Common, FtEvent, FtSide, Role};
 use crate::lockstep::backup::Backup;
 use crate::lockstep::primary::Timing;
 use crate::lockstep::wire::{self, Epoch, Message, WireError, PROTOCOL};
-use crate::lockstep::{Arbiter, FileLock, Side};
+use crate::lockstep::{Arbiter, Side};
 use crate::machine::{Machine, MachineState, Stamp};
 use crate::runtime::Event;
 
@@ -44,7 +44,8 @@ pub struct Joined {
 }
 
 /// Connect to a primary and take its configuration.
-pub fn join(peer: &str) -> Result<Joined, JoinError> {
+/// `listen`: where this side will wait for a backup of its own when it is live.
+pub fn join(peer: &str, listen: &str) -> Result<Joined, JoinError> {
     let connect = |e| JoinError::Connect(peer.to_owned(), e);
     let wire = |e| JoinError::Wire(peer.to_owned(), e);
     let address = peer
@@ -56,7 +57,8 @@ pub fn join(peer: &str) -> Result<Joined, JoinError> {
     stream.set_nodelay(true).map_err(connect)?;
     stream.set_read_timeout(Some(Duration::from_secs(30))).map_err(connect)?;
     wire::greet(&mut stream).map_err(wire)?;
-    let hello = Message::Hello { protocol: PROTOCOL, version: env!("CARGO_PKG_VERSION").to_owned() };
+    let port = listen.rsplit_once(':').and_then(|(_, p)| p.parse().ok()).unwrap_or(0);
+    let hello = Message::Hello { protocol: PROTOCOL, version: env!("CARGO_PKG_VERSION").to_owned(), port };
     let frame = wire::encode(&hello).map_err(wire)?;
     std::io::Write::write_all(&mut stream, &frame).map_err(|e| wire(e.into()))?;
     match wire::read(&mut stream).map_err(wire)?.0 {
@@ -82,8 +84,8 @@ impl Joined {
     }
 
     /// Make the claim, take memory and state into `machine`.
-    pub fn receive(mut self, lock: &FileLock, machine: &mut Machine) -> Result<Received, JoinError> {
-        let shown = lock.path().display().to_string();
+    pub fn receive(mut self, lock: &dyn Arbiter, machine: &mut Machine) -> Result<Received, JoinError> {
+        let shown = lock.describe();
         let claimed = lock.sees_peer(&self.epoch, Side::Backup).and_then(|seen| {
             if seen {
                 lock.claim(&self.epoch, Side::Backup)?;

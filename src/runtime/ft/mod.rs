@@ -15,20 +15,20 @@ use std::time::{Duration, Instant};
 
 use ftvm_devices::Output;
 
-use super::control::{Failover, Shared};
+use super::control::{Failover, FtWish, Shared};
 use super::live::{is_held, Runtime};
 use super::{Events, Outcome};
 use crate::cli::ft::FtConfig;
 use crate::host::Outside;
 use crate::lockstep::primary::{Primary, Timing};
 use crate::lockstep::wire::{Epoch, Message};
-use crate::lockstep::{Arbiter, FileLock, Side, Verdict};
+use crate::lockstep::{Arbiter, Side, Verdict};
 use crate::machine::{Stamp, StateHash};
 
 /// News of the pair for the machine thread.
 pub enum FtEvent {
     /// A backup is ready for the machine's memory.
-    BackupReady { link: Box<Link>, epoch: Epoch },
+    BackupReady { link: Box<Link>, epoch: Epoch, port: u16 },
     /// A message that the machine thread must see.
     Message(u64, Message),
     /// The connection with this id ended.
@@ -44,7 +44,7 @@ pub enum FtEvent {
 /// What is shared by both roles.
 pub struct Common {
     pub config: FtConfig,
-    pub lock: FileLock,
+    pub lock: Arc<dyn Arbiter>,
     pub shared: Arc<Shared>,
     pub events: Events,
     /// What a backup is told of the machine (a serialized blueprint).
@@ -69,8 +69,8 @@ impl Common {
 
     /// Ask the lock on a thread of its own until it answers.
     pub fn arbitrate(&self, epoch: Epoch, side: Side) {
-        let (lock, events) = (self.lock.clone(), self.events.clone());
-        log::warn!("ft: the peer is suspected; asking the lock {}", lock.path().display());
+        let (lock, events) = (Arc::clone(&self.lock), self.events.clone());
+        log::warn!("ft: the peer is suspected; asking the lock {}", lock.describe());
         let spawned = std::thread::Builder::new().name("ft-lock".into()).spawn(move || loop {
             match lock.try_win(&epoch, side) {
                 Ok(verdict) => {
@@ -200,6 +200,11 @@ pub fn on_event(rt: &mut Runtime, event: FtEvent) -> Option<Outcome> {
         Some(Role::Backup(_)) => follow::on_event(rt, event),
         None => None,
     }
+}
+
+/// Do what the user wants of the pair.
+pub fn wish(rt: &mut Runtime, wish: FtWish) -> Option<Outcome> {
+    primary::wish(rt, wish)
 }
 
 /// What a live side does beside running the machine: synchronize a new backup, keep the status.

@@ -2,6 +2,7 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
+use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -138,6 +139,53 @@ impl Client {
         })
     }
 
+    /// One shell over ssh for the whole time: it counts the lines that it has read.
+    pub fn shell(net: Option<ClientNet>, host: String, pause: Duration) -> Client {
+        Client::start(net, move |stop, seen| {
+            let mut line = Line::ssh(&host, "n=0; while read -r _; do n=$((n+1)); echo $n; done")?;
+            // The first answer includes the login.
+            line.ask("next")?;
+            let mut count = 1u64;
+            while !stop.load(Ordering::Relaxed) {
+                let (answer, took) = line.ask("next")?;
+                count += 1;
+                let wrong = (answer != count.to_string())
+                    .then(|| format!("ssh answered {answer} instead of {count}"));
+                note(seen, took, wrong);
+                std::thread::sleep(pause);
+            }
+            Ok(())
+        })
+    }
+
+    /// A database over ssh: every row is committed with fsync before the answer, and all must be there at every moment.
+    pub fn database(net: Option<ClientNet>, host: String, pause: Duration) -> Client {
+        Client::start(net, move |stop, seen| {
+            let mut line = Line::ssh(&host, "stdbuf -oL sqlite3 -batch /var/lib/client.db")?;
+            let (mode, _) = line.ask("CREATE TABLE t(n INTEGER PRIMARY KEY, s TEXT); PRAGMA synchronous;")?;
+            if mode != "2" {
+                return Err(format!("sqlite's PRAGMA synchronous is {mode:?}, not 2 (FULL)"));
+            }
+            let mut n = 0u64;
+            while !stop.load(Ordering::Relaxed) {
+                n += 1;
+                let (answer, took) = line.ask(&format!(
+                    "INSERT INTO t VALUES({n},'row {n}'); SELECT count(*)||' '||sum(n) FROM t;"
+                ))?;
+                let expect = format!("{n} {}", n * (n + 1) / 2);
+                let wrong =
+                    (answer != expect).then(|| format!("the database has '{answer}' instead of '{expect}'"));
+                note(seen, took, wrong);
+                std::thread::sleep(pause);
+            }
+            let (answer, _) = line.ask("PRAGMA integrity_check;")?;
+            if answer != "ok" {
+                return Err(format!("the database is damaged: {answer}"));
+            }
+            Ok(())
+        })
+    }
+
     /// Stop, and return what was seen; an error if the client itself failed (a broken connection).
     pub fn finish(mut self) -> Result<Seen> {
         self.stop.store(true, Ordering::Relaxed);
@@ -167,10 +215,20 @@ fn note(seen: &Mutex<Seen>, took: Duration, wrong: Option<String>) {
     }
 }
 
-/// A line-by-line conversation over TCP.
+/// A line-by-line conversation over TCP or ssh.
 pub struct Line {
-    out: TcpStream,
-    input: BufReader<TcpStream>,
+    out: Box<dyn Write>,
+    input: Box<dyn BufRead>,
+    ssh: Option<Child>,
+}
+
+impl Drop for Line {
+    fn drop(&mut self) {
+        if let Some(child) = &mut self.ssh {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
 }
 
 impl Line {
@@ -182,7 +240,44 @@ impl Line {
         out.set_nodelay(true).map_err(|e| e.to_string())?;
         out.set_read_timeout(Some(Duration::from_secs(60))).map_err(|e| e.to_string())?;
         let input = BufReader::new(out.try_clone().map_err(|e| e.to_string())?);
-        Ok(Line { out, input })
+        Ok(Line { out: Box::new(out), input: Box::new(input), ssh: None })
+    }
+
+    /// Run `command` on `host` as root (whose password is "root"); its standard input and output.
+    pub fn ssh(host: &str, command: &str) -> Result<Line> {
+        let fail = |e: std::io::Error| format!("ssh: {e}");
+        let askpass = std::env::temp_dir().join(format!("ftvm-askpass-{}", std::process::id()));
+        std::fs::write(&askpass, "#!/bin/sh\necho root\n").map_err(fail)?;
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o700);
+        std::fs::set_permissions(&askpass, mode).map_err(fail)?;
+        let mut child = Command::new("ssh")
+            .args([
+                "-o",
+                "StrictHostKeyChecking=no",
+                "-o",
+                "UserKnownHostsFile=/dev/null",
+                "-o",
+                "LogLevel=ERROR",
+            ])
+            .args([
+                "-o",
+                "ServerAliveInterval=15",
+                "-o",
+                "ServerAliveCountMax=4",
+                "-o",
+                "PubkeyAuthentication=no",
+            ])
+            .args([&format!("root@{host}"), command])
+            .env("SSH_ASKPASS", &askpass)
+            .env("SSH_ASKPASS_REQUIRE", "force")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .map_err(fail)?;
+        let (Some(out), Some(input)) = (child.stdin.take(), child.stdout.take()) else {
+            return Err("ssh has no pipes".into());
+        };
+        Ok(Line { out: Box::new(out), input: Box::new(BufReader::new(input)), ssh: Some(child) })
     }
 
     /// Send a line, read the answer.

@@ -119,6 +119,16 @@ impl Pair {
         Ok(start.elapsed())
     }
 
+    /// Start a backup that the primary must refuse; what it says.
+    pub fn refused_backup(&mut self) -> Result<String> {
+        let ft = format!("backup,peer={}{}", Network::address(self.live), self.ft_options);
+        let mut vm = self.spawn(self.other(), &["-ft", &ft])?;
+        match vm.wait_exit(Duration::from_secs(30))? {
+            0 => Err(format!("the backup was not refused\n{}", vm.log())),
+            _ => Ok(vm.log()),
+        }
+    }
+
     /// All programs' messages.
     pub fn logs(&self) -> String {
         self.hosts.iter().flatten().map(|vm| format!("--- {}\n{}", vm.messages, vm.log())).collect()
@@ -188,6 +198,55 @@ impl Pair {
         Ok(())
     }
 
+    /// A planned switch: the backup goes live, and the old primary becomes its backup by itself.
+    pub fn switch(&mut self) -> Result<serde_json::Value> {
+        self.qmp()?.command("ft-test-failover", serde_json::Value::Null)?;
+        let ft = self.expect_takeover()?;
+        self.wait_protected()?;
+        Ok(ft)
+    }
+
+    /// The backup is made anew on the user's wish.
+    pub fn restart_backup(&mut self) -> Result<()> {
+        self.qmp()?.command("ft-test-restart", serde_json::Value::Null)?;
+        let left = self.qmp()?.wait_ft("unprotected", Duration::from_secs(30));
+        left.map_err(|e| format!("{e}\n{}", self.logs()))?;
+        self.wait_protected()
+    }
+
+    /// Fault tolerance is suspended: the backup ends in order, and none is taken.
+    pub fn suspend(&mut self) -> Result<()> {
+        let other = self.other();
+        self.qmp()?.command("ft-suspend", serde_json::Value::Null)?;
+        let mut vm = self.hosts[other].take().ok_or("there is no backup")?;
+        match vm.wait_exit(Duration::from_secs(30))? {
+            0 => {}
+            status => return Err(format!("the dismissed backup ended with {status}\n{}", vm.log())),
+        }
+        let left = self.qmp()?.wait_ft("unprotected", Duration::from_secs(30));
+        left.map(|_| ()).map_err(|e| format!("{e}\n{}", self.logs()))
+    }
+
+    fn wait_protected(&mut self) -> Result<()> {
+        let result = self.qmp()?.wait_ft("protected", Duration::from_secs(120));
+        result.map(|_| ()).map_err(|e| format!("{e}\n{}", self.logs()))
+    }
+
+    /// Change the guest's memory on the backup's host behind the program's back, as broken hardware would: the
+    /// backup must notice, and be made anew by itself; the primary goes on.
+    pub fn corrupt_backup(&mut self) -> Result<()> {
+        let other = self.other();
+        let vm = self.hosts[other].as_ref().ok_or("there is no backup")?;
+        let seen = vm.log().matches("is made anew").count();
+        flip_guest_memory(vm.pid())?;
+        crate::wait_for("the divergence's discovery", Duration::from_secs(60), || {
+            let vm = self.hosts[other].as_ref()?;
+            (vm.log().matches("is made anew").count() > seen).then_some(())
+        })
+        .map_err(|e| format!("{e}\n{}", self.logs()))?;
+        self.wait_protected()
+    }
+
     /// Cut the hosts from each other while both reach the storage and the clients: exactly one goes on.
     pub fn cut_apart(&mut self) -> Result<()> {
         self.net.set_isolated(&[0, 1], true)?;
@@ -241,60 +300,83 @@ impl Pair {
     }
 }
 
+/// Flip a bit in every page in use of the upper half of a process's largest mapping, which is the guest's memory.
+fn flip_guest_memory(pid: i32) -> Result<()> {
+    use std::os::unix::fs::FileExt;
+    let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).map_err(|e| e.to_string())?;
+    let range = |line: &str| {
+        let (from, to) = line.split_once(' ')?.0.split_once('-')?;
+        let (from, to) = (u64::from_str_radix(from, 16).ok()?, u64::from_str_radix(to, 16).ok()?);
+        line.contains(" rw").then_some((from, to))
+    };
+    let largest = maps.lines().filter_map(range).max_by_key(|(from, to)| to - from);
+    let (from, to) = largest.ok_or("the process has no memory")?;
+    let mem = std::fs::OpenOptions::new().read(true).write(true).open(format!("/proc/{pid}/mem"));
+    let mem = mem.map_err(|e| format!("/proc/{pid}/mem: {e}"))?;
+    let mut page = [0; 4096];
+    for at in ((from + (to - from) / 2)..to).step_by(4096) {
+        mem.read_exact_at(&mut page, at).map_err(|e| e.to_string())?;
+        if page.iter().any(|b| *b != 0) {
+            mem.write_all_at(&[page[512] ^ 16], at + 512).map_err(|e| e.to_string())?;
+        }
+    }
+    Ok(())
+}
+
 const TAP: &str = "tap,id=n0,ifname=vmtap,script=no,downscript=no";
 
-/// The clients of a machine: a session that counts, durable writes, HTTP.
-pub struct Clients {
-    session: Client,
-    journal: Client,
-    http: Client,
-}
+/// The clients of a machine: a session that counts, durable writes and HTTP; with Debian ssh and a database too.
+pub struct Clients(Vec<(&'static str, Client)>);
 
 impl Clients {
     /// Start them.
     pub fn start(pair: &Pair, http_port: u16, expect: &str, tag: &str) -> Clients {
         let at = |port: u16| SocketAddr::new(GUEST.parse().unwrap_or([0, 0, 0, 0].into()), port);
-        Clients {
-            session: Client::session(Some(pair.net.client()), at(7000), Duration::from_millis(5)),
-            journal: Client::journal(Some(pair.net.client()), at(7000), tag, Duration::from_millis(10)),
-            http: Client::http(Some(pair.net.client()), at(http_port), expect, Duration::from_millis(30)),
-        }
+        let net = || Some(pair.net.client());
+        let ms = Duration::from_millis;
+        Clients(vec![
+            ("session", Client::session(net(), at(7000), ms(5))),
+            ("journal", Client::journal(net(), at(7000), tag, ms(10))),
+            ("http", Client::http(net(), at(http_port), expect, ms(30))),
+        ])
+    }
+
+    /// Add a shell over ssh and a database (what the Debian guest has).
+    pub fn with_ssh(mut self, pair: &Pair) -> Clients {
+        let net = || Some(pair.net.client());
+        let ms = Duration::from_millis;
+        self.0.push(("ssh", Client::shell(net(), GUEST.to_owned(), ms(20))));
+        self.0.push(("database", Client::database(net(), GUEST.to_owned(), ms(20))));
+        self
     }
 
     /// Wait until each has had `more` further answers.
     pub fn wait_progress(&self, more: u64, limit: Duration) -> Result<()> {
-        let all = [&self.session, &self.journal, &self.http];
-        let start = all.map(Client::answers);
+        let start: Vec<u64> = self.0.iter().map(|(_, c)| c.answers()).collect();
+        let ended = || self.0.iter().any(|(_, c)| c.has_ended());
         let result = crate::wait_for("progress of the clients", limit, || {
-            let enough = all.iter().zip(start).all(|(c, s)| c.answers() >= s + more);
-            (enough || all.iter().any(|c| c.has_ended())).then_some(())
+            let enough = self.0.iter().zip(&start).all(|((_, c), s)| c.answers() >= s + more);
+            (enough || ended()).then_some(())
         });
-        let state: Vec<String> = all
-            .iter()
-            .zip(["session", "journal", "http"])
-            .zip(start)
-            .map(|((c, name), s)| {
-                format!("{name} {} more{}", c.answers() - s, if c.has_ended() { " and broke" } else { "" })
-            })
-            .collect();
-        if all.iter().any(|c| c.has_ended()) {
-            return Err(format!("a client ended: {}", state.join(", ")));
+        let one = |((name, c), s): (&(&str, Client), &u64)| {
+            format!("{name} {} more{}", c.answers() - s, if c.has_ended() { " and broke" } else { "" })
+        };
+        let state = self.0.iter().zip(&start).map(one).collect::<Vec<_>>().join(", ");
+        if ended() {
+            return Err(format!("a client ended: {state}"));
         }
-        result.map_err(|e| format!("{e}: {}", state.join(", ")))
+        result.map_err(|e| format!("{e}: {state}"))
     }
 
     /// Stop them; each one's view, all of it correct.
-    pub fn finish(self) -> Result<[Seen; 3]> {
-        let mut all = [Seen::default(), Seen::default(), Seen::default()];
-        for (slot, (name, client)) in
-            all.iter_mut().zip([("session", self.session), ("journal", self.journal), ("http", self.http)])
-        {
+    pub fn finish(self) -> Result<Vec<(&'static str, Seen)>> {
+        let one = |(name, client): (&'static str, Client)| {
             let seen = client.finish().map_err(|e| format!("{name}: {e}"))?;
-            if let Some(wrong) = seen.wrong.first() {
-                return Err(format!("{name}: {} wrong answers, the first: {wrong}", seen.wrong.len()));
+            match seen.wrong.first() {
+                Some(wrong) => Err(format!("{name}: {} wrong answers, the first: {wrong}", seen.wrong.len())),
+                None => Ok((name, seen)),
             }
-            *slot = seen;
-        }
-        Ok(all)
+        };
+        self.0.into_iter().map(one).collect()
     }
 }

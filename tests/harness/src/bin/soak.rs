@@ -1,7 +1,7 @@
 //! `make soak`: a protected Debian guest under load through many faults; every acknowledged answer is checked.
 //!
 //! FTVM_SOAK_ROUNDS: rounds (default 50); a round kills the primary and the backup once each, every fifth
-//! round also freezes the primary and cuts the hosts apart. FTVM_SOAK_SEED: the pauses between faults.
+//! round also freezes the primary, cuts the hosts apart and corrupts the backup's memory. FTVM_SOAK_SEED: the pauses between faults.
 
 use std::time::{Duration, Instant};
 
@@ -29,10 +29,10 @@ fn soak() -> Result<()> {
     let limit = Duration::from_secs(60);
     println!("booting Debian ...");
     let mut pair = Pair::start("soak", Guest::Debian, "")?;
-    let clients = Clients::start(&pair, 80, "ftvm guest", "soak");
+    let clients = Clients::start(&pair, 80, "ftvm guest", "soak").with_ssh(&pair);
     clients.wait_progress(10, limit)?;
     let start = Instant::now();
-    let (mut primaries, mut backups, mut stalls, mut cuts) = (0, 0, 0, 0);
+    let (mut primaries, mut backups, mut stalls, mut cuts, mut divergences) = (0, 0, 0, 0, 0);
     let mut takeovers: Vec<f64> = Vec::new();
     for round in 0..rounds {
         let result = (|| -> Result<()> {
@@ -48,6 +48,14 @@ fn soak() -> Result<()> {
             pair.kill_backup()?;
             backups += 1;
             clients.wait_progress(3, limit)?;
+            if round % 5 == 2 {
+                pair.protect()?;
+                rng.pause(1000);
+                pair.corrupt_backup()?;
+                divergences += 1;
+                clients.wait_progress(3, limit)?;
+                pair.kill_backup()?;
+            }
             if round % 5 == 4 {
                 pair.protect()?;
                 rng.pause(1000);
@@ -66,12 +74,12 @@ fn soak() -> Result<()> {
         })();
         result.map_err(|e| format!("round {round}: {e}\n{}", pair.logs()))?;
         println!(
-            "round {round}: {primaries} primaries and {backups} backups killed, {stalls} stalls, {cuts} cuts, {:.0} s",
+            "round {round}: {primaries} primaries and {backups} backups killed, {stalls} stalls, {cuts} cuts, {divergences} divergences, {:.0} s",
             start.elapsed().as_secs_f64()
         );
     }
     let seen = clients.finish()?;
-    for (name, s) in ["session", "journal", "http"].iter().zip(&seen) {
+    for (name, s) in &seen {
         println!(
             "{name:8} {:6} answers, none wrong or lost; longest pause {:.0} ms, median {:.1} ms, 99 % {:.1} ms",
             s.answers,

@@ -1,0 +1,262 @@
+//! Persistent reservations (SPC-4, 5.13): arbitration and fencing in one.
+//!
+//! A host that writes a LUN as one side of a pair holds a reservation of type "write exclusive": the target
+//! refuses everybody else's writes, whenever they come from a socket, a queue or a paused process. The key under
+//! which it is held is the state of the lock: taking the lock is changing the holder's key, which the target does
+//! atomically. The primary changes its own (REGISTER), the backup puts its own in its place (PREEMPT); each names the
+//! key that it expects, so exactly one of both can succeed. What the holder's key is afterwards (READ RESERVATION)
+//! decides, so an answer that was lost on the way does no harm.
+//!
+//! Registrants other than the holder may not write under this type, so registering again after a reconnect is
+//! harmless: it gives nothing but the right to try.
+
+use std::io;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::conn::{Command, Conn, Reply};
+use super::session::{failure, retry_attention, sense, Session, CHECK_CONDITION, GOOD, RESERVATION_CONFLICT};
+
+/// How long a question about the reservation may take.
+const LIMIT: Duration = Duration::from_secs(3);
+/// Write exclusive.
+const WRITE_EXCLUSIVE: u8 = 1;
+
+const REGISTER: u8 = 0;
+const RESERVE: u8 = 1;
+const RELEASE: u8 = 2;
+const PREEMPT: u8 = 4;
+const PREEMPT_AND_ABORT: u8 = 5;
+const REGISTER_AND_IGNORE: u8 = 6;
+
+/// What sends commands: a session (on whatever connection) or one connection.
+trait Sender {
+    fn send(&self, command: &Command<'_>) -> io::Result<Reply>;
+}
+
+impl Sender for Session {
+    fn send(&self, command: &Command<'_>) -> io::Result<Reply> {
+        self.command(command, LIMIT)
+    }
+}
+
+impl Sender for Conn {
+    fn send(&self, command: &Command<'_>) -> io::Result<Reply> {
+        retry_attention(self, command, Instant::now() + LIMIT)
+    }
+}
+
+/// The key of the reservation's holder.
+fn holder(sender: &dyn Sender) -> io::Result<Option<u64>> {
+    let mut cdb = [0; 16];
+    cdb[0] = 0x5E;
+    cdb[1] = 1;
+    cdb[8] = 64;
+    let reply = sender.send(&Command { cdb, data_out: &[], read: 64, ordered: false })?;
+    if reply.status != GOOD {
+        return Err(failure(&reply));
+    }
+    let d = &reply.data;
+    let long = |at: usize| d.get(at..at + 8).and_then(|b| b.try_into().ok()).map(u64::from_be_bytes);
+    match d.get(4..8).map(|b| u32::from_be_bytes([b[0], b[1], b[2], b[3]])) {
+        Some(0) => Ok(None),
+        Some(_) => long(8).map(Some).ok_or_else(|| super::pdu::bad("the reservation is not readable")),
+        None => Err(super::pdu::bad("the reservation is not readable")),
+    }
+}
+
+/// PERSISTENT RESERVE OUT; whether the target did it (false: a conflict).
+fn out(sender: &dyn Sender, action: u8, key: u64, new: u64) -> io::Result<bool> {
+    let mut cdb = [0; 16];
+    cdb[0] = 0x5F;
+    cdb[1] = action;
+    cdb[2] = WRITE_EXCLUSIVE;
+    cdb[8] = 24;
+    let mut data = [0u8; 24];
+    data[..8].copy_from_slice(&key.to_be_bytes());
+    data[8..16].copy_from_slice(&new.to_be_bytes());
+    let reply = sender.send(&Command { cdb, data_out: &data, read: 0, ordered: false })?;
+    match reply.status {
+        GOOD => Ok(true),
+        RESERVATION_CONFLICT => Ok(false),
+        _ => Err(failure(&reply)),
+    }
+}
+
+/// Put this registrant's key in the holder's place, and let nothing of the old holder be under way afterwards.
+fn preempt(sender: &dyn Sender, mine: u64, theirs: u64) -> io::Result<bool> {
+    match out(sender, PREEMPT_AND_ABORT, mine, theirs) {
+        Ok(done) => return Ok(done),
+        // Some targets (tgt) have no ABORT.
+        Err(e) if e.kind() == io::ErrorKind::Other => {}
+        Err(e) => return Err(e),
+    }
+    let done = out(sender, PREEMPT, mine, theirs)?;
+    if done {
+        barrier(sender)?;
+    }
+    Ok(done)
+}
+
+/// An ordered command: it ends after every command that the LUN took before, of any host.
+fn barrier(sender: &dyn Sender) -> io::Result<()> {
+    let mut cdb = [0; 16];
+    cdb[0] = 0x35;
+    let reply = sender.send(&Command { cdb, data_out: &[], read: 0, ordered: true })?;
+    match reply.status {
+        GOOD => Ok(()),
+        // No cache to synchronize: the order was kept all the same.
+        CHECK_CONDITION if sense(&reply.sense).0 == 5 => Ok(()),
+        _ => Err(failure(&reply)),
+    }
+}
+
+/// The same key, one generation on: for a new connection's registration.
+fn next_generation(key: u64) -> u64 {
+    key & !(0xFF << 32) | (key >> 32).wrapping_add(1) as u8 as u64 * (1 << 32)
+}
+
+/// After a reconnect, before anything else: take back a reservation that this session holds, if it still does.
+/// A target may tie registrations to connections (tgt does), or have lost them all with a restart.
+pub(super) fn recover(session: &Session, conn: &Conn) -> io::Result<()> {
+    let mut holding = session.holding.lock().unwrap_or_else(PoisonError::into_inner);
+    let Some(key) = *holding else { return Ok(()) };
+    for _ in 0..4 {
+        match holder(conn)? {
+            None => {
+                out(conn, REGISTER_AND_IGNORE, 0, key)?;
+                if out(conn, RESERVE, key, 0)? {
+                    log::warn!("iSCSI: the target had lost the reservation; it is made again");
+                    return Ok(());
+                }
+            }
+            Some(found) if found == key || found == next_generation(key) => {
+                let mine = next_generation(found);
+                out(conn, REGISTER_AND_IGNORE, 0, mine)?;
+                // The old connection's registration holds it, unless the target took this one for the same.
+                let done = holder(conn)? == Some(mine) || preempt(conn, mine, found)?;
+                *holding = Some(mine);
+                if done {
+                    return Ok(());
+                }
+            }
+            Some(_) => {
+                session.lost.store(true, Ordering::SeqCst);
+                *holding = None;
+                log::error!("iSCSI: another host has taken the LUN");
+                return Ok(());
+            }
+        }
+    }
+    Err(super::pdu::bad("the reservation does not settle"))
+}
+
+/// In order: let the LUN go.
+pub(super) fn give_back(session: &Session, conn: &Conn) {
+    let key = session.holding.lock().unwrap_or_else(PoisonError::into_inner).take();
+    if let Some(key) = key {
+        let _ = out(conn, RELEASE, key, 0);
+        let _ = out(conn, REGISTER, key, 0);
+    }
+}
+
+/// The lock that a LUN's reservation is.
+#[derive(Clone)]
+pub struct LunLock(Arc<Session>);
+
+impl LunLock {
+    /// The lock of the LUN that `url` names.
+    pub fn open(url: &str) -> io::Result<LunLock> {
+        let target =
+            super::url::Target::parse(url).map_err(|e| io::Error::new(io::ErrorKind::InvalidInput, e))?;
+        Ok(LunLock(Session::open(&target)?))
+    }
+
+    pub(super) fn of(session: &Arc<Session>) -> LunLock {
+        LunLock(Arc::clone(session))
+    }
+
+    /// The key of the reservation's holder.
+    pub fn holder(&self) -> io::Result<Option<u64>> {
+        holder(self.0.as_ref())
+    }
+
+    /// The key under which this process holds the LUN.
+    pub fn held(&self) -> Option<u64> {
+        *self.0.holding.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn set_held(&self, key: u64) {
+        *self.0.holding.lock().unwrap_or_else(PoisonError::into_inner) = Some(key);
+    }
+
+    /// Take a LUN that nobody holds; false: somebody does.
+    pub fn take_free(&self, key: u64) -> io::Result<bool> {
+        let session = self.0.as_ref();
+        if self.held().is_some() {
+            return Ok(true);
+        }
+        out(session, REGISTER_AND_IGNORE, 0, key)?;
+        out(session, RESERVE, key, 0)?;
+        let mine = holder(session)? == Some(key);
+        if mine {
+            self.set_held(key);
+        }
+        Ok(mine)
+    }
+
+    /// The holder changes its own key; false: it is not the holder any more.
+    pub fn change(&self, to: u64) -> io::Result<bool> {
+        let Some(from) = self.held() else { return Ok(false) };
+        let answer = out(self.0.as_ref(), REGISTER, from, to);
+        // Whatever the answer was (it may be lost, or be that of a repetition): what counts is what is there.
+        match holder(self.0.as_ref())? {
+            Some(found) if found == to => {
+                self.set_held(to);
+                Ok(true)
+            }
+            Some(found) if Some(found) == self.held() => {
+                answer?;
+                Err(super::pdu::bad("the holder's key did not change"))
+            }
+            None => Err(super::pdu::bad("the target has lost the reservation")),
+            Some(_) => Ok(false),
+        }
+    }
+
+    /// Take the LUN from the holder `theirs`; false: the holder is not (any more) `theirs`.
+    pub fn take_from(&self, theirs: u64, mine: u64) -> io::Result<bool> {
+        let session = self.0.as_ref();
+        if holder(session)? == Some(mine) {
+            self.set_held(mine);
+            return Ok(true);
+        }
+        out(session, REGISTER_AND_IGNORE, 0, mine)?;
+        let answer = preempt(session, mine, theirs);
+        if holder(session)? == Some(mine) {
+            // Also after a lost answer nothing of the old holder may be under way.
+            barrier(session)?;
+            self.set_held(mine);
+            return Ok(true);
+        }
+        answer.map(|_| false)
+    }
+
+    /// Take the LUN from whoever holds it: for a side that has won the pair's lock elsewhere.
+    pub fn seize(&self, mine: u64) -> io::Result<()> {
+        for _ in 0..8 {
+            if self.held().is_some() {
+                return Ok(());
+            }
+            let done = match self.holder()? {
+                None => self.take_free(mine)?,
+                Some(theirs) => self.take_from(theirs, mine)?,
+            };
+            if done {
+                return Ok(());
+            }
+        }
+        Err(super::pdu::bad("the reservation does not settle"))
+    }
+}

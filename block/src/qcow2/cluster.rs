@@ -1,0 +1,219 @@
+//! Guest data: reading and writing clusters.
+
+use std::io::Read;
+use std::sync::MutexGuard;
+
+use super::{Place, Qcow2, State, COPIED, ZERO};
+use crate::BlockError;
+
+/// Clusters allocated in one go at the most.
+const RUN: u64 = 64;
+
+impl Qcow2 {
+    fn read_compressed(&self, entry: u64) -> Result<Vec<u8>, BlockError> {
+        let (offset, len) = self.compressed_extent(entry);
+        let mut packed = vec![0u8; len as usize];
+        self.file.read_at(offset, &mut packed)?;
+        let mut out = vec![0u8; self.cluster() as usize];
+        flate2::read::DeflateDecoder::new(packed.as_slice()).read_exact(&mut out).map_err(|e| {
+            BlockError::Corrupt(format!("a compressed cluster at {offset:#x} is not readable: {e}"))
+        })?;
+        Ok(out)
+    }
+
+    fn read_backing(&self, guest: u64, buf: &mut [u8]) -> Result<(), BlockError> {
+        let Some(backing) = &self.backing else {
+            buf.fill(0);
+            return Ok(());
+        };
+        let available = backing.size().saturating_sub(guest).min(buf.len() as u64) as usize;
+        let (inside, past) = buf.split_at_mut(available);
+        past.fill(0);
+        if inside.is_empty() {
+            return Ok(());
+        }
+        backing.read_at(guest, inside)
+    }
+
+    pub(super) fn read_place(&self, place: Place, guest: u64, buf: &mut [u8]) -> Result<(), BlockError> {
+        let within = guest & (self.cluster() - 1);
+        match place {
+            Place::Unallocated => self.read_backing(guest, buf),
+            Place::Zero(_) => {
+                buf.fill(0);
+                Ok(())
+            }
+            Place::Data(host) => Ok(self.file.read_at(host + within, buf)?),
+            Place::Compressed(entry) => {
+                let data = self.read_compressed(entry)?;
+                let at = within as usize;
+                buf.copy_from_slice(&data[at..at + buf.len()]);
+                Ok(())
+            }
+        }
+    }
+
+    /// The state once the guest cluster `guest` is not being allocated by another request.
+    fn when_settled(&self, guest: u64) -> Result<MutexGuard<'_, State>, BlockError> {
+        let mut state = self.lock()?;
+        while state.busy.contains(&(guest >> self.header.cluster_bits)) {
+            state = self.settled.wait(state).map_err(super::broken)?;
+        }
+        Ok(state)
+    }
+
+    /// Allocate up to `want` host clusters that lie side by side: (offset, how many, nothing was ever written there).
+    pub(super) fn allocate(&self, state: &mut State, want: u64) -> Result<(u64, u64, bool), BlockError> {
+        let bits = self.header.cluster_bits;
+        let (first, got) = state.refs.allocate(self.file.as_ref(), want)?;
+        let (start, end) = (first << bits, (first + got) << bits);
+        let untouched = start >= state.untouched && self.file.grows_with_zeroes();
+        state.untouched = state.untouched.max(end);
+        Ok((start, got, untouched))
+    }
+
+    /// Write a range.
+    pub(super) fn write_span(&self, offset: u64, data: &[u8]) -> Result<(), BlockError> {
+        let mut done = 0;
+        while done < data.len() {
+            done += self.write_run(offset + done as u64, &data[done..])?;
+        }
+        Ok(())
+    }
+
+    /// Write the beginning of a range, as much as lies side by side in the file; how much that was.
+    fn write_run(&self, guest: u64, data: &[u8]) -> Result<usize, BlockError> {
+        let (size, bits) = (self.cluster(), self.header.cluster_bits);
+        let within = guest & (size - 1);
+        let mut state = self.when_settled(guest)?;
+        let mut len = (size - within).min(data.len() as u64);
+        let limit = data.len() as u64;
+        if let Some(host) = self.own(&mut state, guest)? {
+            let mut next = host + size;
+            while len < limit && !state.busy.contains(&((guest + len) >> bits)) {
+                match self.own(&mut state, guest + len)? {
+                    Some(at) if at == next => {
+                        len += size.min(limit - len);
+                        next += size;
+                    }
+                    _ => break,
+                }
+            }
+            let _active = self.begin(&mut state);
+            drop(state);
+            self.file.write_at(host + within, &data[..len as usize])?;
+            return Ok(len as usize);
+        }
+        // New host clusters (or the one kept for zeroes) get the whole contents.
+        let first = self.place(&mut state, guest)?;
+        let mut last = first;
+        let mut kept = false;
+        let (host, count, untouched) = match first {
+            Place::Zero(Some(host)) if self.is_own(&state, guest) => {
+                kept = true;
+                (host, 1, false)
+            }
+            _ => {
+                let mut want = 1;
+                let mut end = len;
+                while end < limit && want < RUN && !state.busy.contains(&((guest + end) >> bits)) {
+                    if matches!(self.place(&mut state, guest + end)?, Place::Zero(Some(_)))
+                        || self.own(&mut state, guest + end)?.is_some()
+                    {
+                        break;
+                    }
+                    end += size.min(limit - end);
+                    want += 1;
+                }
+                self.allocate(&mut state, want)?
+            }
+        };
+        let start = guest - within;
+        len = (count * size - within).min(limit);
+        if count > 1 {
+            last = self.place(&mut state, start + (count - 1) * size)?;
+        }
+        for n in 0..count {
+            state.busy.insert((start >> bits) + n);
+        }
+        let active = self.begin(&mut state);
+        drop(state);
+        let written = self.fill(host, start, count, (first, last), within, &data[..len as usize], untouched);
+        let state = self.state.lock().map_err(super::broken);
+        let result = state.and_then(|mut state| {
+            let mut result = written;
+            if result.is_ok() && state.poisoned {
+                result = Err(super::broken(()));
+            }
+            for n in 0..count {
+                if result.is_ok() {
+                    result = self.set_entry(&mut state, start + n * size, (host + n * size) | COPIED);
+                }
+                state.busy.remove(&((start >> bits) + n));
+                if result.is_err() && !kept {
+                    // Nothing refers to it, and nothing will.
+                    let _ = state.refs.release(self.file.as_ref(), (host >> bits) + n);
+                }
+            }
+            result
+        });
+        self.settled.notify_all();
+        drop(active);
+        result.map(|()| len as usize)
+    }
+
+    /// Write `data` at `within` into `count` new clusters at `host`, with what belongs around it.
+    #[allow(clippy::too_many_arguments)]
+    fn fill(
+        &self,
+        host: u64,
+        start: u64,
+        count: u64,
+        old: (Place, Place),
+        within: u64,
+        data: &[u8],
+        untouched: bool,
+    ) -> Result<(), BlockError> {
+        let whole = count * self.cluster();
+        let end = within + data.len() as u64;
+        let is_zero = |p: Place| match p {
+            Place::Zero(_) => true,
+            Place::Unallocated => self.backing.is_none(),
+            _ => false,
+        };
+        let (head, tail) = (within > 0, end < whole);
+        if untouched && (!head || is_zero(old.0)) && (!tail || is_zero(old.1)) || !(head || tail) {
+            return Ok(self.file.write_at(host + within, data)?);
+        }
+        let mut all = vec![0u8; whole as usize];
+        if head {
+            self.read_place(old.0, start, &mut all[..within as usize])?;
+        }
+        if tail {
+            // The last cluster of an image may reach past its end.
+            let valid = (self.header.size - start).min(whole);
+            if end < valid {
+                self.read_place(old.1, start + end, &mut all[end as usize..valid as usize])?;
+            }
+        }
+        all[within as usize..end as usize].copy_from_slice(data);
+        Ok(self.file.write_at(host, &all)?)
+    }
+
+    /// Make a whole guest cluster read as zero.
+    pub(super) fn zero_cluster(&self, guest: u64) -> Result<(), BlockError> {
+        let mut state = self.when_settled(guest)?;
+        match self.place(&mut state, guest)? {
+            Place::Unallocated if self.backing.is_none() => Ok(()),
+            Place::Zero(_) => Ok(()),
+            _ if self.backing.is_none() => self.set_entry(&mut state, guest, 0),
+            _ if self.header.version >= 3 => self.set_entry(&mut state, guest, ZERO),
+            _ => {
+                drop(state);
+                // Version 2 cannot say "zero" above a backing image.
+                let valid = (self.header.size - guest).min(self.cluster());
+                self.write_span(guest, &vec![0; valid as usize])
+            }
+        }
+    }
+}

@@ -1,0 +1,109 @@
+//! Writing changed metadata; the module above says in which order.
+
+use super::{Qcow2, State, OFFSET};
+use crate::BlockError;
+
+/// A copy of what a flush writes.
+struct Changes {
+    refcounts: Vec<(u64, Vec<u8>)>,
+    /// (index, host offset, table)
+    l2: Vec<(usize, u64, Vec<u8>)>,
+    l1: Option<Vec<u8>>,
+    unreferenced: Vec<u64>,
+}
+
+fn bytes(entries: &[u64]) -> Vec<u8> {
+    entries.iter().flat_map(|e| e.to_be_bytes()).collect()
+}
+
+impl Qcow2 {
+    /// Write all changed metadata; data and metadata are on stable storage when this returns.
+    pub(super) fn write_metadata(&self) -> Result<(), BlockError> {
+        let _one = self.flushing.lock().map_err(super::broken)?;
+        let changes = {
+            let mut state = self.lock()?;
+            match self.take_changes(&mut state) {
+                Ok(changes) => changes,
+                Err(e) => {
+                    state.poisoned = true;
+                    return Err(e);
+                }
+            }
+        };
+        let result = self.write_changes(&changes);
+        let mut state = self.state.lock().map_err(super::broken)?;
+        for (index, _, _) in &changes.l2 {
+            if let Some(table) = state.l2.get_mut(index) {
+                table.writing = false;
+            }
+        }
+        let result = result.and_then(|()| {
+            if !changes.unreferenced.is_empty() {
+                let next = state.next_request;
+                state.limbo.push((next, changes.unreferenced));
+            }
+            self.release_unreferenced(&mut state)
+        });
+        if result.is_err() {
+            // What is on disk is consistent, but memory is ahead of it: nothing may build on it.
+            state.poisoned = true;
+        }
+        result
+    }
+
+    fn take_changes(&self, state: &mut State) -> Result<Changes, BlockError> {
+        let bits = self.header.cluster_bits;
+        let refcounts = if state.refs.is_table_dirty() {
+            // Rare: the table itself changed. All of it is written here, with the lock held.
+            if let Some((old, clusters)) = state.refs.write(self.file.as_ref())? {
+                state.unreferenced.extend((old >> bits)..(old >> bits) + clusters);
+            }
+            Vec::new()
+        } else {
+            state.refs.take_dirty()
+        };
+        let mut l2 = Vec::new();
+        for (index, table) in &mut state.l2 {
+            if table.dirty {
+                table.dirty = false;
+                table.writing = true;
+                l2.push((*index, state.l1[*index] & OFFSET, bytes(&table.entries)));
+            }
+        }
+        let l1 = std::mem::take(&mut state.l1_dirty).then(|| bytes(&state.l1));
+        Ok(Changes { refcounts, l2, l1, unreferenced: std::mem::take(&mut state.unreferenced) })
+    }
+
+    fn write_changes(&self, changes: &Changes) -> Result<(), BlockError> {
+        for (offset, block) in &changes.refcounts {
+            self.file.write_at(*offset, block)?;
+        }
+        self.file.sync()?;
+        for (_, offset, table) in &changes.l2 {
+            self.file.write_at(*offset, table)?;
+        }
+        if !changes.l2.is_empty() {
+            self.file.sync()?;
+        }
+        if let Some(l1) = &changes.l1 {
+            self.file.write_at(self.header.l1_offset, l1)?;
+            self.file.sync()?;
+        }
+        Ok(())
+    }
+
+    /// Count down what no stored table refers to and no request under way may still look at.
+    fn release_unreferenced(&self, state: &mut State) -> Result<(), BlockError> {
+        let bits = self.header.cluster_bits;
+        let oldest = state.active.first().copied().unwrap_or(u64::MAX);
+        let (free, kept) = std::mem::take(&mut state.limbo).into_iter().partition(|(n, _)| *n <= oldest);
+        state.limbo = kept;
+        let free: Vec<(u64, Vec<u64>)> = free;
+        for cluster in free.into_iter().flat_map(|(_, clusters)| clusters) {
+            if state.refs.release(self.file.as_ref(), cluster)? == 0 && self.discard {
+                self.file.punch(cluster << bits, 1 << bits);
+            }
+        }
+        Ok(())
+    }
+}

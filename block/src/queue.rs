@@ -1,0 +1,351 @@
+//! Requests in flight: a drive's queue and the threads that serve it.
+//!
+//! Requests that touch the same bytes are served in the order of their submission (unless both read); all
+//! others run side by side. Flushes are shared: while one runs, whatever else needs one gathers, and the next
+//! one serves all of it (group commit).
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crate::throttle::{Limits, Throttle};
+use crate::{BlockError, Image};
+
+/// Requests served side by side at the most.
+const THREADS: usize = 16;
+/// An image that has work in the background gets to it at least this often.
+const BACKGROUND: Duration = Duration::from_millis(20);
+
+/// One request. Offsets and lengths are in bytes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Request {
+    Read { offset: u64, len: u32 },
+    Write { offset: u64, data: Vec<u8> },
+    Flush,
+    Discard { offset: u64, len: u64 },
+    WriteZeroes { offset: u64, len: u64, may_unmap: bool },
+}
+
+impl Request {
+    /// (offset, length, whether it changes what lies there)
+    fn span(&self) -> (u64, u64, bool) {
+        match self {
+            Request::Read { offset, len } => (*offset, u64::from(*len), false),
+            Request::Write { offset, data } => (*offset, data.len() as u64, true),
+            Request::Flush => (0, 0, false),
+            Request::Discard { offset, len } | Request::WriteZeroes { offset, len, .. } => {
+                (*offset, *len, true)
+            }
+        }
+    }
+
+    /// Whether it is a read.
+    pub fn is_read(&self) -> bool {
+        matches!(self, Request::Read { .. })
+    }
+
+    /// Serve it.
+    fn perform(&self, image: &dyn Image) -> Result<Vec<u8>, BlockError> {
+        match self {
+            Request::Read { offset, len } => {
+                let mut data = crate::buffers::take(*len as usize);
+                image.read_at(*offset, &mut data).map(|()| data)
+            }
+            Request::Write { offset, data } => image.write_at(*offset, data).map(|()| Vec::new()),
+            Request::Flush => Ok(Vec::new()),
+            Request::Discard { offset, len } => image.discard(*offset, *len).map(|()| Vec::new()),
+            Request::WriteZeroes { offset, len, may_unmap } => {
+                image.write_zeroes(*offset, *len, *may_unmap).map(|()| Vec::new())
+            }
+        }
+    }
+}
+
+fn conflict(a: (u64, u64, bool), b: (u64, u64, bool)) -> bool {
+    (a.2 || b.2) && a.0 < b.0.saturating_add(b.1) && b.0 < a.0.saturating_add(a.1)
+}
+
+/// A request that ended: `Ok` with a read's data, or the error.
+pub struct Done {
+    pub id: u64,
+    pub request: Request,
+    pub result: Result<Vec<u8>, BlockError>,
+}
+
+/// Told of every request that ended, from any of the queue's threads.
+pub type OnDone = Box<dyn Fn(Done) + Send + Sync>;
+
+/// How a queue serves.
+#[derive(Clone, Debug, Default)]
+pub struct Settings {
+    /// Every write's completion waits until data and metadata are on stable storage.
+    pub durable: bool,
+    /// Rates that the guest may not exceed.
+    pub limits: Limits,
+}
+
+#[derive(Default)]
+struct State {
+    waiting: VecDeque<(u64, Request)>,
+    running: Vec<(u64, (u64, u64, bool))>,
+    /// Ended but for a flush.
+    commit: Vec<(u64, Request)>,
+    committing: bool,
+    /// Something was written since the last flush began.
+    dirty: bool,
+    idle: usize,
+    threads: Vec<JoinHandle<()>>,
+    closing: bool,
+    throttle: Throttle,
+}
+
+struct Inner {
+    name: String,
+    image: Box<dyn Image>,
+    durable: bool,
+    abandoned: AtomicBool,
+    state: Mutex<State>,
+    work: Condvar,
+    done: OnDone,
+}
+
+/// A drive's queue.
+pub struct Queue {
+    inner: Arc<Inner>,
+    background: Option<JoinHandle<()>>,
+}
+
+enum Next {
+    Job(u64, Request),
+    /// Nothing before this much time has gone by.
+    Later(Duration),
+    Nothing,
+}
+
+impl State {
+    /// The first request that nothing before it is in the way of.
+    fn next(&mut self) -> Next {
+        let mut before: Vec<(u64, u64, bool)> = Vec::new();
+        let mut later: Option<Duration> = None;
+        for i in 0..self.waiting.len() {
+            let request = &self.waiting[i].1;
+            let span = request.span();
+            let blocked = before.iter().any(|b| conflict(*b, span))
+                || self.running.iter().any(|(_, r)| conflict(*r, span));
+            if !blocked {
+                let wait = match request {
+                    Request::Flush => None,
+                    _ if later.is_some() => later,
+                    _ => self.throttle.take(!request.is_read(), span.1, Instant::now()),
+                };
+                match wait {
+                    None => {
+                        if let Some((id, request)) = self.waiting.remove(i) {
+                            self.running.push((id, span));
+                            return Next::Job(id, request);
+                        }
+                    }
+                    Some(time) => later = Some(time),
+                }
+            }
+            before.push(span);
+        }
+        later.map_or(Next::Nothing, Next::Later)
+    }
+}
+
+impl Inner {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    fn is_abandoned(&self) -> bool {
+        self.abandoned.load(Ordering::SeqCst)
+    }
+
+    fn finish(&self, id: u64, request: Request, result: Result<Vec<u8>, BlockError>) {
+        if self.is_abandoned() {
+            return;
+        }
+        if let Err(e) = &result {
+            log::warn!("drive {}: {e}", self.name);
+        }
+        (self.done)(Done { id, request, result });
+    }
+
+    fn serve(&self) {
+        let mut state = self.lock();
+        loop {
+            if self.is_abandoned() {
+                return;
+            }
+            let (id, request) = match state.next() {
+                Next::Job(id, request) => (id, request),
+                Next::Nothing if state.closing && state.waiting.is_empty() => return,
+                other => {
+                    state.idle += 1;
+                    state = match other {
+                        Next::Later(time) => {
+                            self.work
+                                .wait_timeout(state, time)
+                                .unwrap_or_else(std::sync::PoisonError::into_inner)
+                                .0
+                        }
+                        _ => self.work.wait(state).unwrap_or_else(std::sync::PoisonError::into_inner),
+                    };
+                    state.idle -= 1;
+                    continue;
+                }
+            };
+            drop(state);
+            let result = request.perform(self.image.as_ref());
+            let (writes, flush) = (request.span().2, request == Request::Flush);
+            state = self.lock();
+            state.running.retain(|(r, _)| *r != id);
+            state.dirty |= writes;
+            if !state.waiting.is_empty() && writes {
+                // Something may have waited for these bytes.
+                self.work.notify_all();
+            }
+            if result.is_err() || !(flush || writes && self.durable) {
+                drop(state);
+                self.finish(id, request, result);
+                state = self.lock();
+                continue;
+            }
+            state.commit.push((id, request));
+            if state.committing {
+                continue;
+            }
+            state.committing = true;
+            while !state.commit.is_empty() && !self.is_abandoned() {
+                let batch = std::mem::take(&mut state.commit);
+                let dirty = std::mem::take(&mut state.dirty);
+                drop(state);
+                let result = if dirty { self.image.flush() } else { Ok(()) };
+                if result.is_err() {
+                    self.lock().dirty = true;
+                }
+                // None of the writes before is known to be safe if it failed.
+                for (id, request) in batch {
+                    let result = match &result {
+                        Ok(()) => Ok(Vec::new()),
+                        Err(e) => Err(e.again()),
+                    };
+                    self.finish(id, request, result);
+                }
+                state = self.lock();
+            }
+            state.committing = false;
+        }
+    }
+
+    fn work_behind(&self) {
+        loop {
+            let busy = {
+                let state = self.lock();
+                if state.closing || self.is_abandoned() {
+                    return;
+                }
+                !(state.running.is_empty() && state.waiting.is_empty())
+            };
+            let start = Instant::now();
+            if !self.image.background() {
+                return;
+            }
+            if busy || start.elapsed() < Duration::from_millis(1) {
+                std::thread::sleep(BACKGROUND);
+            }
+        }
+    }
+}
+
+impl Queue {
+    /// Start serving `image`.
+    pub fn start(
+        name: &str,
+        image: Box<dyn Image>,
+        settings: Settings,
+        done: OnDone,
+    ) -> std::io::Result<Self> {
+        let state = State { throttle: Throttle::new(settings.limits), ..State::default() };
+        let inner = Arc::new(Inner {
+            name: name.to_owned(),
+            image,
+            durable: settings.durable,
+            abandoned: AtomicBool::new(false),
+            state: Mutex::new(state),
+            work: Condvar::new(),
+            done,
+        });
+        let behind = Arc::clone(&inner);
+        let background =
+            std::thread::Builder::new().name(format!("merge-{name}")).spawn(move || behind.work_behind())?;
+        Ok(Queue { inner, background: Some(background) })
+    }
+
+    /// Queue a request; it ends with a call of `done` with the same id.
+    pub fn submit(&self, id: u64, request: Request) {
+        let inner = &self.inner;
+        let mut state = inner.lock();
+        if state.closing || inner.is_abandoned() {
+            return;
+        }
+        state.waiting.push_back((id, request));
+        if state.waiting.len() > state.idle && state.threads.len() < THREADS {
+            let worker = Arc::clone(inner);
+            let spawned = std::thread::Builder::new()
+                .name(format!("disk-{}", inner.name))
+                .spawn(move || worker.serve());
+            match spawned {
+                Ok(thread) => state.threads.push(thread),
+                Err(e) if state.threads.is_empty() => {
+                    let taken = state.waiting.pop_back();
+                    drop(state);
+                    if let Some((id, request)) = taken {
+                        inner.finish(id, request, Err(BlockError::Io(e)));
+                    }
+                }
+                // Those that there are will get to it.
+                Err(_) => {}
+            }
+        } else {
+            drop(state);
+            inner.work.notify_one();
+        }
+    }
+
+    /// Throw away what is queued and everything submitted from now on.
+    pub fn abandon(&self) {
+        self.inner.abandoned.store(true, Ordering::SeqCst);
+        self.inner.work.notify_all();
+    }
+}
+
+impl Drop for Queue {
+    /// Serves what is queued, flushes, closes the image.
+    fn drop(&mut self) {
+        let threads = {
+            let mut state = self.inner.lock();
+            state.closing = true;
+            std::mem::take(&mut state.threads)
+        };
+        self.inner.work.notify_all();
+        for thread in threads {
+            let _ = thread.join();
+        }
+        if let Some(thread) = self.background.take() {
+            let _ = thread.join();
+        }
+        if !self.inner.is_abandoned() && !self.inner.image.read_only() {
+            if let Err(e) = self.inner.image.flush() {
+                log::error!("drive {}: the last flush failed: {e}", self.inner.name);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

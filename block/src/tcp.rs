@@ -1,0 +1,76 @@
+//! TCP connections to storage servers.
+
+use std::io::{self, BufReader, Read};
+use std::net::{TcpStream, ToSocketAddrs};
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+use nix::poll::{poll, PollFd, PollFlags};
+
+/// How long sent data may stay unacknowledged before the kernel gives the connection up. What sits in a socket
+/// that long must not reach a server much later.
+const UNACKNOWLEDGED: Duration = Duration::from_secs(10);
+
+/// Connect to `host` (a name or an address, IPv6 with or without brackets).
+pub fn connect(host: &str, port: u16, limit: Duration) -> io::Result<TcpStream> {
+    let bare = host.strip_prefix('[').and_then(|h| h.strip_suffix(']')).unwrap_or(host);
+    let mut last = io::Error::new(io::ErrorKind::NotFound, format!("'{host}' has no address"));
+    for address in (bare, port).to_socket_addrs()? {
+        match TcpStream::connect_timeout(&address, limit) {
+            Ok(stream) => return prepare(stream),
+            Err(e) => last = e,
+        }
+    }
+    Err(last)
+}
+
+fn prepare(stream: TcpStream) -> io::Result<TcpStream> {
+    stream.set_nodelay(true)?;
+    let limit = UNACKNOWLEDGED.as_millis() as u32;
+    nix::sys::socket::setsockopt(&stream, nix::sys::socket::sockopt::TcpUserTimeout, &limit)?;
+    nix::sys::socket::setsockopt(&stream, nix::sys::socket::sockopt::KeepAlive, &true)?;
+    Ok(stream)
+}
+
+/// The receiving side of a connection. Whoever waits for an answer reads for all (there is no thread for it), so
+/// an answer on a quiet connection costs no change of threads.
+pub struct Input {
+    reader: BufReader<TcpStream>,
+    /// How long the rest of a unit may take whose beginning is there.
+    patience: Duration,
+}
+
+impl Input {
+    /// The receiving side of `stream`.
+    pub fn new(stream: TcpStream, patience: Duration) -> io::Result<Self> {
+        stream.set_read_timeout(Some(Duration::from_millis(500)))?;
+        Ok(Input { reader: BufReader::with_capacity(64 << 10, stream), patience })
+    }
+
+    /// Wait until there is something to read (or the end of the connection); false: not within `limit`.
+    pub fn wait(&self, limit: Duration) -> io::Result<bool> {
+        if !self.reader.buffer().is_empty() {
+            return Ok(true);
+        }
+        let fd = self.reader.get_ref().as_fd();
+        let mut fds = [PollFd::new(fd, PollFlags::POLLIN)];
+        let ms = u16::try_from(limit.as_millis().max(1)).unwrap_or(u16::MAX);
+        match poll(&mut fds, ms) {
+            Ok(n) => Ok(n > 0),
+            Err(nix::errno::Errno::EINTR) => Ok(false),
+            Err(e) => Err(e.into()),
+        }
+    }
+}
+
+impl Read for Input {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let start = Instant::now();
+        loop {
+            match self.reader.read(buf) {
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock && start.elapsed() < self.patience => {}
+                other => return other,
+            }
+        }
+    }
+}
