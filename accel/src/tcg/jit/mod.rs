@@ -157,10 +157,10 @@ impl SoftCpu {
                 return false;
             }
         }
-        (block.count as u64) <= self.limit - self.pos
-            && !self.single
-            && !near_hole(self.rip)
-            && !(matches!(self.jit.tier, Tier::Random(_)) && self.jit.draw() & 3 == 0)
+        if matches!(self.jit.tier, Tier::Random(_)) && self.jit.draw() & 3 == 0 {
+            return false;
+        }
+        block.count as u64 <= self.limit - self.pos && !self.single && !near_hole(self.rip)
     }
 
     #[cold]
@@ -204,7 +204,7 @@ impl SoftCpu {
             self.pos = self.limit - left;
             return if reason == INTERPRET { Left::Interpret } else { Left::Go };
         }
-        let n = reason - EDGE >> 1;
+        let n = (reason - EDGE) >> 1;
         if reason & 1 != 0 {
             self.pos = self.limit - left.wrapping_add(self.jit.edges[n as usize].count as u64);
             return Left::Go;
