@@ -129,7 +129,7 @@ fn compiled_code_agrees_with_the_interpreter_wherever_it_stops() {
         [Tier::AtOnce, Tier::After(1), Tier::Random(seed)].map(|tier| (tier, soft::Soft::new(tier)));
     let mut generator = generate::Generator::new(case::Mode::Long, |_| true);
     for n in 0..cases {
-        let mut rng = generate::Rng(seed.wrapping_mul(0x1_0000_0003) ^ n << 1);
+        let mut rng = values::Rng(seed.wrapping_mul(0x1_0000_0003) ^ n << 1);
         let count = 1 + rng.below(6) as usize;
         let mut case = generator.case(&mut rng, count);
         // Now and then it goes round, so that blocks are linked.
