@@ -78,7 +78,12 @@ fn mask_of(phys: u64, len: u64) -> u64 {
 impl SoftCpu {
     /// Nothing in the table by linear address holds any more.
     pub(crate) fn new_epoch(&mut self) {
-        self.epoch += 1;
+        for s in &mut self.spaces {
+            self.epochs += 1;
+            s.epoch = self.epochs;
+        }
+        self.epochs += 1;
+        self.epoch = self.epochs;
         self.update_key();
     }
 

@@ -135,6 +135,10 @@ pub struct SoftCpu {
     jumps: Box<[Jump]>,
     jump_key: u64,
     epoch: u64,
+    /// The last epoch that was given.
+    epochs: u64,
+    spaces: Vec<Space>,
+    switches: u64,
     /// Counts droppings of code.
     code_epoch: u64,
     /// Instructions that cross a page, decoded, with their bytes.
@@ -183,8 +187,6 @@ impl SoftCpu {
     /// A processor after power-on. `apic_id` 0 is the boot processor; `cpus` is the machine's count.
     pub fn new(apic_id: u32, cpus: u32, model: &CpuModel) -> Self {
         let nobus: *mut dyn Bus = std::ptr::NonNull::<NoBus>::dangling().as_ptr();
-        let tlb = || (0..TLB_SIZE).map(TlbEntry::empty).collect::<Box<[_]>>();
-        let code = || vec![EMPTY_CODE; 256].into_boxed_slice();
         let mut c = SoftCpu {
             st: CpuState::default(),
             rip: 0,
@@ -241,8 +243,8 @@ impl SoftCpu {
             attention: true,
             brk: false,
             single: false,
-            tlb: [tlb(), tlb(), tlb(), tlb()],
-            code_tlb: [code(), code()],
+            tlb: new_tlb(),
+            code_tlb: new_code_tlb(),
             filled: Vec::new(),
             code_filled: Vec::new(),
             cache: Cache::default(),
@@ -250,6 +252,9 @@ impl SoftCpu {
                 .into_boxed_slice(),
             jump_key: 0,
             epoch: 1,
+            epochs: 1,
+            spaces: Vec::new(),
+            switches: 0,
             code_epoch: 1,
             lone: (0..LONE).map(|_| None).collect(),
             generation: 0,

@@ -76,6 +76,43 @@ impl TlbEntry {
 }
 pub const EMPTY_CODE: CodeEntry = CodeEntry { tag: 1, host: std::ptr::null(), phys: 0 };
 
+/// Translations of an address space that is not in use, kept until it is again.
+pub struct Space {
+    cr3: u64,
+    pub epoch: u64,
+    /// When it was last in use.
+    used: u64,
+    tlb: [Box<[TlbEntry]>; 4],
+    code_tlb: [Box<[CodeEntry]>; 2],
+    filled: Vec<(u8, u16)>,
+    code_filled: Vec<(u8, u16)>,
+}
+
+/// Address spaces kept beside the one in use.
+const SPACES: usize = 7;
+
+pub fn new_tlb() -> [Box<[TlbEntry]>; 4] {
+    std::array::from_fn(|_| (0..TLB_SIZE).map(TlbEntry::empty).collect())
+}
+pub fn new_code_tlb() -> [Box<[CodeEntry]>; 2] {
+    std::array::from_fn(|_| vec![EMPTY_CODE; 256].into_boxed_slice())
+}
+
+/// Empty the entries in use of both.
+fn drain(
+    tlb: &mut [Box<[TlbEntry]>; 4],
+    filled: &mut Vec<(u8, u16)>,
+    code_tlb: &mut [Box<[CodeEntry]>; 2],
+    code_filled: &mut Vec<(u8, u16)>,
+) {
+    for (mmu, slot) in filled.drain(..) {
+        tlb[mmu as usize][slot as usize] = TlbEntry::empty(slot as usize);
+    }
+    for (user, slot) in code_filled.drain(..) {
+        code_tlb[user as usize][slot as usize] = EMPTY_CODE;
+    }
+}
+
 /// Why memory is accessed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Access {
@@ -112,23 +149,66 @@ impl SoftCpu {
         self.update_key();
     }
 
-    /// Drop all translations.
+    /// Drop all translations, of all address spaces.
     pub(crate) fn flush_tlb(&mut self) {
-        for (mmu, slot) in self.filled.drain(..) {
-            self.tlb[mmu as usize][slot as usize] = TlbEntry::empty(slot as usize);
-        }
-        for (user, slot) in self.code_filled.drain(..) {
-            self.code_tlb[user as usize][slot as usize] = EMPTY_CODE;
+        drain(&mut self.tlb, &mut self.filled, &mut self.code_tlb, &mut self.code_filled);
+        for s in &mut self.spaces {
+            drain(&mut s.tlb, &mut s.filled, &mut s.code_tlb, &mut s.code_filled);
         }
         self.new_epoch();
     }
 
+    /// CR3 becomes `cr3`. Translations always agree with the tables, so none needs to be dropped: those of
+    /// the address space that is left are put aside.
+    pub(crate) fn switch_space(&mut self, cr3: u64) {
+        if cr3 == self.cr3 {
+            return;
+        }
+        self.switches += 1;
+        let known = self.spaces.iter().position(|s| s.cr3 == cr3);
+        let fresh = known.is_none();
+        let at = match known {
+            Some(at) => at,
+            None if self.spaces.len() < SPACES => {
+                self.spaces.push(Space {
+                    cr3,
+                    epoch: 0,
+                    used: 0,
+                    tlb: new_tlb(),
+                    code_tlb: new_code_tlb(),
+                    filled: Vec::new(),
+                    code_filled: Vec::new(),
+                });
+                self.spaces.len() - 1
+            }
+            None => (0..SPACES).min_by_key(|i| self.spaces[*i].used).unwrap_or(0),
+        };
+        let s = &mut self.spaces[at];
+        if fresh {
+            drain(&mut s.tlb, &mut s.filled, &mut s.code_tlb, &mut s.code_filled);
+            self.epochs += 1;
+            s.epoch = self.epochs;
+        }
+        std::mem::swap(&mut self.tlb, &mut s.tlb);
+        std::mem::swap(&mut self.code_tlb, &mut s.code_tlb);
+        std::mem::swap(&mut self.filled, &mut s.filled);
+        std::mem::swap(&mut self.code_filled, &mut s.code_filled);
+        std::mem::swap(&mut self.epoch, &mut s.epoch);
+        s.used = self.switches;
+        s.cr3 = self.cr3;
+        self.cr3 = cr3;
+        self.update_key();
+    }
+
     /// Drop direct write access to one physical page.
     pub(crate) fn drop_writes(&mut self, page: u64) {
-        for (mmu, slot) in &self.filled {
-            let e = &mut self.tlb[*mmu as usize][*slot as usize];
-            if e.phys == page {
-                e.wtag = no_tag(*slot as usize);
+        let spaces = self.spaces.iter_mut().map(|s| (&mut s.tlb, &s.filled));
+        for (tlb, filled) in spaces.chain([(&mut self.tlb, &self.filled)]) {
+            for (mmu, slot) in filled {
+                let e = &mut tlb[*mmu as usize][*slot as usize];
+                if e.phys == page {
+                    e.wtag = no_tag(*slot as usize);
+                }
             }
         }
     }

@@ -299,9 +299,10 @@ unsafe extern "sysv64" fn step(c: *mut SoftCpu, op: *const Op, place: u32) -> u3
         // The position moved on if the instruction repeated.
         g[LEFT] = c.limit - c.pos;
         g[TLB] = c.tlb[c.mmu].as_ptr() as u64;
+        let same = g[KEY] == c.jump_key;
         g[KEY] = c.jump_key;
         g[RIP_OUT] = c.rip;
-        let on = c.rip == next && !c.end.is_null();
+        let on = c.rip == next && !c.end.is_null() && same;
         keep(c);
         return if on { 0 } else { JUMP };
     }
