@@ -475,7 +475,7 @@ impl SoftCpu {
     #[inline(always)]
     fn find_block(&mut self) -> R<*const Block> {
         let lin = if self.long { self.rip } else { self.segs[CS].base.wrapping_add(self.rip) & 0xFFFF_FFFF };
-        let j = &self.jumps[(lin ^ lin >> 13) as usize & (JUMPS - 1)];
+        let j = &self.jumps[self.place(lin)];
         if j.lin == lin && j.key == self.jump_key {
             // SAFETY: a block of the current epoch is in the cache.
             let bytes = unsafe { (*j.block).bytes } as u64;
@@ -523,7 +523,7 @@ impl SoftCpu {
         let phys = e.phys | lin & 0xFFF;
         let key = phys | (self.code_mode as u64) << 60;
         let mut block: *const Block = std::ptr::null();
-        let j = self.jumps[(lin ^ lin >> 13) as usize & (JUMPS - 1)];
+        let j = self.jumps[self.place(lin)];
         // SAFETY: no code was dropped since the entry was made, so its block is in the cache.
         if !e.host.is_null() && j.lin == lin && j.made == self.code_epoch && unsafe { (*j.block).key } == key
         {
@@ -546,8 +546,8 @@ impl SoftCpu {
             // Compiled code finds only what is in the table.
             return Ok(block);
         }
-        self.jumps[(lin ^ lin >> 13) as usize & (JUMPS - 1)] =
-            Jump { lin, key: self.jump_key, made: self.code_epoch, block };
+        let place = self.place(lin);
+        self.jumps[place] = Jump { lin, key: self.jump_key, made: self.code_epoch, block };
         Ok(block)
     }
 

@@ -26,7 +26,7 @@ mod vector;
 use super::decode::MODE64;
 use super::flags::{IF, TF};
 use super::op::{
-    Block, Op, BLOCKIP, FLAGS, HOST_CSR, JUMP_TABLE, KEY, LEFT, NEVER, PAGE, RIP_OUT, TLB, XMM_LIVE,
+    Block, Op, BLOCKIP, FLAGS, HOST_CSR, JUMP_TABLE, KEY, LEFT, NEVER, PAGE, RIP_OUT, SALT, TLB, XMM_LIVE,
 };
 use super::SoftCpu;
 use memory::CodeMemory;
