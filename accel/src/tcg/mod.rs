@@ -138,6 +138,14 @@ pub struct SoftCpu {
     /// The last epoch that was given.
     epochs: u64,
     spaces: Vec<Space>,
+    /// Where the table entry of each entry of `tlb` lies.
+    leaves: [Box<[u64]>; 4],
+    /// A filter of the table entries that led walks to other tables.
+    upper: Box<[u64]>,
+    /// The table whose entries changed last, and how many did.
+    singles: (u64, u32),
+    /// Counts droppings of translations.
+    changes: u64,
     switches: u64,
     /// Counts droppings of code.
     code_epoch: u64,
@@ -254,6 +262,10 @@ impl SoftCpu {
             epoch: 1,
             epochs: 1,
             spaces: Vec::new(),
+            leaves: new_leaves(),
+            upper: vec![0; UPPER_BITS / 64].into_boxed_slice(),
+            singles: (0, 0),
+            changes: 0,
             switches: 0,
             code_epoch: 1,
             lone: (0..LONE).map(|_| None).collect(),

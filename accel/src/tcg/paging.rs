@@ -66,6 +66,8 @@ pub struct CodeEntry {
     pub tag: u64,
     pub host: *const u8,
     pub phys: u64,
+    /// See [`Walk::leaf`].
+    pub leaf: u64,
 }
 
 impl TlbEntry {
@@ -74,7 +76,7 @@ impl TlbEntry {
         TlbEntry { rtag: no_tag(slot), wtag: no_tag(slot), host: std::ptr::null_mut(), phys: 0 }
     }
 }
-pub const EMPTY_CODE: CodeEntry = CodeEntry { tag: 1, host: std::ptr::null(), phys: 0 };
+pub const EMPTY_CODE: CodeEntry = CodeEntry { tag: 1, host: std::ptr::null(), phys: 0, leaf: NO_LEAF };
 
 /// Translations of an address space that is not in use, kept until it is again.
 pub struct Space {
@@ -86,6 +88,7 @@ pub struct Space {
     code_tlb: [Box<[CodeEntry]>; 2],
     filled: Vec<(u8, u16)>,
     code_filled: Vec<(u8, u16)>,
+    leaves: [Box<[u64]>; 4],
 }
 
 /// Address spaces kept beside the one in use.
@@ -93,6 +96,9 @@ const SPACES: usize = 7;
 
 pub fn new_tlb() -> [Box<[TlbEntry]>; 4] {
     std::array::from_fn(|_| (0..TLB_SIZE).map(TlbEntry::empty).collect())
+}
+pub fn new_leaves() -> [Box<[u64]>; 4] {
+    std::array::from_fn(|_| vec![NO_LEAF; TLB_SIZE].into_boxed_slice())
 }
 pub fn new_code_tlb() -> [Box<[CodeEntry]>; 2] {
     std::array::from_fn(|_| vec![EMPTY_CODE; 256].into_boxed_slice())
@@ -127,6 +133,21 @@ pub struct Walk {
     pub phys: u64,
     /// Writes are permitted too and the dirty bit is set.
     pub writable: bool,
+    /// Where the last table entry lies (to 8 bytes).
+    pub leaf: u64,
+}
+
+/// No table entry.
+pub const NO_LEAF: u64 = u64::MAX;
+
+/// Bits of the filter of table entries that lead to other tables.
+pub const UPPER_BITS: usize = 1 << 16;
+/// Entries of one table that may change one by one before everything is dropped.
+const SINGLES: u32 = 8;
+
+fn upper_bit(at: u64) -> (usize, u64) {
+    let n = (at >> 3).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> (64 - UPPER_BITS.trailing_zeros());
+    ((n >> 6) as usize, 1 << (n & 63))
 }
 
 /// Supervisor; supervisor with EFLAGS.AC set under SMAP; user.
@@ -155,7 +176,55 @@ impl SoftCpu {
         for s in &mut self.spaces {
             drain(&mut s.tlb, &mut s.filled, &mut s.code_tlb, &mut s.code_filled);
         }
+        self.upper.fill(0);
+        self.singles = (0, 0);
+        self.changes += 1;
         self.new_epoch();
+    }
+
+    /// The table entry at `at`, which a walk used, is about to change. True: only translations that end with
+    /// it depend on it, and they are dropped; false: drop them all.
+    pub(crate) fn drop_entry(&mut self, at: u64) -> bool {
+        let (word, bit) = upper_bit(at);
+        if self.upper[word] & bit != 0 {
+            return false;
+        }
+        let page = at & !0xFFF;
+        if self.singles.0 != page {
+            self.singles = (page, 0);
+        }
+        self.singles.1 += 1;
+        if self.singles.1 > SINGLES {
+            return false;
+        }
+        self.changes += 1;
+        let mut code = false;
+        let here = (&mut self.tlb, &self.leaves, &self.filled, &mut self.code_tlb, &self.code_filled);
+        let parked = self
+            .spaces
+            .iter_mut()
+            .map(|s| (&mut s.tlb, &s.leaves, &s.filled, &mut s.code_tlb, &s.code_filled));
+        for (tlb, leaves, filled, code_tlb, code_filled) in parked.chain([here]) {
+            for &(mmu, slot) in filled {
+                if leaves[mmu as usize][slot as usize] == at {
+                    let e = &mut tlb[mmu as usize][slot as usize];
+                    (e.rtag, e.wtag) = (no_tag(slot as usize), no_tag(slot as usize));
+                }
+            }
+            for &(user, slot) in code_filled {
+                let e = &mut code_tlb[user as usize][slot as usize];
+                if e.leaf == at && e.tag != 1 {
+                    e.tag = 1;
+                    code = true;
+                }
+            }
+        }
+        if code {
+            // The next instruction is fetched by the new tables.
+            self.end = std::ptr::null();
+            self.new_epoch();
+        }
+        true
     }
 
     /// CR3 becomes `cr3`. Translations always agree with the tables, so none needs to be dropped: those of
@@ -178,6 +247,7 @@ impl SoftCpu {
                     code_tlb: new_code_tlb(),
                     filled: Vec::new(),
                     code_filled: Vec::new(),
+                    leaves: new_leaves(),
                 });
                 self.spaces.len() - 1
             }
@@ -191,6 +261,7 @@ impl SoftCpu {
         }
         std::mem::swap(&mut self.tlb, &mut s.tlb);
         std::mem::swap(&mut self.code_tlb, &mut s.code_tlb);
+        std::mem::swap(&mut self.leaves, &mut s.leaves);
         std::mem::swap(&mut self.filled, &mut s.filled);
         std::mem::swap(&mut self.code_filled, &mut s.code_filled);
         std::mem::swap(&mut self.epoch, &mut s.epoch);
@@ -245,7 +316,7 @@ impl SoftCpu {
     /// Translate `lin`, setting accessed and dirty bits, or raise #PF (SDM vol. 3, chapter 4).
     pub(crate) fn walk(&mut self, lin: u64, access: Access, mmu: usize) -> R<Walk> {
         if self.st.cr0 & CR0_PG == 0 {
-            return Ok(Walk { phys: lin & 0xFFFF_FFFF, writable: true });
+            return Ok(Walk { phys: lin & 0xFFFF_FFFF, writable: true, leaf: NO_LEAF });
         }
         let user = mmu >= MMU_USER;
         let write = access == Access::Write;
@@ -362,9 +433,13 @@ impl SoftCpu {
                 }
                 dirty = new & 0x40 != 0;
             }
+            if i < n - 1 {
+                let (word, bit) = upper_bit(at & !7);
+                self.upper[word] |= bit;
+            }
             self.set_bits(at, e, new, size);
         }
-        Ok(Walk { phys, writable: dirty && write_ok })
+        Ok(Walk { phys, writable: dirty && write_ok, leaf: used[n - 1].0 & !7 })
     }
 
     /// Load the four PDPTEs of PAE paging; #GP(0) for reserved bits.
@@ -405,6 +480,7 @@ impl SoftCpu {
         if e.host.is_null() {
             self.filled.push((mmu as u8, slot as u16));
         }
+        self.leaves[mmu][slot] = w.leaf;
         *e = TlbEntry { rtag, wtag, host: b.read.cast_mut(), phys };
     }
 
@@ -421,7 +497,7 @@ impl SoftCpu {
         let w = self.walk(lin, Access::Exec, self.mmu)?;
         let phys = w.phys & !0xFFF;
         let host = if self.lapic.covers(phys) { std::ptr::null() } else { self.mem().backing(phys).read };
-        let e = CodeEntry { tag: page, host, phys };
+        let e = CodeEntry { tag: page, host, phys, leaf: w.leaf };
         if !host.is_null() {
             if self.code_tlb[user][slot].host.is_null() {
                 self.code_filled.push((user as u8, slot as u16));
