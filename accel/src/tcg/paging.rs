@@ -142,8 +142,10 @@ pub const NO_LEAF: u64 = u64::MAX;
 
 /// Bits of the filter of table entries that lead to other tables.
 pub const UPPER_BITS: usize = 1 << 16;
-/// Entries of one table that may change one by one before everything is dropped.
-const SINGLES: u32 = 8;
+/// Entries of one table that may change one by one, within so many instructions of each other, before
+/// everything is dropped and the table's writes are free.
+const SINGLES: u32 = 2;
+const SINGLES_WITHIN: u64 = 1000;
 
 fn upper_bit(at: u64) -> (usize, u64) {
     let n = (at >> 3).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> (64 - UPPER_BITS.trailing_zeros());
@@ -177,7 +179,7 @@ impl SoftCpu {
             drain(&mut s.tlb, &mut s.filled, &mut s.code_tlb, &mut s.code_filled);
         }
         self.upper.fill(0);
-        self.singles = (0, 0);
+        self.singles = (0, 0, 0);
         self.changes += 1;
         self.new_epoch();
     }
@@ -190,10 +192,9 @@ impl SoftCpu {
             return false;
         }
         let page = at & !0xFFF;
-        if self.singles.0 != page {
-            self.singles = (page, 0);
-        }
-        self.singles.1 += 1;
+        let (last, count, since) = self.singles;
+        let again = last == page && self.pos.wrapping_sub(since) < SINGLES_WITHIN;
+        self.singles = (page, if again { count + 1 } else { 1 }, self.pos);
         if self.singles.1 > SINGLES {
             return false;
         }
