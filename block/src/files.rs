@@ -25,6 +25,9 @@ pub trait Files: Send + Sync {
 
 /// The directory of `path` (a path or an `nfs://` URL) and the name in it.
 pub fn beside(path: &Path) -> io::Result<(Arc<dyn Files>, String)> {
+    if let Some(url) = path.to_str().filter(|p| p.starts_with("nfs://")) {
+        return crate::nfs::beside(url);
+    }
     let name = path.file_name().and_then(|n| n.to_str());
     let name =
         name.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "the path does not name a file"))?;
