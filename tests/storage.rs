@@ -45,6 +45,10 @@ fn iscsi_failovers() -> Result<()> {
     failovers(Kind::Iscsi)
 }
 
+fn nfs_failovers() -> Result<()> {
+    failovers(Kind::Nfs)
+}
+
 type Test = (&'static str, Kind, fn() -> Result<()>);
 
 fn main() {
@@ -54,7 +58,10 @@ fn main() {
         return;
     }
     let wanted: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
-    let tests: [Test; 1] = [("iscsi_failovers", Kind::Iscsi, iscsi_failovers)];
+    let tests: [Test; 2] = [
+        ("iscsi_failovers", Kind::Iscsi, iscsi_failovers),
+        ("nfs_failovers", Kind::Nfs, nfs_failovers),
+    ];
     let (mut passed, mut failed) = (0, 0);
     for (name, kind, test) in tests {
         if !wanted.is_empty() && !wanted.iter().any(|w| name.contains(w.as_str())) {

@@ -23,9 +23,24 @@ pub trait Files: Send + Sync {
     fn check(&self) -> io::Result<()>;
 }
 
+/// Whether `path` is a URL of an NFS server.
+pub fn is_nfs(path: &Path) -> bool {
+    path.to_str().is_some_and(|p| p.starts_with("nfs://"))
+}
+
+/// The name of a file beside the one that `path` (a path or a URL) names.
+pub fn beside_path(path: &Path, suffix: &str) -> PathBuf {
+    if let Some((url, query)) = path.to_str().filter(|_| is_nfs(path)).and_then(|p| p.split_once('?')) {
+        return format!("{url}{suffix}?{query}").into();
+    }
+    let mut name = path.as_os_str().to_owned();
+    name.push(suffix);
+    name.into()
+}
+
 /// The directory of `path` (a path or an `nfs://` URL) and the name in it.
 pub fn beside(path: &Path) -> io::Result<(Arc<dyn Files>, String)> {
-    if let Some(url) = path.to_str().filter(|p| p.starts_with("nfs://")) {
+    if let Some(url) = path.to_str().filter(|_| is_nfs(path)) {
         return crate::nfs::beside(url);
     }
     let name = path.file_name().and_then(|n| n.to_str());

@@ -269,7 +269,13 @@ impl Client {
     }
 
     /// Write; how much was, whether it is on stable storage, and the server's verifier.
-    pub fn write(&self, file: &Handle, offset: u64, data: &[u8], stable: bool) -> io::Result<(usize, bool, u64)> {
+    pub fn write(
+        &self,
+        file: &Handle,
+        offset: u64,
+        data: &[u8],
+        stable: bool,
+    ) -> io::Result<(usize, bool, u64)> {
         let args = Out::default().opaque(file).u64(offset).u32(data.len() as u32);
         let args = args.u32(if stable { 2 } else { 0 }).u32(data.len() as u32);
         let answer = self.call(WRITE, args, data)?;

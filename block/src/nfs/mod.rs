@@ -103,8 +103,7 @@ impl NfsFile {
 
     fn commit(&self) -> io::Result<()> {
         let _one = self.committing.lock().unwrap_or_else(PoisonError::into_inner);
-        let taken =
-            std::mem::take(&mut *self.uncommitted.lock().unwrap_or_else(PoisonError::into_inner));
+        let taken = std::mem::take(&mut *self.uncommitted.lock().unwrap_or_else(PoisonError::into_inner));
         if taken.writes.is_empty() {
             return Ok(());
         }
@@ -112,7 +111,11 @@ impl NfsFile {
             if taken.writes.iter().all(|(_, _, v)| *v == verifier) {
                 return Ok(());
             }
-            log::warn!("{}: the server was restarted; {} writes are repeated", self.path.display(), taken.writes.len());
+            log::warn!(
+                "{}: the server was restarted; {} writes are repeated",
+                self.path.display(),
+                taken.writes.len()
+            );
             for (offset, data, _) in &taken.writes {
                 let mut at = 0;
                 while at < data.len() {

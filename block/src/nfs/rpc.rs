@@ -60,7 +60,10 @@ pub fn results(answer: &[u8]) -> io::Result<usize> {
         return Err(bad());
     }
     if status != 0 {
-        return Err(io::Error::new(io::ErrorKind::PermissionDenied, "NFS: the server refuses our credentials"));
+        return Err(io::Error::new(
+            io::ErrorKind::PermissionDenied,
+            "NFS: the server refuses our credentials",
+        ));
     }
     r.u32()?;
     r.opaque(400)?;

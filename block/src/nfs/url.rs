@@ -65,7 +65,9 @@ mod tests {
         let (s, name) = super::parse("nfs://srv/a/b/vm%20.qcow2?uid=5&nfsport=2049").unwrap();
         assert_eq!((s.host.as_str(), s.dir.as_str(), name.as_str()), ("srv", "/a/b", "vm .qcow2"));
         assert_eq!((s.uid, s.nfs_port), (5, 2049));
-        for bad in ["nfs://srv", "nfs://srv/", "nfs:///x", "nfs://srv/a/..", "nfs://s/x?warp=1", "nfs://s/x?uid=me"] {
+        for bad in
+            ["nfs://srv", "nfs://srv/", "nfs:///x", "nfs://srv/a/..", "nfs://s/x?warp=1", "nfs://s/x?uid=me"]
+        {
             assert!(super::parse(bad).is_err(), "{bad}");
         }
     }

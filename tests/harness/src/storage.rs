@@ -71,7 +71,13 @@ impl Server {
 
     /// Start a server on the network's storage host. `files` are put where it serves from: exported files, or LUNs
     /// from number 1 on (each made `spare` bytes longer).
-    pub fn start(kind: Kind, net: &mut Network, scratch: &Scratch, files: &[&str], spare: u64) -> Result<Server> {
+    pub fn start(
+        kind: Kind,
+        net: &mut Network,
+        scratch: &Scratch,
+        files: &[&str],
+        spare: u64,
+    ) -> Result<Server> {
         let namespace = net.add_storage()?;
         let dir = scratch.path("server");
         std::fs::create_dir_all(format!("{dir}/export")).map_err(|e| e.to_string())?;
@@ -102,7 +108,8 @@ impl Server {
             .map_err(|e| e.to_string())?;
         let mut server = Server { kind, dir, namespace, keeper, daemon: None, luns };
         wait_for("the server's namespace", Duration::from_secs(10), || {
-            let comm = std::fs::read_to_string(format!("/proc/{}/comm", server.keeper.id())).unwrap_or_default();
+            let comm =
+                std::fs::read_to_string(format!("/proc/{}/comm", server.keeper.id())).unwrap_or_default();
             ["rpcbind", "sleep"].contains(&comm.trim()).then_some(())
         })?;
         server.launch()?;
@@ -142,11 +149,13 @@ impl Server {
                 let portal = format!("portal={}:3260", Network::storage_address());
                 self.daemon =
                     Some(quiet(self.inside("tgtd").args(["-D", "-C", "0", "-t", "4", "--iscsi", &portal]))?);
-                let new = ["--lld", "iscsi", "--mode", "target", "--op", "new", "--tid", "1", "--targetname", IQN];
+                let new =
+                    ["--lld", "iscsi", "--mode", "target", "--op", "new", "--tid", "1", "--targetname", IQN];
                 wait_for("tgtd", Duration::from_secs(10), || self.run("tgtadm", &new).ok())?;
                 let chap = format!("{IQN}-chap");
                 let words = |text: &str| text.split(' ').map(str::to_owned).collect::<Vec<_>>();
-                let mut commands = vec![words(&format!("--mode target --op new --tid 2 --targetname {chap}"))];
+                let mut commands =
+                    vec![words(&format!("--mode target --op new --tid 2 --targetname {chap}"))];
                 for (i, lun) in self.luns.iter().enumerate() {
                     for tid in [1, 2] {
                         commands.push(words(&format!(
@@ -155,12 +164,14 @@ impl Server {
                         )));
                     }
                 }
-                commands.push(words(&format!("--mode account --op new --user {} --password {}", CHAP.0, CHAP.1)));
+                commands
+                    .push(words(&format!("--mode account --op new --user {} --password {}", CHAP.0, CHAP.1)));
                 commands.push(words(&format!("--mode account --op bind --tid 2 --user {}", CHAP.0)));
                 commands.push(words("--mode target --op bind --tid 1 --initiator-address ALL"));
                 commands.push(words("--mode target --op bind --tid 2 --initiator-address ALL"));
                 for c in commands {
-                    let args: Vec<&str> = ["--lld", "iscsi"].into_iter().chain(c.iter().map(String::as_str)).collect();
+                    let args: Vec<&str> =
+                        ["--lld", "iscsi"].into_iter().chain(c.iter().map(String::as_str)).collect();
                     self.run("tgtadm", &args)?;
                 }
                 Ok(())
