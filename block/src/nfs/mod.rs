@@ -39,6 +39,11 @@ fn client(server: &Server) -> io::Result<Arc<Client>> {
     Ok(made)
 }
 
+/// Connect anew from here on, as another process would (for tests).
+pub fn forget_clients() {
+    CLIENTS.lock().unwrap_or_else(PoisonError::into_inner).clear();
+}
+
 /// A server's directory and the name in it that a URL means.
 pub fn beside(url: &str) -> io::Result<(Arc<dyn Files>, String)> {
     let (server, name) = parse(url).map_err(|e| io::Error::new(io::ErrorKind::InvalidInput, e))?;

@@ -161,6 +161,11 @@ impl Network {
         nix::sched::setns(file, nix::sched::CloneFlags::CLONE_NEWNET).map_err(|e| format!("setns: {e}"))
     }
 
+    /// A handle that threads can use to enter the network of host `i`.
+    pub fn host(&self, i: usize) -> ClientNet {
+        ClientNet(format!("/run/netns/{}", self.name(&Self::short(i))))
+    }
+
     /// A handle that threads can use to enter the client's network.
     pub fn client(&self) -> ClientNet {
         ClientNet(format!("/run/netns/{}", self.name("cl")))

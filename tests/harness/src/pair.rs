@@ -42,7 +42,7 @@ impl Pair {
         Self::start_on(name, guest, ft_options, Kind::Path, "")
     }
 
-    /// As `start`, with the image on a storage server; `drive_options` are added to `-drive`.
+    /// As `start`, with the image on a storage server; `drive_options` follow its name.
     pub fn start_on(
         name: &str,
         guest: Guest,
@@ -81,7 +81,7 @@ impl Pair {
         }
         for a in [
             "-drive",
-            &format!("file={image},if=virtio{drive_options}"),
+            &format!("file={image}{drive_options},if=virtio"),
             "-netdev",
             TAP,
             "-device",
