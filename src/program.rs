@@ -47,16 +47,37 @@ pub fn main(args: &[String]) -> i32 {
         Ok(Outcome::Failed(text)) | Err(text) => fail(&text),
         Ok(Outcome::Again(text)) => {
             eprintln!("ftvm: {text}");
+            // Not in a circle at full speed, should a difference come back each time.
+            std::thread::sleep(std::time::Duration::from_secs(2));
             again(args)
+        }
+        Ok(Outcome::Rejoin(peer)) => {
+            eprintln!("ftvm: the machine lives at {peer}; this side becomes its backup");
+            again(&as_backup_of(peer, args))
         }
     }
 }
 
-/// Start this program anew in its place: a backup whose state differed joins its primary again.
+/// These arguments, with an `-ft` that joins the primary at `peer`.
+fn as_backup_of(peer: std::net::SocketAddr, args: &[String]) -> Vec<String> {
+    let mut out = Vec::with_capacity(args.len());
+    let mut ft = false;
+    for arg in args {
+        if !std::mem::replace(&mut ft, matches!(arg.as_str(), "-ft" | "--ft")) {
+            out.push(arg.clone());
+            continue;
+        }
+        // What belongs to this host or to the pair stays.
+        let own = |p: &&str| ["listen=", "lock=", "max-lag="].iter().any(|k| p.starts_with(k));
+        let rest: String = arg.split(',').filter(own).map(|p| format!(",{p}")).collect();
+        out.push(format!("backup,peer={peer}{rest}"));
+    }
+    out
+}
+
+/// Start this program anew in its place.
 fn again(args: &[String]) -> i32 {
     use std::os::unix::process::CommandExt;
-    // Not in a circle at full speed, should the difference come back each time.
-    std::thread::sleep(std::time::Duration::from_secs(2));
     let error = std::process::Command::new("/proc/self/exe").args(args).exec();
     fail(&format!("cannot start anew: {error}"))
 }
@@ -365,7 +386,7 @@ fn prepare_backup(
     let text = |e: &dyn std::fmt::Display| e.to_string();
     let peer = ft.peer.clone().unwrap_or_default();
     shared.set_state(RunState::InMigrate);
-    let joined = join(&peer).map_err(|e| text(&e))?;
+    let joined = join(&peer, &ft.listen).map_err(|e| text(&e))?;
     let mut blueprint: Blueprint = match postcard::from_bytes(&joined.config) {
         Ok(b) => b,
         Err(e) => {

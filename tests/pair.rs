@@ -83,6 +83,41 @@ fn divergence() -> Result<()> {
     pair.finish(false)
 }
 
+/// What an operator does to a pair: planned switches there and back, a new backup, a pause of the protection.
+fn operations() -> Result<()> {
+    let mut pair = Pair::start("operations", Guest::Tiny, "")?;
+    let clients = clients(&pair, "operations");
+    let error = pair.qmp()?.command("ft-test-failover", serde_json::Value::Null).err().unwrap_or_default();
+    if !error.contains("the machine is unprotected, not protected") {
+        return Err(format!("a switch without a backup: {error:?}"));
+    }
+    pair.protect()?;
+    for _ in 0..2 {
+        clients.wait_progress(20, WAIT)?;
+        let ft = pair.switch()?;
+        println!("switched: {}", ft["last-failover"]);
+        clients.wait_progress(20, WAIT)?;
+    }
+    pair.restart_backup()?;
+    clients.wait_progress(20, WAIT)?;
+    pair.suspend()?;
+    clients.wait_progress(20, WAIT)?;
+    let refused = pair.refused_backup()?;
+    if !refused.contains("fault tolerance is suspended") {
+        return Err(format!("a backup while suspended: {refused:?}"));
+    }
+    pair.qmp()?.command("ft-resume", serde_json::Value::Null)?;
+    pair.protect()?;
+    pair.kill_primary()?;
+    clients.wait_progress(20, WAIT)?;
+    for (name, seen) in clients.finish()? {
+        println!("{name}: {} answers, longest pause {:.0?}", seen.answers, seen.longest);
+    }
+    // The switches' overlays are merged when the old primary has gone.
+    std::thread::sleep(Duration::from_secs(2));
+    pair.finish(false)
+}
+
 /// What does not fit is refused with the difference, and the machine goes on.
 fn refusals() -> Result<()> {
     let mut pair = Pair::start("refusals", Guest::Tiny, "")?;
@@ -150,11 +185,12 @@ fn main() {
         return;
     }
     let wanted: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
-    let tests: [(&str, Test); 5] = [
+    let tests: [(&str, Test); 6] = [
         ("kills", kills),
         ("stall", stall),
         ("cut", cut),
         ("divergence", divergence),
+        ("operations", operations),
         ("refusals", refusals),
     ];
     let (mut passed, mut failed) = (0, 0);

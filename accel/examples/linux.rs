@@ -1,9 +1,11 @@
 //! Boots a Linux bzImage on the software processor with the least machine around it that Linux bears: an
-//! 8259, a PIT channel and a serial port. `linux KERNEL INITRD CMDLINE [MILLIONS] [CPU] [CHUNK]`: with
+//! 8259, a PIT channel and a serial port. `linux KERNEL INITRD CMDLINE [MILLIONS] [CPU] [CHUNK] [TIER]`: with
 //! CHUNK the run is cut into calls of varying length up to it, and the processor is now and then saved and
-//! loaded into a fresh one; the hash at the end must not depend on it.
+//! loaded into a fresh one; the hash at the end must not depend on it,
+//! nor on TIER: `never`, `always` or a seed say when blocks are compiled.
 
 use ftvm_accel::bus::Ipi;
+use ftvm_accel::tcg::Tier;
 use ftvm_accel::{Bus, CpuModel, Exit, GuestMemory, Processor, SoftCpu};
 use std::io::Write;
 
@@ -262,7 +264,20 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     line.push(0);
     mem.write(0x9_1000, &line)?;
 
-    let mut cpu = SoftCpu::new(0, 1, &model);
+    let tier = match args.get(7).map(String::as_str) {
+        None | Some("") => None,
+        Some("never") => Some(Tier::Never),
+        Some("always") => Some(Tier::AtOnce),
+        Some(seed) => Some(Tier::Random(seed.parse()?)),
+    };
+    let fresh = || {
+        let mut cpu = SoftCpu::new(0, 1, &model);
+        if let Some(tier) = tier {
+            cpu.set_tier(tier);
+        }
+        cpu
+    };
+    let mut cpu = fresh();
     let mut bus = Ports::default();
     let mut position = 0;
     let mut run = 0u64;
@@ -274,7 +289,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             to = to.min(position + 1 + (seed >> 33) % chunk);
             if seed >> 40 & 0xFFF == 0 {
                 let saved = cpu.save();
-                cpu = SoftCpu::new(0, 1, &model);
+                cpu = fresh();
                 cpu.load(&saved)?;
             }
         }

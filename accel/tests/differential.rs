@@ -20,6 +20,7 @@ mod soft_state;
 #[path = "differential/values.rs"]
 mod values;
 
+use ftvm_accel::tcg::Tier;
 use std::collections::{BTreeMap, BTreeSet};
 
 fn number(name: &str, default: u64) -> u64 {
@@ -31,7 +32,8 @@ fn generated_instructions_agree_with_this_processor() {
     let cases = number("FTVM_DIFF_CASES", 400_000);
     let seed = number("FTVM_DIFF_SEED", 1);
     let mut real = native::Native::new();
-    let mut soft = soft::Soft::new();
+    let mut soft = soft::Soft::new(Tier::Never);
+    let mut compiled = soft::Soft::new(Tier::AtOnce);
     let single = std::env::var_os("FTVM_DIFF_SINGLE").is_some();
     let (mut covered, mut executed) = (BTreeSet::new(), BTreeSet::new());
     let mut ended = 0u64;
@@ -41,6 +43,7 @@ fn generated_instructions_agree_with_this_processor() {
         let mut generator = generate::Generator::new(mode, |_| true);
         println!("{mode:?}: {} forms", generator.forms.len());
         let (mut a, mut b) = (case::Outcome::new(), case::Outcome::new());
+        let mut c = case::Outcome::new();
         for n in 0..cases / 4 {
             let mut rng = values::Rng(seed.wrapping_mul(0x1_0000_0001) ^ n << 1 ^ (mode as u64) << 60);
             // Three in four are single instructions, the others sequences.
@@ -54,6 +57,17 @@ fn generated_instructions_agree_with_this_processor() {
                 let text = format!("does not end\n{}", compare::describe(&case));
                 failures.entry("endless".into()).or_insert((0, text)).0 += 1;
                 continue;
+            }
+            // Compiled code must agree in every bit, undefined ones too.
+            if mode == case::Mode::Long {
+                compiled.run(&case, &mut c);
+                if let Some(difference) = compare::exact(&b, &c) {
+                    let key = format!("compiled {:?}", generate::codes(&case).last());
+                    let entry = failures.entry(key).or_insert_with(|| {
+                        (0, format!("case {n}\n{}{difference}", compare::describe(&case)))
+                    });
+                    entry.0 += 1;
+                }
             }
             real.run(&case, &mut a);
             run += 1;

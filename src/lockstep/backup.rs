@@ -42,6 +42,18 @@ pub enum Action {
     Halt {
         reason: String,
     },
+    /// As `Halt`, by the primary's wish; `again`: join it anew.
+    Dismissed {
+        reason: String,
+        again: bool,
+    },
+}
+
+/// What the primary asked for, done at the next tick.
+#[derive(Clone, Debug)]
+enum Wish {
+    Dismiss { reason: String, again: bool },
+    HandOver { reason: String },
 }
 
 /// The backup's state machine.
@@ -58,6 +70,7 @@ pub struct Backup {
     last_heard: Duration,
     suspect_at: Option<Duration>,
     reason: String,
+    wish: Option<Wish>,
 }
 
 impl Backup {
@@ -76,6 +89,7 @@ impl Backup {
             last_heard: now,
             suspect_at: None,
             reason: String::new(),
+            wish: None,
         }
     }
 
@@ -138,6 +152,13 @@ impl Backup {
     /// A message came from the primary.
     pub fn on_message(&mut self, message: &Message, now: Duration) -> Result<Vec<Action>, LogError> {
         self.heard(now);
+        match message {
+            Message::Dismiss { reason, again } => {
+                self.wish = Some(Wish::Dismiss { reason: reason.clone(), again: *again });
+            }
+            Message::HandOver { reason } => self.wish = Some(Wish::HandOver { reason: reason.clone() }),
+            _ => {}
+        }
         let Message::Log { first, count, entries } = message else { return Ok(Vec::new()) };
         if !matches!(self.phase, Phase::Synchronizing | Phase::Following) {
             // The lock is asked or won: what comes now must not be acknowledged, or the primary
@@ -210,6 +231,21 @@ impl Backup {
         let silent = now.saturating_sub(self.last_heard) >= self.timing.timeout;
         // After a break of the channel heartbeats alone cannot protect anything: the pairing is over.
         let broken = self.suspect_at.is_some_and(|at| now >= at);
+        if matches!(self.phase, Phase::Synchronizing | Phase::Following) {
+            match self.wish.take() {
+                Some(Wish::Dismiss { reason, again }) => {
+                    self.phase = Phase::Out;
+                    let resign = Message::Resign { reason: reason.clone() };
+                    return vec![Action::Send(resign), Action::Dismissed { reason, again }];
+                }
+                Some(Wish::HandOver { reason }) if self.phase == Phase::Following => {
+                    self.reason = reason;
+                    self.phase = Phase::Arbitrating;
+                    return vec![Action::Arbitrate(self.epoch.clone())];
+                }
+                _ => {}
+            }
+        }
         match self.phase {
             Phase::Synchronizing if silent => {
                 self.halt("the primary fell silent before the machine was protected".to_owned())

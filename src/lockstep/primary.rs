@@ -39,10 +39,12 @@ pub enum Action<T> {
     NowProtected,
     /// The backup is gone for good; the machine goes on alone.
     NowUnprotected { reason: String },
-    /// Halt at once: the other side is live.
-    Halt { reason: String },
+    /// Halt at once: the other side is live (`planned`: as the user wished).
+    Halt { reason: String, planned: bool },
     /// The backup ran to `stamp` with the same state.
     HashAgreed { stamp: Stamp },
+    /// Say this to the backup.
+    Send(Message),
 }
 
 struct Held<T> {
@@ -85,6 +87,16 @@ pub struct Primary<T> {
     suspect_at: Option<Duration>,
     reason: String,
     lag: LagControl,
+    handing_over: Option<HandOver>,
+}
+
+/// A planned switch under way: the machine stands still.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum HandOver {
+    /// Until the backup has acknowledged all of the log and every output has left.
+    Draining,
+    /// The backup was told to go live. If it does not, the lock decides, as after any other loss.
+    Told,
 }
 
 /// With this much of the log unacknowledged the primary must wait.
@@ -121,6 +133,7 @@ impl<T> Primary<T> {
             suspect_at: None,
             reason: String::new(),
             lag: LagControl::new(timing.max_lag),
+            handing_over: None,
         }
     }
 
@@ -157,7 +170,30 @@ impl<T> Primary<T> {
     /// Whether the log buffer is full: the machine must not run on.
     pub fn must_wait(&self) -> bool {
         self.phase == Phase::Lost
+            || self.handing_over.is_some()
             || self.is_logging() && (self.unacked_bytes > LOG_BUFFER || self.held.len() > MAX_HELD)
+    }
+
+    /// The user ends the pairing: the backup is asked to resign, and the machine goes on alone when it has promised
+    /// never to go live (or is lost, and the lock says so). `again`: it is to join anew.
+    pub fn dismiss(&mut self, reason: &str, again: bool) -> Vec<Action<T>> {
+        match self.phase {
+            Phase::Copying => self.go_alone(reason.to_owned()),
+            Phase::Synchronizing | Phase::Protected => {
+                vec![Action::Send(Message::Dismiss { reason: reason.to_owned(), again })]
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    /// The user wants the backup to take over. False: the machine is not protected now. From here on the machine
+    /// stands still ([`Self::must_wait`]) until the backup is live or lost.
+    pub fn hand_over(&mut self) -> bool {
+        let able = self.phase == Phase::Protected && self.protected_at.is_none();
+        if able {
+            self.handing_over.get_or_insert(HandOver::Draining);
+        }
+        able
     }
 
     /// Memory is being copied to a backup, which shows signs of life meanwhile.
@@ -334,6 +370,7 @@ impl<T> Primary<T> {
         self.unacked_bytes = 0;
         self.suspect_at = None;
         self.protected_at = None;
+        self.handing_over = None;
         let held: Vec<T> = self.held.drain(..).map(|h| h.item).collect();
         let mut actions = Vec::new();
         if !held.is_empty() {
@@ -380,6 +417,15 @@ impl<T> Primary<T> {
                 self.protected_at = None;
                 vec![Action::NowProtected]
             }
+            Phase::Protected
+                if self.handing_over == Some(HandOver::Draining)
+                    && self.held.is_empty()
+                    && !self.has_batch()
+                    && self.acked == self.written =>
+            {
+                self.handing_over = Some(HandOver::Told);
+                vec![Action::Send(Message::HandOver { reason: "a planned switch".to_owned() })]
+            }
             _ => Vec::new(),
         }
     }
@@ -399,7 +445,8 @@ impl<T> Primary<T> {
                 self.held.clear();
                 self.batch.clear();
                 self.full.clear();
-                vec![Action::Halt { reason: "the backup has gone live and holds the lock".to_owned() }]
+                let reason = "the backup has gone live and holds the lock".to_owned();
+                vec![Action::Halt { reason, planned: self.handing_over == Some(HandOver::Told) }]
             }
         }
     }

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::machine::Stamp;
 
 /// Version of the protocol; both sides must have the same.
-pub const PROTOCOL: u32 = 1;
+pub const PROTOCOL: u32 = 2;
 /// What a peer sends first, so that a stranger is recognised at once.
 pub const MAGIC: &[u8; 8] = b"ftvm-ft1";
 /// The largest frame in bytes after decompression.
@@ -34,8 +34,8 @@ pub struct Epoch {
 /// Messages of the channel.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Message {
-    /// Backup to primary: who asks.
-    Hello { protocol: u32, version: String },
+    /// Backup to primary: who asks, and on which port it will wait for a backup when it is live.
+    Hello { protocol: u32, version: String, port: u16 },
     /// Either way: no, and why.
     Refuse { reason: String },
     /// Primary to backup: the machine's configuration and images, and the pairing.
@@ -58,6 +58,10 @@ pub enum Message {
     Resign { reason: String },
     /// Backup to primary: state hash compared equal at the stamp.
     HashAgrees { stamp: Stamp },
+    /// Primary to backup: the user ends this pairing; resign, and `again`: join anew.
+    Dismiss { reason: String, again: bool },
+    /// Primary to backup: a planned switch. This side has stopped, and you have all of the log: ask the lock and go live.
+    HandOver { reason: String },
 }
 
 /// Errors of the channel.

@@ -16,6 +16,20 @@ pub enum Command {
     Reset,
     Powerdown,
     Nmi,
+    Ft(FtWish),
+}
+
+/// What the user wants of the pair, in vSphere's words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FtWish {
+    /// Let the backup go and take no other.
+    Suspend,
+    /// Take backups again.
+    Resume,
+    /// A planned switch: the backup goes live, this side becomes its backup.
+    TestFailover,
+    /// The backup joins anew.
+    RestartBackup,
 }
 
 /// `query-status`'s states that ftvm reaches.
@@ -173,6 +187,10 @@ pub const COMMANDS: &[&str] = &[
     "query-name",
     "query-uuid",
     "query-ft",
+    "ft-suspend",
+    "ft-resume",
+    "ft-test-failover",
+    "ft-test-restart",
     "query-kvm",
     "stop",
     "cont",
@@ -202,6 +220,27 @@ impl Control {
             .send(Event::Command(command))
             .map(|()| json!({}))
             .map_err(|_| QmpError::generic("the machine has ended"))
+    }
+
+    /// A wish that makes sense for a primary in these states.
+    fn ft(&self, wish: FtWish, states: &[&str]) -> Result<Value, QmpError> {
+        let ft = self.shared.ft();
+        if ft.role != "primary" {
+            return Err(QmpError::generic(format!(
+                "this side is no primary (role {}, {})",
+                ft.role, ft.state
+            )));
+        }
+        // A machine that has just gone live is without a backup.
+        let state = if ft.state == "live" { "unprotected" } else { ft.state };
+        if !states.contains(&state) {
+            return Err(QmpError::generic(format!(
+                "the machine is {}, not {}",
+                ft.state,
+                states.join(" or ")
+            )));
+        }
+        self.send(Command::Ft(wish))
     }
 
     /// A line typed into the human monitor; returns its answer.
@@ -275,6 +314,10 @@ impl Handler for Control {
             "query-ft" => {
                 serde_json::to_value(self.shared.ft()).map_err(|e| QmpError::generic(e.to_string()))
             }
+            "ft-suspend" => self.ft(FtWish::Suspend, &["unprotected", "synchronizing", "protected"]),
+            "ft-resume" => self.ft(FtWish::Resume, &["unprotected"]),
+            "ft-test-failover" => self.ft(FtWish::TestFailover, &["protected"]),
+            "ft-test-restart" => self.ft(FtWish::RestartBackup, &["synchronizing", "protected"]),
             "stop" => self.send(Command::Stop),
             "cont" => self.send(Command::Cont),
             "system_reset" => self.send(Command::Reset),

@@ -216,6 +216,7 @@ impl Runtime {
                 self.input(input);
                 None
             }
+            Event::Command(Command::Ft(wish)) => super::ft::wish(self, wish),
             Event::DiskFailed(failure) => {
                 self.disk_failed(failure);
                 None
@@ -252,6 +253,7 @@ impl Runtime {
                 self.shared.events.emit("POWERDOWN", Value::Null);
             }
             Command::Nmi => self.input(MachineInput::Nmi),
+            Command::Ft(_) => {}
         }
     }
 

@@ -203,7 +203,7 @@ impl World {
         self.copy_step(p);
         let Some(r) = self.primary(p) else { return };
         if r.core.must_wait() {
-            return;
+            return self.flush(p);
         }
         r.steps += 1;
         let hash = r.steps.is_multiple_of(16);
@@ -476,7 +476,8 @@ impl World {
                     }
                     self.drop_pair(p);
                 }
-                Action::Halt { reason } => {
+                Action::Send(m) => self.send(p, m),
+                Action::Halt { reason, .. } => {
                     if self.options.mutation == Some(Mutation::IgnoreLoss) {
                         if let Some(r) = self.primary(p) {
                             r.core = Primary::new(TIMING);
@@ -539,8 +540,28 @@ impl World {
                 }
                 Action::GoLive { reason } => self.note(p, &format!("takes over: {reason}")),
                 Action::Halt { reason } => self.end(p, &reason),
+                Action::Dismissed { reason, .. } => self.end(p, &reason),
             }
         }
+    }
+
+    /// The user wants a switch, or the backup to go.
+    pub(super) fn wish(&mut self, p: usize, switch: bool) {
+        let Some(r) = self.primary(p) else { return };
+        if switch {
+            if r.core.hand_over() {
+                self.note(p, "hands over");
+            }
+            return;
+        }
+        let actions = r.core.dismiss("the user's wish", true);
+        if !actions.is_empty() {
+            // From here on nobody can carry on without this process, as the user wished.
+            let token = self.primary(p).and_then(|r| r.epoch.as_ref().map(|e| e.token.clone()));
+            self.dismissed.extend(token);
+            self.note(p, "dismisses its backup");
+        }
+        self.primary_actions(p, actions);
     }
 
     /// One step of the backup's machine thread; false: nothing to do.

@@ -191,6 +191,8 @@ pub struct World {
     /// Who was made the only live side of a pairing.
     owners: BTreeMap<String, usize>,
     failure: Option<String>,
+    /// Pairings that the user ended.
+    pub dismissed: BTreeSet<String>,
 }
 
 /// Run one seed. An error is the first broken promise.
@@ -211,6 +213,7 @@ pub fn run(options: Options) -> Result<Report, (String, Report)> {
         client: Client { next: 1, ..Client::default() },
         owners: BTreeMap::new(),
         failure: None,
+        dismissed: BTreeSet::new(),
     };
     w.start(0, Role::Primary(Box::new(PrimaryRole::new(0))));
     w.at(0, Event::Operator);
@@ -573,6 +576,10 @@ impl World {
             if !self.procs[p].alive || self.procs[p].paused {
                 continue;
             }
+            if !self.is_healed() && self.rng.chance(8) {
+                let switch = self.rng.chance(60);
+                self.wish(p, switch);
+            }
             let free =
                 self.primary(p).is_some_and(|r| !r.busy && r.core.phase() == primary::Phase::Unprotected);
             let host = (self.procs[p].host + 1 + self.rng.below(HOSTS as u64 - 1) as usize) % HOSTS;
@@ -603,7 +610,8 @@ impl World {
                     },
                     Role::Backup(r) => match r.core.phase() {
                         backup::Phase::Following | backup::Phase::Arbitrating => {
-                            self.locks.could_win(&r.epoch, Side::Backup)
+                            !self.dismissed.contains(&r.epoch.token)
+                                && self.locks.could_win(&r.epoch, Side::Backup)
                         }
                         backup::Phase::GoingLive => true,
                         _ => false,

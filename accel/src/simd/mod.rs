@@ -8,6 +8,7 @@ mod fxsave;
 mod host;
 mod lanes;
 mod moves;
+mod native;
 mod sse;
 mod table;
 #[cfg(test)]
@@ -23,6 +24,7 @@ pub(crate) use avx::is_gather;
 pub use avx::Vex;
 pub use avx_host::Prepared;
 pub(crate) use fxsave::components_in_use;
+pub(crate) use native::{native, Form, Native};
 pub use x87::wait as x87_wait;
 
 use crate::fault::Exception;

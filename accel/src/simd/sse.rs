@@ -110,7 +110,7 @@ fn routine(insn: &VecInsn, variant: u8) -> Result<Routine, Exception> {
 }
 
 /// The immediate with the bits that the operation ignores cleared.
-fn variant(insn: &VecInsn) -> u8 {
+pub(super) fn variant(insn: &VecInsn) -> u8 {
     match (insn.map, insn.opcode) {
         (Map::M0F, 0xC2) => insn.imm & 7,
         (Map::M0F, 0x70 | 0xC6) => insn.imm,

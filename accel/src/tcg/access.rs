@@ -137,9 +137,9 @@ impl SoftCpu {
     pub(crate) fn ld<T: Int>(&mut self, lin: u64) -> R<u64> {
         let e = &self.tlb[self.mmu][(lin >> 12) as usize & (TLB_SIZE - 1)];
         if e.rtag == lin & !0xFFF && lin & 0xFFF <= 4096 - T::BYTES {
-            // SAFETY: a matching tag says that addend leads to a host page of guest memory, and the access
+            // SAFETY: a matching tag says that `host` is a host page of guest memory, and the access
             // lies within the page.
-            return Ok(unsafe { (lin.wrapping_add(e.addend) as *const T).read_unaligned() }.to64());
+            return Ok(unsafe { e.host.add((lin & 0xFFF) as usize).cast::<T>().read_unaligned() }.to64());
         }
         self.load_slow(lin, T::BYTES)
     }
@@ -149,7 +149,7 @@ impl SoftCpu {
         let e = &self.tlb[self.mmu][(lin >> 12) as usize & (TLB_SIZE - 1)];
         if e.wtag == lin & !0xFFF && lin & 0xFFF <= 4096 - T::BYTES {
             // SAFETY: as in `load`; a write tag is only given to writable RAM.
-            unsafe { (lin.wrapping_add(e.addend) as *mut T).write_unaligned(T::from64(v)) };
+            unsafe { e.host.add((lin & 0xFFF) as usize).cast::<T>().write_unaligned(T::from64(v)) };
             return Ok(());
         }
         self.store_slow(lin, T::BYTES, v)
@@ -159,14 +159,14 @@ impl SoftCpu {
     #[inline(always)]
     pub(crate) fn host_read(&self, lin: u64) -> Option<*const u8> {
         let e = &self.tlb[self.mmu][(lin >> 12) as usize & (TLB_SIZE - 1)];
-        (e.rtag == lin & !0xFFF).then(|| lin.wrapping_add(e.addend) as *const u8)
+        (e.rtag == lin & !0xFFF).then(|| e.host.wrapping_add((lin & 0xFFF) as usize).cast_const())
     }
 
     /// Host address to write at `lin`, if the TLB has its page for plain writes.
     #[inline(always)]
     pub(crate) fn host_write(&self, lin: u64) -> Option<*mut u8> {
         let e = &self.tlb[self.mmu][(lin >> 12) as usize & (TLB_SIZE - 1)];
-        (e.wtag == lin & !0xFFF).then(|| lin.wrapping_add(e.addend) as *mut u8)
+        (e.wtag == lin & !0xFFF).then(|| e.host.wrapping_add((lin & 0xFFF) as usize))
     }
 
     /// Read, change and write back. Faults as a write before anything changes; `f` cannot fail.
@@ -174,7 +174,7 @@ impl SoftCpu {
     pub(crate) fn rmw<T: Int>(&mut self, lin: u64, f: impl FnOnce(&mut Self, u64) -> u64) -> R<()> {
         let e = &self.tlb[self.mmu][(lin >> 12) as usize & (TLB_SIZE - 1)];
         if e.wtag == lin & !0xFFF && lin & 0xFFF <= 4096 - T::BYTES {
-            let p = lin.wrapping_add(e.addend) as *mut T;
+            let p = e.host.wrapping_add((lin & 0xFFF) as usize).cast::<T>();
             // SAFETY: as in `store`.
             let v = unsafe { p.read_unaligned() }.to64();
             let n = f(self, v);
@@ -424,6 +424,8 @@ impl SoftCpu {
             at += 8;
         }
         if used {
+            // The next instruction is fetched by the new tables.
+            self.end = std::ptr::null();
             self.flush_tlb();
             self.mem().unprotect(phys, TABLE);
             self.announce(phys);

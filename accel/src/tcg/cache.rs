@@ -32,6 +32,7 @@ pub const JUMPS: usize = 8192;
 const MAX_BLOCKS: usize = 200_000;
 
 #[derive(Clone, Copy)]
+#[repr(C)]
 pub struct Jump {
     pub lin: u64,
     pub key: u64,

@@ -35,6 +35,7 @@ pub struct Decoder<'a> {
     pub modrm: u8,
     pub ends: bool,
     pub lockable: bool,
+    pub lock: bool,
     pub vec: Option<Box<VecOp>>,
     pub o: Op,
 }
@@ -62,7 +63,7 @@ pub const BLANK: Op = Op {
     osz: 4,
     asz: 4,
     rep: 0,
-    lock: false,
+    map: 0,
     idx: 0,
     off: 0,
     len: 0,
@@ -82,11 +83,12 @@ pub fn decode(b: &[u8], mode: u8) -> D<Decoded> {
         modrm: 0,
         ends: false,
         lockable: false,
+        lock: false,
         vec: None,
         o: BLANK,
     };
     let f = match d.instruction() {
-        Ok(f) if d.o.lock && !(d.lockable && d.o.kind != K_REG) => {
+        Ok(f) if d.lock && !(d.lockable && d.o.kind != K_REG) => {
             let _ = f;
             d.ends = true;
             sys::ud
@@ -161,7 +163,7 @@ impl Decoder<'_> {
                 0x65 => self.seg = Some(GS as u8),
                 0x66 => self.p66 = true,
                 0x67 => self.p67 = true,
-                0xF0 => self.o.lock = true,
+                0xF0 => self.lock = true,
                 0xF2 | 0xF3 => self.o.rep = b,
                 0x40..=0x4F if self.long() => {
                     self.rex = b;

@@ -11,6 +11,7 @@ impl Decoder<'_> {
     pub(super) fn two_byte(&mut self) -> D<Handler> {
         let b = self.u8()?;
         self.o.opcode = b;
+        self.o.map = 1;
         let f: Handler = match b {
             0x00 => {
                 self.modrm()?;
@@ -83,9 +84,9 @@ impl Decoder<'_> {
                 self.o.rm = (m & 7) | (self.rex & 1) << 3;
                 self.ends = true;
                 self.o.osz = if self.long() { 8 } else { 4 };
-                if b & 1 == 0 && self.o.lock && self.o.reg == 0 {
+                if b & 1 == 0 && self.lock && self.o.reg == 0 {
                     // AMD's alternative encoding of CR8.
-                    self.o.lock = false;
+                    self.lock = false;
                     self.o.reg = 8;
                 }
                 match b {
@@ -312,6 +313,7 @@ impl Decoder<'_> {
     fn map38(&mut self) -> D<Handler> {
         let b = self.u8()?;
         self.o.opcode = b;
+        self.o.map = 2;
         let f: Handler = match b {
             0xF0 | 0xF1 if self.o.rep == 0xF2 => {
                 let osz = self.o.osz;
@@ -359,6 +361,7 @@ impl Decoder<'_> {
     fn map3a(&mut self) -> D<Handler> {
         let b = self.u8()?;
         self.o.opcode = b;
+        self.o.map = 3;
         self.vector(Map::M0F3A, b)
     }
 
@@ -430,13 +433,14 @@ impl Decoder<'_> {
         let f = vec::resolve(&mut insn).ok_or(Stop::Undefined)?;
         let v = Box::new(VecOp { insn, f });
         self.o.imm = &*v as *const VecOp as u64;
+        self.o.map = VECTOR;
         self.vec = Some(v);
         Ok(vec::run)
     }
 
     /// VEX: the integer instructions of BMI1 and BMI2 (vvvv goes to `imm`), and the vector instructions.
     pub(super) fn vex(&mut self, first: u8) -> D<Handler> {
-        if self.rex != 0 || self.p66 || self.o.rep != 0 || self.o.lock {
+        if self.rex != 0 || self.p66 || self.o.rep != 0 || self.lock {
             return Err(Stop::Undefined);
         }
         let p1 = self.u8()?;
@@ -464,6 +468,7 @@ impl Decoder<'_> {
         let (l, pp) = (p2 >> 2 & 1, p2 & 3);
         let opcode = self.u8()?;
         self.o.opcode = opcode;
+        self.o.map = 4 + map;
         self.o.osz = if rex & 8 != 0 { 8 } else { 4 };
         let integer = matches!((map, opcode), (2, 0xF2..=0xF7) | (3, 0xF0));
         if !integer {

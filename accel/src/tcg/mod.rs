@@ -2,8 +2,7 @@
 //!
 //! `decode` turns bytes into [`op::Op`]s with a handler each; `cache` keeps straight runs of them as blocks
 //! by physical address; the loop here runs blocks and, between them, looks at what needs attention
-//! (interrupts, halts, the bus's wish to stop). A compiler of hot blocks would sit beside the loop: a block
-//! is its unit.
+//! (interrupts, halts, the bus's wish to stop). `jit` compiles the blocks that are run often.
 
 mod access;
 mod alu;
@@ -16,6 +15,7 @@ mod decode0f;
 mod far;
 mod flags;
 mod interrupt;
+mod jit;
 mod lapic;
 mod mov;
 mod msr;
@@ -33,6 +33,7 @@ mod tests;
 mod undefined;
 mod vec;
 
+pub use jit::Tier;
 pub use registers::Registers;
 
 use crate::bus::Ipi;
@@ -41,6 +42,7 @@ use crate::state::{CpuState, Segment};
 use crate::{ApicMessage, Bus, CpuModel, Exception, Exit, Processor, RunResult};
 use cache::{Cache, Jump, Lone, JUMPS, LONE};
 use flags::{IF, TF};
+use jit::Left;
 use lapic::Lapic;
 use msr::Msrs;
 use op::*;
@@ -139,6 +141,7 @@ pub struct SoftCpu {
     lone: Box<[Option<Lone>]>,
     generation: u32,
     seen: u64,
+    jit: jit::Jit,
 }
 
 // SAFETY: the raw pointers `mem`, `bus`, `cur` and `end` mean something only within `run`; the others point
@@ -180,7 +183,7 @@ impl SoftCpu {
     /// A processor after power-on. `apic_id` 0 is the boot processor; `cpus` is the machine's count.
     pub fn new(apic_id: u32, cpus: u32, model: &CpuModel) -> Self {
         let nobus: *mut dyn Bus = std::ptr::NonNull::<NoBus>::dangling().as_ptr();
-        let tlb = || vec![EMPTY; TLB_SIZE].into_boxed_slice();
+        let tlb = || (0..TLB_SIZE).map(TlbEntry::empty).collect::<Box<[_]>>();
         let code = || vec![EMPTY_CODE; 256].into_boxed_slice();
         let mut c = SoftCpu {
             st: CpuState::default(),
@@ -251,6 +254,7 @@ impl SoftCpu {
             lone: (0..LONE).map(|_| None).collect(),
             generation: 0,
             seen: 0,
+            jit: jit::Jit::new(),
         };
         c.reset_state(false);
         c
@@ -353,8 +357,22 @@ impl SoftCpu {
             }
             match self.find_block() {
                 Ok(mut block) => {
+                    let mut interpret = false;
                     let faulted = loop {
-                        if self.run_block(block) {
+                        // SAFETY: the block is in the cache, or else in the graveyard until the loop above
+                        // goes round.
+                        let b = unsafe { &*block };
+                        let mut edge = None;
+                        let fast = !interpret && self.compiled(b);
+                        interpret = false;
+                        if fast {
+                            match self.run_code(b) {
+                                Left::Go => {}
+                                Left::Fault => break true,
+                                Left::Interpret => interpret = true,
+                                Left::Link(n) => edge = Some(n),
+                            }
+                        } else if self.run_block(b) {
                             break true;
                         }
                         // Whatever makes the checks above necessary sets `attention`.
@@ -365,9 +383,14 @@ impl SoftCpu {
                         {
                             break false;
                         }
-                        match self.follow(block) {
+                        let next = if fast { self.find_block() } else { self.follow(block) };
+                        match next {
                             Ok(next) => block = next,
                             Err(Fault) => break true,
+                        }
+                        if let Some(n) = edge {
+                            // SAFETY: as above.
+                            self.link(n, unsafe { &*block });
                         }
                     };
                     if faulted {
@@ -398,9 +421,7 @@ impl SoftCpu {
 
     /// Run a block (or as much of it as the budget allows). Returns whether it ended with a fault.
     #[inline(always)]
-    fn run_block(&mut self, block: *const Block) -> bool {
-        // SAFETY: blocks dropped from the cache go to the graveyard, which is emptied between blocks only.
-        let b = unsafe { &*block };
+    fn run_block(&mut self, b: &Block) -> bool {
         let len = b.ops.len();
         let room = self.limit - self.pos;
         let n_max = if self.single { 1 } else { (len as u64).min(room) as usize };
@@ -516,6 +537,10 @@ impl SoftCpu {
         if !fits {
             return self.lone_block(lin);
         }
+        if jit::near_hole(lin) {
+            // Compiled code finds only what is in the table.
+            return Ok(block);
+        }
         self.jumps[(lin ^ lin >> 13) as usize & (JUMPS - 1)] =
             Jump { lin, key: self.jump_key, made: self.code_epoch, block };
         Ok(block)
@@ -544,6 +569,7 @@ impl SoftCpu {
                 }
             }
         }
+        b.count = b.ops.len() as u32;
         (!b.ops.is_empty()).then(|| Box::new(b))
     }
 
@@ -581,6 +607,7 @@ impl SoftCpu {
             if let Ok(d) = decode::decode(&bytes, self.code_mode) {
                 let mut b = Block::new(0);
                 add_op(&mut b, d);
+                b.count = 1;
                 let b = Box::new(b);
                 let p: *const Block = &*b;
                 let lone = Lone { mode: self.code_mode, bytes, block: b };

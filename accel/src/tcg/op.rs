@@ -26,6 +26,18 @@ pub const K_SEG: u8 = 2;
 pub const NOREG: u8 = 16;
 /// RIP at the start of the block.
 pub const BLOCKIP: u8 = 17;
+/// Slots behind the registers that compiled code uses (see `jit`): instructions left of the budget, flags,
+/// the TLB and the table by linear address, the linear page that runs, the table's key, RIP on the way out,
+/// whether the host's XMM registers hold the guest's, and the host's MXCSR.
+pub const LEFT: usize = 18;
+pub const FLAGS: usize = 19;
+pub const TLB: usize = 20;
+pub const JUMP_TABLE: usize = 21;
+pub const PAGE: usize = 22;
+pub const KEY: usize = 23;
+pub const RIP_OUT: usize = 24;
+pub const XMM_LIVE: usize = 25;
+pub const HOST_CSR: usize = 26;
 /// Marks the high-byte registers AH, CH, DH, BH (numbers 0..3).
 pub const HIGH: u8 = 0x80;
 
@@ -44,6 +56,9 @@ pub const RSP: usize = 4;
 pub const RBP: usize = 5;
 pub const RSI: usize = 6;
 pub const RDI: usize = 7;
+
+/// `Op::map`: `imm` points to a [`VecOp`].
+pub const VECTOR: u8 = 0x40;
 
 /// One decoded instruction.
 #[derive(Clone, Copy)]
@@ -66,7 +81,8 @@ pub struct Op {
     pub asz: u8,
     /// 0, 0xF2 or 0xF3.
     pub rep: u8,
-    pub lock: bool,
+    /// Opcode map: 0 one-byte, 1 0F, 2 0F38, 3 0F3A, 4 and up VEX; or [`VECTOR`].
+    pub map: u8,
     /// Number within the block.
     pub idx: u8,
     /// First byte, relative to the block's start.
@@ -81,7 +97,7 @@ pub struct VecOp {
     pub f: VecHandler,
 }
 
-/// Straight-line decoded code: the unit of caching (and of compilation, one day).
+/// Straight-line decoded code: the unit of caching and of compilation.
 pub struct Block {
     /// Guest physical address of the first byte, with the code mode in the top bits.
     pub key: u64,
@@ -92,7 +108,16 @@ pub struct Block {
     pub vecs: Vec<Box<VecOp>>,
     /// Where execution went on from here (64-bit mode).
     pub links: [Cell<Link>; 2],
+    /// Compiled code, or null.
+    pub code: Cell<*const u8>,
+    /// Instructions, once complete.
+    pub count: u32,
+    /// How often it was interpreted; `NEVER`: it is not to be compiled.
+    pub runs: Cell<u32>,
 }
+
+/// See [`Block::runs`].
+pub const NEVER: u32 = u32::MAX;
 
 /// A block that followed another: it still does for the same RIP while the key (see `Jump`) is the same.
 #[derive(Clone, Copy)]
@@ -107,7 +132,16 @@ impl Block {
     pub fn new(key: u64) -> Self {
         let none = Link { rip: 0, key: u64::MAX, block: std::ptr::null() };
         let links = [Cell::new(none), Cell::new(none)];
-        Block { key, ops: Vec::with_capacity(8), bytes: 0, vecs: Vec::new(), links }
+        Block {
+            key,
+            ops: Vec::with_capacity(8),
+            bytes: 0,
+            vecs: Vec::new(),
+            links,
+            code: Cell::new(std::ptr::null()),
+            count: 0,
+            runs: Cell::new(0),
+        }
     }
 }
 

@@ -13,8 +13,11 @@ use crate::Exception;
 
 /// Entries of each TLB.
 pub const TLB_SIZE: usize = 1024;
-/// A tag that matches no page.
-pub const NO_TAG: u64 = 1;
+/// A tag that no address has whose entry is `slot`: compiled code finds the offset within a page by the
+/// exclusive or of address and tag, which must be large then.
+pub const fn no_tag(slot: usize) -> u64 {
+    (slot as u64 ^ 1) << 12
+}
 
 /// CR0 and CR4 bits.
 pub const CR0_PE: u64 = 1;
@@ -45,13 +48,14 @@ pub const EFER_NXE: u64 = 0x800;
 
 /// One TLB entry: for reads and writes with one host pointer.
 #[derive(Clone, Copy)]
+#[repr(C)]
 pub struct TlbEntry {
     /// Linear page if reads may go straight to memory.
     pub rtag: u64,
     /// Linear page if writes may.
     pub wtag: u64,
-    /// Host address minus linear address.
-    pub addend: u64,
+    /// Host address of the page; null: empty.
+    pub host: *mut u8,
     /// Guest physical page.
     pub phys: u64,
 }
@@ -64,8 +68,13 @@ pub struct CodeEntry {
     pub phys: u64,
 }
 
-pub const EMPTY: TlbEntry = TlbEntry { rtag: NO_TAG, wtag: NO_TAG, addend: 0, phys: 0 };
-pub const EMPTY_CODE: CodeEntry = CodeEntry { tag: NO_TAG, host: std::ptr::null(), phys: 0 };
+impl TlbEntry {
+    /// An entry that matches nothing.
+    pub const fn empty(slot: usize) -> TlbEntry {
+        TlbEntry { rtag: no_tag(slot), wtag: no_tag(slot), host: std::ptr::null_mut(), phys: 0 }
+    }
+}
+pub const EMPTY_CODE: CodeEntry = CodeEntry { tag: 1, host: std::ptr::null(), phys: 0 };
 
 /// Why memory is accessed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -106,7 +115,7 @@ impl SoftCpu {
     /// Drop all translations.
     pub(crate) fn flush_tlb(&mut self) {
         for (mmu, slot) in self.filled.drain(..) {
-            self.tlb[mmu as usize][slot as usize] = EMPTY;
+            self.tlb[mmu as usize][slot as usize] = TlbEntry::empty(slot as usize);
         }
         for (user, slot) in self.code_filled.drain(..) {
             self.code_tlb[user as usize][slot as usize] = EMPTY_CODE;
@@ -119,7 +128,7 @@ impl SoftCpu {
         for (mmu, slot) in &self.filled {
             let e = &mut self.tlb[*mmu as usize][*slot as usize];
             if e.phys == page {
-                e.wtag = NO_TAG;
+                e.wtag = no_tag(*slot as usize);
             }
         }
     }
@@ -303,20 +312,20 @@ impl SoftCpu {
         if b.read.is_null() {
             return;
         }
-        let mut wtag = NO_TAG;
+        let slot = (lin >> 12) as usize & (TLB_SIZE - 1);
+        let mut wtag = no_tag(slot);
         if w.writable && b.write.cast_const() == b.read && !b.flags.is_null() && self.watch_free(page) {
             // SAFETY: the flag byte lives as long as guest memory.
             if unsafe { &*b.flags }.load(std::sync::atomic::Ordering::Relaxed) == WRITE_FREE {
                 wtag = page;
             }
         }
-        let rtag = if self.watch_free(page) { page } else { NO_TAG };
-        let slot = (lin >> 12) as usize & (TLB_SIZE - 1);
+        let rtag = if self.watch_free(page) { page } else { no_tag(slot) };
         let e = &mut self.tlb[mmu][slot];
-        if e.addend == 0 {
+        if e.host.is_null() {
             self.filled.push((mmu as u8, slot as u16));
         }
-        *e = TlbEntry { rtag, wtag, addend: (b.read as u64).wrapping_sub(page), phys };
+        *e = TlbEntry { rtag, wtag, host: b.read.cast_mut(), phys };
     }
 
     /// Host page and guest physical page to fetch instructions of linear page `lin` from; the host page is

@@ -470,8 +470,8 @@ pub fn cli(c: &mut SoftCpu, _: &Op) -> R<()> {
         }
         return c.gp(0);
     }
+    // Nothing becomes due.
     c.eflags &= !IF;
-    c.flags_changed();
     Ok(())
 }
 pub fn sti(c: &mut SoftCpu, _: &Op) -> R<()> {

@@ -44,6 +44,32 @@ fn xmm_equal(a: &[u8], b: &[u8], close: bool) -> bool {
         })
 }
 
+/// What differs at all between two outcomes on the software processor, interpreted and compiled.
+pub fn exact(interpreted: &Outcome, compiled: &Outcome) -> Option<String> {
+    let (i, c) = (&interpreted.regs, &compiled.regs);
+    let mut text = String::new();
+    let mut note = |name: &str, a: u64, b: u64| {
+        if a != b {
+            let _ = writeln!(text, "  {name}: interpreted {a:#x}, compiled {b:#x}");
+        }
+    };
+    note("exception", interpreted.vector.into(), compiled.vector.into());
+    note("error code", interpreted.error.into(), compiled.error.into());
+    note("cr2", interpreted.cr2, compiled.cr2);
+    note("rip", i.rip, c.rip);
+    note("flags", i.flags, c.flags);
+    for ((name, a), b) in NAMES.iter().zip(i.gpr).zip(c.gpr) {
+        note(name, a, b);
+    }
+    for (at, (a, b)) in i.fx.iter().zip(c.fx).enumerate() {
+        note(&format!("fx byte {at}"), u64::from(*a), u64::from(b));
+    }
+    for (at, (a, b)) in interpreted.data.iter().zip(compiled.data).enumerate() {
+        note(&format!("data byte {at:#x}"), u64::from(*a), u64::from(b));
+    }
+    (!text.is_empty()).then_some(text)
+}
+
 /// `None` when they agree; otherwise what differs.
 pub fn difference(case: &Case, real: &Outcome, soft: &Outcome) -> Option<String> {
     let mut text = String::new();

@@ -4,7 +4,7 @@
 
 use ftvm_accel::bus::Ipi;
 use ftvm_accel::state::Segment;
-use ftvm_accel::tcg::{Registers, SoftCpu};
+use ftvm_accel::tcg::{Registers, SoftCpu, Tier};
 use ftvm_accel::{Bus, CpuModel, Exit, GuestMemory, Processor};
 
 use super::case::{Case, Descriptor, Mode, Outcome, CODE, CODE_SIZE, DATA, DATA_SIZE, LDT, READ_ONLY};
@@ -86,7 +86,7 @@ fn local(selector: u16) -> Segment {
 }
 
 impl Soft {
-    pub fn new() -> Soft {
+    pub fn new(tier: Tier) -> Soft {
         let mem = GuestMemory::new(32 << 20).unwrap();
         let put = |at: u64, v: u64| mem.write(at, &v.to_le_bytes()).unwrap();
         // Four levels; the page tables for the first 32 MiB follow each other.
@@ -131,6 +131,7 @@ impl Soft {
         put(TSS + 4, STACK + 0x1000);
         put(TSS + 36, STACK + 0x1000);
         let mut cpu = SoftCpu::new(0, 1, &CpuModel::parse("max").unwrap());
+        cpu.set_tier(tier);
         let s = cpu.state_mut();
         // PE MP ET NE WP AM PG; PAE PGE OSFXSR OSXMMEXCPT FSGSBASE OSXSAVE SMEP.
         s.cr0 = 0x8005_0033;

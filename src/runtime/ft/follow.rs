@@ -188,6 +188,15 @@ pub fn on_event(rt: &mut Runtime, event: FtEvent) -> Option<Outcome> {
                 f.reason = reason;
             }
             Action::Halt { reason } => return Some(Outcome::Failed(format!("this backup ends: {reason}"))),
+            Action::Dismissed { reason, again } => {
+                f.close();
+                log::warn!("ft: the primary ends this pairing: {reason}");
+                return Some(if again {
+                    Outcome::Again(format!("this backup joins anew: {reason}"))
+                } else {
+                    Outcome::Done(0)
+                });
+            }
         }
     }
     None

@@ -44,7 +44,8 @@ pub struct Joined {
 }
 
 /// Connect to a primary and take its configuration.
-pub fn join(peer: &str) -> Result<Joined, JoinError> {
+/// `listen`: where this side will wait for a backup of its own when it is live.
+pub fn join(peer: &str, listen: &str) -> Result<Joined, JoinError> {
     let connect = |e| JoinError::Connect(peer.to_owned(), e);
     let wire = |e| JoinError::Wire(peer.to_owned(), e);
     let address = peer
@@ -56,7 +57,8 @@ pub fn join(peer: &str) -> Result<Joined, JoinError> {
     stream.set_nodelay(true).map_err(connect)?;
     stream.set_read_timeout(Some(Duration::from_secs(30))).map_err(connect)?;
     wire::greet(&mut stream).map_err(wire)?;
-    let hello = Message::Hello { protocol: PROTOCOL, version: env!("CARGO_PKG_VERSION").to_owned() };
+    let port = listen.rsplit_once(':').and_then(|(_, p)| p.parse().ok()).unwrap_or(0);
+    let hello = Message::Hello { protocol: PROTOCOL, version: env!("CARGO_PKG_VERSION").to_owned(), port };
     let frame = wire::encode(&hello).map_err(wire)?;
     std::io::Write::write_all(&mut stream, &frame).map_err(|e| wire(e.into()))?;
     match wire::read(&mut stream).map_err(wire)?.0 {

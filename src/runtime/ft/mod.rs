@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use ftvm_devices::Output;
 
-use super::control::{Failover, Shared};
+use super::control::{Failover, FtWish, Shared};
 use super::live::{is_held, Runtime};
 use super::{Events, Outcome};
 use crate::cli::ft::FtConfig;
@@ -28,7 +28,7 @@ use crate::machine::{Stamp, StateHash};
 /// News of the pair for the machine thread.
 pub enum FtEvent {
     /// A backup is ready for the machine's memory.
-    BackupReady { link: Box<Link>, epoch: Epoch },
+    BackupReady { link: Box<Link>, epoch: Epoch, port: u16 },
     /// A message that the machine thread must see.
     Message(u64, Message),
     /// The connection with this id ended.
@@ -200,6 +200,11 @@ pub fn on_event(rt: &mut Runtime, event: FtEvent) -> Option<Outcome> {
         Some(Role::Backup(_)) => follow::on_event(rt, event),
         None => None,
     }
+}
+
+/// Do what the user wants of the pair.
+pub fn wish(rt: &mut Runtime, wish: FtWish) -> Option<Outcome> {
+    primary::wish(rt, wish)
 }
 
 /// What a live side does beside running the machine: synchronize a new backup, keep the status.

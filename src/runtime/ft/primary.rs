@@ -14,7 +14,7 @@ use crate::lockstep::primary::{Action, Phase, Primary};
 use crate::lockstep::wire::{self, Epoch, Message, WireError, PROTOCOL};
 use crate::lockstep::{Side, Verdict};
 use crate::machine::Stamp;
-use crate::runtime::control::Failover;
+use crate::runtime::control::{Failover, FtWish};
 use crate::runtime::live::Runtime;
 use crate::runtime::{Event, Outcome};
 
@@ -60,6 +60,10 @@ pub struct PrimaryRole {
     last_status: Instant,
     rate: Rate,
     suspected_at: Option<(Duration, Duration)>,
+    /// Where the backup will wait for a backup of its own when it is live.
+    peer_waits_at: Option<std::net::SocketAddr>,
+    /// The user suspended fault tolerance: backups are refused.
+    suspended: Arc<AtomicBool>,
 }
 
 /// Measures the log's bandwidth.
@@ -85,7 +89,8 @@ impl PrimaryRole {
         };
         let busy = Arc::new(AtomicBool::new(false));
         let epochs = Arc::new(Mutex::new(epoch_number));
-        let (c, b, e) = (Arc::clone(common), Arc::clone(&busy), epochs);
+        let suspended = Arc::new(AtomicBool::new(false));
+        let (c, b, e, s) = (Arc::clone(common), Arc::clone(&busy), epochs, Arc::clone(&suspended));
         std::thread::Builder::new().name("ft-listen".into()).spawn(move || {
             let listener = loop {
                 match listener.take().map_or_else(|| TcpListener::bind(&c.config.listen), Ok) {
@@ -95,9 +100,9 @@ impl PrimaryRole {
             };
             for stream in listener.incoming().flatten() {
                 let peer = stream.peer_addr().map_or_else(|_| "?".into(), |a| a.to_string());
-                let (c, b, e) = (Arc::clone(&c), Arc::clone(&b), Arc::clone(&e));
+                let (c, b, e, s) = (Arc::clone(&c), Arc::clone(&b), Arc::clone(&e), Arc::clone(&s));
                 let _ = std::thread::Builder::new().name("ft-hello".into()).spawn(move || {
-                    if let Err(error) = welcome(stream, &c, &b, &e) {
+                    if let Err(error) = welcome(stream, &c, &b, &e, &s) {
                         log::warn!("ft: the backup at {peer} was not accepted: {error}");
                     }
                 });
@@ -121,6 +126,8 @@ impl PrimaryRole {
             last_status: Instant::now(),
             rate: Rate { at: Instant::now(), bytes: 0, mbps: 0.0 },
             suspected_at: None,
+            peer_waits_at: None,
+            suspended,
         })
     }
 
@@ -208,6 +215,7 @@ fn welcome(
     common: &Arc<Common>,
     busy: &AtomicBool,
     epochs: &Mutex<u64>,
+    suspended: &AtomicBool,
 ) -> Result<(), WireError> {
     stream.set_nodelay(true)?;
     stream.set_read_timeout(Some(Duration::from_secs(10)))?;
@@ -216,9 +224,12 @@ fn welcome(
         std::io::Write::write_all(stream, &wire::encode(&Message::Refuse { reason: reason.clone() })?)?;
         Err(WireError::Format(reason))
     };
+    let port;
     match wire::read(&mut stream)?.0 {
-        Message::Hello { protocol: PROTOCOL, version } if version == env!("CARGO_PKG_VERSION") => {}
-        Message::Hello { protocol, version } => {
+        Message::Hello { protocol: PROTOCOL, version, port: p } if version == env!("CARGO_PKG_VERSION") => {
+            port = p
+        }
+        Message::Hello { protocol, version, .. } => {
             return refuse(
                 &mut stream,
                 format!(
@@ -229,17 +240,28 @@ fn welcome(
         }
         _ => return Err(WireError::Format("the first message is not a greeting".into())),
     }
+    if suspended.load(Ordering::SeqCst) {
+        return refuse(
+            &mut stream,
+            "fault tolerance is suspended on the primary (ft-resume ends that)".into(),
+        );
+    }
     if busy.swap(true, Ordering::SeqCst) {
         return refuse(&mut stream, "the primary already has a backup".into());
     }
-    let result = prepare(stream, common, epochs);
+    let result = prepare(stream, port, common, epochs);
     if result.is_err() {
         busy.store(false, Ordering::SeqCst);
     }
     result
 }
 
-fn prepare(mut stream: TcpStream, common: &Arc<Common>, epochs: &Mutex<u64>) -> Result<(), WireError> {
+fn prepare(
+    mut stream: TcpStream,
+    port: u16,
+    common: &Arc<Common>,
+    epochs: &Mutex<u64>,
+) -> Result<(), WireError> {
     let number = {
         let mut n = epochs.lock().map_err(|_| WireError::Format("internal lock".into()))?;
         *n += 1;
@@ -272,7 +294,7 @@ fn prepare(mut stream: TcpStream, common: &Arc<Common>, epochs: &Mutex<u64>) -> 
     }
     stream.set_read_timeout(None)?;
     let link = Box::new(Link::start(stream)?);
-    let _ = common.events.send(Event::Ft(FtEvent::BackupReady { link, epoch }));
+    let _ = common.events.send(Event::Ft(FtEvent::BackupReady { link, epoch, port }));
     Ok(())
 }
 
@@ -292,10 +314,11 @@ pub fn on_event(rt: &mut Runtime, event: FtEvent) -> Option<Outcome> {
     let (p, common) = role(rt)?;
     let now = common.now();
     match event {
-        FtEvent::BackupReady { link, epoch } => {
+        FtEvent::BackupReady { link, epoch, port } => {
             log::info!("ft: backup at {} is ready; copying the machine (epoch {})", link.peer, epoch.number);
             start_reader(p, &common, &link, &outside);
             let (peer, number) = (link.peer.to_string(), epoch.number);
+            p.peer_waits_at = Some(std::net::SocketAddr::new(link.peer.ip(), port));
             p.link = Some(*link);
             if let Ok(mut core) = p.core.lock() {
                 core.copying(now);
@@ -420,12 +443,24 @@ fn act(rt: &mut Runtime, action: Action<Output>) -> Option<Outcome> {
             drop_pair(p, &common);
             None
         }
-        Action::Halt { reason } => {
+        Action::Halt { reason, planned } => {
             outside.abandon();
             if let Some(epoch) = p.epoch.take() {
                 log::error!("ft: this side lost pairing {}: {reason}", epoch.number);
             }
-            Some(Outcome::Failed(format!("this primary has lost its machine: {reason}")))
+            match p.peer_waits_at {
+                Some(peer) if planned => {
+                    log::warn!("ft: the machine lives at {peer} now");
+                    Some(Outcome::Rejoin(peer))
+                }
+                _ => Some(Outcome::Failed(format!("this primary has lost its machine: {reason}"))),
+            }
+        }
+        Action::Send(message) => {
+            if let Some(link) = &p.link {
+                link.send(message);
+            }
+            None
         }
         Action::HashAgreed { stamp } => {
             log::debug!("ft: states equal at position {}", stamp.position);
@@ -578,4 +613,29 @@ fn finish_copy(rt: &mut Runtime) -> Option<()> {
         stop.elapsed().as_secs_f64() * 1000.0
     );
     Some(())
+}
+
+/// What the user wants of the pair; the caller has looked whether the state allows it.
+pub fn wish(rt: &mut Runtime, wish: FtWish) -> Option<Outcome> {
+    let (p, _) = role(rt)?;
+    let Ok(mut core) = p.core.lock() else { return None };
+    let actions = match wish {
+        FtWish::Suspend => {
+            p.suspended.store(true, Ordering::SeqCst);
+            core.dismiss("fault tolerance is suspended", false)
+        }
+        FtWish::Resume => {
+            p.suspended.store(false, Ordering::SeqCst);
+            Vec::new()
+        }
+        FtWish::RestartBackup => core.dismiss("a new backup is wanted", true),
+        FtWish::TestFailover => {
+            if !core.hand_over() {
+                log::warn!("ft: no switch: the machine is not protected");
+            }
+            Vec::new()
+        }
+    };
+    drop(core);
+    actions.into_iter().find_map(|a| act(rt, a))
 }

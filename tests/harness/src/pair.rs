@@ -141,6 +141,16 @@ impl Pair {
         Ok(start.elapsed())
     }
 
+    /// Start a backup that the primary must refuse; what it says.
+    pub fn refused_backup(&mut self) -> Result<String> {
+        let ft = format!("backup,peer={}{}", Network::address(self.live), self.ft_options);
+        let mut vm = self.spawn(self.other(), &["-ft", &ft])?;
+        match vm.wait_exit(Duration::from_secs(30))? {
+            0 => Err(format!("the backup was not refused\n{}", vm.log())),
+            _ => Ok(vm.log()),
+        }
+    }
+
     /// All programs' messages.
     pub fn logs(&self) -> String {
         self.hosts.iter().flatten().map(|vm| format!("--- {}\n{}", vm.messages, vm.log())).collect()
@@ -210,6 +220,40 @@ impl Pair {
         Ok(())
     }
 
+    /// A planned switch: the backup goes live, and the old primary becomes its backup by itself.
+    pub fn switch(&mut self) -> Result<serde_json::Value> {
+        self.qmp()?.command("ft-test-failover", serde_json::Value::Null)?;
+        let ft = self.expect_takeover()?;
+        self.wait_protected()?;
+        Ok(ft)
+    }
+
+    /// The backup is made anew on the user's wish.
+    pub fn restart_backup(&mut self) -> Result<()> {
+        self.qmp()?.command("ft-test-restart", serde_json::Value::Null)?;
+        let left = self.qmp()?.wait_ft("unprotected", Duration::from_secs(30));
+        left.map_err(|e| format!("{e}\n{}", self.logs()))?;
+        self.wait_protected()
+    }
+
+    /// Fault tolerance is suspended: the backup ends in order, and none is taken.
+    pub fn suspend(&mut self) -> Result<()> {
+        let other = self.other();
+        self.qmp()?.command("ft-suspend", serde_json::Value::Null)?;
+        let mut vm = self.hosts[other].take().ok_or("there is no backup")?;
+        match vm.wait_exit(Duration::from_secs(30))? {
+            0 => {}
+            status => return Err(format!("the dismissed backup ended with {status}\n{}", vm.log())),
+        }
+        let left = self.qmp()?.wait_ft("unprotected", Duration::from_secs(30));
+        left.map(|_| ()).map_err(|e| format!("{e}\n{}", self.logs()))
+    }
+
+    fn wait_protected(&mut self) -> Result<()> {
+        let result = self.qmp()?.wait_ft("protected", Duration::from_secs(120));
+        result.map(|_| ()).map_err(|e| format!("{e}\n{}", self.logs()))
+    }
+
     /// Change the guest's memory on the backup's host behind the program's back, as broken hardware would: the
     /// backup must notice, and be made anew by itself; the primary goes on.
     pub fn corrupt_backup(&mut self) -> Result<()> {
@@ -222,8 +266,7 @@ impl Pair {
             (vm.log().matches("is made anew").count() > seen).then_some(())
         })
         .map_err(|e| format!("{e}\n{}", self.logs()))?;
-        let result = self.qmp()?.wait_ft("protected", Duration::from_secs(120));
-        result.map(|_| ()).map_err(|e| format!("{e}\n{}", self.logs()))
+        self.wait_protected()
     }
 
     /// Cut the hosts from each other while both reach the storage and the clients: exactly one goes on.

@@ -1,0 +1,723 @@
+//! The host code of each kind of integer instruction.
+
+use super::super::op::{FLAGS, PAGE, RIP_OUT};
+use super::asm::*;
+use super::block::{Access, Compiler};
+use super::flags::{keep_host, place, Flags, Overflow, Recipe};
+use super::kind::*;
+use super::slot;
+use super::stubs::{mem, HOST, NONE};
+
+/// Where a few guest registers live.
+const AX: u8 = HOST[super::super::op::RAX];
+const SP: u8 = HOST[super::super::op::RSP];
+const BP: u8 = HOST[super::super::op::RBP];
+/// The memory operand, once its address is known.
+const AT: Rm = Rm::M(RDI, 0);
+
+impl Compiler<'_> {
+    /// Emit instruction `i`.
+    pub fn instruction(&mut self, i: usize) {
+        let kind = self.kinds[i];
+        match kind {
+            Kind::Handler => self.handler(i),
+            Kind::Nop => {}
+            Kind::Vector { native, mem, .. } => self.vector(i, native, mem),
+            Kind::Mov { .. } | Kind::MovImm { .. } | Kind::Lea { .. } | Kind::Xchg { .. } => {
+                self.before(i, false);
+                self.move_registers(i);
+                self.after(i, false);
+            }
+            Kind::Cbw(_) | Kind::Cwd(_) => {
+                self.before(i, false);
+                self.widen(kind);
+                self.after(i, false);
+            }
+            Kind::Extend { s: Some(s), .. } => {
+                self.before(i, false);
+                self.extend(kind, place(s));
+                self.after(i, false);
+            }
+            Kind::Extend { from, s: None, .. } => {
+                self.before(i, true);
+                let access = self.operand(i, from as u64, false);
+                self.extend(kind, AT);
+                self.join(access);
+                self.after(i, true);
+            }
+            Kind::Load { size, d } => {
+                self.before(i, true);
+                let access = self.operand(i, size as u64, false);
+                match HOST[d as usize] {
+                    NONE => {
+                        self.a.load(size, RAX, AT);
+                        self.a.store(if size == 4 { 8 } else { size }, place(d), RAX);
+                    }
+                    h => self.a.load(size, h, AT),
+                }
+                self.join(access);
+                self.after(i, true);
+            }
+            Kind::Store { size, s } => {
+                self.before(i, true);
+                let access = self.operand(i, size as u64, true);
+                match s {
+                    Val::Imm(v) => self.a.store_imm(size, AT, v),
+                    Val::Reg(r) => {
+                        let r = self.reg(r, RAX);
+                        self.a.store(size, AT, r);
+                    }
+                }
+                self.join(access);
+                self.after(i, true);
+            }
+            Kind::XchgMem { size, r } => {
+                self.before(i, true);
+                let access = self.operand(i, size as u64, true);
+                let h = self.reg(r, RAX);
+                if h == RAX {
+                    self.a.sized(size, 0, 0x86, RAX, AT);
+                    self.a.store(if size == 4 { 8 } else { size }, place(r), RAX);
+                } else {
+                    self.a.load(size, RAX, AT);
+                    self.a.store(size, AT, h);
+                    self.a.load(size, h, Rm::R(RAX));
+                }
+                self.join(access);
+                self.after(i, true);
+            }
+            Kind::Alu { .. } | Kind::AluLoad { .. } | Kind::AluStore { .. } => self.arithmetic(i),
+            Kind::Test { size, a, b } => {
+                self.compare(8, size, a, b);
+                self.fl = Flags::LOGIC.with(Some(Recipe::Test { size, a, b }));
+            }
+            Kind::TestMem { size, b } => {
+                self.before(i, true);
+                let access = self.operand(i, size as u64, false);
+                match b {
+                    Val::Imm(v) => self.a.test_imm(size, AT, v),
+                    Val::Reg(r) => {
+                        let r = self.reg(r, RAX);
+                        self.a.test(size, AT, r);
+                    }
+                }
+                self.join(access);
+                self.fl = Flags::LOGIC;
+            }
+            Kind::Inc { dec, size, d } => {
+                let needed = self.need[i + 1];
+                self.change(i, size, d, |c, rm| {
+                    if needed {
+                        debug_assert!(c.fl.host & CF != 0);
+                    }
+                    c.a.sized(size, 0, 0xFE, dec as u8, rm);
+                    c.fl = Flags::HOST;
+                });
+            }
+            Kind::Not { size, d } => self.change(i, size, d, |c, rm| c.a.sized(size, 0, 0xF6, 2, rm)),
+            Kind::Neg { size, d } => self.change(i, size, d, |c, rm| {
+                c.a.sized(size, 0, 0xF6, 3, rm);
+                c.fl = Flags::HOST;
+            }),
+            Kind::Bit { .. } => self.bit(i),
+            Kind::Cmpxchg { size, r } => {
+                self.before(i, true);
+                let access = self.operand(i, size as u64, true);
+                self.a.load(8, RAX, Rm::R(AX));
+                self.a.sized(size, 1, 0xB0, HOST[r as usize], AT);
+                // The accumulator changes only when they differed.
+                self.a.word(8, 1, 0x40 | cc::NE, AX, Rm::R(RAX));
+                self.join(access);
+                self.fl = Flags::HOST;
+            }
+            Kind::Xadd { size, r } => {
+                self.before(i, true);
+                let access = self.operand(i, size as u64, true);
+                let h = HOST[r as usize];
+                self.a.load(size, RAX, AT);
+                self.a.alu(size, 0, AT, h);
+                self.a.load(size, h, Rm::R(RAX));
+                self.join(access);
+                self.fl = Flags::HOST;
+            }
+            Kind::Bswap { size, d } => {
+                self.before(i, false);
+                self.modify(d, |c, r| {
+                    let rex = (size == 8) as u8 * 8 | r >> 3;
+                    if rex != 0 {
+                        c.a.b(&[0x40 | rex]);
+                    }
+                    c.a.b(&[0x0F, 0xC8 | r & 7]);
+                });
+                self.after(i, false);
+            }
+            Kind::Div { .. } => self.divide(i),
+            Kind::Scan { reverse, size, d, s } => {
+                let access = self.source(i, s, size);
+                self.a.word(size, 1, 0xBC | reverse as u8, RDI, s.map_or(AT, place));
+                // Of zero: the destination stays.
+                self.modify(d, |c, r| c.a.word(8, 1, 0x40 | cc::NE, r, Rm::R(RDI)));
+                if self.need[i + 1] {
+                    self.a.setcc(cc::E, Rm::R(RAX));
+                    self.a.b(&[0xF6, 0xD8]); // neg al
+                    self.a.b(&[0x24, 0x44]); // and al, ZF | PF
+                    self.a.store(1, Rm::M(RBP, slot(FLAGS) + 1), RAX);
+                    self.a.store_imm(1, mem(FLAGS), 0);
+                }
+                self.close(access);
+                self.fl = Flags::KEPT;
+            }
+            Kind::Popcnt { size, d, s } => {
+                let access = self.source(i, s, size);
+                let from = s.map_or(AT, place);
+                self.modify(d, |c, r| {
+                    let prefix = 0xF3;
+                    if size == 2 {
+                        c.a.b(&[0x66]);
+                    }
+                    c.a.enc(prefix, size == 8, 1, 0xB8, r, from, false);
+                });
+                self.close(access);
+                self.fl = Flags::HOST;
+            }
+            Kind::SetccMem { cc } => {
+                self.before(i, true);
+                let access = self.operand(i, 1, true);
+                self.want(condition(cc));
+                self.a.setcc(cc, AT);
+                self.join(access);
+                self.after(i, false);
+            }
+            Kind::ExtendHigh { signed, size, d, s } => {
+                self.before(i, false);
+                self.a.load(8, RAX, place(s));
+                // From AH, which no REX prefix may go with.
+                self.a.b(&[0x0F, 0xB6 | (signed as u8) << 3, 0xC4]);
+                if signed && size == 8 {
+                    self.a.word(8, 0, 0x63, RAX, Rm::R(RAX));
+                }
+                match HOST[d as usize] {
+                    NONE => self.a.store(if size == 2 { 2 } else { 8 }, place(d), RAX),
+                    h => self.a.load(size, h, Rm::R(RAX)),
+                }
+                self.after(i, false);
+            }
+            Kind::AluHigh { op, d, imm } => {
+                if op == 2 || op == 3 {
+                    self.want(CF);
+                }
+                self.a.load(8, RAX, place(d));
+                if op == 8 {
+                    self.a.b(&[0xF6, 0xC4, imm as u8]); // test ah, imm
+                } else {
+                    self.a.b(&[0x80, 0xC4 | op << 3, imm as u8]); // op ah, imm
+                }
+                if op < 7 {
+                    self.a.store(8, place(d), RAX);
+                }
+                self.fl = if matches!(op, 1 | 4 | 6 | 8) { Flags::LOGIC } else { Flags::HOST };
+            }
+            Kind::Shift { op, size, d, count } => self.shift(i, op, size, d, count),
+            Kind::ShiftCl { op, size, d } => self.shift_cl(i, op, size, d),
+            Kind::Imul { .. } | Kind::Mul { .. } => self.multiply(i),
+            Kind::Push(_) | Kind::PushMem | Kind::Pop(_) | Kind::Leave => self.stack(i),
+            Kind::Setcc { cc, d } => {
+                self.before(i, false);
+                self.want(condition(cc));
+                self.a.setcc(cc, place(d));
+                self.after(i, false);
+            }
+            Kind::Cmov { cc, size, d, s } => {
+                self.before(i, s.is_none());
+                let access = s.is_none().then(|| self.operand(i, size as u64, false));
+                self.want(condition(cc));
+                let from = s.map_or(AT, place);
+                self.modify(d, |c, r| c.a.word(size, 1, 0x40 | cc, r, from));
+                if let Some(access) = access {
+                    self.join(access);
+                }
+                self.after(i, false);
+                // A slow access comes back with all of them; what is not known stays unknown.
+            }
+            _ => self.branch(i),
+        }
+    }
+
+    /// Let `f` change guest register `d` in a host register. `f` must not use RAX otherwise.
+    pub fn modify(&mut self, d: u8, f: impl FnOnce(&mut Self, u8)) {
+        match HOST[d as usize] {
+            NONE => {
+                self.a.load(8, RAX, place(d));
+                f(self, RAX);
+                self.a.store(8, place(d), RAX);
+            }
+            h => f(self, h),
+        }
+    }
+
+    /// INC, DEC, NOT, NEG of a register or memory.
+    fn change(&mut self, i: usize, size: u8, d: Option<u8>, f: impl FnOnce(&mut Self, Rm)) {
+        self.before(i, d.is_none());
+        let access = d.is_none().then(|| self.operand(i, size as u64, true));
+        if matches!(self.kinds[i], Kind::Inc { .. }) && self.need[i + 1] {
+            self.want(CF);
+        }
+        match d {
+            Some(d) => self.modify(d, |c, r| f(c, Rm::R(r))),
+            None => f(self, AT),
+        }
+        if let Some(access) = access {
+            self.join(access);
+        }
+        self.after(i, false);
+    }
+
+    fn move_registers(&mut self, i: usize) {
+        match self.kinds[i] {
+            Kind::Mov { size, d, s } => {
+                let s = self.reg(s, RAX);
+                match HOST[d as usize] {
+                    NONE if size == 4 => {
+                        self.a.load(4, RAX, Rm::R(s));
+                        self.a.store(8, place(d), RAX);
+                    }
+                    NONE => self.a.store(size, place(d), s),
+                    h => self.a.load(size, h, Rm::R(s)),
+                }
+            }
+            Kind::MovImm { size, d, imm } => match HOST[d as usize] {
+                _ if size < 4 => self.a.store_imm(size, place(d), imm as i32),
+                NONE if imm as i64 == imm as i32 as i64 => self.a.store_imm(8, place(d), imm as i32),
+                NONE => {
+                    self.a.constant(RAX, imm);
+                    self.a.store(8, place(d), RAX);
+                }
+                h => self.a.constant(h, imm),
+            },
+            Kind::Lea { size, d } => {
+                let rm = self.offset(i);
+                let h = HOST[d as usize];
+                let to = if h == NONE { RAX } else { h };
+                match rm {
+                    Some(rm) => self.a.lea(size, to, rm),
+                    None => {
+                        let disp = self.op(i).disp as i32;
+                        if size < 4 {
+                            self.a.sized(size, 0, 0xC6, 0, Rm::R(to));
+                            self.a.imm(size, disp);
+                        } else {
+                            let m = u64::MAX >> (64 - 8 * size as u32);
+                            self.a.constant(to, disp as i64 as u64 & m);
+                        }
+                    }
+                }
+                if h == NONE {
+                    self.a.store(if size == 4 { 8 } else { size }, place(d), RAX);
+                }
+            }
+            Kind::Xchg { size, a, b } => {
+                self.a.sized(size, 0, 0x86, HOST[a as usize], Rm::R(HOST[b as usize]));
+            }
+            _ => {}
+        }
+    }
+
+    fn widen(&mut self, kind: Kind) {
+        match kind {
+            Kind::Cbw(8) => self.a.word(8, 0, 0x63, AX, Rm::R(AX)),
+            Kind::Cbw(4) => self.a.word(4, 1, 0xBF, AX, Rm::R(AX)),
+            Kind::Cbw(_) => self.a.word(2, 1, 0xBE, AX, Rm::R(AX)),
+            Kind::Cwd(size) => {
+                self.a.load(8, RAX, Rm::R(AX));
+                self.a.b(match size {
+                    8 => &[0x48, 0x99],
+                    4 => &[0x99],
+                    _ => &[0x66, 0x99],
+                });
+            }
+            _ => {}
+        }
+    }
+
+    fn extend(&mut self, kind: Kind, from_rm: Rm) {
+        let Kind::Extend { signed, from, size, d, .. } = kind else { return };
+        let h = HOST[d as usize];
+        let to = if h == NONE { RAX } else { h };
+        if from == 4 {
+            self.a.word(size, 0, 0x63, to, from_rm);
+        } else {
+            let opcode = 0xB6 | (signed as u8) << 3 | (from == 2) as u8;
+            let low8 = from == 1 && matches!(from_rm, Rm::R(r) if r >= 4);
+            let prefix = if size == 2 { 0x66 } else { 0 };
+            self.a.enc(prefix, size == 8, 1, opcode, to, from_rm, low8);
+        }
+        if h == NONE {
+            self.a.store(if size == 2 { 2 } else { 8 }, place(d), RAX);
+        }
+    }
+
+    fn arithmetic(&mut self, i: usize) {
+        let kind = self.kinds[i];
+        let (op, size, access) = match kind {
+            Kind::Alu { op, size, .. } => {
+                if op == 2 || op == 3 {
+                    self.want(CF);
+                }
+                (op, size, None)
+            }
+            Kind::AluLoad { op, size, .. } | Kind::AluStore { op, size, .. } => {
+                self.before(i, true);
+                let write = matches!(kind, Kind::AluStore { .. }) && op != 7;
+                let access = self.operand(i, size as u64, write);
+                if op == 2 || op == 3 {
+                    self.want(CF);
+                }
+                (op, size, Some(access))
+            }
+            _ => return,
+        };
+        let logic = matches!(op, 1 | 4 | 6);
+        let mut recipe = None;
+        match kind {
+            Kind::Alu { op: 7, size, d, s } => {
+                self.compare(7, size, d, s);
+                recipe = Some(Recipe::Cmp { size, a: d, b: s });
+            }
+            Kind::Alu { d, s, .. } => {
+                self.modify(d, |c, r| c.alu_val(op, size, Rm::R(r), s));
+                recipe = match op {
+                    0 if s != Val::Reg(d) => Some(Recipe::Add { size, d, s }),
+                    5 if s != Val::Reg(d) => Some(Recipe::Sub { size, d, s }),
+                    _ => None,
+                };
+            }
+            Kind::AluLoad { op: 7, d, .. } => {
+                let r = self.reg(d, RAX);
+                self.a.alu_load(size, 7, r, AT);
+            }
+            Kind::AluLoad { d, .. } => self.modify(d, |c, r| c.a.alu_load(size, op, r, AT)),
+            Kind::AluStore { s: Val::Imm(v), .. } => self.a.alu_imm(size, op, AT, v),
+            Kind::AluStore { s: Val::Reg(r), .. } => {
+                let r = self.reg(r, RAX);
+                self.a.alu(size, op, AT, r);
+            }
+            _ => {}
+        }
+        if let (true, Kind::Alu { d, .. } | Kind::AluLoad { d, .. }) = (logic, kind) {
+            recipe = Some(Recipe::Test { size, a: d, b: Val::Reg(d) });
+        }
+        if let Some(access) = access {
+            self.join(access);
+        }
+        self.fl = if logic { Flags::LOGIC } else { Flags::HOST }.with(recipe);
+    }
+
+    fn shift(&mut self, i: usize, op: u8, size: u8, d: u8, count: u8) {
+        let rotate = op < 4;
+        let needed = self.need[i + 1];
+        if rotate && needed {
+            self.keep();
+        }
+        self.modify(d, |c, r| c.a.shift(size, op, Rm::R(r), count));
+        if !rotate {
+            let (host, overflow) = match (count, op) {
+                (1, _) => (CF | PF | ZF | SF | OF, Overflow::Host),
+                (_, 4) => (CF | PF | ZF | SF, Overflow::Shl),
+                _ => (CF | PF | ZF | SF, Overflow::Clear),
+            };
+            self.fl = Flags { host, clear_af: true, overflow, kept: false, recipe: None };
+            return;
+        }
+        if needed {
+            // CF as it came out; OF as for a count of one applied to the result.
+            self.a.setcc(cc::B, Rm::R(RAX));
+            self.a.alu_imm(1, 4, Rm::M(RBP, slot(FLAGS) + 1), !1);
+            self.a.alu(1, 1, Rm::M(RBP, slot(FLAGS) + 1), RAX);
+            self.a.load(8, RAX, place(d));
+            self.a.shift(size, op ^ 1, Rm::R(RAX), 1);
+            self.a.setcc(cc::O, mem(FLAGS));
+        }
+        self.fl = Flags::KEPT;
+    }
+
+    fn shift_cl(&mut self, i: usize, op: u8, size: u8, d: u8) {
+        let needed = self.need[i + 1];
+        let mut skip = None;
+        if needed {
+            self.keep();
+            if size == 4 {
+                // The upper half is cleared even when nothing is shifted.
+                self.modify(d, |c, r| c.a.load(4, r, Rm::R(r)));
+            }
+            self.a.test_imm(1, Rm::R(RCX), if size == 8 { 63 } else { 31 });
+            skip = Some(self.a.jcc_short(cc::E));
+        }
+        self.modify(d, |c, r| c.a.sized(size, 0, 0xD2, op, Rm::R(r)));
+        if let Some(skip) = skip {
+            keep_host(&mut self.a, true, if op == 4 { Overflow::Shl } else { Overflow::Clear });
+            if op == 5 {
+                // The top bit before the last step is the second from the top now.
+                self.a.word(size, 1, 0xBA, 4, place(d));
+                self.a.b(&[8 * size - 2]);
+                self.a.setcc(cc::B, mem(FLAGS));
+            }
+            self.a.short_here(skip);
+        }
+        self.fl = Flags::KEPT;
+    }
+
+    fn bit(&mut self, i: usize) {
+        let Kind::Bit { op, size, d, n } = self.kinds[i] else { return };
+        let needed = self.need[i + 1];
+        self.before(i, d.is_none());
+        if needed {
+            self.keep();
+        }
+        let access = d.is_none().then(|| self.operand(i, size as u64, op != 0));
+        let emit = |c: &mut Self, rm: Rm| match n {
+            Val::Imm(n) => {
+                c.a.word(size, 1, 0xBA, 4 | op, rm);
+                c.a.b(&[n as u8]);
+            }
+            Val::Reg(r) => {
+                let r = c.reg(r, RDI);
+                c.a.word(size, 1, 0xA3 | op << 3, r, rm);
+            }
+        };
+        match d {
+            Some(d) if op == 0 => {
+                let r = self.reg(d, RAX);
+                emit(self, Rm::R(r));
+            }
+            Some(d) => self.modify(d, |c, r| emit(c, Rm::R(r))),
+            None => emit(self, AT),
+        }
+        if needed {
+            self.a.setcc(cc::B, Rm::R(RAX));
+            self.a.alu_imm(1, 4, Rm::M(RBP, slot(FLAGS) + 1), !1);
+            self.a.alu(1, 1, Rm::M(RBP, slot(FLAGS) + 1), RAX);
+        }
+        self.close(access);
+        self.fl = Flags::KEPT;
+    }
+
+    fn divide(&mut self, i: usize) {
+        let Kind::Div { signed, size, s } = self.kinds[i] else { return };
+        self.before(i, true);
+        let mut access = match s {
+            None => {
+                let access = self.operand(i, size as u64, false);
+                self.a.load(size, RDI, AT);
+                access
+            }
+            Some(s) => {
+                self.a.load(size, RDI, place(s));
+                Access { slow: Vec::new(), i, flags: self.fl }
+            }
+        };
+        self.fl.host = 0;
+        // Whatever might fault is the handler's: a quotient that may not fit, a divisor of 0 (or -1).
+        if signed {
+            self.a.load(size, RAX, Rm::R(AX));
+            self.a.shift(size, 7, Rm::R(RAX), 8 * size - 1);
+            self.a.alu(size, 7, Rm::R(RAX), RDX);
+            access.slow.push(self.a.jcc(cc::NE));
+            self.a.lea(size, RAX, Rm::M(RDI, 1));
+            self.a.alu_imm(size, 7, Rm::R(RAX), 1);
+            access.slow.push(self.a.jcc(cc::BE));
+        } else {
+            self.a.alu(size, 7, Rm::R(RDI), RDX);
+            access.slow.push(self.a.jcc(cc::BE));
+        }
+        self.a.load(size, RAX, Rm::R(AX));
+        self.a.sized(size, 0, 0xF6, 6 | signed as u8, Rm::R(RDI));
+        self.a.load(size, AX, Rm::R(RAX));
+        self.join(access);
+        self.after(i, true);
+    }
+
+    fn multiply(&mut self, i: usize) {
+        let (size, d) = match self.kinds[i] {
+            Kind::Imul { size, d, s, imm } => {
+                let access = self.source(i, s, size);
+                let from = s.map_or(AT, place);
+                self.modify(d, |c, r| match imm {
+                    Some(v) => {
+                        c.a.word(size, 0, 0x69, r, from);
+                        c.a.imm(size, v);
+                    }
+                    None => c.a.word(size, 1, 0xAF, r, from),
+                });
+                self.overflow_only(i, size, d);
+                self.close(access);
+                (size, d)
+            }
+            Kind::Mul { signed, size, s } => {
+                let access = self.source(i, s, size);
+                self.a.load(8, RAX, Rm::R(AX));
+                self.a.sized(size, 0, 0xF6, 4 | signed as u8, s.map_or(AT, place));
+                self.a.load(size, AX, Rm::R(RAX));
+                self.overflow_only(i, size, 0);
+                self.close(access);
+                (size, 0)
+            }
+            _ => return,
+        };
+        let _ = (size, d);
+        self.fl = Flags::KEPT;
+    }
+
+    /// The access to a memory source, if there is one.
+    fn source(&mut self, i: usize, s: Option<u8>, size: u8) -> Option<Access> {
+        if s.is_some() {
+            return None;
+        }
+        self.before(i, true);
+        Some(self.operand(i, size as u64, false))
+    }
+    fn close(&mut self, access: Option<Access>) {
+        if let Some(access) = access {
+            self.join(access);
+        }
+    }
+
+    /// Keep the flags of a multiplication: CF and OF as they are, the others of the low half in `d`.
+    fn overflow_only(&mut self, i: usize, size: u8, d: u8) {
+        if !self.need[i + 1] {
+            return;
+        }
+        self.a.setcc(cc::O, mem(FLAGS));
+        self.compare(8, size, d, Val::Reg(d));
+        self.a.b(&[0x9F]); // lahf
+        self.a.b(&[0x80, 0xE4, 0xEE]); // and ah, ~(AF | CF)
+        self.a.enc(0, false, 0, 0x0A, 4, mem(FLAGS), false); // or ah, [flags]
+        self.a.enc(0, false, 0, 0x88, 4, Rm::M(RBP, slot(FLAGS) + 1), false); // mov [flags + 1], ah
+    }
+
+    fn stack(&mut self, i: usize) {
+        self.before(i, true);
+        let access = match self.kinds[i] {
+            Kind::Push(v) => {
+                let access = self.push_at(i);
+                match v {
+                    Val::Imm(v) => self.a.store_imm(8, AT, v),
+                    Val::Reg(r) => {
+                        let r = self.reg(r, RAX);
+                        self.a.store(8, AT, r);
+                    }
+                }
+                self.a.lea(8, SP, Rm::M(SP, -8));
+                access
+            }
+            Kind::PushMem => {
+                let mut access = self.operand(i, 8, false);
+                self.a.load(8, RAX, AT);
+                self.a.store(8, mem(RIP_OUT), RAX);
+                access.slow.extend(self.push_at(i).slow);
+                self.a.load(8, RAX, mem(RIP_OUT));
+                self.a.store(8, AT, RAX);
+                self.a.lea(8, SP, Rm::M(SP, -8));
+                access
+            }
+            Kind::Pop(d) => {
+                self.a.load(8, RDI, Rm::R(SP));
+                let access = self.translate(i, 8, false);
+                match HOST[d as usize] {
+                    SP => self.a.load(8, SP, AT),
+                    NONE => {
+                        self.a.load(8, RAX, AT);
+                        self.a.store(8, place(d), RAX);
+                        self.a.lea(8, SP, Rm::M(SP, 8));
+                    }
+                    h => {
+                        self.a.load(8, h, AT);
+                        self.a.lea(8, SP, Rm::M(SP, 8));
+                    }
+                }
+                access
+            }
+            _ => {
+                // LEAVE
+                self.a.load(8, RDI, Rm::R(BP));
+                let access = self.translate(i, 8, false);
+                self.a.lea(8, SP, Rm::M(BP, 8));
+                self.a.load(8, BP, AT);
+                access
+            }
+        };
+        self.join(access);
+        self.after(i, true);
+    }
+
+    /// The access to the stack slot below the top.
+    fn push_at(&mut self, i: usize) -> Access {
+        self.a.lea(8, RDI, Rm::M(SP, -8));
+        self.translate(i, 8, true)
+    }
+
+    /// Push the address of what follows instruction `i`.
+    fn push_return(&mut self, i: usize) -> Access {
+        let access = self.push_at(i);
+        self.a.load(8, RAX, mem(PAGE));
+        self.a.lea(8, RAX, Rm::M(RAX, self.next(i) as i32));
+        self.a.store(8, AT, RAX);
+        self.a.lea(8, SP, Rm::M(SP, -8));
+        access
+    }
+
+    fn branch(&mut self, i: usize) {
+        let next = self.next(i);
+        match self.kinds[i] {
+            Kind::Jcc { cc, rel } => {
+                self.want(condition(cc));
+                let taken = self.a.jcc(cc);
+                let fl = self.fl;
+                self.edge(next);
+                self.a.here(taken);
+                self.fl = fl;
+                self.edge(next + rel);
+            }
+            Kind::Jmp { rel } => self.edge(next + rel),
+            Kind::Call { rel } => {
+                self.before(i, true);
+                let access = self.push_return(i);
+                self.join(access);
+                self.after(i, true);
+                self.edge(next + rel);
+            }
+            Kind::Ret { extra } => {
+                self.keep();
+                self.a.load(8, RDI, Rm::R(SP));
+                let mut access = self.translate(i, 8, false);
+                self.a.load(8, RAX, AT);
+                self.check_target(&mut access);
+                self.a.lea(8, SP, Rm::M(SP, 8 + extra));
+                self.join(access);
+                self.indirect();
+            }
+            Kind::Indirect { call, s } => {
+                self.keep();
+                let mut access = match s {
+                    Some(s) => {
+                        self.a.load(8, RAX, place(s));
+                        Access { slow: Vec::new(), i, flags: self.fl }
+                    }
+                    None => {
+                        let access = self.operand(i, 8, false);
+                        self.a.load(8, RAX, AT);
+                        access
+                    }
+                };
+                self.check_target(&mut access);
+                if call {
+                    self.a.store(8, mem(RIP_OUT), RAX);
+                    access.slow.extend(self.push_return(i).slow);
+                    self.a.load(8, RAX, mem(RIP_OUT));
+                }
+                self.join(access);
+                self.indirect();
+            }
+            _ => {}
+        }
+    }
+}

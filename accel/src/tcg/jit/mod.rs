@@ -1,0 +1,331 @@
+//! The compiler of hot blocks.
+//!
+//! A block that was interpreted often enough becomes host code. While such code runs, twelve of the guest's
+//! general registers live in host registers (the other four in [`CpuState::gpr`]), the guest's arithmetic
+//! flags in the host's wherever possible, and its XMM registers in the host's once a block needs them.
+//!
+//! What keeps positions and results exact:
+//! - A block is entered only when the budget has room for all of it; the rest is interpreted.
+//! - Whatever cannot be done in a few host instructions (a TLB miss, a page crossing, a device, a fault, an
+//!   instruction that is not compiled) is done by the interpreter's handler for that instruction, with the
+//!   whole state in place ([`step`]).
+//! - Blocks of one guest page are linked directly; they are dropped together. Everything else goes through
+//!   the table by linear address, whose key changes whenever a translation may have changed.
+//!
+//! [`CpuState::gpr`]: crate::state::CpuState::gpr
+
+mod asm;
+mod block;
+mod flags;
+mod int;
+mod kind;
+mod memory;
+mod stubs;
+mod vector;
+
+use super::decode::MODE64;
+use super::flags::{IF, TF};
+use super::op::{
+    Block, Op, BLOCKIP, FLAGS, HOST_CSR, JUMP_TABLE, KEY, LEFT, NEVER, PAGE, RIP_OUT, TLB, XMM_LIVE,
+};
+use super::SoftCpu;
+use memory::CodeMemory;
+use std::mem::offset_of;
+
+/// When blocks are compiled. The guest cannot tell.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tier {
+    /// Interpret everything.
+    Never,
+    /// Compile a block before it first runs.
+    AtOnce,
+    /// Compile a block that was interpreted this often.
+    After(u32),
+    /// Choose at random by this seed, block by block and run by run (for tests).
+    Random(u64),
+}
+
+/// Interpreted runs before a block is compiled.
+const HOT: u32 = 30;
+
+/// The host's base register points here in the processor, so that one-byte displacements reach `gpr`.
+const ORIGIN: usize = offset_of!(SoftCpu, st.gpr) + 128;
+
+/// Displacement of a field of the processor from the base register.
+const fn at(offset: usize) -> i32 {
+    offset as i32 - ORIGIN as i32
+}
+/// Displacement of a slot of `gpr`.
+const fn slot(n: usize) -> i32 {
+    8 * n as i32 - 128
+}
+
+// Why compiled code came back.
+/// The instruction is done; position, RIP and flags are in place.
+const LEAVE: u32 = 1;
+/// The instruction in hand faulted; position, RIP and flags are in place.
+const FAULT: u32 = 2;
+/// RIP_OUT, LEFT and FLAGS say where things stand.
+const NEXT: u32 = 3;
+/// The same; the interpreter must run the next instruction.
+const INTERPRET: u32 = 4;
+/// Go on at RIP_OUT by the table (only from [`step`]).
+const JUMP: u32 = 5;
+/// Plus twice the number of an edge: it leads to code that it is not linked with; plus one: the budget ends.
+const EDGE: u32 = 16;
+
+/// A jump to another block of the same guest page.
+struct Edge {
+    /// Of the budget's decrement.
+    count_at: u64,
+    /// Of the jump's displacement.
+    jump_at: u64,
+    /// Instructions of the block that it leads to; 0: not linked.
+    count: u32,
+}
+
+/// What a return from compiled code asks for.
+pub(super) enum Left {
+    /// Go on at RIP.
+    Go,
+    /// Deliver the exception.
+    Fault,
+    /// Interpret the next block.
+    Interpret,
+    /// Go on at RIP, and link this edge with what is there.
+    Link(u32),
+}
+
+/// The compiler's state.
+pub(super) struct Jit {
+    tier: Tier,
+    memory: Option<CodeMemory>,
+    stubs: stubs::Stubs,
+    edges: Vec<Edge>,
+    random: u64,
+}
+
+impl Jit {
+    pub fn new() -> Jit {
+        Jit {
+            tier: Tier::After(HOT),
+            memory: None,
+            stubs: stubs::Stubs::default(),
+            edges: Vec::new(),
+            random: 0,
+        }
+    }
+
+    fn draw(&mut self) -> u64 {
+        self.random ^= self.random << 13;
+        self.random ^= self.random >> 7;
+        self.random ^= self.random << 17;
+        self.random
+    }
+}
+
+/// Whether linear address `lin` is too close to the end of the lower half for direct branches to be
+/// compiled: their targets might not be canonical.
+pub(super) fn near_hole(lin: u64) -> bool {
+    (0x7FFF_0000_0000..0xFFFF_8001_0000_0000).contains(&lin) && lin >= 0x7FFF_7FF0_0000
+}
+
+impl SoftCpu {
+    /// Choose when blocks are compiled.
+    pub fn set_tier(&mut self, tier: Tier) {
+        self.jit.tier = tier;
+        if let Tier::Random(seed) = tier {
+            self.jit.random = seed | 1;
+        }
+        self.drop_all_code();
+    }
+
+    /// Whether to run `block` as compiled code now; compiles it when it is time.
+    #[inline(always)]
+    pub(super) fn compiled(&mut self, block: &Block) -> bool {
+        if block.code.get().is_null() {
+            let runs = block.runs.get();
+            if runs == NEVER {
+                return false;
+            }
+            block.runs.set(runs + 1);
+            let hot = match self.jit.tier {
+                Tier::After(n) => runs >= n,
+                _ => true,
+            };
+            if !hot || !self.heat(block) {
+                return false;
+            }
+        }
+        (block.count as u64) <= self.limit - self.pos
+            && !self.single
+            && !near_hole(self.rip)
+            && !(matches!(self.jit.tier, Tier::Random(_)) && self.jit.draw() & 3 == 0)
+    }
+
+    #[cold]
+    fn heat(&mut self, block: &Block) -> bool {
+        if let Tier::Random(_) = self.jit.tier {
+            if self.jit.draw() & 7 != 0 {
+                block.runs.set(0);
+                return false;
+            }
+        }
+        if self.jit.tier != Tier::Never && self.compile(block) {
+            return true;
+        }
+        block.runs.set(NEVER);
+        false
+    }
+
+    /// Run compiled code from the start of `block`, which the budget has room for.
+    pub(super) fn run_code(&mut self, block: &Block) -> Left {
+        let f = self.arith_flags();
+        let g = &mut self.st.gpr;
+        g[LEFT] = self.limit - self.pos - block.count as u64;
+        g[FLAGS] = raw_flags(f);
+        g[TLB] = self.tlb[self.mmu].as_ptr() as u64;
+        g[JUMP_TABLE] = self.jumps.as_ptr() as u64;
+        g[PAGE] = self.rip & !0xFFF;
+        g[KEY] = self.jump_key;
+        let this: *mut SoftCpu = self;
+        // SAFETY: `enter` follows the System V convention; the code of a block in the cache stands in code
+        // memory and touches only this processor, its tables and guest memory.
+        let reason = unsafe { (self.jit.stubs.enter())(this.cast::<u8>().add(ORIGIN), block.code.get()) };
+        match reason {
+            LEAVE => return Left::Go,
+            FAULT => return Left::Fault,
+            _ => {}
+        }
+        self.set_arith_flags(flags_from_raw(self.st.gpr[FLAGS]));
+        self.rip = self.st.gpr[RIP_OUT];
+        let left = self.st.gpr[LEFT];
+        if reason < EDGE {
+            self.pos = self.limit - left;
+            return if reason == INTERPRET { Left::Interpret } else { Left::Go };
+        }
+        let n = reason - EDGE >> 1;
+        if reason & 1 != 0 {
+            self.pos = self.limit - left.wrapping_add(self.jit.edges[n as usize].count as u64);
+            return Left::Go;
+        }
+        self.pos = self.limit - left;
+        Left::Link(n)
+    }
+
+    /// Let an edge lead to `block` from now on.
+    pub(super) fn link(&mut self, edge: u32, block: &Block) {
+        let code = block.code.get();
+        if code.is_null() {
+            return;
+        }
+        // Compiling may have emptied the code memory, and the edges with it.
+        let Some(e) = self.jit.edges.get_mut(edge as usize) else { return };
+        let Some(memory) = &mut self.jit.memory else { return };
+        e.count = block.count;
+        memory.patch(e.count_at, block.count as i32);
+        memory.patch(e.jump_at, (code as u64).wrapping_sub(e.jump_at + 4) as i32);
+    }
+
+    /// Forget all compiled code.
+    pub(super) fn drop_compiled(&mut self) {
+        for b in self.cache.blocks.values() {
+            b.code.set(std::ptr::null());
+            b.runs.set(0);
+        }
+        if let Some(m) = &mut self.jit.memory {
+            m.truncate(self.jit.stubs.size());
+        }
+        self.jit.edges.clear();
+    }
+}
+
+/// How compiled code keeps the flags: OF in byte 0, what LAHF gives in byte 1.
+fn raw_flags(f: u64) -> u64 {
+    f >> 11 & 1 | (f & 0xD5 | 2) << 8
+}
+fn flags_from_raw(raw: u64) -> u64 {
+    (raw & 1) << 11 | raw >> 8 & 0xD5
+}
+
+/// Run one instruction by its handler. `place`: the offset of its block in its page (bits 0..11) and the
+/// number of the block's instructions (from bit 16). Returns 0 to go on, or why to leave.
+unsafe extern "sysv64" fn step(c: *mut SoftCpu, op: *const Op, place: u32) -> u32 {
+    // SAFETY: compiled code passes the processor that `run_code` was called with, whose other references are
+    // not in use meanwhile, and an instruction of the block that runs, which is kept until `run_loop` goes on.
+    let (c, op) = unsafe { (&mut *c, &*op) };
+    let count = (place >> 16) as u64;
+    let start = c.st.gpr[PAGE].wrapping_add((place & 0xFFF) as u64);
+    c.st.gpr[BLOCKIP as usize] = start;
+    c.pos = c.limit - c.st.gpr[LEFT] - count;
+    c.cur = op;
+    c.end = op;
+    c.rip = start.wrapping_add(op.off as u64 + op.len as u64);
+    c.set_arith_flags(flags_from_raw(c.st.gpr[FLAGS]));
+    let done = (op.f)(c, op);
+    c.cur = &super::IDLE;
+    if done.is_err() {
+        c.pos += op.idx as u64;
+        c.rip = start.wrapping_add(op.off as u64);
+        return FAULT;
+    }
+    let last = op.idx as u64 + 1 == count;
+    if last && !c.rep_again {
+        let next = start.wrapping_add(op.off as u64 + op.len as u64);
+        c.pos += count;
+        if !c.settled() {
+            return LEAVE;
+        }
+        let g = &mut c.st.gpr;
+        // The position moved on if the instruction repeated.
+        g[LEFT] = c.limit - c.pos;
+        g[TLB] = c.tlb[c.mmu].as_ptr() as u64;
+        g[KEY] = c.jump_key;
+        g[RIP_OUT] = c.rip;
+        let on = c.rip == next && !c.end.is_null();
+        c.st.gpr[FLAGS] = raw_flags(c.arith_flags());
+        return if on { 0 } else { JUMP };
+    }
+    if c.end.is_null() {
+        c.pos += op.idx as u64 + 1;
+        if std::mem::take(&mut c.rep_again) {
+            c.rip = start.wrapping_add(op.off as u64);
+        }
+        return LEAVE;
+    }
+    c.st.gpr[FLAGS] = raw_flags(c.arith_flags());
+    0
+}
+
+impl SoftCpu {
+    /// Whether 64-bit code just goes on, as `run_loop` would find; settles `attention` if so.
+    fn settled(&mut self) -> bool {
+        if self.attention {
+            let due = self.shutdown
+                || self.brk
+                || self.paused
+                || self.wait_sipi
+                || self.pending_db != 0
+                || self.shadow
+                || self.nmi_pending && !self.nmi_blocked
+                || self.halted;
+            if due {
+                return false;
+            }
+            if self.eflags & IF != 0
+                && (self.extint_vector.is_some()
+                    || self.lapic.pending().is_some()
+                    || self.lapic.accepts_extint() && self.bus().intr())
+            {
+                return false;
+            }
+            self.attention = false;
+        }
+        self.code_mode == MODE64
+            && self.long
+            && self.eflags & TF == 0
+            && !self.dr_exec
+            && self.cache.graveyard.is_empty()
+            && !near_hole(self.rip)
+    }
+}

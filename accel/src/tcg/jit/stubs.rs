@@ -1,0 +1,224 @@
+//! The code that all blocks share: the way in and out, calls of handlers, XMM registers, jumps through the
+//! table by linear address.
+
+use super::super::cache::{Jump, JUMPS};
+use super::super::SoftCpu;
+use super::asm::*;
+use super::memory::CodeMemory;
+use super::*;
+
+/// Where guest registers live: a host register, or 0xFF for their slot. RAX and RDI are scratch, RBP points
+/// at the processor, RSP at the host's stack. RCX and RDX are themselves for shifts and multiplications.
+pub const HOST: [u8; 16] = [14, RCX, RDX, RBX, 15, 13, RSI, 11, 8, 9, 10, NONE, 12, NONE, NONE, NONE];
+pub const NONE: u8 = 0xFF;
+
+/// A slot of `gpr` as an operand.
+pub fn mem(n: usize) -> Rm {
+    Rm::M(RBP, slot(n))
+}
+const CSR: Rm = Rm::M(RBP, at(offset_of!(SoftCpu, st.vector.mxcsr)));
+fn xmm_slot(i: u8) -> Rm {
+    Rm::M(RBP, at(offset_of!(SoftCpu, st.vector.ymm)) + 32 * i as i32)
+}
+
+type Enter = unsafe extern "sysv64" fn(*mut u8, *const u8) -> u32;
+
+/// Addresses of the shared code.
+#[derive(Default, Clone, Copy)]
+pub struct Stubs {
+    enter: u64,
+    size: usize,
+    /// Leave; EAX says why. Guest registers are still in host registers.
+    pub exit: u64,
+    /// Call the handler of the instruction in RAX, EDI describes its place; returns when execution goes on,
+    /// with the guest's flags in the host's.
+    pub step: u64,
+    /// The same, and the XMM registers are loaded again.
+    pub step_xmm: u64,
+    /// Load the XMM registers; returns with ZF clear when the interpreter must have a look.
+    pub load_xmm: u64,
+    /// Jump to the guest address in RAX.
+    pub lookup: u64,
+}
+
+impl Stubs {
+    pub fn enter(&self) -> Enter {
+        // SAFETY: `build` put a routine of this type there before any block was compiled.
+        unsafe { std::mem::transmute::<u64, Enter>(self.enter) }
+    }
+    pub fn size(&self) -> usize {
+        self.size
+    }
+
+    /// Lay the shared code at the start of `memory`.
+    pub fn build(memory: &mut CodeMemory) -> Stubs {
+        let base = memory.next();
+        let mut a = Asm::new(base);
+        let mut s = Stubs::default();
+        let address = |a: &Asm| base + a.at() as u64;
+        const SAVED: [u8; 6] = [RBX, RBP, 12, 13, 14, 15];
+
+        s.enter = address(&a);
+        for r in SAVED {
+            push(&mut a, r);
+        }
+        a.alu_imm(8, 5, Rm::R(RSP), 8);
+        a.store(8, Rm::R(RBP), RDI);
+        a.store(8, Rm::R(RAX), RSI);
+        reload(&mut a);
+        a.b(&[0xFF, 0xE0]); // jmp rax
+
+        let save_xmm = address(&a);
+        for i in 0..16 {
+            a.enc(0, false, 1, 0x29, i, xmm_slot(i), false); // movaps
+        }
+        a.enc(0, false, 1, 0xAE, 3, CSR, false); // stmxcsr
+        a.enc(0, false, 1, 0xAE, 2, mem(HOST_CSR), false); // ldmxcsr
+        a.store_imm(1, mem(XMM_LIVE), 0);
+        a.b(&[0xC3]);
+
+        s.load_xmm = address(&a);
+        // EM, TS, OSFXSR, unmasked exceptions.
+        a.load(4, RAX, Rm::M(RBP, at(offset_of!(SoftCpu, st.cr0))));
+        a.test_imm(4, Rm::R(RAX), 0xC);
+        let f1 = a.jcc(cc::NE);
+        a.load(4, RAX, Rm::M(RBP, at(offset_of!(SoftCpu, st.cr4))));
+        a.alu_imm(4, 4, Rm::R(RAX), 0x200);
+        a.alu_imm(4, 6, Rm::R(RAX), 0x200);
+        let f2 = a.jcc(cc::NE);
+        a.load(4, RAX, CSR);
+        a.alu_imm(4, 4, Rm::R(RAX), 0x1F80);
+        a.alu_imm(4, 6, Rm::R(RAX), 0x1F80);
+        let f3 = a.jcc(cc::NE);
+        a.enc(0, false, 1, 0xAE, 3, mem(HOST_CSR), false);
+        a.enc(0, false, 1, 0xAE, 2, CSR, false);
+        for i in 0..16 {
+            a.enc(0, false, 1, 0x28, i, xmm_slot(i), false);
+        }
+        a.store_imm(1, mem(XMM_LIVE), 1);
+        a.alu(4, 6, Rm::R(RAX), RAX); // ZF
+        for f in [f1, f2, f3] {
+            a.here(f);
+        }
+        a.b(&[0xC3]);
+
+        s.exit = address(&a);
+        spill(&mut a);
+        let exit2 = address(&a);
+        a.alu_imm(1, 7, mem(XMM_LIVE), 0);
+        let none = a.jcc_short(cc::E);
+        a.call_abs(save_xmm);
+        a.short_here(none);
+        a.alu_imm(8, 0, Rm::R(RSP), 8);
+        for r in SAVED.iter().rev() {
+            pop(&mut a, *r);
+        }
+        a.b(&[0xC3]);
+
+        let mut jumps = Vec::new();
+        for xmm in [false, true] {
+            *(if xmm { &mut s.step_xmm } else { &mut s.step }) = address(&a);
+            a.alu_imm(8, 5, Rm::R(RSP), 8);
+            spill(&mut a);
+            a.store(8, Rm::R(RSI), RAX);
+            a.store(4, Rm::R(RDX), RDI);
+            a.alu_imm(1, 7, mem(XMM_LIVE), 0);
+            let none = a.jcc_short(cc::E);
+            a.call_abs(save_xmm);
+            a.short_here(none);
+            a.lea(8, RDI, Rm::M(RBP, -(ORIGIN as i32)));
+            a.constant(RAX, step as *const () as u64);
+            a.b(&[0xFF, 0xD0]); // call rax
+            a.test(4, Rm::R(RAX), RAX);
+            let leave = a.jcc(cc::NE);
+            reload(&mut a);
+            if xmm {
+                // No load or store changes what it looks at.
+                a.call_abs(s.load_xmm);
+            }
+            restore_flags(&mut a);
+            a.lea(8, RSP, Rm::M(RSP, 8));
+            a.b(&[0xC3]);
+            a.here(leave);
+            a.alu_imm(8, 0, Rm::R(RSP), 16);
+            a.alu_imm(4, 7, Rm::R(RAX), JUMP as i32);
+            jumps.push(a.jcc(cc::E));
+            a.jmp_abs(exit2);
+        }
+
+        for f in jumps {
+            a.here(f);
+        }
+        reload(&mut a);
+        a.load(8, RAX, mem(RIP_OUT));
+        s.lookup = address(&a);
+        a.store(8, Rm::R(RDI), RAX);
+        a.shift(8, 5, Rm::R(RDI), 13);
+        a.alu(4, 6, Rm::R(RDI), RAX);
+        a.alu_imm(4, 4, Rm::R(RDI), JUMPS as i32 - 1);
+        a.shift(4, 4, Rm::R(RDI), size_of::<Jump>().trailing_zeros() as u8);
+        a.alu_load(8, 0, RDI, mem(JUMP_TABLE));
+        a.store(8, mem(RIP_OUT), RAX);
+        a.alu_load(8, 7, RAX, Rm::M(RDI, offset_of!(Jump, lin) as i32));
+        let m1 = a.jcc(cc::NE);
+        a.load(8, RAX, mem(KEY));
+        a.alu_load(8, 7, RAX, Rm::M(RDI, offset_of!(Jump, key) as i32));
+        let m2 = a.jcc(cc::NE);
+        a.load(8, RDI, Rm::M(RDI, offset_of!(Jump, block) as i32));
+        a.load(8, RAX, Rm::M(RDI, offset_of!(Block, code) as i32));
+        a.test(8, Rm::R(RAX), RAX);
+        let m3 = a.jcc(cc::E);
+        a.load(4, RDI, Rm::M(RDI, offset_of!(Block, count) as i32));
+        a.alu(8, 5, mem(LEFT), RDI);
+        let short = a.jcc(cc::B);
+        a.load(8, RDI, mem(RIP_OUT));
+        a.alu_imm(8, 4, Rm::R(RDI), -4096);
+        a.store(8, mem(PAGE), RDI);
+        a.b(&[0xFF, 0xE0]); // jmp rax
+        a.here(short);
+        a.alu(8, 0, mem(LEFT), RDI);
+        for m in [m1, m2, m3] {
+            a.here(m);
+        }
+        a.constant(RAX, NEXT as u64);
+        a.jmp_abs(s.exit);
+
+        memory.push(&a.buf);
+        s.size = memory.used();
+        s
+    }
+}
+
+fn push(a: &mut Asm, r: u8) {
+    if r >= 8 {
+        a.b(&[0x41]);
+    }
+    a.b(&[0x50 | r & 7]);
+}
+fn pop(a: &mut Asm, r: u8) {
+    if r >= 8 {
+        a.b(&[0x41]);
+    }
+    a.b(&[0x58 | r & 7]);
+}
+fn spill(a: &mut Asm) {
+    for (g, &h) in HOST.iter().enumerate() {
+        if h != NONE {
+            a.store(8, mem(g), h);
+        }
+    }
+}
+fn reload(a: &mut Asm) {
+    for (g, &h) in HOST.iter().enumerate() {
+        if h != NONE {
+            a.load(8, h, mem(g));
+        }
+    }
+}
+
+/// The kept flags into the host's.
+pub fn restore_flags(a: &mut Asm) {
+    a.enc(0, false, 1, 0xB7, RAX, mem(FLAGS), false); // movzx eax, word
+    a.b(&[0x04, 0x7F]); // add al, 127: OF from 1
+    a.b(&[0x9E]); // sahf
+}

@@ -1,0 +1,81 @@
+//! The host code of vector instructions: mostly themselves.
+
+use super::super::op::VecOp;
+use super::asm::*;
+use super::block::Compiler;
+use super::flags::{place, Flags};
+use super::stubs::{HOST, NONE};
+use crate::simd::{self, Form, Map, Native, Prefix};
+
+impl Compiler<'_> {
+    /// Emit vector instruction `i`.
+    pub fn vector(&mut self, i: usize, native: Native, mem: bool) {
+        // SAFETY: `imm` points to what the block owns.
+        let insn = unsafe { &(*(self.op(i).imm as *const VecOp)).insn };
+        let clobbers = mem || !self.xmm_loaded();
+        self.before(i, clobbers);
+        self.load_xmm(i);
+        let mut access = None;
+        if mem {
+            let mut open = self.operand(i, native.size as u64, native.write);
+            if native.align {
+                self.a.test_imm(1, Rm::R(RDI), 15);
+                open.slow.push(self.a.jcc(cc::NE));
+            }
+            access = Some(open);
+        }
+        let prefix = match insn.prefix {
+            Prefix::None => 0,
+            Prefix::P66 => 0x66,
+            Prefix::F3 => 0xF3,
+            Prefix::F2 => 0xF2,
+        };
+        let map = match insn.map {
+            Map::M0F38 => 2,
+            Map::M0F3A => 3,
+            _ => 1,
+        };
+        let general = matches!(native.form, Form::FromRm | Form::ToRm);
+        let from = match insn.rm {
+            simd::Rm::Mem => Rm::M(RDI, 0),
+            simd::Rm::Reg(r) if general => place(r),
+            simd::Rm::Reg(r) => Rm::R(r),
+        };
+        let mut put = |reg: u8, rm: Rm| {
+            self.a.enc(prefix, insn.rex_w, map, insn.opcode, reg, rm, false);
+            self.a.b(native.imm.as_slice());
+        };
+        match (native.form, insn.rm) {
+            (Form::ToReg, _) => match HOST[insn.reg as usize & 15] {
+                NONE => {
+                    put(RAX, from);
+                    self.a.store(8, place(insn.reg & 15), RAX);
+                }
+                h => put(h, from),
+            },
+            (Form::ToRm, simd::Rm::Reg(r)) => match HOST[r as usize & 15] {
+                NONE => {
+                    put(insn.reg, Rm::R(RAX));
+                    self.a.store(8, place(r & 15), RAX);
+                }
+                h => put(insn.reg, Rm::R(h)),
+            },
+            (Form::Group, _) => put(insn.modrm >> 3 & 7, from),
+            (Form::Strings, _) => {
+                self.a.load(8, RAX, place(0));
+                let w = insn.rex_w;
+                self.a.enc(prefix, w, map, insn.opcode, insn.reg, from, false);
+                self.a.b(native.imm.as_slice());
+            }
+            _ => put(insn.reg, from),
+        }
+        if let Some(access) = access {
+            self.join(access);
+        }
+        if matches!(native.form, Form::Flags | Form::Strings) {
+            self.fl = Flags::HOST;
+        } else {
+            self.after(i, false);
+        }
+    }
+}
