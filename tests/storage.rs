@@ -79,8 +79,10 @@ fn iscsi_reservations() -> Result<()> {
         let options = OpenOptions { reserve: free, format: Some("raw".into()), ..OpenOptions::default() };
         on_host(&net, 0, || {
             let image = ftvm_block::open(Path::new(&a), &options).map_err(text)?;
-            let (first, second) =
-                (LunArbiter::open(&a, "a".into()).map_err(text)?, LunArbiter::open(&b, "b".into()).map_err(text)?);
+            let (first, second) = (
+                LunArbiter::open(&a, "a".into()).map_err(text)?,
+                LunArbiter::open(&b, "b".into()).map_err(text)?,
+            );
             first.claim(&epoch, Side::Primary).map_err(text)?;
             ensure("the claim is seen", second.sees_peer(&epoch, Side::Backup).map_err(text)?)?;
             second.claim(&epoch, Side::Backup).map_err(text)?;
@@ -102,10 +104,13 @@ fn iscsi_reservations() -> Result<()> {
             let won = [one, two].iter().filter(|v| **v == Some(Verdict::Won)).count();
             let lost = [one, two].iter().filter(|v| **v == Some(Verdict::Lost)).count();
             ensure(&format!("one winner in round {round}: {one:?} {two:?}"), won == 1 && lost == 1)?;
-            ensure("the winner wins again", [
-                first.try_win(&epoch, Side::Primary).map_err(text)?,
-                second.try_win(&epoch, Side::Backup).map_err(text)?,
-            ] == [one.unwrap_or(Verdict::Lost), two.unwrap_or(Verdict::Lost)])?;
+            ensure(
+                "the winner wins again",
+                [
+                    first.try_win(&epoch, Side::Primary).map_err(text)?,
+                    second.try_win(&epoch, Side::Backup).map_err(text)?,
+                ] == [one.unwrap_or(Verdict::Lost), two.unwrap_or(Verdict::Lost)],
+            )?;
             let written = image.write_at(0, &[7; 512]).is_ok();
             ensure("only the winner writes", written == (one == Some(Verdict::Won)))?;
             drop(image);
@@ -319,7 +324,10 @@ fn no_space() -> Result<()> {
     let result = (|| {
         let (image, raw) = (format!("{dir}/vm.qcow2"), scratch.path("fs.raw"));
         guests::run("truncate", &["-s", "48M", &raw])?;
-        guests::run("mke2fs", &["-q", "-t", "ext4", "-O", "^metadata_csum_seed,^orphan_file,^has_journal", &raw])?;
+        guests::run(
+            "mke2fs",
+            &["-q", "-t", "ext4", "-O", "^metadata_csum_seed,^orphan_file,^has_journal", &raw],
+        )?;
         guests::run("qemu-img", &["convert", "-q", "-O", "qcow2", &raw, &image])?;
         let (kernel, initrd) = guests::tiny()?;
         let drive = format!("file={image},if=virtio,throttling.bps-write=4194304");

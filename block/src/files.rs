@@ -19,6 +19,8 @@ pub trait Files: Send + Sync {
     fn remove(&self, name: &str) -> io::Result<()>;
     /// Whether a name exists. No answer is an error.
     fn exists(&self, name: &str) -> io::Result<bool>;
+    /// All names.
+    fn list(&self) -> io::Result<Vec<String>>;
     /// The directory itself is there (or: the storage answers).
     fn check(&self) -> io::Result<()>;
 }
@@ -87,6 +89,9 @@ impl Files for Local {
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
             Err(e) => Err(e),
         }
+    }
+    fn list(&self) -> io::Result<Vec<String>> {
+        fs::read_dir(&self.0)?.map(|e| Ok(e?.file_name().to_string_lossy().into_owned())).collect()
     }
     fn check(&self) -> io::Result<()> {
         self.sync()

@@ -334,12 +334,13 @@ fn limits(p: &Params) -> Result<Limits, KeyvalError> {
 
 /// The image of a format node's `file.*` options.
 fn nested_file(p: &Params) -> Result<Option<String>, KeyvalError> {
-    let common = ["driver", "node-name", "read-only", "auto-read-only", "discard", "cache.direct", "cache.no-flush"];
+    let common =
+        ["driver", "node-name", "read-only", "auto-read-only", "discard", "cache.direct", "cache.no-flush"];
     let driver = p.get("file.driver").unwrap_or("file");
     let keys = protocol_keys(driver)?;
-    let unknown = p.iter().find(|(k, _)| {
-        k.strip_prefix("file.").is_some_and(|k| !common.contains(&k) && !keys.contains(&k))
-    });
+    let unknown = p
+        .iter()
+        .find(|(k, _)| k.strip_prefix("file.").is_some_and(|k| !common.contains(&k) && !keys.contains(&k)));
     if let Some((key, _)) = unknown {
         return Err(KeyvalError::Unknown(key.to_owned()));
     }
@@ -394,7 +395,9 @@ fn protocol_file(p: &Params, prefix: &str, driver: &str) -> Result<Option<String
     let url = match driver {
         "nfs" => {
             if get("server.type").is_some_and(|t| t != "inet") {
-                return Err(KeyvalError::Other("Parameter 'server.type' does not accept another value than 'inet'".into()));
+                return Err(KeyvalError::Other(
+                    "Parameter 'server.type' does not accept another value than 'inet'".into(),
+                ));
             }
             option("user", "uid");
             option("group", "gid");
@@ -408,7 +411,9 @@ fn protocol_file(p: &Params, prefix: &str, driver: &str) -> Result<Option<String
         "iscsi" => {
             match get("transport") {
                 None | Some("tcp") => {}
-                Some(other) => return Err(KeyvalError::Other(format!("iSCSI: transport '{other}' is not supported"))),
+                Some(other) => {
+                    return Err(KeyvalError::Other(format!("iSCSI: transport '{other}' is not supported")))
+                }
             }
             if get("header-digest").is_some_and(|d| !matches!(d, "none" | "none-crc32c" | "crc32c-none")) {
                 return Err(KeyvalError::Other("iSCSI: header-digest=crc32c is not supported".into()));
@@ -472,7 +477,8 @@ pub fn add_blockdev(p: &Params, drives: &mut Vec<DriveConfig>) -> Result<(), Key
         "file" | "host_device" | "host_cdrom" | "nfs" | "iscsi" => {
             check_aio(p, "aio", cache)?;
             let locking = p.choice("locking", &["on", "off", "auto"])? != Some("off");
-            let file = protocol_file(p, "", driver)?.ok_or_else(|| KeyvalError::Missing("filename".into()))?;
+            let file =
+                protocol_file(p, "", driver)?.ok_or_else(|| KeyvalError::Missing("filename".into()))?;
             (file, "raw", locking)
         }
         "raw" | "qcow2" => {

@@ -129,7 +129,8 @@ pub fn phase(key: u64) -> Option<u8> {
 
 /// The same key, one generation on: for a new connection's registration.
 fn next_generation(key: u64) -> u64 {
-    key & !(0xFF << 32) | (key >> 32).wrapping_add(1) as u8 as u64 * (1 << 32)
+    let generation = ((key >> 32) as u8).wrapping_add(1);
+    (key & !(0xFF << 32)) | u64::from(generation) << 32
 }
 
 /// After a reconnect, before anything else: take back a reservation that this session holds, if it still does.

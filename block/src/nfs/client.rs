@@ -27,6 +27,7 @@ const CREATE: u32 = 8;
 const REMOVE: u32 = 12;
 const RENAME: u32 = 14;
 const LINK: u32 = 15;
+const READDIR: u32 = 16;
 const FSINFO: u32 = 19;
 const COMMIT: u32 = 21;
 
@@ -316,6 +317,28 @@ impl Client {
         match self.call(RENAME, args, &[]) {
             Err(e) if e.raw_os_error() == Some(libc::ENOENT) && self.lookup(to)? == file => Ok(()),
             other => other.map(|_| ()),
+        }
+    }
+
+    /// All names in the directory.
+    pub fn list(&self) -> io::Result<Vec<String>> {
+        let (mut cookie, mut verifier) = (0, 0);
+        let mut names = Vec::new();
+        loop {
+            let args = Out::default().opaque(&self.root).u64(cookie).u64(verifier).u32(32768);
+            let answer = self.call(READDIR, args, &[])?;
+            let mut r = answer.results();
+            r.attributes()?;
+            verifier = r.u64()?;
+            let before = names.len();
+            while r.u32()? != 0 {
+                r.u64()?;
+                names.push(String::from_utf8_lossy(r.opaque(4096)?).into_owned());
+                cookie = r.u64()?;
+            }
+            if r.u32()? != 0 || names.len() == before {
+                return Ok(names);
+            }
         }
     }
 

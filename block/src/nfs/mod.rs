@@ -232,6 +232,9 @@ impl Files for Directory {
             Err(e) => Err(e),
         }
     }
+    fn list(&self) -> io::Result<Vec<String>> {
+        self.0.list()
+    }
     fn check(&self) -> io::Result<()> {
         self.0.size(self.0.root()).map(|_| ())
     }

@@ -42,6 +42,20 @@ pub fn parse(url: &str) -> Result<(Server, String), String> {
     };
     for item in query.split('&').filter(|q| !q.is_empty()) {
         let (key, value) = item.split_once('=').unwrap_or((item, ""));
+        let known = [
+            "uid",
+            "gid",
+            "nfsport",
+            "mountport",
+            "timeout",
+            "tcp-syncnt",
+            "readahead",
+            "pagecache",
+            "debug",
+        ];
+        if !known.contains(&key) {
+            return Err(format!("Unknown NFS parameter name: '{key}'"));
+        }
         let number: u64 = value.parse().map_err(|_| format!("Illegal value for NFS parameter: {key}"))?;
         let port = || u16::try_from(number).map_err(|_| format!("Illegal value for NFS parameter: {key}"));
         match key {
@@ -51,8 +65,7 @@ pub fn parse(url: &str) -> Result<(Server, String), String> {
             "mountport" => server.mount_port = port()?,
             "timeout" => server.timeout = number,
             // What libnfs does for speed is not needed here.
-            "tcp-syncnt" | "readahead" | "pagecache" | "debug" => {}
-            _ => return Err(format!("Unknown NFS parameter name: {key}")),
+            _ => {}
         }
     }
     Ok((server, name.to_owned()))
