@@ -39,7 +39,19 @@ pub const ALL: &[(&str, Entry)] = &[
     ("command_line", command_line),
     ("recording", recording),
     ("processor", processor),
+    ("iscsi", iscsi),
+    ("nfs", nfs),
 ];
+
+/// What a target sends while a command is under way.
+pub fn iscsi(data: &[u8]) {
+    let _ = ftvm_block::iscsi::fuzz(data);
+}
+
+/// What an NFS server answers.
+pub fn nfs(data: &[u8]) {
+    ftvm_block::nfs::fuzz(data);
+}
 
 /// The lockstep log, alone and through a backup's state machine.
 pub fn log(data: &[u8]) {

@@ -32,10 +32,25 @@ need rpm rpmbuild
 need rpmlint rpmlint
 need ipxe /usr/lib/ipxe/ipxe.lkrn
 need memtest86+ /boot/memtest86+x64.bin
+# Servers for the storage tests.
+need nfs-ganesha ganesha.nfsd
+need nfs-ganesha-vfs /usr/lib/x86_64-linux-gnu/ganesha/libfsalvfs.so
+need rpcbind rpcbind
+need tgt tgtd
+need qemu-block-extra /usr/lib/x86_64-linux-gnu/qemu/block-nfs.so
 [ -z "$missing" ] && exit 0
 echo "setup: installing$missing"
 as_root=
 [ "$(id -u)" = 0 ] || as_root=sudo
 $as_root apt-get update -qq
+# None of the servers is to start by itself: the tests start their own.
+for unit in nfs-ganesha rpcbind tgt; do
+    case $missing in
+        *" $unit"*) [ -e "/etc/systemd/system/$unit.service" ] || $as_root ln -s /dev/null "/etc/systemd/system/$unit.service" ;;
+    esac
+done
+case $missing in
+    *" rpcbind"*) [ -e /etc/systemd/system/rpcbind.socket ] || $as_root ln -s /dev/null /etc/systemd/system/rpcbind.socket ;;
+esac
 # shellcheck disable=SC2086
 DEBIAN_FRONTEND=noninteractive $as_root apt-get install -y -qq --no-install-recommends $missing

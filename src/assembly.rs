@@ -166,14 +166,17 @@ pub fn open_live(
         options.reserve = if over_stalled { Reserve::Seize(key) } else { Reserve::Free(key) };
         return open_drive(drive, &options);
     }
-    if (drive.read_only || drive.snapshot) && ftvm_block::takeover::has_overlays(path) {
+    let overlays = !is_lun(path)
+        && ftvm_block::takeover::has_overlays(path)
+            .map_err(|source| BuildError::Drive { path: path.display().to_string(), source })?;
+    if (drive.read_only || drive.snapshot) && overlays {
         return Err(BuildError::Plain(format!(
             "drive '{}': a takeover has left data in '{}.ft1'; open the image for writing once, so that it is merged",
             drive.id,
             path.display()
         )));
     }
-    if drive.read_only || drive.snapshot || !(pair || ftvm_block::takeover::has_overlays(path)) {
+    if drive.read_only || drive.snapshot || !(pair || overlays) {
         return open_drive(drive, &options);
     }
     ftvm_block::takeover::Takeover::open(path, &options, over_stalled)
@@ -200,6 +203,10 @@ pub fn check_shared(drive: &DriveConfig) -> Result<(), String> {
                 drive.id
             )
         });
+    }
+    if ftvm_block::files::is_nfs(Path::new(path)) {
+        // No locks there: that it is the same directory is seen by the pair's lock.
+        return Ok(());
     }
     match ftvm_block::takeover::is_held(Path::new(path)) {
         Ok(true) => Ok(()),

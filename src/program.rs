@@ -338,7 +338,15 @@ fn lock_path(ft: &crate::cli::ft::FtConfig, blueprint: &Blueprint) -> Result<Str
         .find(|d| !d.read_only && d.file.is_some())
         .and_then(|d| d.file.as_ref())
         // A LUN's lock is its own reservation.
-        .map(|f| if f.starts_with("iscsi://") { f.clone() } else { format!("{f}.ftlock") })
+        .map(|f| {
+            if f.starts_with("iscsi://") {
+                f.clone()
+            } else {
+                ftvm_block::files::beside_path(std::path::Path::new(f), ".ftlock")
+                    .to_string_lossy()
+                    .into_owned()
+            }
+        })
         .ok_or_else(|| {
             "-ft needs a lock on shared storage: the machine has no writable disk image, so give lock=PATH"
                 .into()

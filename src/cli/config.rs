@@ -332,6 +332,7 @@ impl Config {
         let mut h = HostConfig::default();
         let mut nodefaults = false;
         let mut net_none = false;
+        let mut secrets: Vec<(String, String)> = Vec::new();
         let mut monitor_given = false;
         for g in given {
             let v = g.value();
@@ -451,6 +452,10 @@ impl Config {
                         }
                     };
                     p.only(known).map_err(&err)?;
+                    if kind == "secret" {
+                        let value = secret(&p).map_err(&err)?;
+                        secrets.push((p.need("id").map_err(&err)?.to_owned(), value));
+                    }
                     m.objects.push((kind.to_owned(), p.need("id").map_err(&err)?.to_owned()));
                 }
                 "rtc" => {
@@ -615,6 +620,12 @@ impl Config {
                 "-icount rr=record and -ft cannot be used together: -ft records already".into(),
             ));
         }
+        for d in &mut m.drives {
+            if let Some(file) = &mut d.file {
+                *file = drive::resolve_secret(file, &secrets)
+                    .map_err(|e| CliError::Plain(format!("drive '{}': {e}", d.id)))?;
+            }
+        }
         unique("netdev", m.netdevs.iter().map(|n| n.id.as_str()))?;
         unique("chardev", m.chardevs.iter().map(|(id, _)| id.as_str()))?;
         unique("object", m.objects.iter().map(|(_, id)| id.as_str()))?;
@@ -648,6 +659,22 @@ impl Config {
             return Err(CliError::Plain("-initrd only allowed with -kernel option".into()));
         }
         Ok(Config { machine: m, host: h, given: given.to_vec() })
+    }
+}
+
+/// What `-object secret` holds.
+fn secret(p: &Params) -> Result<String, KeyvalError> {
+    if p.get("keyid").is_some() || p.get("iv").is_some() {
+        return Err(KeyvalError::Other("encrypted secrets (keyid, iv) are not supported".into()));
+    }
+    if p.choice("format", &["raw", "base64"])? == Some("base64") {
+        return Err(KeyvalError::Other("format=base64 is not supported".into()));
+    }
+    match (p.get("data"), p.get("file")) {
+        (Some(data), None) => Ok(data.to_owned()),
+        (None, Some(file)) => std::fs::read_to_string(file)
+            .map_err(|e| KeyvalError::Other(format!("Unable to read {file}: {e}"))),
+        _ => Err(KeyvalError::Other("'file' or 'data' must be provided".into())),
     }
 }
 

@@ -49,8 +49,14 @@ const DETAILS: &[(&str, &[&str])] = &[
         &[
             "Keys: file, if, index, bus, unit, media=disk|cdrom, format=raw|qcow2, id, \
              cache=writeback|writethrough|none|directsync|unsafe, readonly, discard=ignore|unmap, \
-             detect-zeroes=off|on|unmap, serial, file.locking=on|off. Without format the file is looked at. aio= is \
-             accepted and has no effect. werror and rerror take 'report' only.",
+             detect-zeroes=off|on|unmap, serial, file.locking=on|off, werror=report|ignore|stop|enospc, \
+             rerror=report|ignore|stop, throttling.{bps,iops}-{total,read,write}[-max[-length]], \
+             throttling.iops-size, snapshot=on. Without format the file is looked at. aio= is accepted and has no \
+             effect: requests are served by threads.",
+            "file= also takes nfs://HOST/PATH/IMAGE[?uid=N&gid=N&nfsport=N&mountport=N&timeout=S] (NFS version 3) and \
+             iscsi://[USER%PASS@]HOST[:PORT]/IQN/LUN[?initiator-name=N&timeout=S]. A request that the server does not \
+             answer is repeated, over new connections, for timeout= seconds (25; 0: for ever); then it fails.",
+            "werror=stop stops the machine with the event BLOCK_IO_ERROR and the status io-error; cont tries again.",
             "The image is locked with QEMU's byte locks (qemu-img sees them). With -ft every write completes only when \
              it is on stable storage, unless cache=unsafe says that flushes do nothing: do not use cache=unsafe \
              with -ft.",
@@ -58,7 +64,8 @@ const DETAILS: &[(&str, &[&str])] = &[
     ),
     (
         "blockdev",
-        &["Drivers: file, host_device, raw, qcow2. JSON is taken too. A -device refers to the node by drive=n."],
+        &["Drivers: raw and qcow2 over file, host_device, nfs (server.type=inet, server.host, path, user, group) and iscsi \
+         (transport=tcp, portal, target, lun, user, password-secret, initiator-name, timeout). JSON is taken too. A -device refers to the node by drive=n."],
     ),
     (
         "snapshot",

@@ -6,6 +6,7 @@ pub mod guests;
 pub mod hosts;
 pub mod pair;
 pub mod qmp;
+pub mod storage;
 pub mod vm;
 
 use std::time::{Duration, Instant};
