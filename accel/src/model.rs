@@ -357,6 +357,16 @@ impl CpuModel {
         &self.name
     }
 
+    /// The names of all models.
+    pub fn names() -> impl Iterator<Item = &'static str> {
+        MODELS.iter().map(|m| m.name)
+    }
+
+    /// Every feature that the processor can have, and whether this model has it.
+    pub fn features(&self) -> impl Iterator<Item = (&'static str, bool)> + '_ {
+        FEATURES.iter().map(|(name, word, bit)| (*name, self.words[*word as usize] >> bit & 1 != 0))
+    }
+
     /// What `-cpu help` prints.
     pub fn help() -> String {
         let mut o = String::from("Available CPUs:\n");

@@ -43,6 +43,10 @@ pub struct DriveConfig {
     pub serial: Option<String>,
     /// Byte locks as QEMU's (`file.locking=off` turns them off).
     pub locking: bool,
+    /// The name of the protocol node below (`-blockdev`).
+    pub protocol: Option<String>,
+    /// It is a block node (`-blockdev`), not a `-drive`.
+    pub node: bool,
 }
 
 fn next_index(interface: Interface, drives: &[DriveConfig]) -> u32 {
@@ -156,6 +160,8 @@ pub fn from_drive(p: &Params, before: &[DriveConfig]) -> Result<DriveConfig, Key
         detect_zeroes: matches!(p.choice("detect-zeroes", &["off", "on", "unmap"])?, Some("on" | "unmap")),
         serial: p.get("serial").map(str::to_owned),
         locking: p.choice("file.locking", &["on", "off", "auto"])? != Some("off"),
+        protocol: None,
+        node: false,
     })
 }
 
@@ -192,6 +198,7 @@ pub fn add_blockdev(p: &Params, drives: &mut Vec<DriveConfig>) -> Result<(), Key
         (Some(true), _) => Cache::None,
         _ => Cache::Writeback,
     };
+    let mut protocol = None;
     let (file, fmt, locking) = match driver {
         "file" | "host_device" => (p.need("filename")?.to_owned(), "raw", p.get("locking") != Some("off")),
         "raw" | "qcow2" => {
@@ -200,6 +207,7 @@ pub fn add_blockdev(p: &Params, drives: &mut Vec<DriveConfig>) -> Result<(), Key
                     KeyvalError::Other(format!("Cannot find device='' nor node-name='{lower}'"))
                 })?;
                 let node = drives.remove(at);
+                protocol = Some(node.id);
                 (node.file.unwrap_or_default(), driver, node.locking)
             } else {
                 match p.get("file.driver") {
@@ -225,6 +233,8 @@ pub fn add_blockdev(p: &Params, drives: &mut Vec<DriveConfig>) -> Result<(), Key
         detect_zeroes: matches!(p.choice("detect-zeroes", &["off", "on", "unmap"])?, Some("on" | "unmap")),
         serial: None,
         locking,
+        protocol,
+        node: true,
     });
     Ok(())
 }

@@ -3,9 +3,9 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{channel, Receiver, RecvTimeoutError, Sender};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ftvm_block::{BlockError, Image};
 use ftvm_devices::{DiskOp, Input};
@@ -18,11 +18,25 @@ const BATCH: usize = 64;
 /// Idle for this long, an image may work in the background (merge overlays).
 const BACKGROUND: Duration = Duration::from_millis(20);
 
+/// What a drive has done: bytes, operations, nanoseconds of reads, writes, flushes and discards; and its image's size.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Counters {
+    /// Reads, writes, flushes, discards (and zeroed ranges).
+    pub bytes: [u64; 4],
+    pub operations: [u64; 4],
+    pub nanoseconds: [u64; 4],
+    pub failed: [u64; 4],
+    /// The end of the write that reached furthest.
+    pub highest: u64,
+    pub size: u64,
+}
+
 /// A drive's thread.
 pub struct DiskWorker {
     queue: Option<Sender<(u64, DiskOp)>>,
     abandoned: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
+    counters: Arc<Mutex<Counters>>,
 }
 
 impl DiskWorker {
@@ -36,10 +50,17 @@ impl DiskWorker {
         let (queue, requests) = channel();
         let abandoned = Arc::new(AtomicBool::new(false));
         let flag = Arc::clone(&abandoned);
+        let counters = Arc::new(Mutex::new(Counters { size: image.size(), ..Counters::default() }));
+        let count = Arc::clone(&counters);
         let thread = std::thread::Builder::new()
             .name(format!("disk-{name}"))
-            .spawn(move || serve(image.as_ref(), &requests, durable, &flag, &events))?;
-        Ok(DiskWorker { queue: Some(queue), abandoned, thread: Some(thread) })
+            .spawn(move || serve(image.as_ref(), &requests, durable, &flag, &events, &count))?;
+        Ok(DiskWorker { queue: Some(queue), abandoned, thread: Some(thread), counters })
+    }
+
+    /// What it has done so far.
+    pub fn counters(&self) -> Counters {
+        self.counters.lock().map_or_else(|_| Counters::default(), |c| *c)
     }
 
     /// Queue a request.
@@ -71,6 +92,7 @@ fn serve(
     durable: bool,
     abandoned: &AtomicBool,
     events: &Sender<Event>,
+    counters: &Mutex<Counters>,
 ) {
     let mut background = true;
     loop {
@@ -103,7 +125,11 @@ fn serve(
                 return;
             }
             dirty |= !matches!(op, DiskOp::Read { .. } | DiskOp::Flush);
+            let started = Instant::now();
             let result = perform(image, &op);
+            if let Ok(mut c) = counters.lock() {
+                c.count(&op, started.elapsed(), result.is_err());
+            }
             done.push((id, op, result));
         }
         if durable && dirty {
@@ -130,6 +156,27 @@ fn serve(
         if let Err(e) = image.flush() {
             log::error!("disk: the last flush failed: {e}");
         }
+    }
+}
+
+impl Counters {
+    fn count(&mut self, op: &DiskOp, took: Duration, failed: bool) {
+        let (kind, bytes) = match op {
+            DiskOp::Read { len, .. } => (0, u64::from(*len)),
+            DiskOp::Write { offset, data } => {
+                self.highest = self.highest.max(offset + data.len() as u64);
+                (1, data.len() as u64)
+            }
+            DiskOp::Flush => (2, 0),
+            DiskOp::Discard { len, .. } | DiskOp::WriteZeroes { len, .. } => (3, *len),
+        };
+        if failed {
+            self.failed[kind] += 1;
+            return;
+        }
+        self.bytes[kind] += bytes;
+        self.operations[kind] += 1;
+        self.nanoseconds[kind] += took.as_nanos() as u64;
     }
 }
 

@@ -17,13 +17,16 @@ use crate::machine::MachineInput;
 pub enum Event {
     /// Something for the input door.
     Input(MachineInput),
-    /// A monitor's command.
-    Command(control::Command),
+    /// Work of a monitor that needs the machine.
+    Call(Call),
     /// News of the pair.
     Ft(ft::FtEvent),
     /// End the program.
     Quit(Quit),
 }
+
+/// What a monitor does with the machine, on the machine thread.
+pub type Call = Box<dyn FnOnce(&mut live::Runtime) + Send>;
 
 /// Why the program ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
