@@ -106,7 +106,8 @@ fn fronts(c: &Control) -> Result<Vec<Front>, QmpError> {
         }
         let qdev = match types::backend_type(&spec.driver) {
             Some(_) => format!("{path}/virtio-backend"),
-            None => path,
+            // As QEMU: the id of the device itself if it has one.
+            None => spec.id.clone().unwrap_or(path),
         };
         let first = spec.drive.map(|d| d as usize);
         let tray = cd.then(|| {
@@ -272,10 +273,33 @@ pub fn add(c: &Control, call: &mut Call) -> Reply {
             }
             rt.outside.detach_disk(at);
         }
-        attach(rt, config, pair, at)?;
+        if matches!(params.get("driver"), Some("file" | "host_device" | "host_cdrom")) {
+            // A protocol node is opened when something is put on it.
+            let file = config.file.clone().unwrap_or_default();
+            std::fs::metadata(&file).map_err(|e| could_not_open(&file, &e.to_string()))?;
+            rt.shared.backends().drives.push(Some(config));
+        } else {
+            attach(rt, config, pair, at)?;
+        }
         hotplug::note(rt);
         done()
     })
+}
+
+fn could_not_open(file: &str, why: &str) -> QmpError {
+    let why = why.split(" (os error").next().unwrap_or(why);
+    QmpError::generic(format!("Could not open '{file}': {why}"))
+}
+
+/// Open the image of drive number `index`, if it is not open.
+pub fn ensure_open(rt: &mut Runtime, index: usize) -> Result<(), QmpError> {
+    if rt.outside.disk_counters(index).is_some() {
+        return Ok(());
+    }
+    let config = rt.shared.backends().drives.get(index).cloned().flatten();
+    let config = config.ok_or_else(|| QmpError::generic("the block node is gone"))?;
+    let pair = rt.ft.is_some();
+    attach(rt, config, pair, Some(index)).map(|_| ())
 }
 
 /// Whether a device or a tray uses drive number `index`.
@@ -397,6 +421,7 @@ pub fn insert_medium(c: &Control, call: &mut Call) -> Reply {
     if tray.medium.is_some() {
         return Err(QmpError::generic(format!("There already is a medium in device '{device}'")));
     }
+    c.change(move |rt| ensure_open(rt, index))?;
     change(c, device, Tray { medium: Some(index as u32), ..tray })
 }
 

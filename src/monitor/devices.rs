@@ -81,7 +81,7 @@ fn in_use(spec: &DeviceSpec, property: &str, name: &str) -> QmpError {
 }
 
 /// Find the drive behind a device.
-fn find_drive(rt: &Runtime, spec: &mut DeviceSpec) -> Result<Option<DriveSpec>, QmpError> {
+fn find_drive(rt: &mut Runtime, spec: &mut DeviceSpec) -> Result<Option<DriveSpec>, QmpError> {
     let Some((property, name)) = named(spec, Kind::Drive).map(|(p, n)| (p, n.to_owned())) else {
         return Ok(None);
     };
@@ -94,6 +94,7 @@ fn find_drive(rt: &Runtime, spec: &mut DeviceSpec) -> Result<Option<DriveSpec>, 
     spec.drive = Some(index as u32);
     let config = backends.drives[index].clone();
     drop(backends);
+    super::block::ensure_open(rt, index)?;
     let size = rt.outside.disk_counters(index).map_or(0, |c| c.size);
     Ok(config.map(|d| DriveSpec {
         index: index as u32,

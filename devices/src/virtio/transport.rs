@@ -22,6 +22,7 @@ const NOTIFY_MULTIPLIER: u32 = 4;
 
 const ISR_QUEUE: u8 = 1;
 const ISR_CONFIG: u8 = 2;
+const STATUS_DRIVER_OK: u8 = 4;
 const STATUS_FEATURES_OK: u8 = 8;
 
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -34,6 +35,8 @@ struct State {
     driver_features: u64,
     queue_select: u16,
     config_vector: u16,
+    /// Queues that the driver notified before it was ready (Linux's balloon driver does); a bit each.
+    early: u64,
     /// Queue addresses as the driver writes them, before they are enabled.
     addresses: Vec<[u64; 3]>,
 }
@@ -179,7 +182,10 @@ impl VirtioPci {
 
     fn notify(&mut self, ctx: &mut Ctx, queue: usize) {
         // A driver that is not ready, or a function that may not do DMA.
-        if queue < self.queues.len() && self.s.status & 4 != 0 && self.pci.master() {
+        if self.s.status & STATUS_DRIVER_OK == 0 && queue < 64 {
+            self.s.early |= 1 << queue;
+        }
+        if queue < self.queues.len() && self.s.status & STATUS_DRIVER_OK != 0 && self.pci.master() {
             self.run(ctx, |m, io| m.notify(io, queue));
         }
     }
@@ -209,6 +215,12 @@ impl VirtioPci {
             self.reset_device(ctx);
         } else {
             self.s.status = value;
+            if value & STATUS_DRIVER_OK != 0 {
+                let early = std::mem::take(&mut self.s.early);
+                for queue in (0..64).filter(|q| early >> q & 1 != 0) {
+                    self.notify(ctx, queue);
+                }
+            }
         }
     }
 
