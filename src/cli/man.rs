@@ -113,7 +113,7 @@ const DETAILS: &[(&str, &[&str])] = &[
 ];
 
 /// Text as roff: no character of it may be taken for a request.
-fn roff(text: &str) -> String {
+pub fn roff(text: &str) -> String {
     let mut out = String::with_capacity(text.len() + 8);
     for c in text.chars() {
         match c {
@@ -133,7 +133,7 @@ fn roff(text: &str) -> String {
 }
 
 /// Text with spaces and newlines made single, broken into lines that diff well.
-fn fill(text: &str) -> String {
+pub fn fill(text: &str) -> String {
     let mut out = String::new();
     let mut width = 0;
     for word in text.split_whitespace() {
@@ -188,17 +188,13 @@ pub fn page() -> String {
         }
     }
     out.push_str(".SH MACHINES\n");
-    for (name, what) in MACHINES {
-        out.push_str(&format!(".TP\n.B {}\n{}.\n", roff(name), roff(what)));
+    for m in MACHINES {
+        let alias = m.alias.map_or(String::new(), |a| format!(", also called {a}"));
+        out.push_str(&format!(".TP\n.B {}\n{}{alias}.\n", roff(m.name), roff(m.description)));
     }
     out.push_str(".SH DEVICES\n");
-    for model in MODELS {
-        let bus = match model.attach {
-            Attach::Isa => "ISA",
-            Attach::Pci => "PCI",
-            Attach::Ide => "IDE",
-        };
-        out.push_str(&format!(".TP\n.BR {} \" ({bus})\"\n", roff(model.name)));
+    for model in MODELS.iter().filter(|m| m.attach != Attach::Board) {
+        out.push_str(&format!(".TP\n.BR {} \" ({})\"\n", roff(model.name), roff(model.bus_kind())));
         let properties: Vec<String> = model
             .all_properties()
             .iter()
