@@ -3,8 +3,10 @@
 set -eu
 dest=${1:?directory} here=$(cd "$(dirname "$0")/.." && pwd)
 put() { install -D -m "$1" "$2" "$dest$3"; }
-put 755 "$here/target/release/ftvm" /usr/bin/ftvm
-strip --strip-unneeded --remove-section=.comment --remove-section=.note "$dest/usr/bin/ftvm"
+for program in ftvm ftvm-lock; do
+    put 755 "$here/target/release/$program" "/usr/bin/$program"
+    strip --strip-unneeded --remove-section=.comment --remove-section=.note "$dest/usr/bin/$program"
+done
 for page in "$here"/man/*.[1-8]; do
     name=${page##*/}
     put 644 "$page" "/usr/share/man/man${name##*.}/$name"

@@ -17,6 +17,16 @@ need libslirp-dev /usr/include/slirp/libslirp.h
 need libglib2.0-dev /usr/include/glib-2.0/glib.h
 need seabios /usr/share/seabios/bios-256k.bin
 need qemu-utils qemu-img
+need qemu-system-x86 qemu-system-x86_64
+# The choice below keeps a machine without systemd without it.
+if [ -d /run/systemd/system ]; then
+    need libvirt-daemon-system /usr/sbin/libvirtd
+else
+    need "libvirt-daemon-system libvirt-daemon-system-sysv" /usr/sbin/libvirtd
+fi
+need libvirt-daemon-driver-qemu /usr/lib/x86_64-linux-gnu/libvirt/connection-driver/libvirt_driver_qemu.so
+need libvirt-clients virsh
+need virtinst virt-install
 need mmdebstrap mmdebstrap
 need busybox-static /usr/share/doc/busybox-static
 need kmod depmod
@@ -32,10 +42,25 @@ need rpm rpmbuild
 need rpmlint rpmlint
 need ipxe /usr/lib/ipxe/ipxe.lkrn
 need memtest86+ /boot/memtest86+x64.bin
+# Servers for the storage tests.
+need nfs-ganesha ganesha.nfsd
+need nfs-ganesha-vfs /usr/lib/x86_64-linux-gnu/ganesha/libfsalvfs.so
+need rpcbind rpcbind
+need tgt tgtd
+need qemu-block-extra /usr/lib/x86_64-linux-gnu/qemu/block-nfs.so
 [ -z "$missing" ] && exit 0
 echo "setup: installing$missing"
 as_root=
 [ "$(id -u)" = 0 ] || as_root=sudo
 $as_root apt-get update -qq
+# None of the servers is to start by itself: the tests start their own.
+for unit in nfs-ganesha rpcbind tgt; do
+    case $missing in
+        *" $unit"*) [ -e "/etc/systemd/system/$unit.service" ] || $as_root ln -s /dev/null "/etc/systemd/system/$unit.service" ;;
+    esac
+done
+case $missing in
+    *" rpcbind"*) [ -e /etc/systemd/system/rpcbind.socket ] || $as_root ln -s /dev/null /etc/systemd/system/rpcbind.socket ;;
+esac
 # shellcheck disable=SC2086
 DEBIAN_FRONTEND=noninteractive $as_root apt-get install -y -qq --no-install-recommends $missing

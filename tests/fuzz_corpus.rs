@@ -124,4 +124,6 @@ entry_points! {
     command_line 5000
     recording 3000
     processor 4000
+    iscsi 2000
+    nfs 5000
 }

@@ -19,12 +19,32 @@ pub trait Files: Send + Sync {
     fn remove(&self, name: &str) -> io::Result<()>;
     /// Whether a name exists. No answer is an error.
     fn exists(&self, name: &str) -> io::Result<bool>;
+    /// All names.
+    fn list(&self) -> io::Result<Vec<String>>;
     /// The directory itself is there (or: the storage answers).
     fn check(&self) -> io::Result<()>;
 }
 
+/// Whether `path` is a URL of an NFS server.
+pub fn is_nfs(path: &Path) -> bool {
+    path.to_str().is_some_and(|p| p.starts_with("nfs://"))
+}
+
+/// The name of a file beside the one that `path` (a path or a URL) names.
+pub fn beside_path(path: &Path, suffix: &str) -> PathBuf {
+    if let Some((url, query)) = path.to_str().filter(|_| is_nfs(path)).and_then(|p| p.split_once('?')) {
+        return format!("{url}{suffix}?{query}").into();
+    }
+    let mut name = path.as_os_str().to_owned();
+    name.push(suffix);
+    name.into()
+}
+
 /// The directory of `path` (a path or an `nfs://` URL) and the name in it.
 pub fn beside(path: &Path) -> io::Result<(Arc<dyn Files>, String)> {
+    if let Some(url) = path.to_str().filter(|_| is_nfs(path)) {
+        return crate::nfs::beside(url);
+    }
     let name = path.file_name().and_then(|n| n.to_str());
     let name =
         name.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "the path does not name a file"))?;
@@ -69,6 +89,9 @@ impl Files for Local {
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
             Err(e) => Err(e),
         }
+    }
+    fn list(&self) -> io::Result<Vec<String>> {
+        fs::read_dir(&self.0)?.map(|e| Ok(e?.file_name().to_string_lossy().into_owned())).collect()
     }
     fn check(&self) -> io::Result<()> {
         self.sync()

@@ -10,6 +10,7 @@ mod file;
 pub mod files;
 pub mod iscsi;
 mod lock;
+pub mod nfs;
 pub mod qcow2;
 pub mod queue;
 pub mod raw;

@@ -34,6 +34,7 @@ pub trait Store: Send + Sync {
 pub(crate) fn open(path: &Path, options: &OpenOptions) -> Result<Arc<dyn Store>, BlockError> {
     match path.to_str() {
         Some(url) if url.starts_with("iscsi://") => Ok(Arc::new(crate::iscsi::Lun::open(url, options)?)),
+        Some(url) if url.starts_with("nfs://") => Ok(Arc::new(crate::nfs::NfsFile::open(url, options)?)),
         _ => Ok(Arc::new(HostFile::open(path, options)?)),
     }
 }

@@ -1,8 +1,8 @@
 //! TCP connections to storage servers.
 
 use std::io::{self, BufReader, Read};
-use std::net::{TcpStream, ToSocketAddrs};
-use std::os::fd::AsFd;
+use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
+use std::os::fd::{AsFd, AsRawFd};
 use std::time::{Duration, Instant};
 
 use nix::poll::{poll, PollFd, PollFlags};
@@ -73,4 +73,49 @@ impl Read for Input {
             }
         }
     }
+}
+
+/// As [`connect`], from a port below 1024 if this process may have one: many NFS servers take no others.
+pub fn connect_reserved(host: &str, port: u16, limit: Duration) -> io::Result<TcpStream> {
+    let bare = host.strip_prefix('[').and_then(|h| h.strip_suffix(']')).unwrap_or(host);
+    let addresses: Vec<SocketAddr> = (bare, port).to_socket_addrs()?.collect();
+    for address in addresses {
+        let start = std::process::id() as u16;
+        for n in 0..64u16 {
+            // 665 to 1023, as bindresvport(3) avoids the well-known ones below.
+            let local = 665 + (start.wrapping_mul(31).wrapping_add(n * 7)) % 359;
+            match from_port(local, address, limit) {
+                Ok(stream) => return prepare(stream),
+                Err(e) if matches!(e.kind(), io::ErrorKind::AddrInUse | io::ErrorKind::AddrNotAvailable) => {}
+                Err(e) if e.kind() == io::ErrorKind::PermissionDenied => return connect(host, port, limit),
+                Err(e) => return Err(e),
+            }
+        }
+    }
+    connect(host, port, limit)
+}
+
+fn from_port(local: u16, remote: SocketAddr, limit: Duration) -> io::Result<TcpStream> {
+    use nix::sys::socket::{bind, connect, socket, AddressFamily, SockFlag, SockType, SockaddrStorage};
+    let (family, any): (_, SocketAddr) = match remote {
+        SocketAddr::V4(_) => (AddressFamily::Inet, (std::net::Ipv4Addr::UNSPECIFIED, local).into()),
+        SocketAddr::V6(_) => (AddressFamily::Inet6, (std::net::Ipv6Addr::UNSPECIFIED, local).into()),
+    };
+    let fd = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK, None)?;
+    bind(fd.as_raw_fd(), &SockaddrStorage::from(any))?;
+    match connect(fd.as_raw_fd(), &SockaddrStorage::from(remote)) {
+        Ok(()) | Err(nix::errno::Errno::EINPROGRESS) => {}
+        Err(e) => return Err(e.into()),
+    }
+    let ms = u16::try_from(limit.as_millis().max(1)).unwrap_or(u16::MAX);
+    let mut fds = [PollFd::new(fd.as_fd(), PollFlags::POLLOUT)];
+    if poll(&mut fds, ms)? == 0 {
+        return Err(io::ErrorKind::TimedOut.into());
+    }
+    let stream = TcpStream::from(fd);
+    if let Some(e) = stream.take_error()? {
+        return Err(e);
+    }
+    stream.set_nonblocking(false)?;
+    Ok(stream)
 }

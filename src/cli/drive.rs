@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use ftvm_block::iscsi::escape;
 use ftvm_block::throttle::{Limit, Limits};
 
 use super::keyval::{KeyvalError, Params};
@@ -101,6 +102,10 @@ pub struct DriveConfig {
     pub locking: bool,
     pub on_error: ErrorPolicy,
     pub limits: Limits,
+    /// The name of the protocol node below (`-blockdev`).
+    pub protocol: Option<String>,
+    /// It is a block node (`-blockdev`), not a `-drive`.
+    pub node: bool,
 }
 
 fn next_index(interface: Interface, drives: &[DriveConfig]) -> u32 {
@@ -242,6 +247,8 @@ pub fn from_drive(p: &Params, before: &[DriveConfig]) -> Result<DriveConfig, Key
         locking: p.choice("file.locking", &["on", "off", "auto"])? != Some("off"),
         on_error,
         limits: limits(p)?,
+        protocol: None,
+        node: false,
     })
 }
 
@@ -333,26 +340,120 @@ fn limits(p: &Params) -> Result<Limits, KeyvalError> {
 
 /// The image of a format node's `file.*` options.
 fn nested_file(p: &Params) -> Result<Option<String>, KeyvalError> {
-    let known = |keys: &[&str]| -> Result<(), KeyvalError> {
-        let common = ["driver", "node-name", "read-only", "discard", "cache.direct", "cache.no-flush"];
-        match p.iter().find(|(k, _)| {
-            k.strip_prefix("file.").is_some_and(|k| !common.contains(&k) && !keys.contains(&k))
-        }) {
-            Some((key, _)) => Err(KeyvalError::Unknown(key.to_owned())),
-            None => Ok(()),
-        }
-    };
-    match p.get("file.driver") {
-        None | Some("file" | "host_device" | "host_cdrom") => {
-            known(FILE_KEYS)?;
-            Ok(p.get("file.filename").map(str::to_owned))
-        }
-        Some(other) => Err(KeyvalError::Other(format!("Unknown driver '{other}'"))),
+    let common =
+        ["driver", "node-name", "read-only", "auto-read-only", "discard", "cache.direct", "cache.no-flush"];
+    let driver = p.get("file.driver").unwrap_or("file");
+    let keys = protocol_keys(driver)?;
+    let unknown = p
+        .iter()
+        .find(|(k, _)| k.strip_prefix("file.").is_some_and(|k| !common.contains(&k) && !keys.contains(&k)));
+    if let Some((key, _)) = unknown {
+        return Err(KeyvalError::Unknown(key.to_owned()));
     }
+    protocol_file(p, "file.", driver)
 }
 
-/// Options of a `file` node.
-const FILE_KEYS: &[&str] = &["filename", "locking", "aio"];
+/// Options of a protocol node.
+fn protocol_keys(driver: &str) -> Result<&'static [&'static str], KeyvalError> {
+    Ok(match driver {
+        "file" | "host_device" | "host_cdrom" => &["filename", "locking", "aio"],
+        "nfs" => &[
+            "server.type",
+            "server.host",
+            "path",
+            "user",
+            "group",
+            "tcp-syn-count",
+            "readahead-size",
+            "page-cache-size",
+            "debug",
+            "filename",
+        ],
+        "iscsi" => &[
+            "transport",
+            "portal",
+            "target",
+            "lun",
+            "user",
+            "password-secret",
+            "initiator-name",
+            "header-digest",
+            "timeout",
+            "filename",
+        ],
+        other => return Err(KeyvalError::Other(format!("Unknown driver '{other}'"))),
+    })
+}
+
+/// The path or URL that a protocol node's options (each with `prefix` before it) mean.
+fn protocol_file(p: &Params, prefix: &str, driver: &str) -> Result<Option<String>, KeyvalError> {
+    let get = |key: &str| p.get(&format!("{prefix}{key}"));
+    let need = |key: &str| get(key).ok_or_else(|| KeyvalError::Missing(key.to_owned()));
+    if let Some(name) = get("filename") {
+        return Ok(Some(name.to_owned()));
+    }
+    let mut query: Vec<String> = Vec::new();
+    let mut option = |key: &str, name: &str| {
+        if let Some(value) = get(key) {
+            query.push(format!("{name}={}", escape(value)));
+        }
+    };
+    let url = match driver {
+        "nfs" => {
+            if get("server.type").is_some_and(|t| t != "inet") {
+                return Err(KeyvalError::Other(
+                    "Parameter 'server.type' does not accept another value than 'inet'".into(),
+                ));
+            }
+            option("user", "uid");
+            option("group", "gid");
+            option("tcp-syn-count", "tcp-syncnt");
+            option("readahead-size", "readahead");
+            option("page-cache-size", "pagecache");
+            option("debug", "debug");
+            let path = need("path")?;
+            format!("nfs://{}/{}", need("server.host")?, escape(path.strip_prefix('/').unwrap_or(path)))
+        }
+        "iscsi" => {
+            match get("transport") {
+                None | Some("tcp") => {}
+                Some(other) => {
+                    return Err(KeyvalError::Other(format!("iSCSI: transport '{other}' is not supported")))
+                }
+            }
+            if get("header-digest").is_some_and(|d| !matches!(d, "none" | "none-crc32c" | "crc32c-none")) {
+                return Err(KeyvalError::Other("iSCSI: header-digest=crc32c is not supported".into()));
+            }
+            option("user", "user");
+            option("password-secret", "password-secret");
+            option("initiator-name", "initiator-name");
+            option("timeout", "timeout");
+            format!("iscsi://{}/{}/{}", need("portal")?, need("target")?, get("lun").unwrap_or("0"))
+        }
+        _ => return Ok(None),
+    };
+    Ok(Some(if query.is_empty() { url } else { format!("{url}?{}", query.join("&")) }))
+}
+
+/// Put the password of `-object secret` where a drive names it.
+pub fn resolve_secret(file: &str, secrets: &[(String, String)]) -> Result<String, KeyvalError> {
+    let Some((url, query)) = file.split_once('?').filter(|(u, _)| u.starts_with("iscsi://")) else {
+        return Ok(file.to_owned());
+    };
+    let mut items = Vec::new();
+    for item in query.split('&') {
+        items.push(match item.strip_prefix("password-secret=") {
+            None => item.to_owned(),
+            Some(id) => {
+                let found = secrets.iter().find(|(name, _)| escape(name) == id);
+                let (_, value) =
+                    found.ok_or_else(|| KeyvalError::Other(format!("No secret with id '{id}'")))?;
+                format!("password={}", escape(value))
+            }
+        });
+    }
+    Ok(format!("{url}?{}", items.join("&")))
+}
 
 /// A `-blockdev`: protocol nodes (`driver=file`) are kept as drives until a format node takes them in.
 pub fn add_blockdev(p: &Params, drives: &mut Vec<DriveConfig>) -> Result<(), KeyvalError> {
@@ -369,20 +470,24 @@ pub fn add_blockdev(p: &Params, drives: &mut Vec<DriveConfig>) -> Result<(), Key
     ];
     let driver = p.need("driver")?;
     let own: &[&str] = match driver {
-        "file" | "host_device" => FILE_KEYS,
-        _ => &["file", "file.", "backing"],
+        "raw" | "qcow2" => &["file", "file.", "backing"],
+        other => protocol_keys(other)?,
     };
     p.only(&[&common, own].concat())?;
     let name = p.need("node-name")?.to_owned();
     if drives.iter().any(|d| d.id == name) {
         return Err(KeyvalError::Other(format!("Duplicate nodes with node-name='{name}'")));
     }
+    let driver = p.need("driver")?;
     let mut cache = cache_flags(p)?;
+    let mut protocol = None;
     let (file, fmt, locking) = match driver {
-        "file" | "host_device" => {
+        "file" | "host_device" | "host_cdrom" | "nfs" | "iscsi" => {
             check_aio(p, "aio", cache)?;
             let locking = p.choice("locking", &["on", "off", "auto"])? != Some("off");
-            (p.need("filename")?.to_owned(), "raw", locking)
+            let file =
+                protocol_file(p, "", driver)?.ok_or_else(|| KeyvalError::Missing("filename".into()))?;
+            (file, "raw", locking)
         }
         "raw" | "qcow2" => {
             if let Some(lower) = p.get("file") {
@@ -394,6 +499,7 @@ pub fn add_blockdev(p: &Params, drives: &mut Vec<DriveConfig>) -> Result<(), Key
                 if cache == Cache::Writeback {
                     cache = node.cache;
                 }
+                protocol = Some(node.id);
                 (node.file.unwrap_or_default(), driver, node.locking)
             } else {
                 let file = nested_file(p)?.ok_or_else(|| KeyvalError::Missing("file".into()))?;
@@ -419,6 +525,8 @@ pub fn add_blockdev(p: &Params, drives: &mut Vec<DriveConfig>) -> Result<(), Key
         locking,
         on_error: ErrorPolicy::default(),
         limits: Limits::default(),
+        protocol,
+        node: true,
     });
     Ok(())
 }

@@ -49,8 +49,14 @@ const DETAILS: &[(&str, &[&str])] = &[
         &[
             "Keys: file, if, index, bus, unit, media=disk|cdrom, format=raw|qcow2, id, \
              cache=writeback|writethrough|none|directsync|unsafe, readonly, discard=ignore|unmap, \
-             detect-zeroes=off|on|unmap, serial, file.locking=on|off. Without format the file is looked at. aio= is \
-             accepted and has no effect. werror and rerror take 'report' only.",
+             detect-zeroes=off|on|unmap, serial, file.locking=on|off, werror=report|ignore|stop|enospc, \
+             rerror=report|ignore|stop, throttling.{bps,iops}-{total,read,write}[-max[-length]], \
+             throttling.iops-size, snapshot=on. Without format the file is looked at. aio= is accepted and has no \
+             effect: requests are served by threads.",
+            "file= also takes nfs://HOST/PATH/IMAGE[?uid=N&gid=N&nfsport=N&mountport=N&timeout=S] (NFS version 3) and \
+             iscsi://[USER%PASS@]HOST[:PORT]/IQN/LUN[?initiator-name=N&timeout=S]. A request that the server does not \
+             answer is repeated, over new connections, for timeout= seconds (25; 0: for ever); then it fails.",
+            "werror=stop stops the machine with the event BLOCK_IO_ERROR and the status io-error; cont tries again.",
             "The image is locked with QEMU's byte locks (qemu-img sees them). With -ft every write completes only when \
              it is on stable storage, unless cache=unsafe says that flushes do nothing: do not use cache=unsafe \
              with -ft.",
@@ -58,7 +64,8 @@ const DETAILS: &[(&str, &[&str])] = &[
     ),
     (
         "blockdev",
-        &["Drivers: file, host_device, raw, qcow2. JSON is taken too. A -device refers to the node by drive=n."],
+        &["Drivers: raw and qcow2 over file, host_device, nfs (server.type=inet, server.host, path, user, group) and iscsi \
+         (transport=tcp, portal, target, lun, user, password-secret, initiator-name, timeout). JSON is taken too. A -device refers to the node by drive=n."],
     ),
     (
         "snapshot",
@@ -106,7 +113,7 @@ const DETAILS: &[(&str, &[&str])] = &[
 ];
 
 /// Text as roff: no character of it may be taken for a request.
-fn roff(text: &str) -> String {
+pub fn roff(text: &str) -> String {
     let mut out = String::with_capacity(text.len() + 8);
     for c in text.chars() {
         match c {
@@ -126,7 +133,7 @@ fn roff(text: &str) -> String {
 }
 
 /// Text with spaces and newlines made single, broken into lines that diff well.
-fn fill(text: &str) -> String {
+pub fn fill(text: &str) -> String {
     let mut out = String::new();
     let mut width = 0;
     for word in text.split_whitespace() {
@@ -181,17 +188,13 @@ pub fn page() -> String {
         }
     }
     out.push_str(".SH MACHINES\n");
-    for (name, what) in MACHINES {
-        out.push_str(&format!(".TP\n.B {}\n{}.\n", roff(name), roff(what)));
+    for m in MACHINES {
+        let alias = m.alias.map_or(String::new(), |a| format!(", also called {a}"));
+        out.push_str(&format!(".TP\n.B {}\n{}{alias}.\n", roff(m.name), roff(m.description)));
     }
     out.push_str(".SH DEVICES\n");
-    for model in MODELS {
-        let bus = match model.attach {
-            Attach::Isa => "ISA",
-            Attach::Pci => "PCI",
-            Attach::Ide => "IDE",
-        };
-        out.push_str(&format!(".TP\n.BR {} \" ({bus})\"\n", roff(model.name)));
+    for model in MODELS.iter().filter(|m| m.attach != Attach::Board) {
+        out.push_str(&format!(".TP\n.BR {} \" ({})\"\n", roff(model.name), roff(model.bus_kind())));
         let properties: Vec<String> = model
             .all_properties()
             .iter()

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | alone | nobody: there is no pairing |
 //! | paired with token `T`, held by the primary | the primary by changing its key, the backup by taking its place |
+//! | ended | nobody; the next machine may have the LUN |
 //! | won with token `T`, by the primary or the backup | that side has won; the other has lost |
 //!
 //! Both changes are one command each that names the key it expects, so exactly one is done. From the moment the
@@ -13,7 +14,7 @@ use std::io;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use ftvm_block::iscsi::LunLock;
+use ftvm_block::iscsi::{LunLock, ENDED};
 
 use super::arbitration::{Arbiter, Verdict};
 use super::wire::{Epoch, Side};
@@ -27,9 +28,8 @@ const BACKUP_WON: u8 = 4;
 /// reservation again as soon as the target answers; so whoever finds none waits this long.
 const ABSENT: Duration = Duration::from_secs(5);
 
-/// `ft`, the phase, a generation (0 here; it counts reconnects), the pairing.
 fn key(phase: u8, token: &str) -> u64 {
-    0x6674 << 48 | u64::from(phase) << 40 | u64::from(crc32fast::hash(token.as_bytes()))
+    ftvm_block::iscsi::key(phase, crc32fast::hash(token.as_bytes()))
 }
 
 /// The key of a machine that is not paired.
@@ -44,14 +44,12 @@ fn same(a: u64, b: u64) -> bool {
 
 /// What a key says, in words; `None` if it is not ftvm's.
 pub fn describe(key: u64) -> Option<&'static str> {
-    if key >> 48 != 0x6674 {
-        return None;
-    }
-    match (key >> 40) as u8 {
+    match ftvm_block::iscsi::phase(key)? {
         ALONE => Some("a machine without a backup"),
         PAIRED => Some("the primary of a pair"),
         PRIMARY_WON => Some("a primary that went on alone"),
         BACKUP_WON => Some("a backup that took over"),
+        ENDED => Some("nobody: a side that had taken over, and ended in order"),
         _ => None,
     }
 }

@@ -9,8 +9,8 @@ mod session;
 mod url;
 
 pub use conn::fuzz;
-pub use reserve::LunLock;
-pub use session::release_all;
+pub use reserve::{key, phase, LunLock, ENDED};
+pub use session::{forget_sessions, release_all};
 pub use url::{escape, host_port, unescape, Target};
 
 use std::io;
@@ -101,21 +101,29 @@ impl Lun {
         let lock = LunLock::of(&self.session);
         let fail = |source| BlockError::Open { path: self.path.clone(), source };
         match how {
-            Reserve::No => {}
+            Reserve::No => match lock.holder() {
+                Ok(Some(holder)) if phase(holder) == Some(ENDED) => {
+                    lock.take_from(holder, key(ENDED, std::process::id())).map_err(fail)?;
+                }
+                Ok(Some(holder)) => return Err(self.is_held(holder)),
+                // A target without reservations is used without.
+                Ok(None) | Err(_) => {}
+            },
             Reserve::Free(key) => {
                 if !lock.take_free(key).map_err(fail)? {
-                    let holder = lock.holder().map_err(fail)?.unwrap_or(0);
-                    return Err(BlockError::Format {
-                        path: self.path.clone(),
-                        reason: format!(
-                            "another host holds the reservation of the LUN (key {holder:#018x}); if it is gone for good: ftvm-lock clear"
-                        ),
-                    });
+                    return Err(self.is_held(lock.holder().map_err(fail)?.unwrap_or(0)));
                 }
             }
             Reserve::Seize(key) => lock.seize(key).map_err(fail)?,
         }
         Ok(())
+    }
+
+    fn is_held(&self, holder: u64) -> BlockError {
+        let reason = format!(
+            "another host holds the reservation of the LUN (key {holder:#018x}); if it is gone for good: ftvm-lock clear"
+        );
+        BlockError::Format { path: self.path.clone(), reason }
     }
 
     fn send(&self, cdb: [u8; 16], data_out: &[u8], read: usize) -> io::Result<Reply> {

@@ -26,6 +26,7 @@ const WRITE_EXCLUSIVE: u8 = 1;
 const REGISTER: u8 = 0;
 const RESERVE: u8 = 1;
 const RELEASE: u8 = 2;
+const CLEAR: u8 = 3;
 const PREEMPT: u8 = 4;
 const PREEMPT_AND_ABORT: u8 = 5;
 const REGISTER_AND_IGNORE: u8 = 6;
@@ -112,9 +113,24 @@ fn barrier(sender: &dyn Sender) -> io::Result<()> {
     }
 }
 
+/// Phase of a key: its owner took the LUN from another host, and has ended in order. The reservation stays, because
+/// it is what refuses the writes that the other host may still have on their way; ftvm may take it.
+pub const ENDED: u8 = 5;
+
+/// A key: `ft`, the phase, a generation (it counts reconnects), a tag.
+pub fn key(phase: u8, tag: u32) -> u64 {
+    0x6674 << 48 | u64::from(phase) << 40 | u64::from(tag)
+}
+
+/// The phase of a key; `None` if it is not ftvm's.
+pub fn phase(key: u64) -> Option<u8> {
+    (key >> 48 == 0x6674).then_some((key >> 40) as u8)
+}
+
 /// The same key, one generation on: for a new connection's registration.
 fn next_generation(key: u64) -> u64 {
-    key & !(0xFF << 32) | (key >> 32).wrapping_add(1) as u8 as u64 * (1 << 32)
+    let generation = ((key >> 32) as u8).wrapping_add(1);
+    (key & !(0xFF << 32)) | u64::from(generation) << 32
 }
 
 /// After a reconnect, before anything else: take back a reservation that this session holds, if it still does.
@@ -155,10 +171,17 @@ pub(super) fn recover(session: &Session, conn: &Conn) -> io::Result<()> {
 /// In order: let the LUN go.
 pub(super) fn give_back(session: &Session, conn: &Conn) {
     let key = session.holding.lock().unwrap_or_else(PoisonError::into_inner).take();
-    if let Some(key) = key {
-        let _ = out(conn, RELEASE, key, 0);
-        let _ = out(conn, REGISTER, key, 0);
+    let Some(mine) = key.filter(|_| !session.lost.load(Ordering::SeqCst)) else { return };
+    if session.took.load(Ordering::SeqCst) {
+        let _ = out(conn, REGISTER, mine, key_of_end(mine));
+    } else {
+        let _ = out(conn, RELEASE, mine, 0);
+        let _ = out(conn, REGISTER, mine, 0);
     }
+}
+
+fn key_of_end(mine: u64) -> u64 {
+    key(ENDED, mine as u32)
 }
 
 /// The lock that a LUN's reservation is.
@@ -191,11 +214,14 @@ impl LunLock {
         *self.0.holding.lock().unwrap_or_else(PoisonError::into_inner) = Some(key);
     }
 
-    /// Take a LUN that nobody holds; false: somebody does.
+    /// Take a LUN that nobody holds (or whose owner has ended); false: somebody does.
     pub fn take_free(&self, key: u64) -> io::Result<bool> {
         let session = self.0.as_ref();
         if self.held().is_some() {
             return Ok(true);
+        }
+        if let Some(ended) = holder(session)?.filter(|k| phase(*k) == Some(ENDED)) {
+            return self.take_from(ended, key);
         }
         out(session, REGISTER_AND_IGNORE, 0, key)?;
         out(session, RESERVE, key, 0)?;
@@ -237,10 +263,23 @@ impl LunLock {
         if holder(session)? == Some(mine) {
             // Also after a lost answer nothing of the old holder may be under way.
             barrier(session)?;
+            session.took.store(true, Ordering::SeqCst);
             self.set_held(mine);
             return Ok(true);
         }
         answer.map(|_| false)
+    }
+
+    /// Let the LUN go, whoever holds it: for a person who knows that nobody writes it any more.
+    pub fn clear(&self) -> io::Result<()> {
+        let session = self.0.as_ref();
+        let mine = key(ENDED, 0);
+        out(session, REGISTER_AND_IGNORE, 0, mine)?;
+        out(session, CLEAR, mine, 0)?;
+        match holder(session)? {
+            None => Ok(()),
+            Some(_) => Err(super::pdu::bad("the reservation is still there")),
+        }
     }
 
     /// Take the LUN from whoever holds it: for a side that has won the pair's lock elsewhere.

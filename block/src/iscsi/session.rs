@@ -67,6 +67,8 @@ pub struct Session {
     pub(super) holding: Mutex<Option<u64>>,
     /// The reservation went to another host: nothing may be written any more.
     pub(super) lost: AtomicBool,
+    /// It was taken from another host.
+    pub(super) took: AtomicBool,
 }
 
 /// Sessions of this process: a LUN's reservation belongs to a session, so all that use a LUN share one.
@@ -91,6 +93,7 @@ impl Session {
             connected: Condvar::new(),
             holding: Mutex::default(),
             lost: AtomicBool::new(false),
+            took: AtomicBool::new(false),
         });
         let conn = session.connect()?;
         session.lock().conn = Some(conn);
@@ -172,12 +175,25 @@ impl Session {
             }
             let conn = self.connection(deadline)?;
             match retry_attention(&conn, command, deadline) {
-                Ok(reply) => return Ok(reply),
+                Ok(reply) => {
+                    // The holder is refused only when it is not the holder any more. (0x5E, 0x5F: PERSISTENT RESERVE.)
+                    let asks = matches!(command.cdb[0], 0x5E | 0x5F);
+                    let holding = || self.holding.lock().is_ok_and(|h| h.is_some());
+                    if reply.status == RESERVATION_CONFLICT && !asks && holding() {
+                        self.lost.store(true, Ordering::SeqCst);
+                    }
+                    return Ok(reply);
+                }
                 Err(e) if Instant::now() >= deadline => return Err(e),
                 Err(e) => log::debug!("{e}; the request is repeated"),
             }
         }
     }
+}
+
+/// Open sessions anew from here on, as another process would (for tests).
+pub fn forget_sessions() {
+    SESSIONS.lock().unwrap_or_else(PoisonError::into_inner).clear();
 }
 
 /// The program ends: let every LUN go that this process still holds.

@@ -1,7 +1,5 @@
 //! Making new images.
 
-use std::fs::File;
-use std::io::Write;
 use std::path::Path;
 
 use crate::BlockError;
@@ -11,6 +9,28 @@ pub fn create_overlay(path: &Path, size: u64, backing: Option<(&str, &str)>) -> 
     let cluster = 65536u64;
     let l1_entries = size.div_ceil(cluster * cluster / 8).max(1);
     let l1_clusters = (l1_entries * 8).div_ceil(cluster);
+    let head = head(path, size, l1_entries, cluster, backing)?;
+    let mut all = vec![0u8; ((3 + l1_clusters) * cluster) as usize];
+    all[..head.len()].copy_from_slice(&head);
+    all[cluster as usize..cluster as usize + 8].copy_from_slice(&(2 * cluster).to_be_bytes());
+    for i in 0..(3 + l1_clusters) as usize {
+        let at = 2 * cluster as usize + 2 * i;
+        all[at..at + 2].copy_from_slice(&1u16.to_be_bytes());
+    }
+    let open = |source| BlockError::Open { path: path.to_owned(), source };
+    let (files, name) = crate::files::beside(path).map_err(open)?;
+    files.create(&name, &all).map_err(open)?;
+    Ok(())
+}
+
+/// The header of such an image, with what follows it in the first cluster.
+pub(super) fn head(
+    path: &Path,
+    size: u64,
+    l1_entries: u64,
+    cluster: u64,
+    backing: Option<(&str, &str)>,
+) -> Result<Vec<u8>, BlockError> {
     let mut head = Vec::new();
     head.extend_from_slice(super::MAGIC);
     let put32 = |h: &mut Vec<u8>, v: u32| h.extend(v.to_be_bytes());
@@ -51,16 +71,5 @@ pub fn create_overlay(path: &Path, size: u64, backing: Option<(&str, &str)>) -> 
     put32(&mut head, 104);
     head.extend(extensions);
     head.extend(name);
-    let mut all = vec![0u8; ((3 + l1_clusters) * cluster) as usize];
-    all[..head.len()].copy_from_slice(&head);
-    all[cluster as usize..cluster as usize + 8].copy_from_slice(&(2 * cluster).to_be_bytes());
-    for i in 0..(3 + l1_clusters) as usize {
-        let at = 2 * cluster as usize + 2 * i;
-        all[at..at + 2].copy_from_slice(&1u16.to_be_bytes());
-    }
-    let open = |source| BlockError::Open { path: path.to_owned(), source };
-    let mut file = File::options().write(true).create_new(true).open(path).map_err(open)?;
-    file.write_all(&all)?;
-    file.sync_all()?;
-    Ok(())
+    Ok(head)
 }

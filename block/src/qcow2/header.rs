@@ -38,6 +38,8 @@ pub struct Header {
     pub snapshots: u32,
     pub autoclear: u64,
     pub backing: Option<PathBuf>,
+    /// The name of the backing file as it is written.
+    pub backing_text: Option<String>,
     pub backing_format: Option<String>,
 }
 
@@ -88,6 +90,7 @@ impl Header {
             snapshots: be32(&raw, 60),
             autoclear,
             backing: None,
+            backing_text: None,
             backing_format: None,
         };
         if incompat != 0 {
@@ -151,9 +154,11 @@ impl Header {
                 .ok_or_else(|| bad("backing file name is misplaced".into()))?;
             let name =
                 String::from_utf8(name.to_vec()).map_err(|_| bad("backing file name is not UTF-8".into()))?;
-            let name = PathBuf::from(name.strip_prefix("file:").unwrap_or(&name));
+            let plain = PathBuf::from(name.strip_prefix("file:").unwrap_or(&name));
+            let is_url = name.starts_with("nfs://") || name.starts_with("iscsi://");
             let dir = file.path().parent().unwrap_or(std::path::Path::new(""));
-            self.backing = Some(dir.join(name));
+            self.backing = Some(if is_url { plain } else { dir.join(plain) });
+            self.backing_text = Some(name);
         }
         Ok(self)
     }

@@ -208,8 +208,37 @@ impl Qcow2 {
     }
 
     /// Read what is not in this image from `backing`, an image of the same contents as the one so far.
-    pub(crate) fn set_backing(&mut self, backing: Arc<dyn Image>) {
-        self.backing = Some(backing);
+    pub(crate) fn set_backing(&mut self, backing: Option<Arc<dyn Image>>) {
+        self.backing = backing;
+    }
+
+    /// The image below, if there is one.
+    pub(crate) fn backing_image(&self) -> Option<Arc<dyn Image>> {
+        self.backing.clone()
+    }
+
+    /// Name and format of the image below, as the header has them.
+    pub(crate) fn backing_name(&self) -> Option<(String, String)> {
+        let name = self.header.backing_text.clone()?;
+        Some((name, self.header.backing_format.clone().unwrap_or_else(|| "raw".into())))
+    }
+
+    /// Whether the image has internal snapshots.
+    pub fn has_snapshots(&self) -> bool {
+        self.header.snapshots > 0
+    }
+
+    /// Name another image below (or none) in the header of an image that [`create_overlay`] made. The write is one
+    /// sector, or several of which only the first counts: it is there or not.
+    pub(crate) fn name_backing(&self, backing: Option<(&str, &str)>) -> Result<(), BlockError> {
+        let (path, h) = (self.file.path(), &self.header);
+        let mut raw = vec![0u8; 104];
+        self.file.read_at(0, &mut raw)?;
+        let mut head = create::head(path, h.size, u64::from(h.l1_size), self.cluster(), backing)?;
+        // Tables may have moved since.
+        head[36..64].copy_from_slice(&raw[36..64]);
+        self.file.write_at(0, &head)?;
+        Ok(self.file.sync()?)
     }
 
     /// Whether the cluster at `guest` is in this image (not in its backing image).

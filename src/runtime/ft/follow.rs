@@ -326,6 +326,7 @@ fn wait(rt: &mut Runtime) -> Option<Outcome> {
 fn go_live(rt: &mut Runtime) -> Option<Outcome> {
     let outside = Arc::clone(&rt.outside);
     let events = rt.events.clone();
+    rt.shared.backends().take_note(rt.machine.note());
     let (f, common) = role(rt)?;
     let (heard, asked) = f.asked_at.take().unwrap_or_else(|| (common.now(), common.now()));
     while let Err(e) = (f.host.attach)(&outside, &events) {
@@ -333,7 +334,11 @@ fn go_live(rt: &mut Runtime) -> Option<Outcome> {
         std::thread::sleep(Duration::from_millis(200));
     }
     let unsent: Vec<Output> = f.outputs.drain(..).map(|(_, o)| o).collect();
-    let (macs, addresses) = (f.host.macs.clone(), f.addresses.clone());
+    let (mut macs, addresses) = (f.host.macs.clone(), f.addresses.clone());
+    for (index, nic) in common.shared.backends().hot_nics() {
+        macs.resize(macs.len().max(index + 1), nic.mac);
+        macs[index] = nic.mac;
+    }
     let request = f.asked.take();
     let (number, reason) = (f.epoch.number, std::mem::take(&mut f.reason));
     if let Ok(mut core) = f.core.lock() {

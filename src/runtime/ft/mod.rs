@@ -203,8 +203,8 @@ pub fn on_event(rt: &mut Runtime, event: FtEvent) -> Option<Outcome> {
 }
 
 /// Do what the user wants of the pair.
-pub fn wish(rt: &mut Runtime, wish: FtWish) -> Option<Outcome> {
-    primary::wish(rt, wish)
+pub fn wish(rt: &mut Runtime, wish: FtWish) {
+    primary::wish(rt, wish);
 }
 
 /// What a live side does beside running the machine: synchronize a new backup, keep the status.

@@ -224,11 +224,8 @@ fn welcome(
         std::io::Write::write_all(stream, &wire::encode(&Message::Refuse { reason: reason.clone() })?)?;
         Err(WireError::Format(reason))
     };
-    let port;
-    match wire::read(&mut stream)?.0 {
-        Message::Hello { protocol: PROTOCOL, version, port: p } if version == env!("CARGO_PKG_VERSION") => {
-            port = p
-        }
+    let port = match wire::read(&mut stream)?.0 {
+        Message::Hello { protocol: PROTOCOL, version, port: p } if version == env!("CARGO_PKG_VERSION") => p,
         Message::Hello { protocol, version, .. } => {
             return refuse(
                 &mut stream,
@@ -239,7 +236,7 @@ fn welcome(
             );
         }
         _ => return Err(WireError::Format("the first message is not a greeting".into())),
-    }
+    };
     if suspended.load(Ordering::SeqCst) {
         return refuse(
             &mut stream,
@@ -616,9 +613,9 @@ fn finish_copy(rt: &mut Runtime) -> Option<()> {
 }
 
 /// What the user wants of the pair; the caller has looked whether the state allows it.
-pub fn wish(rt: &mut Runtime, wish: FtWish) -> Option<Outcome> {
-    let (p, _) = role(rt)?;
-    let Ok(mut core) = p.core.lock() else { return None };
+pub fn wish(rt: &mut Runtime, wish: FtWish) {
+    let Some((p, _)) = role(rt) else { return };
+    let Ok(mut core) = p.core.lock() else { return };
     let actions = match wish {
         FtWish::Suspend => {
             p.suspended.store(true, Ordering::SeqCst);
@@ -637,5 +634,7 @@ pub fn wish(rt: &mut Runtime, wish: FtWish) -> Option<Outcome> {
         }
     };
     drop(core);
-    actions.into_iter().find_map(|a| act(rt, a))
+    for action in actions {
+        act(rt, action);
+    }
 }

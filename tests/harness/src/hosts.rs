@@ -54,6 +54,41 @@ impl Network {
         Ok(net)
     }
 
+    /// Add the storage host; its namespace.
+    pub fn add_storage(&mut self) -> Result<String> {
+        self.add("st")?;
+        self.connect("st", "eth0")?;
+        let ns = self.name("st");
+        ip(&format!("-n {ns} addr add {}/24 dev eth0", Self::storage_address()))?;
+        Ok(ns)
+    }
+
+    /// Address of the storage host.
+    pub fn storage_address() -> &'static str {
+        "10.77.0.9"
+    }
+
+    /// The client's namespace.
+    pub fn client_name(&self) -> String {
+        self.name("cl")
+    }
+
+    /// Cut host `i` from the storage host (from nobody else), or join them again.
+    pub fn cut_storage(&self, i: usize, cut: bool) -> Result<()> {
+        let state = if cut { "on" } else { "off" };
+        let sw = self.name("sw");
+        for port in [format!("p-{}", Self::short(i)), "p-st".to_owned()] {
+            run("ip", &["netns", "exec", &sw, "bridge", "link", "set", "dev", &port, "isolated", state])?;
+        }
+        Ok(())
+    }
+
+    /// Plug or unplug the storage host's cable at the switch.
+    pub fn set_storage_link(&self, up: bool) -> Result<()> {
+        let state = if up { "up" } else { "down" };
+        ip(&format!("-n {} link set p-st {state}", self.name("sw")))
+    }
+
     fn short(i: usize) -> String {
         format!("h{}", (b'a' + i as u8) as char)
     }
@@ -124,6 +159,11 @@ impl Network {
         let path = format!("/run/netns/{}", self.name("cl"));
         let file = File::open(&path).map_err(|e| format!("{path}: {e}"))?;
         nix::sched::setns(file, nix::sched::CloneFlags::CLONE_NEWNET).map_err(|e| format!("setns: {e}"))
+    }
+
+    /// A handle that threads can use to enter the network of host `i`.
+    pub fn host(&self, i: usize) -> ClientNet {
+        ClientNet(format!("/run/netns/{}", self.name(&Self::short(i))))
     }
 
     /// A handle that threads can use to enter the client's network.

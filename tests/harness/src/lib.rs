@@ -4,8 +4,10 @@
 pub mod client;
 pub mod guests;
 pub mod hosts;
+pub mod libvirt;
 pub mod pair;
 pub mod qmp;
+pub mod storage;
 pub mod vm;
 
 use std::time::{Duration, Instant};

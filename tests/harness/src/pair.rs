@@ -8,6 +8,7 @@ use nix::sys::signal::Signal;
 use crate::client::{Client, Seen};
 use crate::hosts::{Network, GUEST};
 use crate::qmp::Qmp;
+use crate::storage::{qemu_img, Kind, Server};
 use crate::vm::Vm;
 use crate::{guests, Result, Scratch};
 
@@ -15,7 +16,10 @@ use crate::{guests, Result, Scratch};
 pub struct Pair {
     pub net: Network,
     pub scratch: Scratch,
+    /// The image as the hosts name it.
     pub image: String,
+    /// Where it lies, if not on a path.
+    pub server: Option<Server>,
     /// The program on each host.
     pub hosts: [Option<Vm>; 2],
     /// The host on which the machine lives.
@@ -35,8 +39,19 @@ pub enum Guest {
 impl Pair {
     /// Start a primary on host 0 and wait until the guest serves.
     pub fn start(name: &str, guest: Guest, ft_options: &str) -> Result<Pair> {
+        Self::start_on(name, guest, ft_options, Kind::Path, "")
+    }
+
+    /// As `start`, with the image on a storage server; `drive_options` follow its name.
+    pub fn start_on(
+        name: &str,
+        guest: Guest,
+        ft_options: &str,
+        storage: Kind,
+        drive_options: &str,
+    ) -> Result<Pair> {
         let scratch = Scratch::new(name)?;
-        let image = scratch.path("vm.qcow2");
+        let mut image = scratch.path("vm.qcow2");
         let mut args: Vec<String> = Vec::new();
         let mark = match guest {
             Guest::Tiny => {
@@ -57,9 +72,16 @@ impl Pair {
                 "GUEST READY"
             }
         };
+        let mut net = Network::new(2)?;
+        let mut server = None;
+        if storage != Kind::Path {
+            let started = Server::start(storage, &mut net, &scratch, &[&image], 256 << 20)?;
+            image = started.url("vm.qcow2");
+            server = Some(started);
+        }
         for a in [
             "-drive",
-            &format!("file={image},if=virtio"),
+            &format!("file={image}{drive_options},if=virtio"),
             "-netdev",
             TAP,
             "-device",
@@ -67,11 +89,11 @@ impl Pair {
         ] {
             args.push(a.to_owned());
         }
-        let net = Network::new(2)?;
         let mut pair = Pair {
             net,
             scratch,
             image,
+            server,
             hosts: [None, None],
             live: 0,
             ft_options: ft_options.to_owned(),
@@ -289,8 +311,24 @@ impl Pair {
         self.check_image()
     }
 
+    /// Wait until what the last takeover left is merged into the image.
+    pub fn settle(&mut self) -> Result<()> {
+        let Some(server) = &self.server else {
+            std::thread::sleep(Duration::from_secs(2));
+            return Ok(());
+        };
+        let overlay = format!("{}/vm.qcow2.ft", server.export());
+        let left = || (1..17).any(|n| std::path::Path::new(&format!("{overlay}{n}")).exists());
+        crate::wait_for("merging", Duration::from_secs(60), || (!left()).then_some(()))
+            .map_err(|e| format!("{e}\n{}", self.logs()))
+    }
+
     /// `qemu-img check` finds nothing, and no overlay is left.
     pub fn check_image(&self) -> Result<()> {
+        if self.server.is_some() {
+            qemu_img(&self.net, &["check", "-f", "qcow2", &self.image])?;
+            return Ok(());
+        }
         guests::run("qemu-img", &["check", &self.image])?;
         let overlay = format!("{}.ft1", self.image);
         if std::path::Path::new(&overlay).exists() {

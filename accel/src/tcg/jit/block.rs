@@ -147,7 +147,10 @@ impl Compiler<'_> {
             k => k.effects().reads | k.effects().writes == 0,
         };
         let neutral = if neutral { NEUTRAL } else { 0 };
-        let place = (self.at as u32) | neutral | self.block.count << 16;
+        // What follows in the code of these jumps, wherever they lead.
+        let jumps = matches!(self.kinds[i], Kind::Ret { .. } | Kind::Indirect { .. });
+        let jumps = if jumps { JUMPS } else { 0 };
+        let place = (self.at as u32) | neutral | jumps | self.block.count << 16;
         let op = &self.block.ops[i] as *const Op as u64;
         self.a.constant(RAX, op);
         self.a.constant(RDI, place as u64);

@@ -250,8 +250,10 @@ fn flags_from_raw(raw: u64) -> u64 {
 
 /// `place` of [`step`]: the instruction has nothing to do with the arithmetic flags.
 const NEUTRAL: u32 = 1 << 15;
+/// `place` of [`step`]: an indirect jump; even one to the next instruction does not just go on.
+const JUMPS: u32 = 1 << 14;
 
-/// Run one instruction by its handler. `place`: the offset of its block in its page (bits 0..11), [`NEUTRAL`],
+/// Run one instruction by its handler. `place`: the offset of its block in its page (bits 0..11), [`NEUTRAL`], [`JUMPS`],
 /// and the number of the block's instructions (from bit 16). Returns 0 to go on, or why to leave.
 unsafe extern "sysv64" fn step(c: *mut SoftCpu, op: *const Op, place: u32) -> u32 {
     // SAFETY: compiled code passes the processor that `run_code` was called with, whose other references are
@@ -302,7 +304,7 @@ unsafe extern "sysv64" fn step(c: *mut SoftCpu, op: *const Op, place: u32) -> u3
         let same = g[KEY] == c.jump_key;
         g[KEY] = c.jump_key;
         g[RIP_OUT] = c.rip;
-        let on = c.rip == next && !c.end.is_null() && same;
+        let on = place & JUMPS == 0 && c.rip == next && !c.end.is_null() && same;
         keep(c);
         return if on { 0 } else { JUMP };
     }

@@ -1,0 +1,403 @@
+//! Real storage servers, nfs-ganesha by `nfs://` and tgtd by `iscsi://`, each on a host of its own (a network
+//! namespace): what the block layer does with them, and protected machines on them. The primary is killed, cut
+//! off, and paused; writes come late; servers are restarted and out of reach.
+
+use std::path::Path;
+use std::sync::{Arc, Barrier};
+use std::time::Duration;
+
+use ftvm::lockstep::{lun_lock, Arbiter, Epoch, FileLock, LunArbiter, Side, Verdict};
+use ftvm_block::takeover::Takeover;
+use ftvm_block::{BlockError, Image, OpenOptions, Reserve};
+use ftvm_harness::hosts::{become_root, Network};
+use ftvm_harness::pair::{Clients, Guest, Pair};
+use ftvm_harness::storage::{qemu_img, Kind, Server, CHAP};
+use ftvm_harness::vm::Vm;
+use ftvm_harness::{guests, Result, Scratch};
+use serde_json::Value;
+
+const WAIT: Duration = Duration::from_secs(60);
+
+fn text(e: impl std::fmt::Display) -> String {
+    e.to_string()
+}
+
+fn ensure(what: &str, ok: bool) -> Result<()> {
+    ok.then_some(()).ok_or_else(|| format!("not so: {what}"))
+}
+
+/// A network with a server whose only file (or LUN 1) is an empty qcow2 image, and for iSCSI a second LUN.
+fn served(name: &str, kind: Kind) -> Result<(Network, Scratch, Server)> {
+    let scratch = Scratch::new(name)?;
+    let mut net = Network::new(2)?;
+    let (image, other) = (scratch.path("vm.qcow2"), scratch.path("lun2"));
+    guests::run("qemu-img", &["create", "-q", "-f", "qcow2", &image, "64M"])?;
+    std::fs::write(&other, [0; 4096]).map_err(text)?;
+    let server = Server::start(kind, &mut net, &scratch, &[&image, &other], 32 << 20)?;
+    Ok((net, scratch, server))
+}
+
+/// Run `work` on host `i`.
+fn on_host<R: Send>(net: &Network, i: usize, work: impl FnOnce() -> Result<R> + Send) -> Result<R> {
+    let host = net.host(i);
+    std::thread::scope(|s| {
+        let thread = s.spawn(move || {
+            host.enter()?;
+            work()
+        });
+        thread.join().map_err(|_| "panicked".to_owned())?
+    })
+}
+
+fn holds(image: &dyn Image, at: u64, byte: u8) -> Result<()> {
+    let mut buf = vec![0; 4096];
+    image.read_at(at, &mut buf).map_err(text)?;
+    ensure(&format!("{byte:#x} at {at}, found {:#x}", buf[0]), buf == vec![byte; 4096])
+}
+
+/// Logging in with and without a password; two hosts that race for the reservation; what a loser still writes.
+fn iscsi_reservations() -> Result<()> {
+    let (net, _scratch, server) = served("reservations", Kind::Iscsi)?;
+    on_host(&net, 0, || {
+        let open = |url: String| ftvm_block::open(Path::new(&url), &OpenOptions::default()).map(|i| i.size());
+        ensure("the right password", open(server.chap_url(1, CHAP.0, CHAP.1)).is_ok())?;
+        for (user, secret) in [(CHAP.0, "another-secret16"), ("nobody", CHAP.1)] {
+            let e = open(server.chap_url(1, user, secret)).err().map(text).unwrap_or_default();
+            ensure(&e, e.contains("does not accept the user or password") && !e.contains(secret))?;
+        }
+        let none = server.chap_url(1, "", "").replace("%@", "");
+        ensure("no password", open(none).is_err())?;
+        Ok(())
+    })?;
+    // A barrier a round: each side tries to win the pairing; exactly one does.
+    for round in 0..60u32 {
+        let token = format!("token{round}");
+        let epoch = Epoch { number: u64::from(round), token };
+        let url = |side: &str| format!("{}?initiator-name=iqn.x:{side}{round}", server.lun(2));
+        let (a, b) = (url("a"), url("b"));
+        let free = Reserve::Free(lun_lock::alone("start"));
+        let options = OpenOptions { reserve: free, format: Some("raw".into()), ..OpenOptions::default() };
+        on_host(&net, 0, || {
+            let image = ftvm_block::open(Path::new(&a), &options).map_err(text)?;
+            let (first, second) = (
+                LunArbiter::open(&a, "a".into()).map_err(text)?,
+                LunArbiter::open(&b, "b".into()).map_err(text)?,
+            );
+            first.claim(&epoch, Side::Primary).map_err(text)?;
+            ensure("the claim is seen", second.sees_peer(&epoch, Side::Backup).map_err(text)?)?;
+            second.claim(&epoch, Side::Backup).map_err(text)?;
+            let barrier = Barrier::new(2);
+            let contest = |arbiter: &LunArbiter, side| {
+                barrier.wait();
+                for _ in 0..50 {
+                    if let Ok(verdict) = arbiter.try_win(&epoch, side) {
+                        return Some(verdict);
+                    }
+                }
+                None
+            };
+            let (one, two) = std::thread::scope(|s| {
+                let one = s.spawn(|| contest(&first, Side::Primary));
+                let two = s.spawn(|| contest(&second, Side::Backup));
+                (one.join().ok().flatten(), two.join().ok().flatten())
+            });
+            let won = [one, two].iter().filter(|v| **v == Some(Verdict::Won)).count();
+            let lost = [one, two].iter().filter(|v| **v == Some(Verdict::Lost)).count();
+            ensure(&format!("one winner in round {round}: {one:?} {two:?}"), won == 1 && lost == 1)?;
+            ensure(
+                "the winner wins again",
+                [
+                    first.try_win(&epoch, Side::Primary).map_err(text)?,
+                    second.try_win(&epoch, Side::Backup).map_err(text)?,
+                ] == [one.unwrap_or(Verdict::Lost), two.unwrap_or(Verdict::Lost)],
+            )?;
+            let written = image.write_at(0, &[7; 512]).is_ok();
+            ensure("only the winner writes", written == (one == Some(Verdict::Won)))?;
+            drop(image);
+            ftvm_block::iscsi::release_all();
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// A primary is cut off with a write on its way; the other host takes over and writes; the cable is plugged in
+/// again. On NFS the old write lands, where nobody looks; on iSCSI the target refuses it.
+fn late_write(kind: Kind) -> Result<()> {
+    let (net, _scratch, server) = served("late", kind)?;
+    let url = server.url("vm.qcow2");
+    let path = Path::new(&url);
+    let open = |seize: bool| -> std::result::Result<Box<dyn Image>, BlockError> {
+        let key = lun_lock::alone(if seize { "second" } else { "first" });
+        let reserve = if seize { Reserve::Seize(key) } else { Reserve::Free(key) };
+        let options = OpenOptions { reserve, ..OpenOptions::default() };
+        match kind {
+            Kind::Iscsi => ftvm_block::open(path, &options),
+            _ => Ok(Box::new(Takeover::open(path, &options, seize)?)),
+        }
+    };
+    let old = on_host(&net, 0, || {
+        let old = open(false).map_err(text)?;
+        old.write_at(0, &[0xA1; 4096]).and_then(|()| old.write_at(1 << 20, &[0xA2; 4096])).map_err(text)?;
+        old.flush().map_err(text)?;
+        Ok(old)
+    })?;
+    let old: Arc<dyn Image> = Arc::from(old);
+    net.cut_storage(0, true)?;
+    let (late, host) = (Arc::clone(&old), net.host(0));
+    let writer = std::thread::spawn(move || {
+        host.enter()?;
+        let done = late.write_at(0, &[0xA3; 4096]).and_then(|()| late.flush());
+        Ok::<_, String>(done.map_err(text))
+    });
+    std::thread::sleep(Duration::from_millis(500));
+    let new = on_host(&net, 1, || {
+        // A second session of this process must be a session of its own, as another host's is.
+        ftvm_block::iscsi::forget_sessions();
+        ftvm_block::nfs::forget_clients();
+        let new = open(true).map_err(text)?;
+        holds(new.as_ref(), 0, 0xA1)?;
+        holds(new.as_ref(), 1 << 20, 0xA2)?;
+        new.write_at(0, &[0xB1; 4096]).and_then(|()| new.write_at(2 << 20, &[0xB2; 4096])).map_err(text)?;
+        new.flush().map_err(text)?;
+        Ok(new)
+    })?;
+    net.cut_storage(0, false)?;
+    let written = writer.join().map_err(|_| "panicked")??;
+    println!("{kind:?}: the late write ended with {written:?}");
+    match kind {
+        Kind::Iscsi => ensure("the late write is refused", written.is_err())?,
+        _ => ensure("the late write lands", written.is_ok())?,
+    }
+    on_host(&net, 1, || {
+        for _ in 0..200 {
+            holds(new.as_ref(), 0, 0xB1)?;
+            holds(new.as_ref(), 1 << 20, 0xA2)?;
+            if !new.background() {
+                break;
+            }
+        }
+        // Again, behind everything.
+        let again = old.write_at(2 << 20, &[0xA4; 4096]).and_then(|()| old.flush());
+        println!("{kind:?}: another one with {:?}", again.as_ref().map_err(text));
+        holds(new.as_ref(), 2 << 20, 0xB2)?;
+        drop(new);
+        Ok(())
+    })?;
+    drop(old);
+    ftvm_block::iscsi::release_all();
+    qemu_img(&net, &["check", &url])?;
+    on_host(&net, 1, || {
+        let look = OpenOptions { read_only: true, ..OpenOptions::default() };
+        let image = ftvm_block::open(path, &look).map_err(text)?;
+        holds(image.as_ref(), 0, 0xB1)?;
+        holds(image.as_ref(), 1 << 20, 0xA2)?;
+        holds(image.as_ref(), 2 << 20, 0xB2)
+    })
+}
+
+fn iscsi_late_write() -> Result<()> {
+    late_write(Kind::Iscsi)
+}
+
+fn nfs_late_write() -> Result<()> {
+    late_write(Kind::Nfs)
+}
+
+/// The lock file on a server: one winner in every race.
+fn nfs_locks() -> Result<()> {
+    let (net, _scratch, server) = served("locks", Kind::Nfs)?;
+    let path = server.url("vm.qcow2.ftlock");
+    on_host(&net, 0, || {
+        for round in 0..100 {
+            let epoch = Epoch { number: round, token: format!("tok{round}") };
+            let lock = FileLock::new(&path).map_err(text)?;
+            for side in [Side::Primary, Side::Backup] {
+                lock.claim(&epoch, side).map_err(text)?;
+            }
+            ensure("the claim is seen", lock.sees_peer(&epoch, Side::Backup).map_err(text)?)?;
+            let barrier = Barrier::new(2);
+            let contest = |side| {
+                barrier.wait();
+                lock.try_win(&epoch, side).ok()
+            };
+            let verdicts = std::thread::scope(|s| {
+                let one = s.spawn(|| contest(Side::Primary));
+                let two = s.spawn(|| contest(Side::Backup));
+                [one.join().ok().flatten(), two.join().ok().flatten()]
+            });
+            let ok = verdicts.contains(&Some(Verdict::Won)) && verdicts.contains(&Some(Verdict::Lost));
+            ensure(&format!("one winner in round {round}: {verdicts:?}"), ok)?;
+            ensure("a claim is not made twice", lock.claim(&epoch, Side::Primary).is_err() || ok)?;
+            lock.retire(&epoch);
+            let after = lock.try_win(&epoch, Side::Primary).map_err(text)?;
+            ensure("nobody wins afterwards", after == Verdict::Lost)?;
+        }
+        Ok(())
+    })
+}
+
+fn clients(pair: &Pair, tag: &str) -> Clients {
+    Clients::start(pair, 8080, "HTTP/1.1 200", tag)
+}
+
+/// The primary is killed, paused, and cut from its peer; the server is restarted and out of reach for a while.
+fn failovers(kind: Kind) -> Result<()> {
+    let mut pair = Pair::start_on("storage", Guest::Tiny, "", kind, "")?;
+    let clients = clients(&pair, "storage");
+    let step = |pair: &Pair, more: u64| {
+        clients.wait_progress(more, WAIT).map_err(|e| format!("{e}\n{}", pair.logs()))
+    };
+    pair.protect()?;
+    step(&pair, 20)?;
+    let ft = pair.kill_primary()?;
+    println!("{kind:?}: killed, failover {}", ft["last-failover"]);
+    step(&pair, 20)?;
+    pair.protect()?;
+    if let Some(server) = &mut pair.server {
+        server.kill();
+        std::thread::sleep(Duration::from_millis(700));
+        server.launch()?;
+    }
+    step(&pair, 10)?;
+    pair.net.set_storage_link(false)?;
+    std::thread::sleep(Duration::from_secs(2));
+    pair.net.set_storage_link(true)?;
+    step(&pair, 10)?;
+    println!("{kind:?}: server restarted and cut off");
+    let ft = pair.stall_primary(Duration::from_secs(2))?;
+    println!("{kind:?}: paused, failover {}", ft["last-failover"]);
+    step(&pair, 20)?;
+    pair.protect()?;
+    step(&pair, 10)?;
+    pair.cut_apart()?;
+    println!("{kind:?}: cut apart");
+    step(&pair, 20)?;
+    clients.finish()?;
+    pair.settle()?;
+    pair.finish(false)
+}
+
+fn iscsi_failovers() -> Result<()> {
+    failovers(Kind::Iscsi)
+}
+
+fn nfs_failovers() -> Result<()> {
+    failovers(Kind::Nfs)
+}
+
+/// The storage is gone for longer than a request may wait: `werror=stop` stops the machine, on both sides; whoever
+/// is live when it is back goes on with `cont`, and nothing is lost.
+fn long_outage() -> Result<()> {
+    let options = "?timeout=2,werror=stop,rerror=stop";
+    let mut pair = Pair::start_on("outage", Guest::Tiny, "", Kind::Nfs, options)?;
+    let clients = clients(&pair, "outage");
+    pair.protect()?;
+    clients.wait_progress(20, WAIT)?;
+    for kill in [false, true] {
+        let mut qmp = pair.qmp()?;
+        pair.net.set_storage_link(false)?;
+        let event = qmp.wait_event("BLOCK_IO_ERROR", WAIT)?;
+        ensure(&event.to_string(), event["data"]["action"] == "stop" && event["data"]["nospace"] == false)?;
+        qmp.wait_event("STOP", WAIT)?;
+        ensure("io-error", qmp.command("query-status", Value::Null)?["status"] == "io-error")?;
+        pair.net.set_storage_link(true)?;
+        if kill {
+            pair.kill_primary()?;
+            qmp = pair.qmp()?;
+            ensure("stopped", qmp.command("query-status", Value::Null)?["running"] == false)?;
+        }
+        qmp.command("cont", Value::Null)?;
+        clients.wait_progress(20, WAIT).map_err(|e| format!("{e}\n{}", pair.logs()))?;
+    }
+    clients.finish()?;
+    pair.settle()?;
+    pair.finish(false)
+}
+
+/// No space: the machine stops and goes on when there is; `bps=` keeps it slow enough to see.
+fn no_space() -> Result<()> {
+    let scratch = Scratch::new("nospace")?;
+    let dir = scratch.path("small");
+    std::fs::create_dir_all(&dir).map_err(text)?;
+    guests::run("mount", &["-t", "tmpfs", "-o", "size=4m", "tmpfs", &dir])?;
+    let result = (|| {
+        let (image, raw) = (format!("{dir}/vm.qcow2"), scratch.path("fs.raw"));
+        guests::run("truncate", &["-s", "48M", &raw])?;
+        guests::run(
+            "mke2fs",
+            &["-q", "-t", "ext4", "-O", "^metadata_csum_seed,^orphan_file,^has_journal", &raw],
+        )?;
+        guests::run("qemu-img", &["convert", "-q", "-O", "qcow2", &raw, &image])?;
+        let (kernel, initrd) = guests::tiny()?;
+        let drive = format!("file={image},if=virtio,throttling.bps-write=4194304");
+        let args = ["-m", "192M", "-kernel", &kernel, "-initrd", &initrd, "-net", "none", "-drive", &drive];
+        let append = ["-append", "console=ttyS0 quiet disk diskload halt"];
+        let start = std::time::Instant::now();
+        let ftvm = std::process::Command::new(guests::ftvm()?);
+        let mut vm = Vm::start(ftvm, &scratch, "vm", &[&args[..], &append[..]].concat())?;
+        let mut qmp = vm.qmp()?;
+        let event = qmp.wait_event("BLOCK_IO_ERROR", WAIT)?;
+        ensure(&event.to_string(), event["data"]["action"] == "stop" && event["data"]["nospace"] == true)?;
+        guests::run("mount", &["-o", "remount,size=64m", &dir])?;
+        while !vm.text().contains("disk: 8 MiB ok") {
+            if qmp.command("query-status", Value::Null)?["status"] == "io-error" {
+                qmp.command("cont", Value::Null)?;
+            }
+            ensure("the guest goes on", start.elapsed() < WAIT)?;
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        let took = start.elapsed();
+        ensure(&format!("8 MiB at 4 MiB a second in {took:.1?}"), took > Duration::from_millis(1500))?;
+        vm.wait_exit(WAIT)?;
+        guests::run("qemu-img", &["check", &image])?;
+        guests::run("qemu-img", &["convert", "-O", "raw", &image, &raw])?;
+        guests::run("e2fsck", &["-fn", &raw]).map(|_| ())
+    })();
+    let _ = guests::run("umount", &["-l", &dir]);
+    result
+}
+
+type Test = (&'static str, Kind, fn() -> Result<()>);
+
+fn main() {
+    if let Err(e) = become_root() {
+        println!("storage tests skipped: {e}");
+        println!("0 passed, 0 failed");
+        return;
+    }
+    let wanted: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
+    let tests: [Test; 8] = [
+        ("no_space", Kind::Path, no_space),
+        ("iscsi_reservations", Kind::Iscsi, iscsi_reservations),
+        ("iscsi_late_write", Kind::Iscsi, iscsi_late_write),
+        ("iscsi_failovers", Kind::Iscsi, iscsi_failovers),
+        ("nfs_locks", Kind::Nfs, nfs_locks),
+        ("nfs_late_write", Kind::Nfs, nfs_late_write),
+        ("nfs_failovers", Kind::Nfs, nfs_failovers),
+        ("long_outage", Kind::Nfs, long_outage),
+    ];
+    let (mut passed, mut failed) = (0, 0);
+    for (name, kind, test) in tests {
+        if !wanted.is_empty() && !wanted.iter().any(|w| name.contains(w.as_str())) {
+            continue;
+        }
+        if let Some(reason) = Server::unavailable(kind) {
+            println!("test storage::{name} ... skipped: {reason}");
+            continue;
+        }
+        let start = std::time::Instant::now();
+        match test() {
+            Ok(()) => {
+                passed += 1;
+                println!("test storage::{name} ... ok ({:.0?})", start.elapsed());
+            }
+            Err(e) => {
+                failed += 1;
+                println!("test storage::{name} ... FAILED\n{e}");
+            }
+        }
+    }
+    println!("{passed} passed, {failed} failed");
+    std::process::exit(i32::from(failed > 0));
+}
