@@ -391,10 +391,20 @@ fn flip_guest_memory(pid: i32) -> Result<()> {
     let mem = std::fs::OpenOptions::new().read(true).write(true).open(format!("/proc/{pid}/mem"));
     let mem = mem.map_err(|e| format!("/proc/{pid}/mem: {e}"))?;
     let mut page = [0; 4096];
+    let mut flipped = false;
     for at in ((from + (to - from) / 2)..to).step_by(4096) {
-        mem.read_exact_at(&mut page, at).map_err(|e| e.to_string())?;
-        if page.iter().any(|b| *b != 0) {
-            mem.write_all_at(&[page[512] ^ 16], at + 512).map_err(|e| e.to_string())?;
+        let done = mem.read_exact_at(&mut page, at).and_then(|()| {
+            if page.iter().any(|b| *b != 0) {
+                mem.write_all_at(&[page[512] ^ 16], at + 512)?;
+                flipped = true;
+            }
+            Ok(())
+        });
+        match done {
+            Ok(()) => {}
+            // The difference is found already, and the memory given back.
+            Err(_) if flipped => break,
+            Err(e) => return Err(e.to_string()),
         }
     }
     Ok(())
