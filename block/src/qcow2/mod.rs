@@ -265,7 +265,7 @@ impl Qcow2 {
         let state = self.state.lock().map_err(broken)?;
         if state.poisoned {
             return Err(BlockError::Corrupt(
-                "metadata could not be written earlier; the image takes no more writes".into(),
+                "reference counts do not fit the tables; the image takes no more writes".into(),
             ));
         }
         Ok(state)

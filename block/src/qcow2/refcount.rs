@@ -183,6 +183,25 @@ impl Refcounts {
     /// Write what changed, in this order: blocks, barrier, table, barrier, header. A crash in between leaves at
     /// most counts that are too high (leaks). Ends without a barrier for the last step written.
     pub fn write(&mut self, file: &dyn Store) -> Result<Option<(u64, u64)>, BlockError> {
+        let moved = self.moved;
+        let result = self.try_write(file);
+        if result.is_err() {
+            // All of it again the next time.
+            self.blocks.values_mut().for_each(|b| b.dirty = true);
+            self.table_dirty = true;
+            self.moved = moved;
+        }
+        result
+    }
+
+    /// Blocks of [`Self::take_dirty`] could not be written: they are changed still.
+    pub fn redo(&mut self, written: &[(u64, Vec<u8>)]) {
+        for (index, block) in &mut self.blocks {
+            block.dirty |= written.iter().any(|(offset, _)| *offset == self.table[*index]);
+        }
+    }
+
+    fn try_write(&mut self, file: &dyn Store) -> Result<Option<(u64, u64)>, BlockError> {
         for (index, block) in &mut self.blocks {
             if block.dirty {
                 file.write_at(self.table[*index], &block.data)?;

@@ -486,3 +486,105 @@ fn a_power_cut_at_any_moment_loses_nothing_flushed() {
     }
     std::fs::remove_dir_all(d).unwrap();
 }
+
+/// A store on which every few calls fail, until it is mended.
+struct Failing {
+    below: Volatile,
+    rng: std::sync::Mutex<Rng>,
+    mended: std::sync::atomic::AtomicBool,
+}
+
+impl Failing {
+    fn maybe(&self) -> std::io::Result<()> {
+        let mended = self.mended.load(std::sync::atomic::Ordering::SeqCst);
+        if !mended && self.rng.lock().unwrap().below(6) == 0 {
+            return Err(std::io::Error::from_raw_os_error(libc::EIO));
+        }
+        Ok(())
+    }
+}
+
+impl crate::Store for Failing {
+    fn path(&self) -> &Path {
+        self.below.path()
+    }
+    fn length(&self) -> u64 {
+        self.below.length()
+    }
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> std::io::Result<()> {
+        self.below.read_at(offset, buf)
+    }
+    fn write_at(&self, offset: u64, data: &[u8]) -> std::io::Result<()> {
+        self.maybe()?;
+        self.below.write_at(offset, data)
+    }
+    fn grow(&self, length: u64) -> std::io::Result<()> {
+        self.below.grow(length)
+    }
+    fn grows_with_zeroes(&self) -> bool {
+        true
+    }
+    fn zero_range(&self, _: u64, _: u64, _: bool) -> bool {
+        false
+    }
+    fn punch(&self, offset: u64, len: u64) {
+        self.below.punch(offset, len);
+    }
+    fn sync(&self) -> std::io::Result<()> {
+        self.maybe()?;
+        self.below.sync()
+    }
+}
+
+/// Requests fail, at any step of theirs, and are tried again (`werror=stop` and `cont`): nothing is lost.
+#[test]
+fn what_failed_can_be_tried_again() {
+    let d = dir("failing");
+    let path = d.join("f.qcow2");
+    for (round, shape) in ["cluster_size=512", "cluster_size=4096,refcount_bits=64"].into_iter().enumerate() {
+        assert!(qemu_img(&["create", "-q", "-f", "qcow2", "-o", shape, path.to_str().unwrap(), "1M"]));
+        let below = Volatile {
+            path: path.clone(),
+            safe: std::sync::Mutex::new(std::fs::read(&path).unwrap()),
+            cached: Default::default(),
+        };
+        let rng = std::sync::Mutex::new(Rng(31 + round as u64));
+        let store = std::sync::Arc::new(Failing { below, rng, mended: Default::default() });
+        let options = OpenOptions { discard: true, locking: false, ..OpenOptions::default() };
+        let image = super::Qcow2::over(std::sync::Arc::clone(&store) as _, &options, 0).unwrap();
+        let mut model = vec![0u8; 1 << 20];
+        let mut rng = Rng(77);
+        let mut failed = 0;
+        {
+            let image: &dyn crate::Image = &image;
+            let mut again = |what: &dyn Fn() -> Result<(), crate::BlockError>| {
+                while what().is_err() {
+                    failed += 1;
+                    assert!(failed < 20_000);
+                }
+            };
+            for _ in 0..400 {
+                let at = rng.below(2000) as usize * 512;
+                let len = (512 * (1 + rng.below(20)) as usize).min(model.len() - at);
+                match rng.below(8) {
+                    0 | 1 => again(&|| image.flush()),
+                    2 => {
+                        again(&|| image.write_zeroes(at as u64, len as u64, true));
+                        model[at..at + len].fill(0);
+                    }
+                    _ => {
+                        let data = vec![rng.next() as u8; len];
+                        again(&|| image.write_at(at as u64, &data));
+                        model[at..at + len].copy_from_slice(&data);
+                    }
+                }
+            }
+        }
+        assert!(failed > 50, "{failed}");
+        store.mended.store(true, std::sync::atomic::Ordering::SeqCst);
+        drop(image);
+        std::fs::write(&path, store.below.now()).unwrap();
+        verify(&path, &model);
+    }
+    std::fs::remove_dir_all(d).unwrap();
+}
