@@ -222,120 +222,157 @@ impl Bus for Ports {
     }
 }
 
+/// A run: what to boot, how far, and what must not matter.
+pub struct Boot {
+    pub kernel: Vec<u8>,
+    pub initrd: Vec<u8>,
+    pub line: String,
+    /// Virtual nanoseconds.
+    pub until: u64,
+    pub model: CpuModel,
+    /// Cut the run into calls of up to so many instructions; 0: do not.
+    pub chunk: u64,
+    pub tier: Option<Tier>,
+}
+
+/// What came of it.
+pub struct Done {
+    pub instructions: u64,
+    pub position: u64,
+    pub hash: u64,
+    pub registers: String,
+}
+
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let args: Vec<String> = std::env::args().collect();
     if args.len() < 4 {
-        return Err("linux KERNEL INITRD CMDLINE [MILLIONS] [CPU]".into());
+        return Err("linux KERNEL INITRD CMDLINE [MILLIONS] [CPU] [CHUNK] [TIER]".into());
     }
     let millions: u64 = args.get(4).map_or(Ok(20_000), |s| s.parse())?;
-    let model = CpuModel::parse(args.get(5).map_or("qemu64", |s| s))?;
-    let chunk: u64 = args.get(6).map_or(Ok(0), |s| s.parse())?;
-    let mut seed = 1u64;
-    const SIZE: u64 = 256 << 20;
-    let mem = GuestMemory::new(SIZE)?;
-    let mut rom = vec![0u8; 65536];
-    rom[0xFF00..0xFF00 + STUB.len()].copy_from_slice(&STUB);
-    rom[0xFFF0..0xFFF5].copy_from_slice(&[0xEA, 0x00, 0xFF, 0x00, 0xF0]);
-    mem.set_firmware(rom)?;
-    let kernel = std::fs::read(&args[1])?;
-    let initrd = std::fs::read(&args[2])?;
-    let setup = (kernel[0x1F1] as usize).max(4) * 512 + 512;
-    mem.write(0x10_0000, &kernel[setup..])?;
-    let at = (SIZE - initrd.len() as u64 - 0x20_0000) & !0xFFF;
-    mem.write(at, &initrd)?;
-    let mut p = vec![0u8; 4096];
-    p[0x1F1..0x290].copy_from_slice(&kernel[0x1F1..0x290]);
-    p[0x210] = 0xFF;
-    p[0x211] |= 0x81;
-    p[0x218..0x21C].copy_from_slice(&(at as u32).to_le_bytes());
-    p[0x21C..0x220].copy_from_slice(&(initrd.len() as u32).to_le_bytes());
-    p[0x228..0x22C].copy_from_slice(&0x9_1000u32.to_le_bytes());
-    p[0x1E8] = 2;
-    let mut e820 = |i: usize, start: u64, len: u64| {
-        let o = 0x2D0 + 20 * i;
-        p[o..o + 8].copy_from_slice(&start.to_le_bytes());
-        p[o + 8..o + 16].copy_from_slice(&len.to_le_bytes());
-        p[o + 16] = 1;
-    };
-    e820(0, 0, 0x9_FC00);
-    e820(1, 0x10_0000, SIZE - 0x10_0000);
-    mem.write(0x9_0000, &p)?;
-    let mut line = args[3].clone().into_bytes();
-    line.push(0);
-    mem.write(0x9_1000, &line)?;
-
     let tier = match args.get(7).map(String::as_str) {
         None | Some("") => None,
         Some("never") => Some(Tier::Never),
         Some("always") => Some(Tier::AtOnce),
         Some(seed) => Some(Tier::Random(seed.parse()?)),
     };
-    let fresh = || {
-        let mut cpu = SoftCpu::new(0, 1, &model);
-        if let Some(tier) = tier {
-            cpu.set_tier(tier);
-        }
-        cpu
+    let boot = Boot {
+        kernel: std::fs::read(&args[1])?,
+        initrd: std::fs::read(&args[2])?,
+        line: args[3].clone(),
+        until: millions * 1_000_000,
+        model: CpuModel::parse(args.get(5).map_or("qemu64", |s| s))?,
+        chunk: args.get(6).map_or(Ok(0), |s| s.parse())?,
+        tier,
     };
-    let mut cpu = fresh();
-    let mut bus = Ports::default();
-    let mut position = 0;
-    let mut run = 0u64;
     let start = std::time::Instant::now();
-    while position < millions * 1_000_000 && !bus.want {
-        let mut to = (position + 1_000_000).min(millions * 1_000_000);
-        if chunk != 0 {
-            seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-            to = to.min(position + 1 + (seed >> 33) % chunk);
-            if seed >> 40 & 0xFFF == 0 {
-                let saved = cpu.save();
-                cpu = fresh();
-                cpu.load(&saved)?;
-            }
-        }
-        if bus.next != 0 {
-            to = to.min(bus.next.max(position + 1));
-        }
-        if let Some(d) = cpu.next_deadline() {
-            to = to.min(d.max(position + 1));
-        }
-        let r = cpu.run(&mem, &mut bus, position, to - position);
-        bus.rearmed = false;
-        position += r.retired;
-        run += r.retired;
-        if r.exit == Exit::Halt && cpu.is_idle(bus.intr()) {
-            let next = [cpu.next_deadline(), (bus.next != 0).then_some(bus.next)].into_iter().flatten().min();
-            match next {
-                Some(d) => position = position.max(d),
-                None => break,
-            }
-        }
-        if matches!(r.exit, Exit::Shutdown | Exit::Internal) {
-            println!("stopped: {:?}", r.exit);
-            break;
-        }
-        bus.tick(position);
-        cpu.advance(position);
-    }
+    let done = boot.run()?;
     let t = start.elapsed().as_secs_f64();
     println!(
-        "\n{run} instructions in {t:.3} s: {:.1} million/s, virtual time {:.3} s",
-        run as f64 / t / 1e6,
-        position as f64 / 1e9
+        "\n{} instructions in {t:.3} s: {:.1} million/s, virtual time {:.3} s",
+        done.instructions,
+        done.instructions as f64 / t / 1e6,
+        done.position as f64 / 1e9
     );
-    print!("{}", cpu.describe());
-    let mut page = vec![0u8; 4096];
-    let mut hash = 0xCBF2_9CE4_8422_2325u64;
-    let mut mix = |bytes: &[u8]| {
-        for b in bytes {
-            hash = (hash ^ *b as u64).wrapping_mul(0x100_0000_01B3);
-        }
-    };
-    mix(&cpu.save());
-    for at in (0..SIZE).step_by(4096) {
-        mem.read(at, &mut page)?;
-        mix(&page);
-    }
-    println!("state {hash:016x} at {position}");
+    print!("{}", done.registers);
+    println!("state {:016x} at {}", done.hash, done.position);
     Ok(())
+}
+
+impl Boot {
+    /// Run it, printing what the guest prints.
+    pub fn run(&self) -> Result<Done, Box<dyn std::error::Error>> {
+        const SIZE: u64 = 256 << 20;
+        let mem = GuestMemory::new(SIZE)?;
+        let mut rom = vec![0u8; 65536];
+        rom[0xFF00..0xFF00 + STUB.len()].copy_from_slice(&STUB);
+        rom[0xFFF0..0xFFF5].copy_from_slice(&[0xEA, 0x00, 0xFF, 0x00, 0xF0]);
+        mem.set_firmware(rom)?;
+        let (kernel, initrd) = (&self.kernel, &self.initrd);
+        let setup = (kernel[0x1F1] as usize).max(4) * 512 + 512;
+        mem.write(0x10_0000, &kernel[setup..])?;
+        let at = (SIZE - initrd.len() as u64 - 0x20_0000) & !0xFFF;
+        mem.write(at, initrd)?;
+        let mut p = vec![0u8; 4096];
+        p[0x1F1..0x290].copy_from_slice(&kernel[0x1F1..0x290]);
+        p[0x210] = 0xFF;
+        p[0x211] |= 0x81;
+        p[0x218..0x21C].copy_from_slice(&(at as u32).to_le_bytes());
+        p[0x21C..0x220].copy_from_slice(&(initrd.len() as u32).to_le_bytes());
+        p[0x228..0x22C].copy_from_slice(&0x9_1000u32.to_le_bytes());
+        p[0x1E8] = 2;
+        let mut e820 = |i: usize, start: u64, len: u64| {
+            let o = 0x2D0 + 20 * i;
+            p[o..o + 8].copy_from_slice(&start.to_le_bytes());
+            p[o + 8..o + 16].copy_from_slice(&len.to_le_bytes());
+            p[o + 16] = 1;
+        };
+        e820(0, 0, 0x9_FC00);
+        e820(1, 0x10_0000, SIZE - 0x10_0000);
+        mem.write(0x9_0000, &p)?;
+        let mut line = self.line.clone().into_bytes();
+        line.push(0);
+        mem.write(0x9_1000, &line)?;
+
+        let fresh = || {
+            let mut cpu = SoftCpu::new(0, 1, &self.model);
+            if let Some(tier) = self.tier {
+                cpu.set_tier(tier);
+            }
+            cpu
+        };
+        let mut seed = 1u64;
+        let mut cpu = fresh();
+        let mut bus = Ports::default();
+        let mut position = 0;
+        let mut run = 0u64;
+        while position < self.until && !bus.want {
+            let mut to = (position + 1_000_000).min(self.until);
+            if self.chunk != 0 {
+                seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+                to = to.min(position + 1 + (seed >> 33) % self.chunk);
+                if seed >> 40 & 0xFFF == 0 {
+                    let saved = cpu.save();
+                    cpu = fresh();
+                    cpu.load(&saved)?;
+                }
+            }
+            if bus.next != 0 {
+                to = to.min(bus.next.max(position + 1));
+            }
+            if let Some(d) = cpu.next_deadline() {
+                to = to.min(d.max(position + 1));
+            }
+            let r = cpu.run(&mem, &mut bus, position, to - position);
+            bus.rearmed = false;
+            position += r.retired;
+            run += r.retired;
+            if r.exit == Exit::Halt && cpu.is_idle(bus.intr()) {
+                let next =
+                    [cpu.next_deadline(), (bus.next != 0).then_some(bus.next)].into_iter().flatten().min();
+                match next {
+                    Some(d) => position = position.max(d),
+                    None => break,
+                }
+            }
+            if matches!(r.exit, Exit::Shutdown | Exit::Internal) {
+                println!("stopped: {:?}", r.exit);
+                break;
+            }
+            bus.tick(position);
+            cpu.advance(position);
+        }
+        let mut page = vec![0u8; 4096];
+        let mut hash = 0xCBF2_9CE4_8422_2325u64;
+        let mut mix = |bytes: &[u8]| {
+            for b in bytes {
+                hash = (hash ^ *b as u64).wrapping_mul(0x100_0000_01B3);
+            }
+        };
+        mix(&cpu.save());
+        for at in (0..SIZE).step_by(4096) {
+            mem.read(at, &mut page)?;
+            mix(&page);
+        }
+        Ok(Done { instructions: run, position, hash, registers: cpu.describe() })
+    }
 }

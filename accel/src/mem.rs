@@ -370,6 +370,9 @@ impl GuestMemory {
         let Some((_, flags)) = self.ram_page(gpa) else { return false };
         // SAFETY: the flag byte lives as long as self.
         let flags = unsafe { &*flags };
+        if flags.load(Ordering::Relaxed) & kind != 0 {
+            return false;
+        }
         let old = flags.fetch_or(kind, Ordering::Relaxed);
         if old & (CODE | TABLE) == 0 {
             self.push_event(PageEvent::Protected(gpa & !(PAGE_SIZE - 1)));

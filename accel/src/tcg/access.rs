@@ -262,10 +262,10 @@ impl SoftCpu {
         if self.dr_watch {
             self.check_watch(lin, size, true);
         }
-        let epoch = self.epoch;
+        let changes = self.changes;
         self.phys_store(w.phys, size as u8, v);
         // The store may have changed the tables; fill only with what still holds.
-        if epoch == self.epoch {
+        if changes == self.changes {
             self.fill(lin, &w, self.mmu);
         }
         Ok(())
@@ -416,18 +416,23 @@ impl SoftCpu {
     fn table_written(&mut self, phys: u64, size: u64) {
         let first = phys & !7;
         let last = (phys + size - 1) & !7;
-        let mut used = false;
+        let (mut used, mut all) = (false, false);
         let mut at = first;
         while at <= last {
             let e = self.phys_read(at, 8);
-            used |= e & 0x21 == 0x21 || e >> 32 & 0x21 == 0x21;
+            if e & 0x21 == 0x21 || e >> 32 & 0x21 == 0x21 {
+                used = true;
+                all |= !self.drop_entry(at);
+            }
             at += 8;
         }
-        if used {
+        if all {
             // The next instruction is fetched by the new tables.
             self.end = std::ptr::null();
             self.flush_tlb();
             self.mem().unprotect(phys, TABLE);
+        }
+        if used {
             self.announce(phys);
         }
     }

@@ -27,7 +27,7 @@ impl Hasher for KeyHasher {
 pub type KeyMap<V> = HashMap<u64, V, BuildHasherDefault<KeyHasher>>;
 
 /// Entries of the table by linear address.
-pub const JUMPS: usize = 8192;
+pub const JUMPS: usize = 1 << 14;
 /// Blocks kept before all are dropped.
 const MAX_BLOCKS: usize = 200_000;
 
@@ -78,13 +78,26 @@ fn mask_of(phys: u64, len: u64) -> u64 {
 impl SoftCpu {
     /// Nothing in the table by linear address holds any more.
     pub(crate) fn new_epoch(&mut self) {
-        self.epoch += 1;
+        for s in &mut self.spaces {
+            self.epochs += 1;
+            s.epoch = self.epochs;
+        }
+        self.epochs += 1;
+        self.epoch = self.epochs;
         self.update_key();
     }
 
     /// The table's key: epoch, privilege and code mode.
     pub(crate) fn update_key(&mut self) {
+        // The same code in different address spaces must not share a place.
+        self.st.gpr[SALT] = self.epoch.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 48;
         self.jump_key = self.epoch << 4 | ((self.cpl == 3) as u64) << 2 | self.code_mode as u64;
+    }
+
+    /// The place of a linear address in the table.
+    #[inline(always)]
+    pub(crate) fn place(&self, lin: u64) -> usize {
+        (lin ^ lin >> 13 ^ self.st.gpr[SALT]) as usize & (JUMPS - 1)
     }
 
     pub(crate) fn insert_block(&mut self, block: Box<Block>) -> *const Block {

@@ -135,6 +135,18 @@ pub struct SoftCpu {
     jumps: Box<[Jump]>,
     jump_key: u64,
     epoch: u64,
+    /// The last epoch that was given.
+    epochs: u64,
+    spaces: Vec<Space>,
+    /// Where the table entry of each entry of `tlb` lies.
+    leaves: [Box<[u64]>; 4],
+    /// A filter of the table entries that led walks to other tables.
+    upper: Box<[u64]>,
+    /// The table whose entries changed last, how many did, and when.
+    singles: (u64, u32, u64),
+    /// Counts droppings of translations.
+    changes: u64,
+    switches: u64,
     /// Counts droppings of code.
     code_epoch: u64,
     /// Instructions that cross a page, decoded, with their bytes.
@@ -183,8 +195,6 @@ impl SoftCpu {
     /// A processor after power-on. `apic_id` 0 is the boot processor; `cpus` is the machine's count.
     pub fn new(apic_id: u32, cpus: u32, model: &CpuModel) -> Self {
         let nobus: *mut dyn Bus = std::ptr::NonNull::<NoBus>::dangling().as_ptr();
-        let tlb = || (0..TLB_SIZE).map(TlbEntry::empty).collect::<Box<[_]>>();
-        let code = || vec![EMPTY_CODE; 256].into_boxed_slice();
         let mut c = SoftCpu {
             st: CpuState::default(),
             rip: 0,
@@ -241,8 +251,8 @@ impl SoftCpu {
             attention: true,
             brk: false,
             single: false,
-            tlb: [tlb(), tlb(), tlb(), tlb()],
-            code_tlb: [code(), code()],
+            tlb: new_tlb(),
+            code_tlb: new_code_tlb(),
             filled: Vec::new(),
             code_filled: Vec::new(),
             cache: Cache::default(),
@@ -250,6 +260,13 @@ impl SoftCpu {
                 .into_boxed_slice(),
             jump_key: 0,
             epoch: 1,
+            epochs: 1,
+            spaces: Vec::new(),
+            leaves: new_leaves(),
+            upper: vec![0; UPPER_BITS / 64].into_boxed_slice(),
+            singles: (0, 0, 0),
+            changes: 0,
+            switches: 0,
             code_epoch: 1,
             lone: (0..LONE).map(|_| None).collect(),
             generation: 0,
@@ -470,7 +487,7 @@ impl SoftCpu {
     #[inline(always)]
     fn find_block(&mut self) -> R<*const Block> {
         let lin = if self.long { self.rip } else { self.segs[CS].base.wrapping_add(self.rip) & 0xFFFF_FFFF };
-        let j = &self.jumps[(lin ^ lin >> 13) as usize & (JUMPS - 1)];
+        let j = &self.jumps[self.place(lin)];
         if j.lin == lin && j.key == self.jump_key {
             // SAFETY: a block of the current epoch is in the cache.
             let bytes = unsafe { (*j.block).bytes } as u64;
@@ -518,7 +535,7 @@ impl SoftCpu {
         let phys = e.phys | lin & 0xFFF;
         let key = phys | (self.code_mode as u64) << 60;
         let mut block: *const Block = std::ptr::null();
-        let j = self.jumps[(lin ^ lin >> 13) as usize & (JUMPS - 1)];
+        let j = self.jumps[self.place(lin)];
         // SAFETY: no code was dropped since the entry was made, so its block is in the cache.
         if !e.host.is_null() && j.lin == lin && j.made == self.code_epoch && unsafe { (*j.block).key } == key
         {
@@ -541,8 +558,8 @@ impl SoftCpu {
             // Compiled code finds only what is in the table.
             return Ok(block);
         }
-        self.jumps[(lin ^ lin >> 13) as usize & (JUMPS - 1)] =
-            Jump { lin, key: self.jump_key, made: self.code_epoch, block };
+        let place = self.place(lin);
+        self.jumps[place] = Jump { lin, key: self.jump_key, made: self.code_epoch, block };
         Ok(block)
     }
 

@@ -28,7 +28,8 @@ pub const NOREG: u8 = 16;
 pub const BLOCKIP: u8 = 17;
 /// Slots behind the registers that compiled code uses (see `jit`): instructions left of the budget, flags,
 /// the TLB and the table by linear address, the linear page that runs, the table's key, RIP on the way out,
-/// whether the host's XMM registers hold the guest's, and the host's MXCSR.
+/// whether the host's XMM registers hold the guest's, the host's MXCSR, and
+/// what the address space adds to places in the table.
 pub const LEFT: usize = 18;
 pub const FLAGS: usize = 19;
 pub const TLB: usize = 20;
@@ -38,6 +39,7 @@ pub const KEY: usize = 23;
 pub const RIP_OUT: usize = 24;
 pub const XMM_LIVE: usize = 25;
 pub const HOST_CSR: usize = 26;
+pub const SALT: usize = 27;
 /// Marks the high-byte registers AH, CH, DH, BH (numbers 0..3).
 pub const HIGH: u8 = 0x80;
 

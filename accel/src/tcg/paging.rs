@@ -66,6 +66,8 @@ pub struct CodeEntry {
     pub tag: u64,
     pub host: *const u8,
     pub phys: u64,
+    /// See [`Walk::leaf`].
+    pub leaf: u64,
 }
 
 impl TlbEntry {
@@ -74,7 +76,48 @@ impl TlbEntry {
         TlbEntry { rtag: no_tag(slot), wtag: no_tag(slot), host: std::ptr::null_mut(), phys: 0 }
     }
 }
-pub const EMPTY_CODE: CodeEntry = CodeEntry { tag: 1, host: std::ptr::null(), phys: 0 };
+pub const EMPTY_CODE: CodeEntry = CodeEntry { tag: 1, host: std::ptr::null(), phys: 0, leaf: NO_LEAF };
+
+/// Translations of an address space that is not in use, kept until it is again.
+pub struct Space {
+    cr3: u64,
+    pub epoch: u64,
+    /// When it was last in use.
+    used: u64,
+    tlb: [Box<[TlbEntry]>; 4],
+    code_tlb: [Box<[CodeEntry]>; 2],
+    filled: Vec<(u8, u16)>,
+    code_filled: Vec<(u8, u16)>,
+    leaves: [Box<[u64]>; 4],
+}
+
+/// Address spaces kept beside the one in use.
+const SPACES: usize = 7;
+
+pub fn new_tlb() -> [Box<[TlbEntry]>; 4] {
+    std::array::from_fn(|_| (0..TLB_SIZE).map(TlbEntry::empty).collect())
+}
+pub fn new_leaves() -> [Box<[u64]>; 4] {
+    std::array::from_fn(|_| vec![NO_LEAF; TLB_SIZE].into_boxed_slice())
+}
+pub fn new_code_tlb() -> [Box<[CodeEntry]>; 2] {
+    std::array::from_fn(|_| vec![EMPTY_CODE; 256].into_boxed_slice())
+}
+
+/// Empty the entries in use of both.
+fn drain(
+    tlb: &mut [Box<[TlbEntry]>; 4],
+    filled: &mut Vec<(u8, u16)>,
+    code_tlb: &mut [Box<[CodeEntry]>; 2],
+    code_filled: &mut Vec<(u8, u16)>,
+) {
+    for (mmu, slot) in filled.drain(..) {
+        tlb[mmu as usize][slot as usize] = TlbEntry::empty(slot as usize);
+    }
+    for (user, slot) in code_filled.drain(..) {
+        code_tlb[user as usize][slot as usize] = EMPTY_CODE;
+    }
+}
 
 /// Why memory is accessed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -90,6 +133,23 @@ pub struct Walk {
     pub phys: u64,
     /// Writes are permitted too and the dirty bit is set.
     pub writable: bool,
+    /// Where the last table entry lies (to 8 bytes).
+    pub leaf: u64,
+}
+
+/// No table entry.
+pub const NO_LEAF: u64 = u64::MAX;
+
+/// Bits of the filter of table entries that lead to other tables.
+pub const UPPER_BITS: usize = 1 << 16;
+/// Entries of one table that may change one by one, within so many instructions of each other, before
+/// everything is dropped and the table's writes are free.
+const SINGLES: u32 = 2;
+const SINGLES_WITHIN: u64 = 1000;
+
+fn upper_bit(at: u64) -> (usize, u64) {
+    let n = (at >> 3).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> (64 - UPPER_BITS.trailing_zeros());
+    ((n >> 6) as usize, 1 << (n & 63))
 }
 
 /// Supervisor; supervisor with EFLAGS.AC set under SMAP; user.
@@ -112,23 +172,115 @@ impl SoftCpu {
         self.update_key();
     }
 
-    /// Drop all translations.
+    /// Drop all translations, of all address spaces.
     pub(crate) fn flush_tlb(&mut self) {
-        for (mmu, slot) in self.filled.drain(..) {
-            self.tlb[mmu as usize][slot as usize] = TlbEntry::empty(slot as usize);
+        drain(&mut self.tlb, &mut self.filled, &mut self.code_tlb, &mut self.code_filled);
+        for s in &mut self.spaces {
+            drain(&mut s.tlb, &mut s.filled, &mut s.code_tlb, &mut s.code_filled);
         }
-        for (user, slot) in self.code_filled.drain(..) {
-            self.code_tlb[user as usize][slot as usize] = EMPTY_CODE;
-        }
+        self.upper.fill(0);
+        self.singles = (0, 0, 0);
+        self.changes += 1;
         self.new_epoch();
+    }
+
+    /// The table entry at `at`, which a walk used, is about to change. True: only translations that end with
+    /// it depend on it, and they are dropped; false: drop them all.
+    pub(crate) fn drop_entry(&mut self, at: u64) -> bool {
+        let (word, bit) = upper_bit(at);
+        if self.upper[word] & bit != 0 {
+            return false;
+        }
+        let page = at & !0xFFF;
+        let (last, count, since) = self.singles;
+        let again = last == page && self.pos.wrapping_sub(since) < SINGLES_WITHIN;
+        self.singles = (page, if again { count + 1 } else { 1 }, self.pos);
+        if self.singles.1 > SINGLES {
+            return false;
+        }
+        self.changes += 1;
+        let mut code = false;
+        let here = (&mut self.tlb, &self.leaves, &self.filled, &mut self.code_tlb, &self.code_filled);
+        let parked = self
+            .spaces
+            .iter_mut()
+            .map(|s| (&mut s.tlb, &s.leaves, &s.filled, &mut s.code_tlb, &s.code_filled));
+        for (tlb, leaves, filled, code_tlb, code_filled) in parked.chain([here]) {
+            for &(mmu, slot) in filled {
+                if leaves[mmu as usize][slot as usize] == at {
+                    let e = &mut tlb[mmu as usize][slot as usize];
+                    (e.rtag, e.wtag) = (no_tag(slot as usize), no_tag(slot as usize));
+                }
+            }
+            for &(user, slot) in code_filled {
+                let e = &mut code_tlb[user as usize][slot as usize];
+                if e.leaf == at && e.tag != 1 {
+                    e.tag = 1;
+                    code = true;
+                }
+            }
+        }
+        if code {
+            // The next instruction is fetched by the new tables.
+            self.end = std::ptr::null();
+            self.new_epoch();
+        }
+        true
+    }
+
+    /// CR3 becomes `cr3`. Translations always agree with the tables, so none needs to be dropped: those of
+    /// the address space that is left are put aside.
+    pub(crate) fn switch_space(&mut self, cr3: u64) {
+        if cr3 == self.cr3 {
+            return;
+        }
+        self.switches += 1;
+        let known = self.spaces.iter().position(|s| s.cr3 == cr3);
+        let fresh = known.is_none();
+        let at = match known {
+            Some(at) => at,
+            None if self.spaces.len() < SPACES => {
+                self.spaces.push(Space {
+                    cr3,
+                    epoch: 0,
+                    used: 0,
+                    tlb: new_tlb(),
+                    code_tlb: new_code_tlb(),
+                    filled: Vec::new(),
+                    code_filled: Vec::new(),
+                    leaves: new_leaves(),
+                });
+                self.spaces.len() - 1
+            }
+            None => (0..SPACES).min_by_key(|i| self.spaces[*i].used).unwrap_or(0),
+        };
+        let s = &mut self.spaces[at];
+        if fresh {
+            drain(&mut s.tlb, &mut s.filled, &mut s.code_tlb, &mut s.code_filled);
+            self.epochs += 1;
+            s.epoch = self.epochs;
+        }
+        std::mem::swap(&mut self.tlb, &mut s.tlb);
+        std::mem::swap(&mut self.code_tlb, &mut s.code_tlb);
+        std::mem::swap(&mut self.leaves, &mut s.leaves);
+        std::mem::swap(&mut self.filled, &mut s.filled);
+        std::mem::swap(&mut self.code_filled, &mut s.code_filled);
+        std::mem::swap(&mut self.epoch, &mut s.epoch);
+        s.used = self.switches;
+        s.cr3 = self.cr3;
+        self.cr3 = cr3;
+        self.update_key();
     }
 
     /// Drop direct write access to one physical page.
     pub(crate) fn drop_writes(&mut self, page: u64) {
-        for (mmu, slot) in &self.filled {
-            let e = &mut self.tlb[*mmu as usize][*slot as usize];
-            if e.phys == page {
-                e.wtag = no_tag(*slot as usize);
+        let spaces = self.spaces.iter_mut().map(|s| (&mut s.tlb, &s.filled));
+        for (tlb, filled) in spaces.chain([(&mut self.tlb, &self.filled)]) {
+            for (mmu, slot) in filled {
+                let e = &mut tlb[*mmu as usize][*slot as usize];
+                if e.phys == page {
+                    e.wtag = no_tag(*slot as usize);
+                }
             }
         }
     }
@@ -165,7 +317,7 @@ impl SoftCpu {
     /// Translate `lin`, setting accessed and dirty bits, or raise #PF (SDM vol. 3, chapter 4).
     pub(crate) fn walk(&mut self, lin: u64, access: Access, mmu: usize) -> R<Walk> {
         if self.st.cr0 & CR0_PG == 0 {
-            return Ok(Walk { phys: lin & 0xFFFF_FFFF, writable: true });
+            return Ok(Walk { phys: lin & 0xFFFF_FFFF, writable: true, leaf: NO_LEAF });
         }
         let user = mmu >= MMU_USER;
         let write = access == Access::Write;
@@ -282,9 +434,13 @@ impl SoftCpu {
                 }
                 dirty = new & 0x40 != 0;
             }
+            if i < n - 1 {
+                let (word, bit) = upper_bit(at & !7);
+                self.upper[word] |= bit;
+            }
             self.set_bits(at, e, new, size);
         }
-        Ok(Walk { phys, writable: dirty && write_ok })
+        Ok(Walk { phys, writable: dirty && write_ok, leaf: used[n - 1].0 & !7 })
     }
 
     /// Load the four PDPTEs of PAE paging; #GP(0) for reserved bits.
@@ -325,6 +481,7 @@ impl SoftCpu {
         if e.host.is_null() {
             self.filled.push((mmu as u8, slot as u16));
         }
+        self.leaves[mmu][slot] = w.leaf;
         *e = TlbEntry { rtag, wtag, host: b.read.cast_mut(), phys };
     }
 
@@ -341,7 +498,7 @@ impl SoftCpu {
         let w = self.walk(lin, Access::Exec, self.mmu)?;
         let phys = w.phys & !0xFFF;
         let host = if self.lapic.covers(phys) { std::ptr::null() } else { self.mem().backing(phys).read };
-        let e = CodeEntry { tag: page, host, phys };
+        let e = CodeEntry { tag: page, host, phys, leaf: w.leaf };
         if !host.is_null() {
             if self.code_tlb[user][slot].host.is_null() {
                 self.code_filled.push((user as u8, slot as u16));

@@ -127,9 +127,11 @@ impl SoftCpu {
             if self.st.cr0 & CR0_PG != 0 && self.st.cr4 & CR4_PAE != 0 {
                 self.load_pdptes(v)?;
             }
+            self.cr3 = v;
+            self.flush_tlb();
+            return Ok(());
         }
-        self.cr3 = v;
-        self.flush_tlb();
+        self.switch_space(v);
         Ok(())
     }
 

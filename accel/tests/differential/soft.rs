@@ -162,8 +162,46 @@ impl Soft {
         u64::from_le_bytes(b)
     }
 
+    /// The whole state after each of these numbers of instructions: the processor's, and the data.
+    pub fn states(&mut self, case: &Case, stops: &[u64]) -> Vec<(u64, Vec<u8>, Vec<u8>)> {
+        self.begin(case);
+        // The state names the position of the last exception.
+        let mut position = 0;
+        let mut states = Vec::new();
+        for stop in stops {
+            while position < *stop {
+                let r = self.cpu.run(&self.mem, &mut Nothing, position, stop - position);
+                position += r.retired;
+                if r.exit != Exit::Budget && r.exit != Exit::Pause {
+                    break;
+                }
+            }
+            let mut data = vec![0; DATA_SIZE];
+            self.mem.read(DATA, &mut data).unwrap();
+            states.push((position, self.cpu.save(), data));
+        }
+        states
+    }
+
     /// False: the case does not come to an end.
     pub fn run(&mut self, case: &Case, out: &mut Outcome) -> bool {
+        self.begin(case);
+        let mut result = self.cpu.run(&self.mem, &mut Nothing, self.position, 1 << 20);
+        self.position += result.retired;
+        while result.exit == Exit::Pause {
+            result = self.cpu.run(&self.mem, &mut Nothing, self.position, 1 << 20);
+            self.position += result.retired;
+        }
+        soft_state::store(self.cpu.state(), &mut out.regs);
+        let end = self.cpu.registers();
+        if result.exit != Exit::Halt {
+            return false;
+        }
+        self.outcome(&end, out);
+        true
+    }
+
+    fn begin(&mut self, case: &Case) {
         if self.code != case.code {
             self.mem.write(CODE, &case.code).unwrap();
             self.code = case.code;
@@ -182,17 +220,9 @@ impl Soft {
             }
         }
         self.cpu.set_registers(&r);
-        let mut result = self.cpu.run(&self.mem, &mut Nothing, self.position, 1 << 20);
-        self.position += result.retired;
-        while result.exit == Exit::Pause {
-            result = self.cpu.run(&self.mem, &mut Nothing, self.position, 1 << 20);
-            self.position += result.retired;
-        }
-        soft_state::store(self.cpu.state(), &mut out.regs);
-        let end = self.cpu.registers();
-        if result.exit != Exit::Halt {
-            return false;
-        }
+    }
+
+    fn outcome(&self, end: &Registers, out: &mut Outcome) {
         out.vector = ((end.rip - HANDLERS) / 16) as u8;
         out.cr2 = end.cr2;
         let has_error = matches!(out.vector, 8 | 10..=14 | 17);
@@ -211,6 +241,5 @@ impl Soft {
         out.regs.flags = self.qword(frame + 16);
         out.regs.gpr[4] = self.qword(frame + 24);
         self.mem.read(DATA, &mut out.data).unwrap();
-        true
     }
 }

@@ -7,7 +7,7 @@ use super::super::paging::{TlbEntry, TLB_SIZE};
 use super::super::SoftCpu;
 use super::asm::*;
 use super::flags::{place, Flags};
-use super::kind::{classify, Kind, ALL};
+use super::kind::{classify, leaves_flags, Kind, ALL};
 use super::stubs::{mem, Stubs, HOST, NONE};
 use super::*;
 use crate::state::Segment;
@@ -139,7 +139,15 @@ impl Compiler<'_> {
     // ---- handlers
 
     fn call_step(&mut self, i: usize, xmm: bool) {
-        let place = (self.at as u32) | self.block.count << 16;
+        let neutral = match self.kinds[i] {
+            Kind::Handler => leaves_flags(self.op(i)),
+            k => k.effects().reads | k.effects().writes == 0,
+        };
+        let neutral = if neutral { NEUTRAL } else { 0 };
+        // What follows in the code of these jumps, wherever they lead.
+        let jumps = matches!(self.kinds[i], Kind::Ret { .. } | Kind::Indirect { .. });
+        let jumps = if jumps { JUMPS } else { 0 };
+        let place = (self.at as u32) | neutral | jumps | self.block.count << 16;
         let op = &self.block.ops[i] as *const Op as u64;
         self.a.constant(RAX, op);
         self.a.constant(RDI, place as u64);

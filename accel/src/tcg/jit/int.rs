@@ -143,7 +143,7 @@ impl Compiler<'_> {
             Kind::Bswap { size, d } => {
                 self.before(i, false);
                 self.modify(d, |c, r| {
-                    let rex = (size == 8) as u8 * 8 | r >> 3;
+                    let rex = ((size == 8) as u8) << 3 | r >> 3;
                     if rex != 0 {
                         c.a.b(&[0x40 | rex]);
                     }

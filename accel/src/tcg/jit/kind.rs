@@ -2,7 +2,7 @@
 
 use super::super::op::*;
 use super::stubs::{HOST, NONE};
-use crate::simd::{native, Form, Native, Rm};
+use crate::simd::{native, Form, Map, Native, Rm};
 
 /// A register (by the guest's number) or a constant.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -361,6 +361,22 @@ fn group(op: &Op) -> u8 {
 
 fn here(r: u8) -> bool {
     HOST[r as usize] != NONE
+}
+
+/// Whether the handler of `op` neither reads nor writes the arithmetic flags.
+pub fn leaves_flags(op: &Op) -> bool {
+    if op.map == VECTOR {
+        // SAFETY: `imm` points to what the block owns.
+        let insn = unsafe { &(*(op.imm as *const VecOp)).insn };
+        // FCMOVcc, FCOMI and the like; what vector instructions set flags is compiled or rare.
+        return insn.map == Map::X87
+            && (insn.modrm < 0xC0 || matches!(insn.opcode, 0xD8 | 0xD9 | 0xDC | 0xDD | 0xDE));
+    }
+    match op.map {
+        0 => matches!(op.opcode, 0x8C | 0x8E | 0xA4 | 0xA5 | 0xAA..=0xAD | 0xE4..=0xE7 | 0xEC..=0xEF | 0xFA),
+        1 => matches!(op.opcode, 0x20 | 0x22 | 0x30..=0x32 | 0xA2 | 0xAE),
+        _ => false,
+    }
 }
 
 /// XCHG of registers that both live in the host's.

@@ -26,7 +26,7 @@ mod vector;
 use super::decode::MODE64;
 use super::flags::{IF, TF};
 use super::op::{
-    Block, Op, BLOCKIP, FLAGS, HOST_CSR, JUMP_TABLE, KEY, LEFT, NEVER, PAGE, RIP_OUT, TLB, XMM_LIVE,
+    Block, Op, BLOCKIP, FLAGS, HOST_CSR, JUMP_TABLE, KEY, LEFT, NEVER, PAGE, RIP_OUT, SALT, TLB, XMM_LIVE,
 };
 use super::SoftCpu;
 use memory::CodeMemory;
@@ -157,10 +157,10 @@ impl SoftCpu {
                 return false;
             }
         }
-        (block.count as u64) <= self.limit - self.pos
-            && !self.single
-            && !near_hole(self.rip)
-            && !(matches!(self.jit.tier, Tier::Random(_)) && self.jit.draw() & 3 == 0)
+        if matches!(self.jit.tier, Tier::Random(_)) && self.jit.draw() & 3 == 0 {
+            return false;
+        }
+        block.count as u64 <= self.limit - self.pos && !self.single && !near_hole(self.rip)
     }
 
     #[cold]
@@ -204,7 +204,7 @@ impl SoftCpu {
             self.pos = self.limit - left;
             return if reason == INTERPRET { Left::Interpret } else { Left::Go };
         }
-        let n = reason - EDGE >> 1;
+        let n = (reason - EDGE) >> 1;
         if reason & 1 != 0 {
             self.pos = self.limit - left.wrapping_add(self.jit.edges[n as usize].count as u64);
             return Left::Go;
@@ -248,8 +248,13 @@ fn flags_from_raw(raw: u64) -> u64 {
     (raw & 1) << 11 | raw >> 8 & 0xD5
 }
 
-/// Run one instruction by its handler. `place`: the offset of its block in its page (bits 0..11) and the
-/// number of the block's instructions (from bit 16). Returns 0 to go on, or why to leave.
+/// `place` of [`step`]: the instruction has nothing to do with the arithmetic flags.
+const NEUTRAL: u32 = 1 << 15;
+/// `place` of [`step`]: an indirect jump; even one to the next instruction does not just go on.
+const JUMPS: u32 = 1 << 14;
+
+/// Run one instruction by its handler. `place`: the offset of its block in its page (bits 0..11), [`NEUTRAL`], [`JUMPS`],
+/// and the number of the block's instructions (from bit 16). Returns 0 to go on, or why to leave.
 unsafe extern "sysv64" fn step(c: *mut SoftCpu, op: *const Op, place: u32) -> u32 {
     // SAFETY: compiled code passes the processor that `run_code` was called with, whose other references are
     // not in use meanwhile, and an instruction of the block that runs, which is kept until `run_loop` goes on.
@@ -261,10 +266,25 @@ unsafe extern "sysv64" fn step(c: *mut SoftCpu, op: *const Op, place: u32) -> u3
     c.cur = op;
     c.end = op;
     c.rip = start.wrapping_add(op.off as u64 + op.len as u64);
-    c.set_arith_flags(flags_from_raw(c.st.gpr[FLAGS]));
+    let neutral = place & NEUTRAL != 0;
+    if !neutral {
+        c.set_arith_flags(flags_from_raw(c.st.gpr[FLAGS]));
+    }
+    // Whoever leaves needs them in any case.
+    let settle = |c: &mut SoftCpu| {
+        if neutral {
+            c.set_arith_flags(flags_from_raw(c.st.gpr[FLAGS]));
+        }
+    };
+    let keep = |c: &mut SoftCpu| {
+        if !neutral {
+            c.st.gpr[FLAGS] = raw_flags(c.arith_flags());
+        }
+    };
     let done = (op.f)(c, op);
     c.cur = &super::IDLE;
     if done.is_err() {
+        settle(c);
         c.pos += op.idx as u64;
         c.rip = start.wrapping_add(op.off as u64);
         return FAULT;
@@ -274,16 +294,18 @@ unsafe extern "sysv64" fn step(c: *mut SoftCpu, op: *const Op, place: u32) -> u3
         let next = start.wrapping_add(op.off as u64 + op.len as u64);
         c.pos += count;
         if !c.settled() {
+            settle(c);
             return LEAVE;
         }
         let g = &mut c.st.gpr;
         // The position moved on if the instruction repeated.
         g[LEFT] = c.limit - c.pos;
         g[TLB] = c.tlb[c.mmu].as_ptr() as u64;
+        let same = g[KEY] == c.jump_key;
         g[KEY] = c.jump_key;
         g[RIP_OUT] = c.rip;
-        let on = c.rip == next && !c.end.is_null();
-        c.st.gpr[FLAGS] = raw_flags(c.arith_flags());
+        let on = place & JUMPS == 0 && c.rip == next && !c.end.is_null() && same;
+        keep(c);
         return if on { 0 } else { JUMP };
     }
     if c.end.is_null() {
@@ -291,9 +313,10 @@ unsafe extern "sysv64" fn step(c: *mut SoftCpu, op: *const Op, place: u32) -> u3
         if std::mem::take(&mut c.rep_again) {
             c.rip = start.wrapping_add(op.off as u64);
         }
+        settle(c);
         return LEAVE;
     }
-    c.st.gpr[FLAGS] = raw_flags(c.arith_flags());
+    keep(c);
     0
 }
 

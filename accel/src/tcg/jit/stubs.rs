@@ -155,6 +155,7 @@ impl Stubs {
         a.store(8, Rm::R(RDI), RAX);
         a.shift(8, 5, Rm::R(RDI), 13);
         a.alu(4, 6, Rm::R(RDI), RAX);
+        a.alu_load(4, 6, RDI, mem(SALT));
         a.alu_imm(4, 4, Rm::R(RDI), JUMPS as i32 - 1);
         a.shift(4, 4, Rm::R(RDI), size_of::<Jump>().trailing_zeros() as u8);
         a.alu_load(8, 0, RDI, mem(JUMP_TABLE));
