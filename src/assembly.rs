@@ -128,18 +128,19 @@ pub fn open_drive(drive: &DriveConfig, options: &OpenOptions) -> Result<Option<B
     if drive.snapshot {
         return open_snapshot(path, options)
             .map(Some)
-            .map_err(|source| BuildError::Drive { path: path.clone(), source });
+            .map_err(|source| BuildError::Drive { path: ftvm_block::iscsi::hide_secret(path), source });
     }
     ftvm_block::open(Path::new(path), options)
         .map(Some)
-        .map_err(|source| BuildError::Drive { path: path.clone(), source })
+        .map_err(|source| BuildError::Drive { path: ftvm_block::iscsi::hide_secret(path), source })
 }
 
 fn open_snapshot(path: &str, options: &OpenOptions) -> Result<Box<dyn Image>, ftvm_block::BlockError> {
     let below = OpenOptions { read_only: true, ..options.clone() };
     let base = ftvm_block::open(Path::new(path), &below)?;
     let (size, format) = (base.size(), base.format());
-    let whole = std::fs::canonicalize(path)?;
+    let is_url = path.starts_with("nfs://") || path.starts_with("iscsi://");
+    let whole = if is_url { PathBuf::from(path) } else { std::fs::canonicalize(path)? };
     let overlay = std::env::temp_dir()
         .join(format!("ftvm-snapshot-{}-{}", std::process::id(), whole.display()).replace('/', "_"));
     ftvm_block::qcow2::create_overlay(&overlay, size, Some((&whole.to_string_lossy(), format)))?;

@@ -78,6 +78,9 @@ impl Qcow2 {
         for (offset, block) in &changes.refcounts {
             self.file.write_at(*offset, block)?;
         }
+        if self.external {
+            self.data.sync()?;
+        }
         self.file.sync()?;
         for (_, offset, table) in &changes.l2 {
             self.file.write_at(*offset, table)?;

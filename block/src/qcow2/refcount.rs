@@ -151,6 +151,26 @@ impl Refcounts {
         Ok((first, got))
     }
 
+    /// Make a count at least `least`; whether it was lower.
+    pub fn raise(&mut self, file: &dyn Store, cluster: u64, least: u64) -> Result<bool, BlockError> {
+        let low = self.get(file, cluster)? < least;
+        if low {
+            if self.order < 6 && least >> (1u32 << self.order) != 0 {
+                return Err(BlockError::Corrupt(format!("cluster {cluster} is used {least} times")));
+            }
+            self.set(file, cluster, least)?;
+        }
+        Ok(low)
+    }
+
+    /// The clusters of the table and of its blocks.
+    pub fn own_clusters(&self) -> Vec<u64> {
+        let table = self.table_offset >> self.cluster_bits;
+        let clusters = (self.table.len() as u64 * 8) >> self.cluster_bits;
+        let blocks = self.table.iter().filter(|e| **e != 0).map(|e| e >> self.cluster_bits);
+        (table..table + clusters).chain(blocks).collect()
+    }
+
     /// One reference less.
     pub fn release(&mut self, file: &dyn Store, cluster: u64) -> Result<u64, BlockError> {
         let count = self.get(file, cluster)?;

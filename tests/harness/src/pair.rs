@@ -75,7 +75,7 @@ impl Pair {
         let mut net = Network::new(2)?;
         let mut server = None;
         if storage != Kind::Path {
-            let started = Server::start(storage, &mut net, &scratch, &[&image], 256 << 20)?;
+            let started = Server::start(storage, &mut net, &scratch, &[&image], 2 << 30)?;
             image = started.url("vm.qcow2");
             server = Some(started);
         }
@@ -352,10 +352,21 @@ fn flip_guest_memory(pid: i32) -> Result<()> {
     let mem = std::fs::OpenOptions::new().read(true).write(true).open(format!("/proc/{pid}/mem"));
     let mem = mem.map_err(|e| format!("/proc/{pid}/mem: {e}"))?;
     let mut page = [0; 4096];
+    let mut flipped = false;
     for at in ((from + (to - from) / 2)..to).step_by(4096) {
-        mem.read_exact_at(&mut page, at).map_err(|e| e.to_string())?;
-        if page.iter().any(|b| *b != 0) {
-            mem.write_all_at(&[page[512] ^ 16], at + 512).map_err(|e| e.to_string())?;
+        let flip = |page: &mut [u8; 4096]| -> std::io::Result<bool> {
+            mem.read_exact_at(page, at)?;
+            let used = page.iter().any(|b| *b != 0);
+            if used {
+                mem.write_all_at(&[page[512] ^ 16], at + 512)?;
+            }
+            Ok(used)
+        };
+        match flip(&mut page) {
+            Ok(used) => flipped |= used,
+            // It has noticed already, and is being made anew.
+            Err(_) if flipped => break,
+            Err(e) => return Err(format!("/proc/{pid}/mem: {e}")),
         }
     }
     Ok(())
