@@ -204,6 +204,25 @@ impl Pair {
         Ok(ft)
     }
 
+    /// Unplug the primary's host from everything, for `time` after the backup went live: it must find that it lost
+    /// when it is plugged in again, and end.
+    pub fn unplug_primary(&mut self, time: Duration) -> Result<serde_json::Value> {
+        let old = self.live;
+        let mut vm = self.hosts[old].take().ok_or("the live side is gone")?;
+        self.net.set_link(old, false)?;
+        let ft = self.expect_takeover();
+        std::thread::sleep(time);
+        self.net.set_link(old, true)?;
+        let ft = ft?;
+        let status = vm
+            .wait_exit(Duration::from_secs(40))
+            .map_err(|e| format!("the unplugged primary: {e}\n{}", vm.log()))?;
+        if status == 0 || !vm.log().contains("has lost its machine") {
+            return Err(format!("the unplugged primary ended with {status}:\n{}", vm.log()));
+        }
+        Ok(ft)
+    }
+
     /// Freeze the backup: the primary must go on alone; the backup must find that it lost when it wakes.
     pub fn stall_backup(&mut self, clients: &Clients) -> Result<()> {
         let other = self.other();
