@@ -69,7 +69,7 @@ const DETAILS: &[(&str, &[&str])] = &[
     ),
     (
         "snapshot",
-        &["Not effective in this version: writes go to the image. The same holds for snapshot=on of -drive."],
+        &["Writes go to a temporary overlay that is gone with the program, as with snapshot=on of -drive. Not with -ft."],
     ),
     (
         "netdev",

@@ -77,7 +77,7 @@ impl Pair {
         let mut net = Network::new(2)?;
         let mut server = None;
         if storage != Kind::Path {
-            let started = Server::start(storage, &mut net, &scratch, &[&image], 256 << 20)?;
+            let started = Server::start(storage, &mut net, &scratch, &[&image], 2 << 30)?;
             image = started.url("vm.qcow2");
             server = Some(started);
         }
@@ -239,6 +239,25 @@ impl Pair {
             .map_err(|e| format!("the stalled primary: {e}\n{}", vm.log()))?;
         if status == 0 || !vm.log().contains("has lost its machine") {
             return Err(format!("the stalled primary ended with {status}:\n{}", vm.log()));
+        }
+        Ok(ft)
+    }
+
+    /// Unplug the primary's host from everything, for `time` after the backup went live: it must find that it lost
+    /// when it is plugged in again, and end.
+    pub fn unplug_primary(&mut self, time: Duration) -> Result<serde_json::Value> {
+        let old = self.live;
+        let mut vm = self.hosts[old].take().ok_or("the live side is gone")?;
+        self.net.set_link(old, false)?;
+        let ft = self.expect_takeover();
+        std::thread::sleep(time);
+        self.net.set_link(old, true)?;
+        let ft = ft?;
+        let status = vm
+            .wait_exit(Duration::from_secs(40))
+            .map_err(|e| format!("the unplugged primary: {e}\n{}", vm.log()))?;
+        if status == 0 || !vm.log().contains("has lost its machine") {
+            return Err(format!("the unplugged primary ended with {status}:\n{}", vm.log()));
         }
         Ok(ft)
     }
