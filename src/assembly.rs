@@ -112,10 +112,7 @@ pub fn rtc_base(base: RtcBase) -> i64 {
 
 /// How a drive's queue serves; in a pair every write is durable before the guest is told.
 pub fn queue_settings(drive: &DriveConfig, pair: bool) -> ftvm_block::queue::Settings {
-    ftvm_block::queue::Settings {
-        durable: pair || matches!(drive.cache, Cache::Writethrough | Cache::DirectSync),
-        limits: drive.limits,
-    }
+    ftvm_block::queue::Settings { durable: pair || drive.is_durable(), limits: drive.limits }
 }
 
 /// Options for opening a drive's image on this host.

@@ -16,7 +16,7 @@ use crate::assembly::{
     check_shared, open_drive, open_live, open_net, open_options, queue_settings, Blueprint,
 };
 use crate::cli::config::Monitor;
-use crate::cli::drive::{DriveConfig, ErrorPolicy};
+use crate::cli::drive::{Cache, DriveConfig, ErrorPolicy};
 use crate::cli::{Char, Config, Request};
 use crate::host::backends::Backends;
 use crate::host::chars::{self, CharSink, Escape, EscapeFilter, Opened};
@@ -28,7 +28,7 @@ use crate::monitor::{CharView, Control};
 use crate::runtime::control::{RunState, Shared};
 use crate::runtime::ft::disks::{Disks, Generations};
 use crate::runtime::ft::{begin_own_writes, join, Common, FtSide, HostSide};
-use crate::runtime::live::{replay, RunOptions, Runtime, Sink};
+use crate::runtime::live::{replay, RunOptions, Runtime, Sink, TurnOn};
 use crate::runtime::record::{Header, Player, Recorder};
 use crate::runtime::{Event, Events, Outcome, Quit};
 
@@ -268,7 +268,7 @@ fn prepare(config: &Config, events: Events, receiver: Receiver<Event>) -> Result
             return Err("the machine 'none' has no devices and cannot be protected".into());
         }
         shared.backends().objects.clone_from(&config.machine.objects);
-        let control = control(config, &config.machine, &shared, &events, Arc::default());
+        let control = control(&config.machine, &shared, &events, Arc::default());
         start_monitors(config, &control)?;
         return Ok(Prepared::Idle(shared, receiver));
     }
@@ -294,7 +294,7 @@ fn prepare(config: &Config, events: Events, receiver: Receiver<Event>) -> Result
         blueprint.pc.rtc_base_unix = header.rtc_base;
         blueprint.ns_per_instruction = header.ns_per_instruction;
         let machine = blueprint.build().map_err(|e| text(&e))?;
-        let (outside, control) = open_outside(config, &blueprint, &shared, &events)?;
+        let (outside, control) = open_outside(&blueprint, &shared, &events)?;
         start_monitors(config, &control)?;
         let runtime = Runtime::new(machine, outside, shared, events, receiver, RunOptions::default());
         return Ok(Prepared::Replay(Box::new(runtime), Box::new(player)));
@@ -305,7 +305,7 @@ fn prepare(config: &Config, events: Events, receiver: Receiver<Event>) -> Result
     let blueprint =
         Blueprint::new(&config.machine, &config.host.firmware_dirs, &sizes).map_err(|e| text(&e))?;
     let machine = blueprint.build().map_err(|e| text(&e))?;
-    let (outside, control) = open_outside(config, &blueprint, &shared, &events)?;
+    let (outside, control) = open_outside(&blueprint, &shared, &events)?;
     attach_nets(&blueprint, &outside, &events)?;
     for (i, (image, drive)) in images.into_iter().zip(&config.machine.drives).enumerate() {
         if let Some(image) = image {
@@ -339,7 +339,24 @@ fn prepare(config: &Config, events: Events, receiver: Receiver<Event>) -> Result
         sleep: config.machine.icount.sleep,
         adaptive: config.machine.icount.shift.is_none(),
     };
+    let turn_on: Option<TurnOn> = config.host.ft.is_none().then(|| {
+        let (blueprint, shared, events) = (blueprint.clone(), Arc::clone(&shared), events.clone());
+        Box::new(move |ft| {
+            let files =
+                blueprint.config.drives.iter().filter(|d| !d.read_only).filter_map(|d| d.file.as_ref());
+            if let Some(url) = files.clone().find(|f| f.contains("://")) {
+                let url = ftvm_block::iscsi::hide_secret(url);
+                return Err(format!("a machine on {url} must be started with -ft primary"));
+            }
+            if blueprint.config.drives.iter().any(|d| d.cache == Cache::Unsafe) {
+                return Err("cache=unsafe and fault tolerance exclude each other".into());
+            }
+            let common = common(ft, &blueprint, &shared, &events, Disks::new())?;
+            FtSide::primary(common).map_err(|e| e.to_string())
+        }) as TurnOn
+    });
     let mut runtime = Runtime::new(machine, outside, shared, events, receiver, options);
+    runtime.turn_on = turn_on;
     runtime.ft = ft;
     runtime.errors.drives = error_policies(&blueprint);
     if let Some(path) = &config.machine.icount.record {
@@ -467,7 +484,7 @@ fn prepare_backup(
         crate::cli::ft::FtConfig { heartbeat: joined.timing.0, timeout: joined.timing.1, separate, ..ft };
     let prepared = (|| {
         let machine = blueprint.build().map_err(|e| e.to_string())?;
-        let (outside, control) = open_outside(config, &blueprint, shared, &events)?;
+        let (outside, control) = open_outside(&blueprint, shared, &events)?;
         let mut images = Vec::new();
         for (drive, spec) in blueprint.config.drives.iter().zip(&blueprint.pc.drives) {
             let options = open_options(drive);
@@ -564,7 +581,6 @@ fn attach_nets(blueprint: &Blueprint, outside: &Outside, events: &Events) -> Res
 }
 
 fn control(
-    config: &Config,
     machine: &crate::cli::MachineConfig,
     shared: &Arc<Shared>,
     events: &Events,
@@ -575,7 +591,6 @@ fn control(
         events: events.clone(),
         config: machine.clone(),
         outside,
-        pair: config.host.ft.is_some(),
         chars: Mutex::default(),
         fdsets: Default::default(),
         machine_thread: nix::unistd::gettid().as_raw(),
@@ -584,14 +599,13 @@ fn control(
 
 /// Open the character devices; the terminal may be shared between a serial line and the human monitor.
 fn open_outside(
-    config: &Config,
     blueprint: &Blueprint,
     shared: &Arc<Shared>,
     events: &Events,
 ) -> Result<(Arc<Outside>, Arc<Control>), String> {
     *shared.backends() = Backends::new(blueprint);
     let outside = Arc::new(Outside::default());
-    let control = control(config, &blueprint.config, shared, events, Arc::clone(&outside));
+    let control = control(&blueprint.config, shared, events, Arc::clone(&outside));
     // Serial lines do not know who is at their other end; virtio-serial ports tell their guest.
     let opens: Vec<u32> = blueprint
         .pc

@@ -118,6 +118,31 @@ fn operations() -> Result<()> {
     pair.finish(false)
 }
 
+/// A machine that runs without protection is given it, and it is taken away again.
+fn turned_on_and_off() -> Result<()> {
+    let mut pair = Pair::start_plain("turned-on", Guest::Tiny)?;
+    let clients = clients(&pair, "turned-on");
+    clients.wait_progress(20, WAIT)?;
+    let error = pair.qmp()?.command("ft-turn-off", serde_json::Value::Null).err().unwrap_or_default();
+    if !error.contains("no primary") {
+        return Err(format!("turned off what is not on: {error:?}"));
+    }
+    for _ in 0..2 {
+        pair.qmp()?.command("ft-turn-on", serde_json::json!({"timeout": 800}))?;
+        pair.protect()?;
+        clients.wait_progress(20, WAIT)?;
+        pair.turn_off()?;
+        clients.wait_progress(20, WAIT)?;
+    }
+    pair.qmp()?.command("ft-turn-on", serde_json::Value::Null)?;
+    pair.protect()?;
+    clients.wait_progress(20, WAIT)?;
+    pair.kill_primary()?;
+    clients.wait_progress(20, WAIT)?;
+    clients.finish()?;
+    pair.finish(false)
+}
+
 /// Each host has a disk of its own: copied when the pair is made, written by both, brought up to date after a loss.
 fn separate_disks() -> Result<()> {
     let mut pair = Pair::start_separate("separate", Guest::Tiny)?;
@@ -218,13 +243,14 @@ fn main() {
         return;
     }
     let wanted: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
-    let tests: [(&str, Test); 7] = [
+    let tests: [(&str, Test); 8] = [
         ("kills", kills),
         ("stall", stall),
         ("cut", cut),
         ("divergence", divergence),
         ("operations", operations),
         ("separate_disks", separate_disks),
+        ("turned_on_and_off", turned_on_and_off),
         ("refusals", refusals),
     ];
     let (mut passed, mut failed) = (0, 0);

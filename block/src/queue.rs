@@ -104,7 +104,7 @@ struct State {
 struct Inner {
     name: String,
     image: Box<dyn Image>,
-    durable: bool,
+    durable: AtomicBool,
     abandoned: AtomicBool,
     state: Mutex<State>,
     work: Condvar,
@@ -209,7 +209,7 @@ impl Inner {
                 // Something may have waited for these bytes.
                 self.work.notify_all();
             }
-            if result.is_err() || !(flush || writes && self.durable) {
+            if result.is_err() || !(flush || writes && self.durable.load(Ordering::SeqCst)) {
                 drop(state);
                 self.finish(id, request, result);
                 state = self.lock();
@@ -274,7 +274,7 @@ impl Queue {
         let inner = Arc::new(Inner {
             name: name.to_owned(),
             image,
-            durable: settings.durable,
+            durable: AtomicBool::new(settings.durable),
             abandoned: AtomicBool::new(false),
             state: Mutex::new(state),
             work: Condvar::new(),
@@ -315,6 +315,16 @@ impl Queue {
             drop(state);
             inner.work.notify_one();
         }
+    }
+
+    /// Whether writes' completions wait for stable storage from now on; when they do, so has all that was written before
+    /// at the return.
+    pub fn set_durable(&self, durable: bool) -> Result<(), BlockError> {
+        self.inner.durable.store(durable, Ordering::SeqCst);
+        if durable && !self.inner.image.read_only() {
+            self.inner.image.flush()?;
+        }
+        Ok(())
     }
 
     /// Throw away what is queued and everything submitted from now on.

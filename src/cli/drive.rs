@@ -108,6 +108,13 @@ pub struct DriveConfig {
     pub node: bool,
 }
 
+impl DriveConfig {
+    /// Whether `cache=` makes every write durable.
+    pub fn is_durable(&self) -> bool {
+        matches!(self.cache, Cache::Writethrough | Cache::DirectSync)
+    }
+}
+
 fn next_index(interface: Interface, drives: &[DriveConfig]) -> u32 {
     (0..).find(|i| !drives.iter().any(|d| d.interface == interface && d.index == *i)).unwrap_or(0)
 }

@@ -99,6 +99,11 @@ impl DiskWorker {
         self.queue.submit(id, request(op));
     }
 
+    /// See [`Queue::set_durable`].
+    pub fn set_durable(&self, durable: bool) -> Result<(), ftvm_block::BlockError> {
+        self.queue.set_durable(durable)
+    }
+
     /// Throw away what is queued and everything submitted from now on.
     pub fn abandon(&self) {
         self.queue.abandon();

@@ -94,6 +94,15 @@ impl Outside {
         }
     }
 
+    /// Whether each drive's writes are told of only when they are on stable storage.
+    pub fn set_durable(&self, durable: impl Fn(usize) -> bool) -> Result<(), ftvm_block::BlockError> {
+        let Ok(disks) = self.disks.lock() else { return Ok(()) };
+        disks
+            .iter()
+            .enumerate()
+            .try_for_each(|(i, d)| d.as_ref().map_or(Ok(()), |d| d.set_durable(durable(i))))
+    }
+
     /// Wait until every disk has served what was submitted, and close them.
     pub fn close_disks(&self) {
         let disks = match self.disks.lock() {

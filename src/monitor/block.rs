@@ -216,7 +216,9 @@ fn flatten(prefix: &str, map: &Map<String, Value>, params: &mut Params) {
 }
 
 /// Open a node's image on this host and put it among the drives; `None`: its place is dealt out.
-fn attach(rt: &mut Runtime, config: DriveConfig, pair: bool, at: Option<usize>) -> Result<usize, QmpError> {
+fn attach(rt: &mut Runtime, config: DriveConfig, at: Option<usize>) -> Result<usize, QmpError> {
+    // What one of a pair writes must be durable.
+    let pair = rt.ft.is_some();
     if rt.ft.as_ref().is_some_and(|ft| ft.common.config.separate) && !config.read_only {
         return Err(QmpError::generic("disks cannot be plugged while each host of the pair has its own"));
     }
@@ -262,7 +264,6 @@ pub fn add(c: &Control, call: &mut Call) -> Reply {
             params.set(key, &path);
         }
     }
-    let pair = c.pair;
     c.change(move |rt| {
         let before: Vec<Option<DriveConfig>> = rt.shared.backends().drives.clone();
         let below = params.get("file").map(str::to_owned);
@@ -284,7 +285,7 @@ pub fn add(c: &Control, call: &mut Call) -> Reply {
             std::fs::metadata(&file).map_err(|e| could_not_open(&file, &e.to_string()))?;
             rt.shared.backends().drives.push(Some(config));
         } else {
-            attach(rt, config, pair, at)?;
+            attach(rt, config, at)?;
         }
         hotplug::note(rt);
         done()
@@ -303,8 +304,7 @@ pub fn ensure_open(rt: &mut Runtime, index: usize) -> Result<(), QmpError> {
     }
     let config = rt.shared.backends().drives.get(index).cloned().flatten();
     let config = config.ok_or_else(|| QmpError::generic("the block node is gone"))?;
-    let pair = rt.ft.is_some();
-    attach(rt, config, pair, Some(index)).map(|_| ())
+    attach(rt, config, Some(index)).map(|_| ())
 }
 
 /// Whether a device or a tray uses drive number `index`.
@@ -442,7 +442,6 @@ pub fn change_medium(c: &Control, call: &mut Call) -> Reply {
     params.set("file.filename", &c.fdsets.resolve(call.text("filename"))?);
     params.set("node-name", &format!("{device}-medium"));
     params.set("read-only", if call.text("read-only-mode") == "read-write" { "off" } else { "on" });
-    let pair = c.pair;
     let (name, index) = c.change(move |rt| {
         let mut backends = rt.shared.backends();
         let free = (0..).map(|n| format!("{}{n}", params.get("node-name").unwrap_or_default()));
@@ -452,7 +451,7 @@ pub fn change_medium(c: &Control, call: &mut Call) -> Reply {
         drop(backends);
         drive::add_blockdev(&params, &mut known).map_err(|e| QmpError::generic(e.to_string()))?;
         let config = known.pop().ok_or_else(|| QmpError::generic("no block node"))?;
-        Ok((name, attach(rt, config, pair, None)? as u32))
+        Ok((name, attach(rt, config, None)? as u32))
     })?;
     log::debug!("the new medium of {device} is {name}");
     change(c, device.clone(), Tray { open: true, medium: None })?;

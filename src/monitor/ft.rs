@@ -3,7 +3,9 @@
 use ftvm_qmp::{Call, QmpError};
 
 use super::{done, Control, Reply};
+use crate::cli::ft::FtConfig;
 use crate::runtime::control::FtWish;
+use crate::runtime::live::Sink;
 
 pub fn query(c: &Control, _: &mut Call) -> Reply {
     serde_json::to_value(c.shared.ft()).map_err(|e| QmpError::generic(e.to_string()))
@@ -31,6 +33,41 @@ fn wish(c: &Control, wish: FtWish, states: &'static [&'static str]) -> Reply {
         crate::runtime::ft::wish(rt, wish);
         done()
     })?
+}
+
+/// Make a running machine a primary: its writes become durable, and it waits for a backup.
+pub fn turn_on(c: &Control, call: &mut Call) -> Reply {
+    let mut option = "primary".to_owned();
+    for name in ["listen", "lock"] {
+        if let Some(value) = call.arguments.get(name).and_then(serde_json::Value::as_str) {
+            option.push_str(&format!(",{name}={}", value.replace(',', ",,")));
+        }
+    }
+    for name in ["heartbeat", "timeout", "max-lag"] {
+        if let Some(value) = call.int(name) {
+            option.push_str(&format!(",{name}={value}"));
+        }
+    }
+    let config = FtConfig::parse(&option).map_err(|e| QmpError::generic(e.to_string()))?;
+    c.change(move |rt| {
+        if rt.ft.is_some() {
+            return Err(QmpError::generic("fault tolerance is on"));
+        }
+        if !matches!(rt.sink, Sink::None) {
+            return Err(QmpError::generic("a machine that is recorded cannot be protected"));
+        }
+        let turn_on = rt.turn_on.as_ref();
+        let turn_on =
+            turn_on.ok_or_else(|| QmpError::generic("this machine was started as one of a pair"))?;
+        let side = turn_on(config).map_err(QmpError::generic)?;
+        rt.outside.set_durable(|_| true).map_err(|e| QmpError::generic(e.to_string()))?;
+        rt.ft = Some(side);
+        done()
+    })
+}
+
+pub fn turn_off(c: &Control, _: &mut Call) -> Reply {
+    wish(c, FtWish::TurnOff, &["unprotected", "synchronizing", "protected"])
 }
 
 pub fn suspend(c: &Control, _: &mut Call) -> Reply {

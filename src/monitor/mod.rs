@@ -40,8 +40,6 @@ pub struct Control {
     /// The machine as it was started.
     pub config: MachineConfig,
     pub outside: Arc<Outside>,
-    /// The machine is one of a pair: what is written must be durable.
-    pub pair: bool,
     /// The character devices, the monitors' own among them.
     pub chars: Mutex<Vec<CharView>>,
     pub fdsets: fdsets::FdSets,
@@ -122,6 +120,8 @@ const COMMANDS: &[(&str, Command)] = &[
     ("query-migrate-capabilities", |_, _| Ok(json!([{"capability": "events", "state": true}]))),
     ("migrate-set-capabilities", machine::migrate_capabilities),
     ("query-ft", ft::query),
+    ("ft-turn-on", ft::turn_on),
+    ("ft-turn-off", ft::turn_off),
     ("ft-suspend", ft::suspend),
     ("ft-resume", ft::resume),
     ("ft-test-failover", ft::test_failover),
@@ -158,7 +158,6 @@ impl Control {
             events,
             config,
             outside: Arc::default(),
-            pair: false,
             chars: Mutex::default(),
             fdsets: Default::default(),
             machine_thread: 0,

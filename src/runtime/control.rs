@@ -19,6 +19,8 @@ pub enum FtWish {
     TestFailover,
     /// The backup joins anew.
     RestartBackup,
+    /// Let the backup go, and be no primary any more.
+    TurnOff,
 }
 
 /// `query-status`'s states that ftvm reaches.

@@ -14,6 +14,7 @@ use super::ft::FtSide;
 use super::pace::Pacer;
 use super::record::{Player, Recorder};
 use super::{Event, Events, Outcome, Quit};
+use crate::cli::ft::FtConfig;
 use crate::host::Outside;
 use crate::lockstep::log::Entry;
 use crate::machine::{Machine, MachineInput, Stamp, StateHash, Stop};
@@ -55,11 +56,16 @@ pub struct Runtime {
     pub sink: Sink,
     pub ft: Option<FtSide>,
     pub errors: DiskErrors,
+    /// Makes this machine a primary while it runs (`ft-turn-on`).
+    pub turn_on: Option<TurnOn>,
     pacer: Pacer,
     chunk: u64,
     next_hash_ns: u64,
     shutdown: bool,
 }
+
+/// Makes a running machine a primary.
+pub type TurnOn = Box<dyn Fn(FtConfig) -> Result<FtSide, String> + Send>;
 
 /// Whether an output must wait for the backup: everything but reads of the disk.
 pub fn is_held(output: &Output) -> bool {
@@ -87,6 +93,7 @@ impl Runtime {
             sink: Sink::None,
             ft: None,
             errors: DiskErrors::default(),
+            turn_on: None,
             pacer,
             chunk: 20_000,
             next_hash_ns: 0,

@@ -1,6 +1,6 @@
 //! The live side with `-ft`: waits for a backup, copies the machine to it, logs.
 
-use std::net::{TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -63,9 +63,24 @@ pub struct PrimaryRole {
     rate: Rate,
     suspected_at: Option<(Duration, Duration)>,
     /// Where the backup will wait for a backup of its own when it is live.
-    peer_waits_at: Option<std::net::SocketAddr>,
+    peer_waits_at: Option<SocketAddr>,
     /// The user suspended fault tolerance: backups are refused.
     suspended: Arc<AtomicBool>,
+    /// The user turned fault tolerance off: it ends when there is no backup any more.
+    ending: bool,
+    /// Tells the listener's thread to end, which is woken by a connection to its address.
+    closed: Arc<AtomicBool>,
+    port: u16,
+}
+
+impl Drop for PrimaryRole {
+    fn drop(&mut self) {
+        self.closed.store(true, Ordering::SeqCst);
+        for local in [IpAddr::from(Ipv4Addr::LOCALHOST), IpAddr::from(Ipv6Addr::LOCALHOST)] {
+            let _ =
+                TcpStream::connect_timeout(&SocketAddr::new(local, self.port), Duration::from_millis(100));
+        }
+    }
 }
 
 /// Measures the log's bandwidth.
@@ -92,15 +107,22 @@ impl PrimaryRole {
         let busy = Arc::new(AtomicBool::new(false));
         let epochs = Arc::new(Mutex::new(epoch_number));
         let suspended = Arc::new(AtomicBool::new(false));
+        let closed = Arc::new(AtomicBool::new(false));
+        let stop = Arc::clone(&closed);
+        let port = common.config.listen.rsplit_once(':').and_then(|(_, p)| p.parse().ok()).unwrap_or(0);
         let (c, b, e, s) = (Arc::clone(common), Arc::clone(&busy), epochs, Arc::clone(&suspended));
         std::thread::Builder::new().name("ft-listen".into()).spawn(move || {
             let listener = loop {
                 match listener.take().map_or_else(|| TcpListener::bind(&c.config.listen), Ok) {
                     Ok(l) => break l,
+                    Err(_) if stop.load(Ordering::SeqCst) => return,
                     Err(_) => std::thread::sleep(Duration::from_secs(1)),
                 }
             };
             for stream in listener.incoming().flatten() {
+                if stop.load(Ordering::SeqCst) {
+                    return;
+                }
                 let peer = stream.peer_addr().map_or_else(|_| "?".into(), |a| a.to_string());
                 let (c, b, e, s) = (Arc::clone(&c), Arc::clone(&b), Arc::clone(&e), Arc::clone(&s));
                 let _ = std::thread::Builder::new().name("ft-hello".into()).spawn(move || {
@@ -130,6 +152,9 @@ impl PrimaryRole {
             suspected_at: None,
             peer_waits_at: None,
             suspended,
+            ending: false,
+            closed,
+            port,
         })
     }
 
@@ -327,7 +352,7 @@ pub fn on_event(rt: &mut Runtime, event: FtEvent) -> Option<Outcome> {
             log::info!("ft: backup at {} is ready; copying the machine (epoch {})", link.peer, epoch.number);
             start_reader(p, &common, &link, &outside);
             let (peer, number) = (link.peer.to_string(), epoch.number);
-            p.peer_waits_at = Some(std::net::SocketAddr::new(link.peer.ip(), port));
+            p.peer_waits_at = Some(SocketAddr::new(link.peer.ip(), port));
             p.link = Some(*link);
             if let Ok(mut core) = p.core.lock() {
                 core.copying(now);
@@ -526,6 +551,10 @@ pub fn live_work(rt: &mut Runtime) -> Option<Outcome> {
     }
     {
         let (p, common) = role(rt)?;
+        if p.ending && p.core.lock().is_ok_and(|c| c.phase() == Phase::Unprotected) {
+            turn_off(rt);
+            return None;
+        }
         p.status(&common, position);
         let link = p.link.as_ref().filter(|_| p.copy.is_some())?;
         if link.queued() > COPY_WINDOW {
@@ -659,6 +688,18 @@ fn finish_copy(rt: &mut Runtime) -> Option<()> {
     Some(())
 }
 
+/// There is no backup any more, and none is wanted.
+fn turn_off(rt: &mut Runtime) {
+    rt.ft = None;
+    let shared = Arc::clone(&rt.shared);
+    let drives = shared.backends().drives.clone();
+    let durable = |i: usize| drives.get(i).is_some_and(|d| d.as_ref().is_some_and(|d| d.is_durable()));
+    if let Err(e) = rt.outside.set_durable(durable) {
+        log::warn!("ft: {e}");
+    }
+    shared.update_ft(|ft| *ft = Default::default());
+}
+
 /// What the user wants of the pair; the caller has looked whether the state allows it.
 pub fn wish(rt: &mut Runtime, wish: FtWish) {
     let Some((p, _)) = role(rt) else { return };
@@ -671,6 +712,11 @@ pub fn wish(rt: &mut Runtime, wish: FtWish) {
         FtWish::Resume => {
             p.suspended.store(false, Ordering::SeqCst);
             Vec::new()
+        }
+        FtWish::TurnOff => {
+            p.suspended.store(true, Ordering::SeqCst);
+            p.ending = true;
+            core.dismiss("fault tolerance is turned off", false)
         }
         FtWish::RestartBackup => core.dismiss("a new backup is wanted", true),
         FtWish::TestFailover => {

@@ -98,16 +98,35 @@ impl Pair {
             server,
             hosts: [None, None],
             live: 0,
-            ft_options: ft_options.to_owned(),
+            ft_options: if ft_options == PLAIN { String::new() } else { ft_options.to_owned() },
             second_image: None,
             started: 0,
         };
-        args.extend(["-ft".to_owned(), format!("primary{ft_options}")]);
+        if ft_options != PLAIN {
+            args.extend(["-ft".to_owned(), format!("primary{ft_options}")]);
+        }
         let words: Vec<&str> = args.iter().map(String::as_str).collect();
         let mut vm = pair.spawn(0, &words)?;
         vm.wait_console(mark, Duration::from_secs(900))?;
         pair.hosts[0] = Some(vm);
         Ok(pair)
+    }
+
+    /// As `start`, without `-ft`.
+    pub fn start_plain(name: &str, guest: Guest) -> Result<Pair> {
+        Self::start(name, guest, PLAIN)
+    }
+
+    /// Turn fault tolerance off: the backup ends in order.
+    pub fn turn_off(&mut self) -> Result<()> {
+        let other = self.other();
+        self.qmp()?.command("ft-turn-off", serde_json::Value::Null)?;
+        let mut vm = self.hosts[other].take().ok_or("there is no backup")?;
+        match vm.wait_exit(Duration::from_secs(30))? {
+            0 => {}
+            status => return Err(format!("the backup ended with {status}\n{}", vm.log())),
+        }
+        self.qmp()?.wait_ft("off", Duration::from_secs(10)).map(|_| ())
     }
 
     /// As `start`, where each host has a disk of its own; host 1's is empty so far.
@@ -428,6 +447,9 @@ fn flip_guest_memory(pid: i32) -> Result<()> {
     }
     Ok(())
 }
+
+/// Options that stand for no `-ft` at all.
+const PLAIN: &str = "plain";
 
 const TAP: &str = "tap,id=n0,ifname=vmtap,script=no,downscript=no";
 
