@@ -17,6 +17,16 @@ need libslirp-dev /usr/include/slirp/libslirp.h
 need libglib2.0-dev /usr/include/glib-2.0/glib.h
 need seabios /usr/share/seabios/bios-256k.bin
 need qemu-utils qemu-img
+need qemu-system-x86 qemu-system-x86_64
+# The choice below keeps a machine without systemd without it.
+if [ -d /run/systemd/system ]; then
+    need libvirt-daemon-system /usr/sbin/libvirtd
+else
+    need "libvirt-daemon-system libvirt-daemon-system-sysv" /usr/sbin/libvirtd
+fi
+need libvirt-daemon-driver-qemu /usr/lib/x86_64-linux-gnu/libvirt/connection-driver/libvirt_driver_qemu.so
+need libvirt-clients virsh
+need virtinst virt-install
 need mmdebstrap mmdebstrap
 need busybox-static /usr/share/doc/busybox-static
 need kmod depmod

@@ -10,9 +10,10 @@ use ftvm_accel::model::CpuModel;
 use ftvm_accel::tcg::SoftCpu;
 use ftvm_accel::{ApicMessage, GuestMemory, Processor};
 use ftvm_block::{Image, OpenOptions, Reserve};
+use ftvm_devices::registry::Attach;
 use ftvm_devices::{
-    DeviceError, DeviceSpec, DriveSpec, InitrdFile, Input, KernelImages, MachineRequest, NicSpec, Output, Pc,
-    PcConfig, SerialSpec,
+    DeviceError, DeviceSpec, DriveSpec, FunctionView, InitrdFile, Input, Inventory, KernelImages,
+    MachineRequest, NicSpec, Output, Pc, PcConfig, Plug, SerialSpec, WindowView,
 };
 use serde::{Deserialize, Serialize};
 
@@ -54,6 +55,8 @@ pub struct Blueprint {
     pub config: MachineConfig,
     /// Which character device is connected to which target.
     pub chars: Vec<Char>,
+    /// The name of each of them.
+    pub labels: Vec<String>,
 }
 
 /// Nanoseconds per instruction before the host's speed is known: 100 million a second.
@@ -89,7 +92,8 @@ fn seed() -> Result<[u8; 32], BuildError> {
     Ok(seed)
 }
 
-fn rtc_base(base: RtcBase) -> i64 {
+/// The Unix time that the machine's clock shows at its start.
+pub fn rtc_base(base: RtcBase) -> i64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs() as i64);
     match base {
         RtcBase::Utc => now,
@@ -103,6 +107,14 @@ fn rtc_base(base: RtcBase) -> i64 {
             now + offset
         }
         RtcBase::Fixed(t) => t,
+    }
+}
+
+/// How a drive's queue serves; in a pair every write is durable before the guest is told.
+pub fn queue_settings(drive: &DriveConfig, pair: bool) -> ftvm_block::queue::Settings {
+    ftvm_block::queue::Settings {
+        durable: pair || matches!(drive.cache, Cache::Writethrough | Cache::DirectSync),
+        limits: drive.limits,
     }
 }
 
@@ -223,10 +235,15 @@ impl Blueprint {
     /// A new machine's blueprint; `sizes` are the drives' sizes in bytes (0: no medium).
     pub fn new(config: &MachineConfig, firmware_dirs: &[String], sizes: &[u64]) -> Result<Self, BuildError> {
         let mut chars = Vec::new();
+        let mut labels = Vec::new();
         let mut serial_ports = Vec::new();
         for (index, dev) in config.serials.iter().enumerate() {
             if let Some(dev) = dev {
                 serial_ports.push(SerialSpec { index: index as u32, port: chars.len() as u32 });
+                labels.push(match dev {
+                    Char::Id(id) => id.clone(),
+                    _ => format!("serial{index}"),
+                });
                 chars.push(dev.clone());
             }
         }
@@ -244,6 +261,7 @@ impl Blueprint {
                 has_medium: d.file.is_some(),
                 serial: d.serial.clone().unwrap_or_default(),
                 logical_block_size: if d.cdrom { 2048 } else { 512 },
+                device: String::new(),
             });
             let mut properties = BTreeMap::new();
             let driver = match d.interface {
@@ -314,12 +332,11 @@ impl Blueprint {
                     fail(format!("Property '{}.chardev' can't find value '{name}'", d.driver))
                 })?;
                 spec.chardev = Some(chars.len() as u32);
+                labels.push(name.clone());
                 if d.driver == "isa-serial" {
                     let index = spec.properties.get("index").and_then(|i| i.parse().ok());
                     let index = index.unwrap_or(serial_ports.len() as u32);
                     serial_ports.push(SerialSpec { index, port: chars.len() as u32 });
-                    chars.push(dev.clone());
-                    continue;
                 }
                 chars.push(dev.clone());
             }
@@ -330,12 +347,23 @@ impl Blueprint {
             }
             devices.push(spec);
         }
+        if config.usb {
+            devices.push(DeviceSpec {
+                driver: "piix3-usb-uhci".into(),
+                properties: BTreeMap::from([("addr".into(), "1.2".into())]),
+                ..DeviceSpec::default()
+            });
+        }
         for global in &config.globals {
             let parts = global.split_once('=').and_then(|(k, v)| Some((k.rsplit_once('.')?, v)));
             let Some(((driver, key), value)) = parts else {
                 return Err(BuildError::Plain(format!("-global {global}: expected driver.property=value")));
             };
-            let mut used = false;
+            let model = ftvm_devices::registry::MODELS.iter().find(|m| m.name == driver);
+            let mut used = model.is_some_and(|m| m.attach == Attach::Board);
+            if let Some(m) = model.filter(|_| used) {
+                m.check_global(key, value)?;
+            }
             for spec in devices.iter_mut().filter(|d| d.driver == driver) {
                 used = true;
                 spec.properties.entry(key.to_owned()).or_insert_with(|| value.to_owned());
@@ -351,6 +379,7 @@ impl Blueprint {
                 properties: BTreeMap::from([("chardev".into(), "debugcon".into())]),
                 ..DeviceSpec::default()
             });
+            labels.push("debugcon".into());
             chars.push(dev.clone());
         }
         let kernel = match &config.kernel {
@@ -379,10 +408,10 @@ impl Blueprint {
             ram_size: config.memory,
             cpus: config.cpus,
             firmware: firmware(&config.bios, firmware_dirs)?,
-            machine: if config.machine == "pc" { "pc-i440fx-7.2".into() } else { config.machine.clone() },
+            machine: config.machine_name().to_owned(),
             uuid: config.uuid,
             name: config.name.clone(),
-            rtc_base_unix: rtc_base(config.rtc_base),
+            rtc_base_unix: config.rtc_base_unix,
             boot_order: config.boot_order.clone(),
             boot_menu: config.boot_menu,
             boot_splash_time: config.boot_splash_time,
@@ -407,18 +436,27 @@ impl Blueprint {
             );
         }
         let ns_per_instruction = config.icount.shift.map_or(DEFAULT_RATE, |s| f64::from(1u32 << s));
-        Ok(Blueprint { pc, cpu_model, ns_per_instruction, config, chars })
+        Ok(Blueprint { pc, cpu_model, ns_per_instruction, config, chars, labels })
     }
 
     /// Build the machine.
     pub fn build(&self) -> Result<Machine, BuildError> {
+        self.build_with(|_| ())
+    }
+
+    /// Build the machine, with each processor prepared by `prepare`.
+    pub fn build_with(&self, prepare: impl Fn(&mut SoftCpu)) -> Result<Machine, BuildError> {
         let model = &self.cpu_model;
         model.check_host().map_err(|e| BuildError::Cpu(model.name().to_owned(), e.to_string()))?;
         let mem = GuestMemory::new(self.pc.ram_size)?;
         mem.set_firmware(self.pc.firmware.clone())?;
         let pc = Pc::new(self.pc.clone(), &mem)?;
         let cpus = (0..self.pc.cpus)
-            .map(|i| Box::new(SoftCpu::new(i, self.pc.cpus, model)) as Box<dyn Processor>)
+            .map(|i| {
+                let mut cpu = SoftCpu::new(i, self.pc.cpus, model);
+                prepare(&mut cpu);
+                Box::new(cpu) as Box<dyn Processor>
+            })
             .collect();
         Ok(Machine::new(cpus, Box::new(PcChipset(pc)), mem, self.ns_per_instruction))
     }
@@ -660,5 +698,20 @@ impl Chipset for PcChipset {
     }
     fn device_hashes(&self) -> Vec<(String, u64)> {
         self.0.device_hashes()
+    }
+    fn inventory(&self) -> Vec<Inventory> {
+        self.0.inventory()
+    }
+    fn pci_functions(&self) -> Vec<FunctionView> {
+        self.0.pci_functions()
+    }
+    fn windows(&self) -> (Vec<WindowView>, Vec<WindowView>) {
+        self.0.windows()
+    }
+    fn check_plug(&mut self, plug: &Plug) -> Result<u8, String> {
+        self.0.check_plug(plug).map_err(|e| e.to_string())
+    }
+    fn check_unplug(&self, id: &str) -> Result<(), String> {
+        self.0.check_unplug(id).map_err(|e| e.to_string())
     }
 }

@@ -5,6 +5,7 @@ pub mod cli;
 pub mod host;
 pub mod lockstep;
 pub mod machine;
+pub mod monitor;
 pub mod program;
 pub mod runtime;
 pub mod sim;

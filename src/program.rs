@@ -8,20 +8,26 @@ use std::sync::mpsc::{channel, Receiver};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
+use ftvm_block::track::Tracked;
 use ftvm_devices::Input;
-use ftvm_qmp::{serve_listener, Hub, Listener};
+use ftvm_qmp::{serve_listener, Fds, Hub, Listener};
 
-use crate::assembly::{check_shared, open_drive, open_live, open_net, open_options, Blueprint};
-use crate::cli::config::{format_uuid, Monitor};
-use crate::cli::drive::{Cache, DriveConfig, ErrorPolicy};
+use crate::assembly::{
+    check_shared, open_drive, open_live, open_net, open_options, queue_settings, Blueprint,
+};
+use crate::cli::config::Monitor;
+use crate::cli::drive::{DriveConfig, ErrorPolicy};
 use crate::cli::{Char, Config, Request};
-use crate::host::chars::{self, CharSink, Escape, EscapeFilter};
+use crate::host::backends::Backends;
+use crate::host::chars::{self, CharSink, Escape, EscapeFilter, Opened};
 use crate::host::disk::DiskWorker;
 use crate::host::{net_receiver, signals, Outside};
 use crate::lockstep::{Arbiter, FileLock, LunArbiter};
 use crate::machine::MachineInput;
-use crate::runtime::control::{Control, RunState, Shared};
-use crate::runtime::ft::{join, Common, FtSide, HostSide};
+use crate::monitor::{CharView, Control};
+use crate::runtime::control::{RunState, Shared};
+use crate::runtime::ft::disks::{Disks, Generations};
+use crate::runtime::ft::{begin_own_writes, join, Common, FtSide, HostSide};
 use crate::runtime::live::{replay, RunOptions, Runtime, Sink};
 use crate::runtime::record::{Header, Player, Recorder};
 use crate::runtime::{Event, Events, Outcome, Quit};
@@ -149,7 +155,15 @@ fn start(config: &Config) -> Result<Outcome, String> {
     logging(config)?;
     let (events, receiver) = channel();
     signals::install(events.clone()).map_err(|e| text(&e))?;
+    if config.host.lock_memory {
+        use nix::sys::mman::{mlockall, MlockAllFlags};
+        mlockall(MlockAllFlags::MCL_CURRENT | MlockAllFlags::MCL_FUTURE)
+            .map_err(|e| format!("-overcommit mem-lock=on: {e}"))?;
+    }
     let prepared = prepare(config, events, receiver)?;
+    if let Some(sandbox) = &config.host.sandbox {
+        sandbox.enter(true).map_err(|e| format!("-sandbox: {e}"))?;
+    }
     if let Some(path) = &config.host.pidfile {
         std::fs::write(path, format!("{}\n", std::process::id()))
             .map_err(|e| format!("-pidfile {path}: {e}"))?;
@@ -196,6 +210,8 @@ fn daemonize() -> Result<Ready, String> {
 enum Prepared {
     Live(Box<Runtime>),
     Replay(Box<Runtime>, Box<Player>),
+    /// `-machine none`: only monitors.
+    Idle(Arc<Shared>, Receiver<Event>),
 }
 
 impl Prepared {
@@ -208,8 +224,22 @@ impl Prepared {
                 outside.drain_chars();
                 outcome
             }
+            Prepared::Idle(shared, receiver) => idle(&shared, &receiver),
         }
     }
+}
+
+/// A program without a machine waits for its end.
+fn idle(shared: &Shared, receiver: &Receiver<Event>) -> Outcome {
+    while let Ok(event) = receiver.recv() {
+        if let Event::Quit(quit) = event {
+            let reason = if quit == Quit::HostSignal { "host-signal" } else { "host-qmp-quit" };
+            shared.events.emit("SHUTDOWN", serde_json::json!({"guest": false, "reason": reason}));
+            break;
+        }
+    }
+    shared.events.drain(std::time::Duration::from_secs(1));
+    Outcome::Done(0)
 }
 
 /// A drive's open image, if it has a medium.
@@ -221,7 +251,9 @@ fn sizes(config: &Config) -> Result<(Vec<u64>, Vec<Medium>), String> {
     for drive in &config.machine.drives {
         let mut drive = drive.clone();
         drive.snapshot |= config.machine.snapshot;
-        let image = open_live(&drive, config.host.ft.is_some(), false).map_err(|e| e.to_string())?;
+        // Overlays against late writes of others are for disks that others have.
+        let shared = config.host.ft.as_ref().is_some_and(|f| !f.separate);
+        let image = open_live(&drive, shared, false).map_err(|e| e.to_string())?;
         sizes.push(image.as_ref().map_or(0, |i| i.size()));
         images.push(image);
     }
@@ -231,6 +263,15 @@ fn sizes(config: &Config) -> Result<(Vec<u64>, Vec<Medium>), String> {
 fn prepare(config: &Config, events: Events, receiver: Receiver<Event>) -> Result<Prepared, String> {
     let text = |e: &dyn std::fmt::Display| e.to_string();
     let shared = Shared::new();
+    if config.machine.machine == "none" {
+        if config.host.ft.is_some() || !config.machine.devices.is_empty() {
+            return Err("the machine 'none' has no devices and cannot be protected".into());
+        }
+        shared.backends().objects.clone_from(&config.machine.objects);
+        let control = control(config, &config.machine, &shared, &events, Arc::default());
+        start_monitors(config, &control)?;
+        return Ok(Prepared::Idle(shared, receiver));
+    }
     if let Some(ft) = config.host.ft.clone().filter(|f| f.peer.is_some()) {
         return prepare_backup(config, ft, &shared, events, receiver);
     }
@@ -253,16 +294,18 @@ fn prepare(config: &Config, events: Events, receiver: Receiver<Event>) -> Result
         blueprint.pc.rtc_base_unix = header.rtc_base;
         blueprint.ns_per_instruction = header.ns_per_instruction;
         let machine = blueprint.build().map_err(|e| text(&e))?;
-        let (outside, control) = open_outside(&blueprint, &shared, &events)?;
+        let (outside, control) = open_outside(config, &blueprint, &shared, &events)?;
         start_monitors(config, &control)?;
         let runtime = Runtime::new(machine, outside, shared, events, receiver, RunOptions::default());
         return Ok(Prepared::Replay(Box::new(runtime), Box::new(player)));
     }
-    let (sizes, images) = sizes(config)?;
+    let (sizes, mut images) = sizes(config)?;
+    let separate = config.host.ft.as_ref().is_some_and(|f| f.separate);
+    let disks = if separate { track(&mut images) } else { Disks::new() };
     let blueprint =
         Blueprint::new(&config.machine, &config.host.firmware_dirs, &sizes).map_err(|e| text(&e))?;
     let machine = blueprint.build().map_err(|e| text(&e))?;
-    let (outside, control) = open_outside(&blueprint, &shared, &events)?;
+    let (outside, control) = open_outside(config, &blueprint, &shared, &events)?;
     attach_nets(&blueprint, &outside, &events)?;
     for (i, (image, drive)) in images.into_iter().zip(&config.machine.drives).enumerate() {
         if let Some(image) = image {
@@ -270,7 +313,7 @@ fn prepare(config: &Config, events: Events, receiver: Receiver<Event>) -> Result
                 i,
                 &drive.id,
                 image,
-                queue_settings(drive, config.host.ft.is_some()),
+                queue_settings(drive, config.host.ft.is_some() && !separate),
                 events.clone(),
             )
             .map_err(|e| text(&e))?;
@@ -280,7 +323,11 @@ fn prepare(config: &Config, events: Events, receiver: Receiver<Event>) -> Result
     let ft = match &config.host.ft {
         None => None,
         Some(ft) => {
-            let common = common(ft.clone(), &blueprint, &shared, &events)?;
+            let common = common(ft.clone(), &blueprint, &shared, &events, disks)?;
+            if let Some(generations) = &common.generations {
+                generations.check()?;
+                generations.advance().map_err(|e| format!("-ft: the lock's directory: {e}"))?;
+            }
             Some(FtSide::primary(common).map_err(|e| text(&e))?)
         }
     };
@@ -288,6 +335,7 @@ fn prepare(config: &Config, events: Events, receiver: Receiver<Event>) -> Result
     let options = RunOptions {
         no_reboot: config.host.no_reboot,
         no_shutdown: config.host.no_shutdown,
+        pause_on_panic: false,
         sleep: config.machine.icount.sleep,
         adaptive: config.machine.icount.shift.is_none(),
     };
@@ -312,14 +360,6 @@ fn prepare(config: &Config, events: Events, receiver: Receiver<Event>) -> Result
     }
     runtime.restart_pace();
     Ok(Prepared::Live(Box::new(runtime)))
-}
-
-/// How a drive's queue serves; in a pair every write is durable before the guest is told.
-fn queue_settings(drive: &DriveConfig, pair: bool) -> ftvm_block::queue::Settings {
-    ftvm_block::queue::Settings {
-        durable: pair || matches!(drive.cache, Cache::Writethrough | Cache::DirectSync),
-        limits: drive.limits,
-    }
 }
 
 /// Each drive's name and what its errors do.
@@ -353,11 +393,23 @@ fn lock_path(ft: &crate::cli::ft::FtConfig, blueprint: &Blueprint) -> Result<Str
         })
 }
 
+/// Where disks are separate, follow what is written to them.
+fn track(images: &mut [Medium]) -> Disks {
+    let track = |medium: &mut Medium| {
+        let image = medium.take_if(|i| !i.read_only())?;
+        let tracked = Tracked::new(image);
+        *medium = Some(Box::new(Arc::clone(&tracked)));
+        Some(tracked)
+    };
+    images.iter_mut().map(track).collect()
+}
+
 fn common(
     ft: crate::cli::ft::FtConfig,
     blueprint: &Blueprint,
     shared: &Arc<Shared>,
     events: &Events,
+    disks: Disks,
 ) -> Result<Arc<Common>, String> {
     let path = lock_path(&ft, blueprint)?;
     let fail = |e: std::io::Error| format!("-ft: the lock '{}': {e}", ftvm_block::iscsi::hide_secret(&path));
@@ -366,8 +418,16 @@ fn common(
     } else {
         Arc::new(FileLock::new(&path).map_err(fail)?)
     };
+    let file = |(drive, disk): (&DriveConfig, &Option<_>)| {
+        disk.as_ref().and(drive.file.as_ref()).filter(|f| !f.contains("://")).map(std::path::PathBuf::from)
+    };
+    let images: Vec<_> = blueprint.config.drives.iter().zip(&disks).filter_map(file).collect();
+    let generations = (ft.separate && !path.contains("://"))
+        .then(|| Generations::new(std::path::Path::new(&path), &images));
     Ok(Arc::new(Common {
         config: ft,
+        disks,
+        generations,
         lock,
         shared: Arc::clone(shared),
         events: events.clone(),
@@ -397,17 +457,33 @@ fn prepare_backup(
     if let Err(difference) = blueprint.adapt(&config.machine, &given) {
         return Err(text(&joined.refuse(difference)));
     }
-    let ft = crate::cli::ft::FtConfig { heartbeat: joined.timing.0, timeout: joined.timing.1, ..ft };
+    let separate = joined.separate;
+    if separate && ft.lock.is_none() {
+        let reason =
+            "the primary has disks=separate: the backup needs lock=PATH, where the primary's lock is";
+        return Err(text(&joined.refuse(reason.into())));
+    }
+    let ft =
+        crate::cli::ft::FtConfig { heartbeat: joined.timing.0, timeout: joined.timing.1, separate, ..ft };
     let prepared = (|| {
         let machine = blueprint.build().map_err(|e| e.to_string())?;
-        let (outside, control) = open_outside(&blueprint, shared, &events)?;
-        let common = common(ft, &blueprint, shared, &events)?;
+        let (outside, control) = open_outside(config, &blueprint, shared, &events)?;
+        let mut images = Vec::new();
         for (drive, spec) in blueprint.config.drives.iter().zip(&blueprint.pc.drives) {
-            let options =
-                ftvm_block::OpenOptions { read_only: true, force_share: true, ..open_options(drive) };
-            let image = open_drive(drive, &options).map_err(|e| e.to_string())?;
-            check_shared(drive)?;
-            let size = image.map_or(0, |i| i.size());
+            let options = open_options(drive);
+            let image = if separate {
+                open_drive(drive, &options)
+            } else {
+                open_drive(drive, &ftvm_block::OpenOptions { read_only: true, force_share: true, ..options })
+            };
+            let image = image.map_err(|e| e.to_string())?;
+            let size = image.as_ref().map_or(0, |i| i.size());
+            if separate {
+                images.push(image);
+            } else {
+                drop(image);
+                check_shared(drive)?;
+            }
             if size != spec.size_bytes {
                 return Err(format!(
                     "drive '{}' differs: the image here has {size} bytes, the primary's {}",
@@ -415,22 +491,44 @@ fn prepare_backup(
                 ));
             }
         }
-        Ok((machine, outside, control, common))
+        let disks = track(&mut images);
+        let common = common(ft, &blueprint, shared, &events, disks)?;
+        Ok((machine, outside, control, common, images))
     })();
-    let (mut machine, outside, control, common) = match prepared {
+    let (mut machine, outside, control, common, images) = match prepared {
         Ok(p) => p,
         Err(e) => return Err(text(&joined.refuse(e))),
     };
     start_monitors(config, &control)?;
-    let received = joined.receive(common.lock.as_ref(), &mut machine).map_err(|e| text(&e))?;
+    let received = joined.receive(&common, &mut machine).map_err(|e| text(&e))?;
+    let tracked: Vec<bool> = common.disks.iter().map(Option::is_some).collect();
+    for (i, (image, drive)) in images.into_iter().zip(&blueprint.config.drives).enumerate() {
+        if let Some(image) = image.filter(|_| tracked[i]) {
+            let worker = DiskWorker::start(i, &drive.id, image, queue_settings(drive, false), events.clone())
+                .map_err(|e| text(&e))?;
+            outside.attach_disk(i, worker);
+        }
+    }
     // Networks are opened now, so that a wrong name is found now; frames are taken when live.
     attach_nets(&blueprint, &outside, &events)?;
-    let drives = blueprint.config.drives.clone();
+    let backends_of = Arc::clone(shared);
     let attach = move |outside: &Arc<Outside>, events: &Events| -> Result<(), String> {
-        for (i, drive) in drives.iter().enumerate() {
-            let image = open_live(drive, true, true);
+        let backends = backends_of.backends().clone();
+        for (index, nic) in backends.hot_nics() {
+            if let Some(dev) = backends.netdevs.iter().find(|d| d.id == nic.netdev) {
+                let net = open_net(dev, net_receiver(index as u32, events.clone()))
+                    .map_err(|e| format!("-netdev {}: {e}", dev.id))?;
+                outside.attach_net(index, net);
+            }
+        }
+        for (i, drive) in backends.drives.iter().enumerate() {
+            let Some(drive) = drive else { continue };
+            if tracked.get(i) == Some(&true) {
+                continue;
+            }
+            let image = open_live(drive, !separate, !separate);
             if let Some(image) = image.map_err(|e| e.to_string())? {
-                let settings = queue_settings(drive, true);
+                let settings = queue_settings(drive, !separate);
                 let worker = DiskWorker::start(i, &drive.id, image, settings, events.clone())
                     .map_err(|e| e.to_string())?;
                 outside.attach_disk(i, worker);
@@ -443,12 +541,14 @@ fn prepare_backup(
     let options = RunOptions {
         no_reboot: config.host.no_reboot,
         no_shutdown: config.host.no_shutdown,
+        pause_on_panic: false,
         sleep: true,
         adaptive: blueprint.config.icount.shift.is_none(),
     };
     let mut runtime = Runtime::new(machine, outside, Arc::clone(shared), events, receiver, options);
     runtime.errors.drives = error_policies(&blueprint);
     runtime.ft = Some(side);
+    begin_own_writes(&mut runtime);
     Ok(Prepared::Live(Box::new(runtime)))
 }
 
@@ -463,18 +563,43 @@ fn attach_nets(blueprint: &Blueprint, outside: &Outside, events: &Events) -> Res
     Ok(())
 }
 
+fn control(
+    config: &Config,
+    machine: &crate::cli::MachineConfig,
+    shared: &Arc<Shared>,
+    events: &Events,
+    outside: Arc<Outside>,
+) -> Arc<Control> {
+    Arc::new(Control {
+        shared: Arc::clone(shared),
+        events: events.clone(),
+        config: machine.clone(),
+        outside,
+        pair: config.host.ft.is_some(),
+        chars: Mutex::default(),
+        fdsets: Default::default(),
+        machine_thread: nix::unistd::gettid().as_raw(),
+    })
+}
+
 /// Open the character devices; the terminal may be shared between a serial line and the human monitor.
 fn open_outside(
+    config: &Config,
     blueprint: &Blueprint,
     shared: &Arc<Shared>,
     events: &Events,
 ) -> Result<(Arc<Outside>, Arc<Control>), String> {
-    let control = Arc::new(Control {
-        shared: Arc::clone(shared),
-        events: events.clone(),
-        name: blueprint.config.name.clone(),
-        uuid: format_uuid(&blueprint.config.uuid),
-    });
+    *shared.backends() = Backends::new(blueprint);
+    let outside = Arc::new(Outside::default());
+    let control = control(config, &blueprint.config, shared, events, Arc::clone(&outside));
+    // Serial lines do not know who is at their other end; virtio-serial ports tell their guest.
+    let opens: Vec<u32> = blueprint
+        .pc
+        .devices
+        .iter()
+        .filter(|d| matches!(d.driver.as_str(), "virtserialport" | "virtconsole"))
+        .filter_map(|d| d.chardev)
+        .collect();
     let mut sinks = Vec::new();
     for (port, dev) in blueprint.chars.iter().enumerate() {
         let dev = resolve(dev, &blueprint.config.chardevs)?;
@@ -484,14 +609,27 @@ fn open_outside(
             let input = Input::CharIn { port, bytes: bytes.to_vec() };
             let _ = send.send(Event::Input(MachineInput::Device(input)));
         };
+        let send = events.clone();
+        let opened: Opened = match opens.contains(&port) {
+            false => Box::new(|_| {}),
+            true => Box::new(move |open| {
+                let input = Input::CharOpen { port, open };
+                let _ = send.send(Event::Input(MachineInput::Device(input)));
+            }),
+        };
+        let label = blueprint.labels.get(port as usize).cloned().unwrap_or_default();
         let sink = if matches!(dev, Char::Stdio { mux: true, .. }) {
             mux_terminal(&dev, deliver, &control)?
         } else {
-            chars::open(&dev, &[], Box::new(deliver)).map_err(|e| e.to_string())?
+            chars::open(&dev, &label, Box::new(deliver), opened).map_err(|e| e.to_string())?
         };
+        if let Ok(mut chars) = control.chars.lock() {
+            chars.push(CharView { label, filename: sink.label.clone() });
+        }
         sinks.push(sink);
     }
-    Ok((Arc::new(Outside::new(sinks)), control))
+    outside.set_chars(sinks);
+    Ok((outside, control))
 }
 
 fn resolve(dev: &Char, chardevs: &[(String, Char)]) -> Result<Char, String> {
@@ -530,7 +668,8 @@ fn mux_terminal(
                 Ok(Some(b)) if !in_monitor => guest.push(b),
                 Ok(Some(b'\r' | b'\n')) => {
                     say("\r\n");
-                    say(&control.human(&std::mem::take(&mut line)));
+                    let line = std::mem::take(&mut line);
+                    say(&control.human(&line, &mut Fds::default()));
                     say("(ftvm) ");
                 }
                 Ok(Some(8 | 127)) => {
@@ -566,7 +705,8 @@ fn mux_terminal(
             deliver(&guest);
         }
     };
-    let sink = chars::open(dev, &[], Box::new(typed)).map_err(|e| e.to_string())?;
+    let opened = Box::new(|_| {});
+    let sink = chars::open(dev, "serial0", Box::new(typed), opened).map_err(|e| e.to_string())?;
     if let Ok(mut slot) = out.lock() {
         *slot = Some(sink.clone());
     }
@@ -574,18 +714,26 @@ fn mux_terminal(
 }
 
 fn start_monitors(config: &Config, control: &Arc<Control>) -> Result<(), String> {
-    for monitor in &config.host.monitors {
+    for (i, monitor) in config.host.monitors.iter().enumerate() {
         let dev = resolve(&monitor.dev, &config.machine.chardevs)?;
+        let label = match &monitor.dev {
+            Char::Id(id) => id.clone(),
+            _ => format!("compat_monitor{i}"),
+        };
         if monitor.qmp {
-            start_qmp(monitor, &dev, control)?;
+            let filename = start_qmp(monitor, &dev, control)?;
+            if let Ok(mut chars) = control.chars.lock() {
+                chars.push(CharView { label, filename });
+            }
         } else {
-            start_human(&dev, control)?;
+            start_human(&dev, &label, control)?;
         }
     }
     Ok(())
 }
 
-fn start_qmp(monitor: &Monitor, dev: &Char, control: &Arc<Control>) -> Result<(), String> {
+/// Serve QMP on `dev`; returns what people are told of it.
+fn start_qmp(monitor: &Monitor, dev: &Char, control: &Arc<Control>) -> Result<String, String> {
     let hub = Hub {
         handler: Arc::clone(control) as _,
         events: control.shared.events.clone(),
@@ -607,15 +755,28 @@ fn start_qmp(monitor: &Monitor, dev: &Char, control: &Arc<Control>) -> Result<()
             ))
         }
     };
+    let filename = match &listener {
+        Listener::Unix(l) => {
+            let path = l.local_addr().ok().and_then(|a| a.as_pathname().map(|p| p.display().to_string()));
+            format!("unix:{},server=on", path.unwrap_or_default())
+        }
+        Listener::Tcp(l) => {
+            format!("tcp:{},server=on", l.local_addr().map_or(String::new(), |a| a.to_string()))
+        }
+    };
     std::thread::Builder::new()
         .name("qmp".into())
         .spawn(move || serve_listener(listener, &hub))
-        .map(|_| ())
-        .map_err(|e| e.to_string())
+        .map_err(|e| e.to_string())?;
+    Ok(filename)
 }
 
+/// What a human monitor says first.
+const GREETING: &str = concat!("ftvm ", env!("CARGO_PKG_VERSION"), " monitor - type 'help'\r\n(ftvm) ");
+
 /// A human monitor of its own (not on a shared terminal).
-fn start_human(dev: &Char, control: &Arc<Control>) -> Result<(), String> {
+fn start_human(dev: &Char, label: &str, control: &Arc<Control>) -> Result<(), String> {
+    let views = Arc::clone(control);
     let out: Arc<Mutex<Option<CharSink>>> = Arc::default();
     let echo = Arc::clone(&out);
     let control = Arc::clone(control);
@@ -625,13 +786,23 @@ fn start_human(dev: &Char, control: &Arc<Control>) -> Result<(), String> {
         for byte in bytes {
             if *byte == b'\n' || *byte == b'\r' {
                 let text = String::from_utf8_lossy(&std::mem::take(&mut line)).into_owned();
-                sink.write(format!("{}(ftvm) ", control.human(&text)).as_bytes());
+                let answer = control.human(&text, &mut Fds::default());
+                sink.write(format!("{answer}(ftvm) ").as_bytes());
             } else {
                 line.push(*byte);
             }
         }
     };
-    let sink = chars::open(dev, &[], Box::new(typed)).map_err(|e| e.to_string())?;
+    let greet = Arc::clone(&out);
+    let opened = Box::new(move |open| {
+        if let Some(sink) = greet.lock().ok().and_then(|s| s.clone()).filter(|_| open) {
+            sink.write(GREETING.as_bytes());
+        }
+    });
+    let sink = chars::open(dev, label, Box::new(typed), opened).map_err(|e| e.to_string())?;
+    if let Ok(mut chars) = views.chars.lock() {
+        chars.push(CharView { label: label.to_owned(), filename: sink.label.clone() });
+    }
     if let Ok(mut slot) = out.lock() {
         *slot = Some(sink);
     }

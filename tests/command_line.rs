@@ -21,7 +21,7 @@ const WRONG: &[(&str, &str)] = &[
     ("-m", "-m: requires an argument"),
     ("-m lots", "-m lots:"),
     ("-m 0", "guest memory must be between 1M and 1T"),
-    ("-m 128,slots=2", "Invalid parameter 'slots'"),
+    ("-m 128,slots=2", "memory cannot be hot-plugged"),
     ("-smp 0", "Invalid SMP CPUs 0"),
     ("-smp two", "-smp two:"),
     ("-cpu pentium9", "-cpu pentium9:"),

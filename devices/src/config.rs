@@ -75,6 +75,8 @@ pub struct DriveSpec {
     pub has_medium: bool,
     pub serial: String,
     pub logical_block_size: u32,
+    /// The id of the device in front of it (CD drives: their medium is changed by it).
+    pub device: String,
 }
 
 /// A network back end's guest side.

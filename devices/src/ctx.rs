@@ -24,6 +24,8 @@ pub enum DeviceError {
     BadValue { model: String, property: String, value: String },
     #[error("{0}")]
     Config(String),
+    #[error("Device '{0}' not found")]
+    NoDevice(String),
     #[error("saved state: section '{0}' is of version {1}, this program knows up to {2}")]
     NewerSection(String, u32, u32),
     #[error("saved state: section '{0}' belongs to no device of this machine")]
@@ -100,6 +102,12 @@ pub trait Device: Send {
     fn input(&mut self, ctx: &mut Ctx, input: &Input) {}
     /// A disk request of this device ended.
     fn disk_done(&mut self, ctx: &mut Ctx, id: u64, op: DiskOp, result: Result<Vec<u8>, i32>) {}
+    /// The guest is to be asked to let go of PCI slot `slot` (only the power management function can).
+    fn ask_to_eject(&mut self, ctx: &mut Ctx, slot: u8) {}
+    /// Facts for people and management, by name (`guest-stats`, `actual`).
+    fn facts(&self) -> Vec<(String, i64)> {
+        Vec::new()
+    }
     /// The PCI function, for devices on the PCI bus.
     fn pci(&self) -> Option<&PciFunction> {
         None
@@ -157,6 +165,8 @@ pub(crate) struct BoardState {
 pub(crate) struct Board {
     pub s: BoardState,
     pub remap: bool,
+    /// PCI slots whose devices are to be removed when the call in hand is over.
+    pub ejected: Vec<u8>,
     pub deadline: Option<u64>,
     pub changed: Cell<bool>,
     intr: bool,
@@ -183,6 +193,7 @@ impl Board {
                 request: None,
             },
             remap: true,
+            ejected: Vec::new(),
             deadline: None,
             changed: Cell::new(false),
             intr: false,
@@ -309,6 +320,11 @@ impl Ctx<'_> {
         self.board.remap = true;
     }
 
+    /// Remove what is in PCI slot `slot`, when the call in hand is over.
+    pub(crate) fn eject(&mut self, slot: u8) {
+        self.board.ejected.push(slot);
+    }
+
     /// Issue a disk request; [`Device::disk_done`] is called when it ends.
     pub fn disk(&mut self, drive: u32, op: DiskOp) -> u64 {
         let id = self.board.s.next_disk;
@@ -332,6 +348,11 @@ impl Ctx<'_> {
             }
         }
         self.board.s.outputs.push(Output::CharOut { port, bytes: vec![byte] });
+    }
+
+    /// Send bytes out of a character device.
+    pub fn chars_out(&mut self, port: u32, bytes: &[u8]) {
+        bytes.iter().for_each(|b| self.char_out(port, *b));
     }
 
     /// Tell management something.

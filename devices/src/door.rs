@@ -5,6 +5,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::config::{DeviceSpec, DriveSpec, NicSpec};
+
 /// Something that comes into the machine from outside.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Input {
@@ -26,6 +28,29 @@ pub enum Input {
     Nmi,
     /// Seconds to add to the real-time clock's offset from virtual time.
     RtcAdjust { seconds: i64 },
+    /// A device is plugged into the running machine.
+    Plug(Box<Plug>),
+    /// The guest is asked to let go of the device with this id.
+    Unplug { id: String },
+    /// The tray of the CD drive with this device id is opened or closed, or another medium put in: a drive number and its size
+    /// in bytes.
+    Medium { device: String, open: bool, medium: Option<(u32, u64)> },
+    /// The guest is to have this many bytes of memory (virtio balloon).
+    Balloon { bytes: u64 },
+    /// How often the guest is asked for its memory statistics, in seconds; 0: never.
+    BalloonStats { seconds: u64 },
+    /// Whether somebody outside holds the other end of character device `port`.
+    CharOpen { port: u32, open: bool },
+}
+
+/// A device to be plugged in, with what is behind it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Plug {
+    pub spec: DeviceSpec,
+    /// PCI device and function number.
+    pub devfn: u8,
+    pub drive: Option<DriveSpec>,
+    pub nic: Option<NicSpec>,
 }
 
 /// One disk operation. Offsets and lengths are in bytes, multiples of 512.
@@ -77,6 +102,14 @@ pub enum GuestEvent {
     CrashLoaded,
     /// The guest's driver changed the receive filter of network card `nic`.
     NicRxFilterChanged { nic: u32 },
+    /// The guest let go of a device; it is gone.
+    DeviceDeleted { spec: Box<DeviceSpec> },
+    /// The guest has this many bytes of memory besides the balloon.
+    BalloonChange { actual: u64 },
+    /// The guest opened or closed the virtio-serial port of this device id.
+    PortChange { id: String, open: bool },
+    /// The guest or the user moved the tray of the CD drive with this device id.
+    TrayMoved { device: String, open: bool },
 }
 
 /// What a device asks of the machine as a whole; handled after the instruction in hand.

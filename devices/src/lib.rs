@@ -14,14 +14,15 @@ pub mod pci;
 mod random;
 pub mod registry;
 mod smbios;
+mod usb;
 mod virtio;
 
 pub use boot::KernelKind;
 pub use config::{DeviceSpec, DriveSpec, InitrdFile, KernelImages, NicSpec, PcConfig, SerialSpec};
 pub use ctx::DeviceError;
-pub use door::{DiskOp, Input, MachineRequest, Output};
+pub use door::{DiskOp, Input, MachineRequest, Output, Plug};
 pub use ftvm_accel::ApicMessage;
-pub use pc::Pc;
+pub use pc::{FunctionView, Inventory, Pc, WindowView};
 pub use registry::{device_help, model_help};
 
 #[cfg(test)]

@@ -1,5 +1,7 @@
 //! QEMU's `pc` machine as one deterministic object.
 
+mod hotplug;
+
 use ftvm_accel::mem::GuestMemory;
 use ftvm_accel::ApicMessage;
 use serde::{Deserialize, Serialize};
@@ -22,6 +24,9 @@ use crate::door::{Input, MachineRequest, Output};
 use crate::ide::Ide;
 use crate::registry::{self, Attach, Build};
 use crate::smbios;
+
+use hotplug::User;
+pub use hotplug::{FunctionView, Inventory, WindowView};
 
 const CONFIG_ADDRESS: u16 = 0xCF8;
 const RESET_CONTROL: u16 = 0xCF9;
@@ -52,6 +57,11 @@ pub struct Pc {
     /// Device at each PCI device and function number.
     functions: Vec<u16>,
     bridge: u16,
+    /// Where the power management function is among the devices.
+    pm: u16,
+    /// The machine's description, for what is plugged in later (without firmware and kernel).
+    config: PcConfig,
+    users: Vec<User>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -63,6 +73,9 @@ struct Section {
 
 const BOARD_SECTION: &str = "board";
 const BOARD_VERSION: u32 = 1;
+const CHANGES_SECTION: &str = "hotplug";
+/// Devices at most, those that are gone counted.
+const MAX_DEVICES: usize = 4096;
 
 impl Pc {
     /// Build a machine. `mem` has `ram_size` bytes.
@@ -84,6 +97,7 @@ impl Pc {
             Box::<Post>::default(),
             Box::<Pm>::default(),
         ];
+        let pm = devices.len() as u16 - 1;
         if config.hpet {
             devices.push(Box::<Hpet>::default());
         }
@@ -95,14 +109,22 @@ impl Pc {
         }
         devices.push(Box::new(Ide::new(disks)));
         let mut slots = Slots::new(&config)?;
+        let mut users = Vec::new();
         for spec in &config.devices {
             let model = registry::model(&spec.driver)?;
             model.check(spec)?;
-            let Some(build) = model.build else { continue };
-            let devfn = if model.attach == Attach::Pci { slots.take(spec)? } else { 0 };
-            let b = Build { config: &config, spec, devfn };
-            order.add(&b)?;
-            devices.push(build(&b)?);
+            model.check_bus(spec, &config.devices)?;
+            let mut user = User { spec: spec.clone(), devfn: None, device: None, plug: None };
+            if let Some(build) = model.build {
+                if model.attach == Attach::Pci {
+                    user.devfn = Some(slots.take(spec)?);
+                }
+                let b = Build { config: &config, spec, devfn: user.devfn.unwrap_or(0) };
+                order.add(&b)?;
+                user.device = Some(devices.len() as u16);
+                devices.push(b.finish(build(&b)?));
+            }
+            users.push(user);
         }
         devices.push(Box::new(firmware_config(&config, mem, order)?));
 
@@ -125,6 +147,9 @@ impl Pc {
             memory_maps: Vec::new(),
             functions,
             bridge: 1,
+            pm,
+            config: PcConfig { firmware: Vec::new(), kernel: None, ..config },
+            users,
         };
         pc.reset(mem, 0);
         Ok(pc)
@@ -159,6 +184,9 @@ impl Pc {
     ) -> R {
         let mut ctx = Ctx { now, mem, board: &mut self.board, device };
         let r = f(&mut *self.devices[usize::from(device)], &mut ctx);
+        for slot in std::mem::take(&mut self.board.ejected) {
+            self.eject(mem, now, slot);
+        }
         if self.board.remap {
             self.remap();
         }
@@ -342,6 +370,17 @@ impl Pc {
             }
             return;
         }
+        match input {
+            Input::Plug(plug) => return self.plug(mem, now_ns, plug),
+            Input::Unplug { id } => {
+                let user = self.users.iter().find(|u| u.spec.id.as_deref() == Some(id));
+                if let Some(devfn) = user.and_then(|u| u.devfn) {
+                    self.with(mem, now_ns, self.pm, |d, ctx| d.ask_to_eject(ctx, devfn >> 3));
+                }
+                return;
+            }
+            _ => {}
+        }
         for i in 0..self.devices.len() {
             self.with(mem, now_ns, i as u16, |d, ctx| d.input(ctx, input));
         }
@@ -401,6 +440,8 @@ impl Pc {
     pub fn save(&self) -> Vec<u8> {
         let mut sections =
             vec![Section { name: BOARD_SECTION.into(), version: BOARD_VERSION, data: pack(&self.board.s) }];
+        let changes = pack(&self.changes());
+        sections.push(Section { name: CHANGES_SECTION.into(), version: 1, data: changes });
         sections.extend(self.devices.iter().map(|d| Section {
             name: d.name().into(),
             version: d.version(),
@@ -421,9 +462,13 @@ impl Pc {
             true => Err(DeviceError::NewerSection(s.name.clone(), s.version, known)),
             false => Ok(()),
         };
+        if let Some(s) = sections.iter().find(|s| s.name == CHANGES_SECTION) {
+            check(s, 1)?;
+            self.follow(unpack(CHANGES_SECTION, &s.data)?)?;
+        }
         let mut seen = vec![false; self.devices.len()];
         let mut board: Option<BoardState> = None;
-        for s in &sections {
+        for s in sections.iter().filter(|s| s.name != CHANGES_SECTION) {
             if s.name == BOARD_SECTION {
                 check(s, BOARD_VERSION)?;
                 board = Some(unpack(BOARD_SECTION, &s.data)?);
@@ -480,6 +525,11 @@ fn fnv(data: &[u8]) -> u64 {
     data.iter().fold(0xCBF2_9CE4_8422_2325, |h, b| (h ^ u64::from(*b)).wrapping_mul(0x100_0000_01B3))
 }
 
+fn in_use(devfn: u8, driver: &str) -> DeviceError {
+    let (slot, function) = (devfn >> 3, devfn & 7);
+    DeviceError::Config(format!("PCI: slot {slot} function {function} not available for {driver}, in use"))
+}
+
 /// PCI slots handed out.
 struct Slots {
     used: [bool; 256],
@@ -488,22 +538,24 @@ struct Slots {
 impl Slots {
     fn new(config: &PcConfig) -> Result<Slots, DeviceError> {
         let mut slots = Slots { used: [false; 256] };
-        slots.used[..16].fill(true);
+        slots.take_board();
         for spec in &config.devices {
             if registry::model(&spec.driver)?.attach == Attach::Pci {
                 if let Some(devfn) = address(spec)? {
                     if std::mem::replace(&mut slots.used[usize::from(devfn)], true) {
-                        return Err(DeviceError::Config(format!(
-                            "PCI: slot {} function {} not available for {}, in use",
-                            devfn >> 3,
-                            devfn & 7,
-                            spec.driver
-                        )));
+                        return Err(in_use(devfn, &spec.driver));
                     }
                 }
             }
         }
         Ok(slots)
+    }
+
+    /// The chipset's own functions.
+    fn take_board(&mut self) {
+        for devfn in [0x00, 0x08, 0x09, 0x0B] {
+            self.used[devfn] = true;
+        }
     }
 
     fn take(&mut self, spec: &DeviceSpec) -> Result<u8, DeviceError> {
@@ -561,6 +613,7 @@ fn ide_drives(config: &PcConfig, order: &mut BootOrder) -> Result<[Option<DriveS
             _ => b.drive()?,
         };
         drive.cdrom = spec.driver == "ide-cd";
+        drive.device = spec.id.clone().unwrap_or_else(|| format!("ide{}-{}", place / 2, place % 2));
         if drive.serial.is_empty() {
             drive.serial = format!("QM{:05}", place + 1);
         }
@@ -646,7 +699,7 @@ impl BootOrder {
         let index = b.number("bootindex", 0)?;
         let (slot, function) = (b.devfn >> 3, b.devfn & 7);
         let at = if function == 0 { format!("{slot:x}") } else { format!("{slot:x},{function:x}") };
-        let path = match b.spec.driver.as_str() {
+        let path = match registry::base_name(&b.spec.driver) {
             "virtio-blk-pci" => format!("/pci@i0cf8/scsi@{at}/disk@0,0"),
             _ => format!("/pci@i0cf8/ethernet@{at}/ethernet-phy@0"),
         };

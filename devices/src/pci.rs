@@ -356,6 +356,16 @@ impl PciFunction {
         out
     }
 
+    /// Configuration space as it is now.
+    pub fn config(&self) -> &[u8] {
+        &self.config
+    }
+
+    /// What the base address registers decode.
+    pub fn bars(&self) -> [Bar; 6] {
+        self.bars
+    }
+
     /// The function's identity.
     pub fn id(&self) -> PciId {
         self.id

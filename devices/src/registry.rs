@@ -1,13 +1,18 @@
 //! The device models a user can name with `-device`. A new model is a new file and one entry here.
 
+use std::collections::BTreeMap;
+
 use crate::chipset::debug::{DebugCon, DebugExit, PvPanic};
 use crate::chipset::testdev::PcTestDev;
 use crate::config::{DeviceSpec, DriveSpec, NicSpec, PcConfig};
 use crate::ctx::{Device, DeviceError};
 use crate::net::e1000::E1000;
+use crate::usb::uhci::Uhci;
+use crate::virtio::balloon::Balloon;
 use crate::virtio::blk::Blk;
 use crate::virtio::net::Net;
 use crate::virtio::rng::Rng;
+use crate::virtio::serial::Serial;
 use crate::virtio::VirtioPci;
 
 /// Where a model plugs in.
@@ -17,6 +22,10 @@ pub enum Attach {
     Pci,
     /// A slot of the IDE controller; built by it.
     Ide,
+    /// A port of a virtio-serial device; built by it.
+    VirtioSerial,
+    /// Part of the board: always there, not to be named with `-device`.
+    Board,
 }
 
 /// What values a property takes.
@@ -48,6 +57,7 @@ pub struct Model {
 const PCI_PROPERTIES: &[(&str, Kind, &str)] = &[
     ("addr", Kind::Text, "Slot and optional function number, example: 06.0 or 06"),
     ("bus", Kind::Text, "The bus to plug into (pci.0)"),
+    ("multifunction", Kind::Bool, "on/off"),
 ];
 
 const BLOCK: &[(&str, Kind, &str)] = &[
@@ -74,8 +84,26 @@ const VIRTIO: &[(&str, Kind, &str)] = &[
     ("vectors", Kind::Number, "MSI-X vectors"),
 ];
 
+const PORT: &[(&str, Kind, &str)] = &[
+    ("bus", Kind::Text, "ID.0 of a virtio-serial device"),
+    ("chardev", Kind::Chardev, "ID of a chardev to use as a backend"),
+    ("name", Kind::Text, "Name the guest sees"),
+    ("nr", Kind::Number, "Port number"),
+];
+
 /// All models, in the order of `-device help`.
 pub static MODELS: &[Model] = &[
+    Model {
+        name: "PIIX4_PM",
+        attach: Attach::Board,
+        category: "Bridge",
+        description: "power management",
+        properties: &[
+            ("disable_s3", Kind::Bool, "suspend to RAM is not offered (on)"),
+            ("disable_s4", Kind::Bool, "suspend to disk is not offered (on)"),
+        ],
+        build: None,
+    },
     Model {
         name: "e1000",
         attach: Attach::Pci,
@@ -129,12 +157,50 @@ pub static MODELS: &[Model] = &[
         }),
     },
     Model {
+        name: "isa-serial",
+        attach: Attach::Isa,
+        category: "Input",
+        description: "serial line",
+        properties: &[
+            ("chardev", Kind::Chardev, "ID of a chardev to use as a backend"),
+            ("index", Kind::Number, "0 COM1, 1 COM2, ..."),
+        ],
+        build: None,
+    },
+    Model {
         name: "pc-testdev",
         attach: Attach::Isa,
         category: "Misc",
         description: "for kvm-unit-tests",
         properties: &[],
         build: Some(|_| Ok(Box::<PcTestDev>::default())),
+    },
+    Model {
+        name: "piix3-usb-uhci",
+        attach: Attach::Pci,
+        category: "USB",
+        description: "USB controller without devices",
+        properties: &[],
+        build: Some(|b| Ok(Box::new(Uhci::new(b.pci_name(), b.devfn)))),
+    },
+    Model {
+        name: "virtconsole",
+        attach: Attach::VirtioSerial,
+        category: "Input",
+        description: "console on a virtio-serial device",
+        properties: PORT,
+        build: None,
+    },
+    Model {
+        name: "virtio-balloon-pci",
+        attach: Attach::Pci,
+        category: "Misc",
+        description: "virtio memory balloon",
+        properties: &[("deflate-on-oom", Kind::Bool, "the guest may take memory back when it has none")],
+        build: Some(|b| {
+            let balloon = Balloon::new(b.config.ram_size, b.flag("deflate-on-oom", false));
+            Ok(Box::new(VirtioPci::new(b, Box::new(balloon))?))
+        }),
     },
     Model {
         name: "virtio-blk-pci",
@@ -161,6 +227,22 @@ pub static MODELS: &[Model] = &[
         build: Some(|b| Ok(Box::new(VirtioPci::new(b, Box::new(Rng))?))),
     },
     Model {
+        name: "virtio-serial-pci",
+        attach: Attach::Pci,
+        category: "Input",
+        description: "virtio serial ports and consoles",
+        properties: &[],
+        build: Some(|b| Ok(Box::new(VirtioPci::new(b, Box::new(Serial::new(b)?))?))),
+    },
+    Model {
+        name: "virtserialport",
+        attach: Attach::VirtioSerial,
+        category: "Input",
+        description: "port of a virtio-serial device",
+        properties: PORT,
+        build: None,
+    },
+    Model {
         name: "pvpanic",
         attach: Attach::Isa,
         category: "Misc",
@@ -173,9 +255,16 @@ pub static MODELS: &[Model] = &[
     },
 ];
 
-/// The model named `name`.
+/// A virtio driver's name without what says which generations of the interface it has.
+pub fn base_name(name: &str) -> &str {
+    let stripped = name.strip_suffix("-non-transitional").or(name.strip_suffix("-transitional"));
+    stripped.filter(|n| n.starts_with("virtio-") && n.ends_with("-pci")).unwrap_or(name)
+}
+
+/// The model named `name`; virtio models have two further names, `-transitional` and `-non-transitional`.
 pub fn model(name: &str) -> Result<&'static Model, DeviceError> {
-    MODELS.iter().find(|m| m.name == name).ok_or_else(|| DeviceError::UnknownModel(name.to_string()))
+    let base = base_name(name);
+    MODELS.iter().find(|m| m.name == base).ok_or_else(|| DeviceError::UnknownModel(name.to_string()))
 }
 
 impl Model {
@@ -185,7 +274,7 @@ impl Model {
         match self.attach {
             Attach::Pci => out.extend(PCI_PROPERTIES),
             Attach::Ide => out.push(("bus", Kind::Text, "ide.0 or ide.1")),
-            Attach::Isa => {}
+            Attach::Isa | Attach::VirtioSerial | Attach::Board => {}
         }
         if self.category == "Storage" {
             out.extend(BLOCK);
@@ -193,11 +282,74 @@ impl Model {
         if self.category == "Network" {
             out.extend(NIC);
         }
-        if self.name.starts_with("virtio") {
+        if self.name.starts_with("virtio-") {
             out.extend(VIRTIO);
         }
         out.sort_unstable_by_key(|(n, _, _)| *n);
         out
+    }
+
+    /// The bus that such a device plugs into; empty for parts of the board.
+    pub fn bus(&self) -> &'static str {
+        match self.attach {
+            Attach::Isa => "isa.0",
+            Attach::Pci => "pci.0",
+            Attach::Ide => "ide.0",
+            Attach::VirtioSerial => "virtio-serial0.0",
+            Attach::Board => "",
+        }
+    }
+
+    /// The kind of bus, as `-device help` says it.
+    pub fn bus_kind(&self) -> &'static str {
+        match self.attach {
+            Attach::Isa => "ISA",
+            Attach::Pci => "PCI",
+            Attach::Ide => "IDE",
+            Attach::VirtioSerial => "virtio-serial-bus",
+            Attach::Board => "none",
+        }
+    }
+
+    /// Whether the bus that `spec` names is there; `all` are the machine's devices.
+    pub fn check_bus(&self, spec: &DeviceSpec, all: &[DeviceSpec]) -> Result<(), DeviceError> {
+        let bus = spec.properties.get("bus").map(String::as_str);
+        let serial = |d: &&DeviceSpec| base_name(&d.driver) == "virtio-serial-pci";
+        let fits = match (self.attach, bus) {
+            (Attach::Board, _) => {
+                let text = "Parameter 'driver' expects a pluggable device type".into();
+                return Err(DeviceError::Config(text));
+            }
+            (Attach::VirtioSerial, None) if !all.iter().any(|d| serial(&d)) => {
+                let text = format!("No 'virtio-serial-bus' bus found for device '{}'", self.name);
+                return Err(DeviceError::Config(text));
+            }
+            (_, None) => true,
+            (Attach::Pci, Some(bus)) => bus == "pci.0",
+            (Attach::Isa, Some(bus)) => bus == "isa.0",
+            (Attach::Ide, Some(bus)) => matches!(bus, "ide.0" | "ide.1"),
+            (Attach::VirtioSerial, Some(bus)) => all
+                .iter()
+                .filter(serial)
+                .any(|d| d.id.as_ref().is_some_and(|id| bus.strip_suffix(".0") == Some(id))),
+        };
+        if fits {
+            return Ok(());
+        }
+        Err(DeviceError::Config(format!("Bus '{}' not found", bus.unwrap_or_default())))
+    }
+
+    /// Whether a part of the board can have this value of a property: what is switched off there cannot be switched on.
+    pub fn check_global(&self, key: &str, value: &str) -> Result<(), DeviceError> {
+        let properties = BTreeMap::from([(key.to_owned(), value.to_owned())]);
+        self.check(&DeviceSpec { driver: self.name.into(), properties, ..DeviceSpec::default() })?;
+        if key.starts_with("disable_s") && !matches!(value, "1" | "on" | "yes" | "true") {
+            return Err(DeviceError::Config(format!(
+                "{}.{key}={value}: this machine has no sleep states: only 1 is possible",
+                self.name
+            )));
+        }
+        Ok(())
     }
 
     /// Whether `spec` names only properties that exist, with values they take.
@@ -208,7 +360,9 @@ impl Model {
                 return Err(DeviceError::UnknownProperty(self.name.into(), key.clone()));
             };
             let fine = match kind {
-                Kind::Bool => matches!(value.as_str(), "on" | "off" | "yes" | "no" | "true" | "false"),
+                Kind::Bool => {
+                    matches!(value.as_str(), "on" | "off" | "yes" | "no" | "true" | "false" | "1" | "0")
+                }
                 Kind::Number => parse_number(value).is_some(),
                 Kind::Mac => parse_mac(value).is_some(),
                 _ => true,
@@ -281,8 +435,8 @@ impl Build<'_> {
     /// An on/off property; `auto` counts as the default.
     pub fn flag(&self, property: &str, default: bool) -> bool {
         match self.text(property) {
-            Some("on" | "yes" | "true") => true,
-            Some("off" | "no" | "false") => false,
+            Some("on" | "yes" | "true" | "1") => true,
+            Some("off" | "no" | "false" | "0") => false,
             _ => default,
         }
     }
@@ -313,6 +467,17 @@ impl Build<'_> {
         nic
     }
 
+    /// What is the same for all models.
+    pub(crate) fn finish(&self, mut device: Box<dyn Device>) -> Box<dyn Device> {
+        if let Some(pci) = device.pci_mut().filter(|_| self.flag("multifunction", false)) {
+            // Header type: there are further functions (PCI 3.0, 6.2.1).
+            let header = pci.get8(0x0E) | 0x80;
+            pci.set8(0x0E, header);
+            pci.seal();
+        }
+        device
+    }
+
     /// The name of a PCI device in saved states.
     pub fn pci_name(&self) -> String {
         format!("{}@{:02x}.{}", self.spec.driver, self.devfn >> 3, self.devfn & 7)
@@ -322,7 +487,8 @@ impl Build<'_> {
 /// The text of `-device help`.
 pub fn device_help() -> String {
     let mut out = String::new();
-    let mut categories: Vec<&str> = MODELS.iter().map(|m| m.category).collect();
+    let user = MODELS.iter().filter(|m| m.attach != Attach::Board);
+    let mut categories: Vec<&str> = user.map(|m| m.category).collect();
     categories.sort_unstable();
     categories.dedup();
     for (i, category) in categories.iter().enumerate() {
@@ -330,13 +496,8 @@ pub fn device_help() -> String {
             out.push('\n');
         }
         out.push_str(&format!("{category} devices:\n"));
-        for m in MODELS.iter().filter(|m| m.category == *category) {
-            let bus = match m.attach {
-                Attach::Isa => "ISA",
-                Attach::Pci => "PCI",
-                Attach::Ide => "IDE",
-            };
-            out.push_str(&format!("name \"{}\", bus {bus}, desc \"{}\"\n", m.name, m.description));
+        for m in MODELS.iter().filter(|m| m.category == *category && m.attach != Attach::Board) {
+            out.push_str(&format!("name \"{}\", bus {}, desc \"{}\"\n", m.name, m.bus_kind(), m.description));
         }
     }
     out

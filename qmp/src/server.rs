@@ -1,46 +1,17 @@
-//! Sessions over sockets, and the events that go to all of them.
+//! Sessions over sockets.
 
-use std::io::{Read, Write};
+use std::io::{IoSliceMut, Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::mpsc::{sync_channel, SyncSender, TrySendError};
-use std::sync::{Arc, Mutex};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::sync::Arc;
 
-use serde_json::{json, Value};
+use nix::sys::socket::{recvmsg, ControlMessageOwned, MsgFlags, UnixAddr};
 
-use crate::{Handler, Session, Step};
+use crate::events::Outbox;
+use crate::{EventSink, Fds, Handler, Session, Step};
 
-/// Messages that may wait for a slow reader before it is dropped.
-const QUEUE: usize = 4096;
-
-/// Sends events to every negotiated session.
-#[derive(Clone, Default)]
-pub struct EventSink {
-    clients: Arc<Mutex<Vec<SyncSender<Value>>>>,
-}
-
-impl EventSink {
-    /// Send the event `name` now.
-    pub fn emit(&self, name: &str, data: Value) {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let mut event = json!({"event": name, "timestamp": {"seconds": now.as_secs(), "microseconds": now.subsec_micros()}});
-        if let (Some(map), false) = (event.as_object_mut(), data.is_null()) {
-            map.insert("data".into(), data);
-        }
-        log::debug!("event {event}");
-        if let Ok(mut clients) = self.clients.lock() {
-            clients.retain(|c| {
-                !matches!(
-                    c.try_send(event.clone()),
-                    Err(TrySendError::Disconnected(_) | TrySendError::Full(_))
-                )
-            });
-        }
-    }
-}
-
-/// What all sessions of a program share.
+/// What all sessions of a monitor share.
 #[derive(Clone)]
 pub struct Hub {
     pub handler: Arc<dyn Handler>,
@@ -56,37 +27,63 @@ pub enum Listener {
 }
 
 /// A connected socket.
-trait Stream: Read + Write + Send {
-    fn duplicate(&self) -> std::io::Result<Box<dyn Stream>>;
-    fn close(&self);
+enum Stream {
+    Unix(UnixStream),
+    Tcp(TcpStream),
 }
 
-impl Stream for UnixStream {
-    fn duplicate(&self) -> std::io::Result<Box<dyn Stream>> {
-        Ok(Box::new(self.try_clone()?))
+impl Stream {
+    fn duplicate(&self) -> std::io::Result<Stream> {
+        Ok(match self {
+            Stream::Unix(s) => Stream::Unix(s.try_clone()?),
+            Stream::Tcp(s) => Stream::Tcp(s.try_clone()?),
+        })
     }
-    fn close(&self) {
-        let _ = self.shutdown(std::net::Shutdown::Both);
-    }
-}
 
-impl Stream for TcpStream {
-    fn duplicate(&self) -> std::io::Result<Box<dyn Stream>> {
-        Ok(Box::new(self.try_clone()?))
-    }
     fn close(&self) {
-        let _ = self.shutdown(std::net::Shutdown::Both);
+        let _ = match self {
+            Stream::Unix(s) => s.shutdown(std::net::Shutdown::Both),
+            Stream::Tcp(s) => s.shutdown(std::net::Shutdown::Both),
+        };
+    }
+
+    /// Read; descriptors that come with the bytes go to `fds`.
+    fn receive(&mut self, buf: &mut [u8], fds: &mut Fds) -> std::io::Result<usize> {
+        let stream = match self {
+            Stream::Tcp(s) => return s.read(buf),
+            Stream::Unix(s) => s,
+        };
+        let mut space = nix::cmsg_space!([std::os::fd::RawFd; 16]);
+        let mut parts = [IoSliceMut::new(buf)];
+        let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+        let got = recvmsg::<UnixAddr>(stream.as_raw_fd(), &mut parts, Some(&mut space), flags)?;
+        for message in got.cmsgs()? {
+            if let ControlMessageOwned::ScmRights(list) = message {
+                for fd in list {
+                    // SAFETY: the kernel has just made this descriptor for this process; nobody else has it.
+                    fds.received(unsafe { OwnedFd::from_raw_fd(fd) });
+                }
+            }
+        }
+        Ok(got.bytes)
+    }
+
+    fn write_all(&mut self, bytes: &[u8]) -> std::io::Result<()> {
+        match self {
+            Stream::Unix(s) => s.write_all(bytes),
+            Stream::Tcp(s) => s.write_all(bytes),
+        }
     }
 }
 
 /// Accept clients for ever, one after the other, as QEMU does on one monitor socket.
 pub fn serve_listener(listener: Listener, hub: &Hub) {
     loop {
-        let stream: std::io::Result<Box<dyn Stream>> = match &listener {
-            Listener::Unix(l) => l.accept().map(|(s, _)| Box::new(s) as Box<dyn Stream>),
+        let stream = match &listener {
+            Listener::Unix(l) => l.accept().map(|(s, _)| Stream::Unix(s)),
             Listener::Tcp(l) => l.accept().map(|(s, _)| {
                 let _ = s.set_nodelay(true);
-                Box::new(s) as Box<dyn Stream>
+                Stream::Tcp(s)
             }),
         };
         match stream {
@@ -101,60 +98,60 @@ pub fn serve_listener(listener: Listener, hub: &Hub) {
 
 /// Serve an already connected client until it goes.
 pub fn serve_stream(stream: UnixStream, hub: &Hub) {
-    serve(Box::new(stream), hub);
+    serve(Stream::Unix(stream), hub);
 }
 
-fn serve(mut stream: Box<dyn Stream>, hub: &Hub) {
+fn serve(mut stream: Stream, hub: &Hub) {
     let Ok(mut out) = stream.duplicate() else { return };
-    let (sender, receiver) = sync_channel::<Value>(QUEUE);
+    let outbox = Arc::new(Outbox::default());
+    let source = Arc::clone(&outbox);
     let pretty = hub.pretty;
     let writer = std::thread::Builder::new().name("qmp-out".into()).spawn(move || {
-        for value in receiver {
+        while let Some(value) = source.next() {
             let text = if pretty {
-                serde_json::to_string_pretty(&value).unwrap_or_default()
+                serde_json::to_string_pretty(&value).unwrap_or_default().replace('\n', "\r\n")
             } else {
                 value.to_string()
             };
             if out.write_all(format!("{text}\r\n").as_bytes()).is_err() {
                 break;
             }
+            source.sent(&value);
         }
+        source.close();
         out.close();
     });
-    if writer.is_err() {
+    if let Err(e) = writer {
+        log::warn!("QMP: no thread for a client: {e}");
         return;
     }
+    converse(&mut stream, &outbox, hub);
+    outbox.close();
+    stream.close();
+}
+
+fn converse(stream: &mut Stream, outbox: &Arc<Outbox>, hub: &Hub) {
     let mut session = Session::new();
-    let _ = sender.send(Session::greeting(hub.handler.as_ref()));
+    outbox.reply(Session::greeting(hub.handler.as_ref()));
     let mut registered = false;
-    let mut buf = [0u8; 65536];
+    let mut buf = vec![0u8; 65536];
     loop {
-        let n = match stream.read(&mut buf) {
-            Ok(0) => break,
+        let n = match stream.receive(&mut buf, session.fds()) {
+            Ok(0) => return,
             Ok(n) => n,
             Err(e) if e.kind() == std::io::ErrorKind::Interrupted => continue,
-            Err(_) => break,
+            Err(_) => return,
         };
-        for step in session.feed(&buf[..n], hub.handler.as_ref()) {
-            match step {
-                Step::Reply(value) => {
-                    if sender.send(value).is_err() {
-                        return;
-                    }
-                }
-                Step::Overflow => {
-                    log::warn!("QMP: a client sent too much without a complete request");
-                    stream.close();
-                    return;
-                }
+        session.feed(&buf[..n]);
+        while let Some(step) = session.step(hub.handler.as_ref()) {
+            let (Step::Reply(value) | Step::Last(value)) = &step;
+            if !outbox.reply(value.clone()) || matches!(step, Step::Last(_)) {
+                return;
             }
             if session.is_negotiated() && !registered {
                 registered = true;
-                if let Ok(mut clients) = hub.events.clients.lock() {
-                    clients.push(sender.clone());
-                }
+                hub.events.join(outbox);
             }
         }
     }
-    stream.close();
 }

@@ -14,7 +14,7 @@ pub fn bash() -> String {
     let names: Vec<String> = OPTIONS.iter().map(|(name, ..)| format!("-{name}")).collect();
     let with_value: Vec<String> =
         OPTIONS.iter().filter(|(_, value, ..)| !value.is_empty()).map(|(n, ..)| format!("-{n}")).collect();
-    let machines: Vec<&str> = MACHINES.iter().map(|(name, _)| *name).collect();
+    let machines: Vec<&str> = MACHINES.iter().flat_map(|m| m.alias.into_iter().chain([m.name])).collect();
     let devices: Vec<&str> = MODELS.iter().map(|m| m.name).collect();
     let files: Vec<String> = FILES.iter().map(|n| format!("-{n}")).collect();
     format!(

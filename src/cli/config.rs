@@ -4,14 +4,36 @@
 use serde::{Deserialize, Serialize};
 
 use super::ft::FtConfig;
+use super::keys::keys;
 use super::keyval::{parse_number, KeyvalError, Params};
 use super::options::Given;
 use super::{drive, net, CliError};
 
-/// Machine types: (name, description). Aliases come first.
-pub const MACHINES: &[(&str, &str)] = &[
-    ("pc", "Standard PC (i440FX + PIIX, 1996) (alias of pc-i440fx-7.2)"),
-    ("pc-i440fx-7.2", "Standard PC (i440FX + PIIX, 1996) (default)"),
+/// A machine type.
+pub struct MachineType {
+    pub name: &'static str,
+    pub alias: Option<&'static str>,
+    pub description: &'static str,
+    pub is_default: bool,
+    pub max_cpus: u32,
+}
+
+/// Machine types.
+pub const MACHINES: &[MachineType] = &[
+    MachineType {
+        name: "pc-i440fx-7.2",
+        alias: Some("pc"),
+        description: "Standard PC (i440FX + PIIX, 1996)",
+        is_default: true,
+        max_cpus: 255,
+    },
+    MachineType {
+        name: "none",
+        alias: None,
+        description: "empty machine, for asking what there is",
+        is_default: false,
+        max_cpus: 1,
+    },
 ];
 
 /// A character back end.
@@ -112,6 +134,60 @@ pub struct MachineConfig {
     pub chardevs: Vec<(String, Char)>,
     pub icount: Icount,
     pub snapshot: bool,
+    /// `-machine usb=on`: the board's USB controller is there.
+    pub usb: bool,
+    /// `-machine memory-backend=`: the object that describes guest memory.
+    pub memory_backend: Option<String>,
+    /// The host's Unix time at the start, as `rtc_base` makes it.
+    pub rtc_base_unix: i64,
+}
+
+impl Default for MachineConfig {
+    /// What there is when nothing is said.
+    fn default() -> Self {
+        MachineConfig {
+            machine: "pc".into(),
+            hpet: true,
+            memory: 128 << 20,
+            cpus: 1,
+            cpu_model: "qemu64".into(),
+            name: None,
+            uuid: [0; 16],
+            kernel: None,
+            initrd: None,
+            append: None,
+            bios: "bios-256k.bin".into(),
+            boot_order: "cad".into(),
+            boot_menu: false,
+            boot_splash_time: None,
+            boot_strict: false,
+            rtc_base: RtcBase::Utc,
+            nographic: false,
+            vga: "none".into(),
+            drives: Vec::new(),
+            nics: Vec::new(),
+            netdevs: Vec::new(),
+            devices: Vec::new(),
+            globals: Vec::new(),
+            objects: Vec::new(),
+            serials: Vec::new(),
+            debugcon: None,
+            chardevs: Vec::new(),
+            icount: Icount { sleep: true, ..Icount::default() },
+            snapshot: false,
+            usb: false,
+            memory_backend: None,
+            rtc_base_unix: 0,
+        }
+    }
+}
+
+impl MachineConfig {
+    /// The machine type's own name, whatever alias was given.
+    pub fn machine_name(&self) -> &str {
+        let found = MACHINES.iter().find(|m| m.name == self.machine || m.alias == Some(&self.machine));
+        found.map_or(self.machine.as_str(), |m| m.name)
+    }
 }
 
 /// `-rtc base=`.
@@ -137,6 +213,10 @@ pub struct HostConfig {
     pub log_items: Vec<String>,
     pub timestamps: bool,
     pub firmware_dirs: Vec<String>,
+    /// `-sandbox on`: system calls that are refused.
+    pub sandbox: Option<crate::host::sandbox::Sandbox>,
+    /// `-overcommit mem-lock=on`: keep the program's memory in RAM.
+    pub lock_memory: bool,
 }
 
 /// Both parts, and the options they came from.
@@ -163,6 +243,8 @@ pub const HOST_OPTIONS: &[&str] = &[
     "msg",
     "L",
     "no-user-config",
+    "sandbox",
+    "overcommit",
 ];
 
 fn at(option: &str, value: &str) -> impl Fn(KeyvalError) -> CliError {
@@ -205,26 +287,10 @@ pub fn legacy_char(text: &str) -> Result<Option<Char>, KeyvalError> {
 
 fn chardev(text: &str) -> Result<(String, Char), KeyvalError> {
     let p = Params::parse(text, Some("backend"))?;
-    p.only(&[
-        "backend",
-        "id",
-        "path",
-        "host",
-        "port",
-        "server",
-        "wait",
-        "nodelay",
-        "mux",
-        "signal",
-        "append",
-        "logfile",
-        "fd",
-        "ipv4",
-        "ipv6",
-        "to",
-        "reconnect",
-        "telnet",
-    ])?;
+    p.only(&keys("chardev"))?;
+    if p.get("logfile").is_some() {
+        return Err(KeyvalError::Other("logfile is not available here".into()));
+    }
     let id = p.need("id")?.to_owned();
     let server = p.bool("server")?.unwrap_or(false);
     let wait = p.bool("wait")?.unwrap_or(true);
@@ -298,42 +364,13 @@ fn rtc_base(text: &str) -> Option<RtcBase> {
 impl Config {
     /// Build the configuration from options. `no image` and the like are checked later, when files are opened.
     pub fn from_given(given: &[Given]) -> Result<Config, CliError> {
-        let mut m = MachineConfig {
-            machine: "pc".into(),
-            hpet: true,
-            memory: 128 << 20,
-            cpus: 1,
-            cpu_model: "qemu64".into(),
-            name: None,
-            uuid: [0; 16],
-            kernel: None,
-            initrd: None,
-            append: None,
-            bios: "bios-256k.bin".into(),
-            boot_order: "cad".into(),
-            boot_menu: false,
-            boot_splash_time: None,
-            boot_strict: false,
-            rtc_base: RtcBase::Utc,
-            nographic: false,
-            vga: "none".into(),
-            drives: Vec::new(),
-            nics: Vec::new(),
-            netdevs: Vec::new(),
-            devices: Vec::new(),
-            globals: Vec::new(),
-            objects: Vec::new(),
-            serials: Vec::new(),
-            debugcon: None,
-            chardevs: Vec::new(),
-            icount: Icount { sleep: true, ..Icount::default() },
-            snapshot: false,
-        };
+        let mut m = MachineConfig::default();
         let mut h = HostConfig::default();
         let mut nodefaults = false;
         let mut net_none = false;
         let mut secrets: Vec<(String, String)> = Vec::new();
         let mut monitor_given = false;
+        let mut memory_objects: Vec<(String, u64)> = Vec::new();
         for g in given {
             let v = g.value();
             let err = at(&g.name, v);
@@ -341,21 +378,9 @@ impl Config {
             match g.name.as_str() {
                 "machine" => {
                     let p = params(Some("type"))?;
-                    p.only(&[
-                        "type",
-                        "accel",
-                        "usb",
-                        "dump-guest-core",
-                        "hpet",
-                        "graphics",
-                        "vmport",
-                        "acpi",
-                        "memory-backend",
-                        "kernel-irqchip",
-                    ])
-                    .map_err(&err)?;
+                    p.only(&keys("machine")).map_err(&err)?;
                     if let Some(t) = p.get("type") {
-                        if !MACHINES.iter().any(|(n, _)| *n == t) {
+                        if !MACHINES.iter().any(|m| m.name == t || m.alias == Some(t)) {
                             return Err(CliError::Plain(format!(
                                 "unsupported machine type '{t}'\nUse -machine help to list supported machines"
                             )));
@@ -365,8 +390,9 @@ impl Config {
                     if let Some(a) = p.get("accel") {
                         accel(a)?;
                     }
-                    if p.bool("usb").map_err(&err)? == Some(true) {
-                        return Err(err(KeyvalError::Other("this machine has no USB".into())));
+                    m.usb = p.bool("usb").map_err(&err)?.unwrap_or(m.usb);
+                    if let Some(backend) = p.get("memory-backend") {
+                        m.memory_backend = Some(backend.to_owned());
                     }
                     if p.bool("acpi").map_err(&err)? == Some(false) {
                         return Err(err(KeyvalError::Other("this machine always has ACPI".into())));
@@ -375,12 +401,16 @@ impl Config {
                         m.hpet = hpet;
                     }
                 }
-                "accel" => accel(params(Some("accel"))?.need("accel").map_err(&err)?)?,
+                "accel" => {
+                    let p = params(Some("accel"))?;
+                    p.only(&keys("accel")).map_err(&err)?;
+                    accel(p.need("accel").map_err(&err)?)?;
+                }
                 "enable-kvm" => accel("kvm")?,
                 "cpu" => m.cpu_model = v.to_owned(),
                 "smp" => {
                     let p = params(Some("cpus"))?;
-                    p.only(&["cpus", "sockets", "cores", "threads", "maxcpus", "dies"]).map_err(&err)?;
+                    p.only(&keys("smp")).map_err(&err)?;
                     let n = |k: &str| p.number(k).map_err(&err);
                     let mut shape = 1u64;
                     for level in ["sockets", "dies", "cores", "threads"] {
@@ -400,7 +430,11 @@ impl Config {
                 }
                 "m" => {
                     let p = params(Some("size"))?;
-                    p.only(&["size"]).map_err(&err)?;
+                    p.only(&keys("memory")).map_err(&err)?;
+                    if p.get("slots").is_some_and(|s| s != "0") || p.get("maxmem").is_some() {
+                        let text = "memory cannot be hot-plugged: give no slots and no maxmem";
+                        return Err(err(KeyvalError::Other(text.into())));
+                    }
                     let size = p.size("size", 1 << 20).map_err(&err)?.unwrap_or(128 << 20);
                     if !(1 << 20..=1 << 40).contains(&size) {
                         return Err(err(KeyvalError::Other("guest memory must be between 1M and 1T".into())));
@@ -409,7 +443,7 @@ impl Config {
                 }
                 "boot" => {
                     let p = params(Some("order"))?;
-                    p.only(&["order", "once", "menu", "strict", "splash-time"]).map_err(&err)?;
+                    p.only(&keys("boot")).map_err(&err)?;
                     if let Some(order) = p.get("once").or(p.get("order")) {
                         if let Some(bad) = order.chars().find(|c| !('a'..='p').contains(c)) {
                             return Err(err(KeyvalError::Other(format!("Invalid boot device '{bad}'"))));
@@ -422,7 +456,7 @@ impl Config {
                 }
                 "name" => {
                     let p = params(Some("guest"))?;
-                    p.only(&["guest", "process", "debug-threads"]).map_err(&err)?;
+                    p.only(&keys("name")).map_err(&err)?;
                     m.name = p.get("guest").map(str::to_owned);
                 }
                 "uuid" => {
@@ -446,7 +480,7 @@ impl Config {
                         "rng-random" => &["qom-type", "id", "filename"],
                         "rng-builtin" => &["qom-type", "id"],
                         "memory-backend-ram" => &["qom-type", "id", "size", "share", "prealloc"],
-                        "secret" => &["qom-type", "id", "data", "file", "format", "iv", "keyid"],
+                        "secret" => &["qom-type", "id", "data", "file", "format"],
                         other => {
                             return Err(CliError::Plain(format!("-object {v}: invalid object type: {other}")))
                         }
@@ -456,11 +490,16 @@ impl Config {
                         let value = secret(&p).map_err(&err)?;
                         secrets.push((p.need("id").map_err(&err)?.to_owned(), value));
                     }
+                    if kind == "memory-backend-ram" {
+                        let size = p.size("size", 1).map_err(&err)?;
+                        let size = size.ok_or_else(|| err(KeyvalError::Missing("size".into())))?;
+                        memory_objects.push((p.need("id").map_err(&err)?.to_owned(), size));
+                    }
                     m.objects.push((kind.to_owned(), p.need("id").map_err(&err)?.to_owned()));
                 }
                 "rtc" => {
                     let p = params(None)?;
-                    p.only(&["base", "clock", "driftfix"]).map_err(&err)?;
+                    p.only(&keys("rtc")).map_err(&err)?;
                     p.choice("clock", &["host", "vm", "rt"]).map_err(&err)?;
                     if let Some(base) = p.get("base") {
                         m.rtc_base = rtc_base(base).ok_or_else(|| {
@@ -470,7 +509,7 @@ impl Config {
                 }
                 "icount" => {
                     let p = params(Some("shift"))?;
-                    p.only(&["shift", "rr", "rrfile", "sleep", "align", "rrsnapshot"]).map_err(&err)?;
+                    p.only(&keys("icount")).map_err(&err)?;
                     if let Some(s) = p.get("shift").filter(|s| *s != "auto") {
                         let n = parse_number(s).filter(|n| *n <= 10).ok_or_else(|| {
                             err(KeyvalError::Other("icount: Invalid shift value: 0 to 10 or auto".into()))
@@ -531,16 +570,35 @@ impl Config {
                 "chardev" => m.chardevs.push(chardev(v).map_err(&err)?),
                 "serial" => m.serials.push(legacy_char(v).map_err(&err)?),
                 "debugcon" => m.debugcon = legacy_char(v).map_err(&err)?,
-                "monitor" | "qmp" => {
-                    let qmp = g.name == "qmp";
+                "monitor" | "qmp" | "qmp-pretty" => {
+                    let qmp = g.name != "monitor";
                     monitor_given |= !qmp;
                     if let Some(dev) = legacy_char(v).map_err(&err)? {
-                        h.monitors.push(Monitor { dev, qmp, pretty: false });
+                        h.monitors.push(Monitor { dev, qmp, pretty: g.name == "qmp-pretty" });
+                    }
+                }
+                "sandbox" => {
+                    let p = params(Some("enable"))?;
+                    p.only(&keys("sandbox")).map_err(&err)?;
+                    h.sandbox = crate::host::sandbox::Sandbox::parse(&p).map_err(&err)?;
+                }
+                "overcommit" => {
+                    let p = params(None)?;
+                    p.only(&keys("overcommit")).map_err(&err)?;
+                    h.lock_memory = p.bool("mem-lock").map_err(&err)?.unwrap_or(false);
+                    p.bool("cpu-pm").map_err(&err)?;
+                }
+                "audiodev" => {
+                    let p = params(Some("driver"))?;
+                    p.need("id").map_err(&err)?;
+                    if p.need("driver").map_err(&err)? != "none" {
+                        let text = "this machine has no sound: only the driver 'none' is available";
+                        return Err(err(KeyvalError::Other(text.into())));
                     }
                 }
                 "mon" => {
                     let p = params(Some("chardev"))?;
-                    p.only(&["chardev", "mode", "pretty", "id"]).map_err(&err)?;
+                    p.only(&keys("mon")).map_err(&err)?;
                     let mode = p.choice("mode", &["readline", "control"]).map_err(&err)?;
                     h.monitors.push(Monitor {
                         dev: Char::Id(p.need("chardev").map_err(&err)?.to_owned()),
@@ -583,7 +641,7 @@ impl Config {
                 "no-hpet" => m.hpet = false,
                 "msg" => {
                     let p = params(None)?;
-                    p.only(&["timestamp", "guest-name"]).map_err(&err)?;
+                    p.only(&keys("msg")).map_err(&err)?;
                     h.timestamps = p.bool("timestamp").map_err(&err)?.unwrap_or(false);
                 }
                 "ft" => h.ft = Some(FtConfig::parse(v).map_err(&err)?),
@@ -652,6 +710,19 @@ impl Config {
                 "snapshot=on and -ft cannot be used together: a backup needs the shared image".into(),
             ));
         }
+        if let Some(backend) = &m.memory_backend {
+            let found = memory_objects.iter().find(|(id, _)| id == backend);
+            let Some((_, size)) = found else {
+                return Err(CliError::Plain(format!("Memory backend '{backend}' not found")));
+            };
+            if *size != m.memory {
+                return Err(CliError::Plain(format!(
+                    "Memory backend '{backend}' has {size} bytes, -m says {}",
+                    m.memory
+                )));
+            }
+        }
+        m.rtc_base_unix = crate::assembly::rtc_base(m.rtc_base);
         if m.append.is_some() && m.kernel.is_none() {
             return Err(CliError::Plain("-append only allowed with -kernel option".into()));
         }

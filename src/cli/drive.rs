@@ -102,6 +102,10 @@ pub struct DriveConfig {
     pub locking: bool,
     pub on_error: ErrorPolicy,
     pub limits: Limits,
+    /// The name of the protocol node below (`-blockdev`).
+    pub protocol: Option<String>,
+    /// It is a block node (`-blockdev`), not a `-drive`.
+    pub node: bool,
 }
 
 fn next_index(interface: Interface, drives: &[DriveConfig]) -> u32 {
@@ -243,6 +247,8 @@ pub fn from_drive(p: &Params, before: &[DriveConfig]) -> Result<DriveConfig, Key
         locking: p.choice("file.locking", &["on", "off", "auto"])? != Some("off"),
         on_error,
         limits: limits(p)?,
+        protocol: None,
+        node: false,
     })
 }
 
@@ -472,7 +478,9 @@ pub fn add_blockdev(p: &Params, drives: &mut Vec<DriveConfig>) -> Result<(), Key
     if drives.iter().any(|d| d.id == name) {
         return Err(KeyvalError::Other(format!("Duplicate nodes with node-name='{name}'")));
     }
+    let driver = p.need("driver")?;
     let mut cache = cache_flags(p)?;
+    let mut protocol = None;
     let (file, fmt, locking) = match driver {
         "file" | "host_device" | "host_cdrom" | "nfs" | "iscsi" => {
             check_aio(p, "aio", cache)?;
@@ -491,6 +499,7 @@ pub fn add_blockdev(p: &Params, drives: &mut Vec<DriveConfig>) -> Result<(), Key
                 if cache == Cache::Writeback {
                     cache = node.cache;
                 }
+                protocol = Some(node.id);
                 (node.file.unwrap_or_default(), driver, node.locking)
             } else {
                 let file = nested_file(p)?.ok_or_else(|| KeyvalError::Missing("file".into()))?;
@@ -516,6 +525,8 @@ pub fn add_blockdev(p: &Params, drives: &mut Vec<DriveConfig>) -> Result<(), Key
         locking,
         on_error: ErrorPolicy::default(),
         limits: Limits::default(),
+        protocol,
+        node: true,
     });
     Ok(())
 }

@@ -107,13 +107,14 @@ const DETAILS: &[(&str, &[&str])] = &[
             "heartbeat=MS (100), timeout=MS (1000): how often to give a sign of life, and after how much silence to \
              suspect the peer. timeout must be at least twice heartbeat. A backup uses the primary's values.",
             "max-lag=MS (1000): how far the backup's execution may fall behind before the primary is slowed.",
+            "disks=separate: each host has images of its own (a backup is given its -drive options), and lock= names a place that both see.",
             "reads=log: data of disk reads travels in the log. reads=disk is refused in this version.",
         ],
     ),
 ];
 
 /// Text as roff: no character of it may be taken for a request.
-fn roff(text: &str) -> String {
+pub fn roff(text: &str) -> String {
     let mut out = String::with_capacity(text.len() + 8);
     for c in text.chars() {
         match c {
@@ -133,7 +134,7 @@ fn roff(text: &str) -> String {
 }
 
 /// Text with spaces and newlines made single, broken into lines that diff well.
-fn fill(text: &str) -> String {
+pub fn fill(text: &str) -> String {
     let mut out = String::new();
     let mut width = 0;
     for word in text.split_whitespace() {
@@ -188,17 +189,13 @@ pub fn page() -> String {
         }
     }
     out.push_str(".SH MACHINES\n");
-    for (name, what) in MACHINES {
-        out.push_str(&format!(".TP\n.B {}\n{}.\n", roff(name), roff(what)));
+    for m in MACHINES {
+        let alias = m.alias.map_or(String::new(), |a| format!(", also called {a}"));
+        out.push_str(&format!(".TP\n.B {}\n{}{alias}.\n", roff(m.name), roff(m.description)));
     }
     out.push_str(".SH DEVICES\n");
-    for model in MODELS {
-        let bus = match model.attach {
-            Attach::Isa => "ISA",
-            Attach::Pci => "PCI",
-            Attach::Ide => "IDE",
-        };
-        out.push_str(&format!(".TP\n.BR {} \" ({bus})\"\n", roff(model.name)));
+    for model in MODELS.iter().filter(|m| m.attach != Attach::Board) {
+        out.push_str(&format!(".TP\n.BR {} \" ({})\"\n", roff(model.name), roff(model.bus_kind())));
         let properties: Vec<String> = model
             .all_properties()
             .iter()

@@ -4,6 +4,7 @@ pub mod completion;
 pub mod config;
 pub mod drive;
 pub mod ft;
+pub mod keys;
 pub mod keyval;
 pub mod man;
 pub mod net;
@@ -39,8 +40,12 @@ pub fn parse(args: &[String]) -> Result<Request, CliError> {
             ("version", _) => format!("ftvm version {}\n", env!("CARGO_PKG_VERSION")),
             ("machine", "help" | "?") | ("machine", "type=help") => {
                 let mut out = String::from("Supported machines are:\n");
-                for (name, what) in config::MACHINES {
-                    out.push_str(&format!("{name:20} {what}\n"));
+                for m in config::MACHINES {
+                    if let Some(alias) = m.alias {
+                        out.push_str(&format!("{alias:20} {} (alias of {})\n", m.description, m.name));
+                    }
+                    let default = if m.is_default { " (default)" } else { "" };
+                    out.push_str(&format!("{:20} {}{default}\n", m.name, m.description));
                 }
                 out
             }

@@ -101,6 +101,7 @@ pub const OPTIONS: &[(&str, &str, &str, &str)] = &[
     ("serial", "dev", "Character devices", "where a serial line goes"),
     ("monitor", "dev", "Character devices", "where the human monitor goes"),
     ("qmp", "dev", "Character devices", "where the QMP monitor goes"),
+    ("qmp-pretty", "dev", "Character devices", "like -qmp, for people's eyes"),
     (
         "mon",
         "[chardev=]c[,mode=readline|control][,pretty=on|off]",
@@ -126,6 +127,14 @@ pub const OPTIONS: &[(&str, &str, &str, &str)] = &[
     ("nodefaults", "", "Debug and expert", "no default devices"),
     ("no-user-config", "", "Debug and expert", "read no configuration files (ftvm reads none)"),
     ("no-hpet", "", "Debug and expert", "no HPET"),
+    (
+        "sandbox",
+        "on|off[,obsolete=allow|deny][,elevateprivileges=allow|deny|children][,spawn=allow|deny][,resourcecontrol=allow|deny]",
+        "Debug and expert",
+        "refuse system calls that the program does not need",
+    ),
+    ("overcommit", "mem-lock=on|off[,cpu-pm=on|off]", "Debug and expert", "keep the program's memory in RAM"),
+    ("audiodev", "none,id=a", "Debug and expert", "a sound back end (there is no sound)"),
     ("msg", "timestamp=on|off", "Debug and expert", "put the time before messages"),
     (
         "ft",

@@ -18,13 +18,14 @@ use crate::cli::Char;
 /// What is done with bytes that were typed.
 pub type Typed = Box<dyn FnMut(&[u8]) + Send>;
 
+/// What is done when somebody takes the other end of a back end, or leaves it.
+pub type Opened = Box<dyn FnMut(bool) + Send>;
+
 /// Errors of opening a character back end.
 #[derive(Debug, thiserror::Error)]
 pub enum CharError {
     #[error("could not open '{0}': {1}")]
     Open(String, #[source] std::io::Error),
-    #[error("chardev '{0}' not found")]
-    NotFound(String),
     #[error("the terminal is already used by another character device")]
     TerminalTaken,
 }
@@ -112,19 +113,22 @@ fn pump(mut from: impl Read, typed: &mut Typed) {
     }
 }
 
-/// Open a back end; `typed` receives its input.
-pub fn open(dev: &Char, chardevs: &[(String, Char)], mut typed: Typed) -> Result<CharSink, CharError> {
+/// Open a back end named `label`; `typed` receives its input, `opened` hears whether somebody is there.
+pub fn open(dev: &Char, label: &str, mut typed: Typed, mut opened: Opened) -> Result<CharSink, CharError> {
+    let server = matches!(
+        dev,
+        Char::Unix { server: true, .. } | Char::Tcp { server: true, .. } | Char::Fd { server: true, .. }
+    );
+    if !server {
+        opened(true);
+    }
     let io = |path: &str| {
         let path = path.to_owned();
         move |e| CharError::Open(path.clone(), e)
     };
     match dev {
         Char::Null => Ok(CharSink::default()),
-        Char::Id(id) => {
-            let (_, dev) =
-                chardevs.iter().find(|(n, _)| n == id).ok_or_else(|| CharError::NotFound(id.clone()))?;
-            open(dev, &[], typed)
-        }
+        Char::Id(id) => Err(CharError::Open(id.clone(), std::io::ErrorKind::NotFound.into())),
         Char::Stdio { signal, .. } => {
             terminal(*signal)?;
             spawn("stdin", move || pump(std::io::stdin(), &mut typed))?;
@@ -164,7 +168,7 @@ pub fn open(dev: &Char, chardevs: &[(String, Char)], mut typed: Typed) -> Result
                 let _slave = slave;
                 pump(reader, &mut typed);
             })?;
-            eprintln!("char device redirected to {}", name.display());
+            eprintln!("char device redirected to {} (label {label})", name.display());
             sink(&format!("pty:{}", name.display()), Arc::new(Mutex::new(Some(Box::new(master)))))
         }
         Char::Unix { path, server, wait } => {
@@ -172,7 +176,7 @@ pub fn open(dev: &Char, chardevs: &[(String, Char)], mut typed: Typed) -> Result
             if *server {
                 let _ = std::fs::remove_file(path);
                 let listener = UnixListener::bind(path).map_err(io(path))?;
-                accept(path, *wait, typed, Arc::clone(&clients), move || {
+                accept(path, *wait, (typed, opened), Arc::clone(&clients), move || {
                     let (s, _) = listener.accept()?;
                     Ok((
                         Box::new(s.try_clone()?) as Box<dyn Read + Send>,
@@ -192,7 +196,7 @@ pub fn open(dev: &Char, chardevs: &[(String, Char)], mut typed: Typed) -> Result
             if *server {
                 let addr = if addr.starts_with(':') { format!("0.0.0.0{addr}") } else { addr.clone() };
                 let listener = TcpListener::bind(&addr).map_err(io(&addr))?;
-                accept(&addr, *wait, typed, Arc::clone(&clients), move || {
+                accept(&addr, *wait, (typed, opened), Arc::clone(&clients), move || {
                     let (s, _) = listener.accept()?;
                     s.set_nodelay(true)?;
                     Ok((
@@ -215,7 +219,7 @@ pub fn open(dev: &Char, chardevs: &[(String, Char)], mut typed: Typed) -> Result
             // SAFETY: the descriptor was passed to this process as a listening socket for this use.
             let listener = unsafe { UnixListener::from_raw_fd(*fd) };
             let clients: Clients = Arc::default();
-            accept("fd", false, typed, Arc::clone(&clients), move || {
+            accept("fd", false, (typed, opened), Arc::clone(&clients), move || {
                 let (s, _) = listener.accept()?;
                 Ok((Box::new(s.try_clone()?) as Box<dyn Read + Send>, Box::new(s) as Box<dyn Write + Send>))
             })?;
@@ -236,7 +240,7 @@ type Accepted = std::io::Result<(Box<dyn Read + Send>, Box<dyn Write + Send>)>;
 fn accept(
     name: &str,
     wait: bool,
-    mut typed: Typed,
+    (mut typed, mut opened): (Typed, Opened),
     clients: Clients,
     mut next: impl FnMut() -> Accepted + Send + 'static,
 ) -> Result<(), CharError> {
@@ -253,7 +257,9 @@ fn accept(
         match client {
             Ok((reader, writer)) => {
                 set(&clients, writer);
+                opened(true);
                 pump(reader, &mut typed);
+                opened(false);
                 if let Ok(mut guard) = clients.lock() {
                     *guard = None;
                 }

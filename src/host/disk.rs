@@ -1,6 +1,9 @@
 //! A drive's queue: requests that have left the machine, and their ends on the way back to it.
 
+use std::collections::HashMap;
 use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use ftvm_block::queue::{Done, Settings};
 use ftvm_block::{Image, Queue, Request};
@@ -19,8 +22,31 @@ pub struct DiskFailure {
     pub reason: String,
 }
 
+/// What a drive has done: bytes, operations, nanoseconds of reads, writes, flushes and discards; and its image's size.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Counters {
+    /// Reads, writes, flushes, discards (and zeroed ranges).
+    pub bytes: [u64; 4],
+    pub operations: [u64; 4],
+    pub nanoseconds: [u64; 4],
+    pub failed: [u64; 4],
+    /// The end of the write that reached furthest.
+    pub highest: u64,
+    pub size: u64,
+}
+
+/// Counters, and when each request in flight was submitted.
+#[derive(Default)]
+struct Account {
+    counters: Counters,
+    since: HashMap<u64, Instant>,
+}
+
 /// A drive's queue and threads.
-pub struct DiskWorker(Queue);
+pub struct DiskWorker {
+    queue: Queue,
+    account: Arc<Mutex<Account>>,
+}
 
 impl DiskWorker {
     /// Start serving `image` as drive `index`.
@@ -32,8 +58,15 @@ impl DiskWorker {
         events: Sender<Event>,
     ) -> std::io::Result<Self> {
         let drive = index as u32;
+        let counters = Counters { size: image.size(), ..Counters::default() };
+        let account = Arc::new(Mutex::new(Account { counters, since: HashMap::new() }));
+        let count = Arc::clone(&account);
         let done = move |done: Done| {
             let Done { id, mut request, result } = done;
+            if let Ok(mut a) = count.lock() {
+                let took = a.since.remove(&id).map_or(Duration::ZERO, |t| t.elapsed());
+                a.counters.count(&request, took, result.is_err());
+            }
             if let (Request::Write { data, .. }, true) = (&mut request, result.is_ok()) {
                 ftvm_block::buffers::give(std::mem::take(data));
             }
@@ -49,17 +82,47 @@ impl DiskWorker {
             };
             let _ = events.send(event);
         };
-        Queue::start(name, image, settings, Box::new(done)).map(DiskWorker)
+        let queue = Queue::start(name, image, settings, Box::new(done))?;
+        Ok(DiskWorker { queue, account })
+    }
+
+    /// What it has done so far.
+    pub fn counters(&self) -> Counters {
+        self.account.lock().map_or_else(|_| Counters::default(), |a| a.counters)
     }
 
     /// Queue a request.
     pub fn submit(&self, id: u64, op: DiskOp) {
-        self.0.submit(id, request(op));
+        if let Ok(mut a) = self.account.lock() {
+            a.since.insert(id, Instant::now());
+        }
+        self.queue.submit(id, request(op));
     }
 
     /// Throw away what is queued and everything submitted from now on.
     pub fn abandon(&self) {
-        self.0.abandon();
+        self.queue.abandon();
+    }
+}
+
+impl Counters {
+    fn count(&mut self, request: &Request, took: Duration, failed: bool) {
+        let (kind, bytes) = match request {
+            Request::Read { len, .. } => (0, u64::from(*len)),
+            Request::Write { offset, data } => {
+                self.highest = self.highest.max(offset + data.len() as u64);
+                (1, data.len() as u64)
+            }
+            Request::Flush => (2, 0),
+            Request::Discard { len, .. } | Request::WriteZeroes { len, .. } => (3, *len),
+        };
+        if failed {
+            self.failed[kind] += 1;
+            return;
+        }
+        self.bytes[kind] += bytes;
+        self.operations[kind] += 1;
+        self.nanoseconds[kind] += took.as_nanos() as u64;
     }
 }
 

@@ -2,12 +2,15 @@
 //! threads; it reaches the machine only as [`Event`]s through the input door, and is reached only
 //! by outputs that the output door has let go.
 
+pub mod backends;
 pub mod chars;
 pub mod disk;
+pub mod keys;
+pub mod sandbox;
 pub mod signals;
 
 use std::sync::mpsc::Sender;
-use std::sync::Mutex;
+use std::sync::{Mutex, OnceLock};
 
 use ftvm_devices::{Input, Output};
 
@@ -19,13 +22,13 @@ use crate::runtime::Event;
 pub struct Outside {
     disks: Mutex<Vec<Option<disk::DiskWorker>>>,
     nets: Mutex<Vec<Option<Box<dyn ftvm_net::Backend>>>>,
-    chars: Vec<chars::CharSink>,
+    chars: OnceLock<Vec<chars::CharSink>>,
 }
 
 impl Outside {
-    /// An outside with these character devices; disks and networks are attached when the machine is live.
-    pub fn new(chars: Vec<chars::CharSink>) -> Self {
-        Outside { chars, ..Outside::default() }
+    /// The character devices; disks and networks are attached when the machine is live.
+    pub fn set_chars(&self, chars: Vec<chars::CharSink>) {
+        let _ = self.chars.set(chars);
     }
 
     /// Attach drive `index`.
@@ -48,6 +51,23 @@ impl Outside {
         }
     }
 
+    /// Close drive `index`.
+    pub fn detach_disk(&self, index: usize) {
+        let worker = self.disks.lock().ok().and_then(|mut d| d.get_mut(index).and_then(Option::take));
+        drop(worker);
+    }
+
+    /// Close the back end of network card `index`.
+    pub fn detach_net(&self, index: usize) {
+        let net = self.nets.lock().ok().and_then(|mut n| n.get_mut(index).and_then(Option::take));
+        drop(net);
+    }
+
+    /// What drive `index` has done so far.
+    pub fn disk_counters(&self, index: usize) -> Option<disk::Counters> {
+        self.disks.lock().ok()?.get(index)?.as_ref().map(|w| w.counters())
+    }
+
     /// Let an output leave.
     pub fn perform(&self, output: Output) {
         match output {
@@ -66,7 +86,7 @@ impl Outside {
                 }
             }
             Output::CharOut { port, bytes } => {
-                if let Some(sink) = self.chars.get(port as usize) {
+                if let Some(sink) = self.chars.get().and_then(|c| c.get(port as usize)) {
                     sink.write(&bytes);
                 }
             }
@@ -85,7 +105,7 @@ impl Outside {
 
     /// Wait until character devices have written what they were given.
     pub fn drain_chars(&self) {
-        for sink in &self.chars {
+        for sink in self.chars.get().into_iter().flatten() {
             sink.drain();
         }
     }

@@ -17,7 +17,7 @@ use std::collections::BTreeMap;
 
 use ftvm_accel::bus::Ipi;
 use ftvm_accel::{GuestMemory, Processor};
-use ftvm_devices::{Input, MachineRequest, Output};
+use ftvm_devices::{FunctionView, Input, Inventory, MachineRequest, Output, Plug, WindowView};
 use serde::{Deserialize, Serialize};
 
 /// What the machine asks of a chipset (the PC's devices and buses). See `ftvm_devices::Pc`.
@@ -42,6 +42,24 @@ pub trait Chipset: Send {
     fn load(&mut self, saved: &[u8]) -> Result<(), String>;
     fn pending_disk(&self) -> Vec<Output>;
     fn device_hashes(&self) -> Vec<(String, u64)>;
+    /// The devices that users named.
+    fn inventory(&self) -> Vec<Inventory> {
+        Vec::new()
+    }
+    fn pci_functions(&self) -> Vec<FunctionView> {
+        Vec::new()
+    }
+    /// What answers I/O ports, and memory.
+    fn windows(&self) -> (Vec<WindowView>, Vec<WindowView>) {
+        Default::default()
+    }
+    /// Whether and where a device could be plugged in.
+    fn check_plug(&mut self, _plug: &Plug) -> Result<u8, String> {
+        Err("this machine has no hot-plug".into())
+    }
+    fn check_unplug(&self, id: &str) -> Result<(), String> {
+        Err(format!("Device '{id}' not found"))
+    }
 }
 
 /// An exact point in a machine's life. Points are ordered: by position, then by virtual time
@@ -67,6 +85,8 @@ pub enum MachineInput {
     Nmi,
     /// The guest was stopped (`stop`) or resumed (`cont`); a role change keeps it so.
     Paused(bool),
+    /// The hosts' note: see [`Machine::note`].
+    Note(Vec<u8>),
 }
 
 /// Why [`Machine::run`] returned.
@@ -106,6 +126,7 @@ pub struct Machine {
     ipis: Vec<Ipi>,
     outputs: Vec<(Stamp, Output)>,
     hashes: hash::MemoryHash,
+    note: Vec<u8>,
 }
 
 impl Machine {
@@ -128,6 +149,7 @@ impl Machine {
             ipis: Vec::new(),
             outputs: Vec::new(),
             hashes,
+            note: Vec::new(),
         };
         machine.reset();
         machine
@@ -168,6 +190,22 @@ impl Machine {
         self.cpus.len()
     }
 
+    /// What each host of the machine wants the others to know (which image is behind which drive number, since something was
+    /// plugged in). The machine carries it and does not read it.
+    pub fn note(&self) -> &[u8] {
+        &self.note
+    }
+
+    /// The chipset, to look at it.
+    pub fn chipset(&self) -> &dyn Chipset {
+        self.chipset.as_ref()
+    }
+
+    /// Whether and where a device could be plugged in: its PCI device and function number.
+    pub fn check_plug(&mut self, plug: &Plug) -> Result<u8, String> {
+        self.chipset.check_plug(plug)
+    }
+
     /// Whether the guest is stopped by the user.
     pub fn is_paused(&self) -> bool {
         self.paused
@@ -193,6 +231,7 @@ impl Machine {
             MachineInput::Clock(adjust) => self.clock.adjust(self.position, *adjust),
             MachineInput::Reset => self.reset(),
             MachineInput::Paused(paused) => self.paused = *paused,
+            MachineInput::Note(note) => self.note.clone_from(note),
         }
         self.settle();
     }
@@ -217,7 +256,7 @@ impl Machine {
         for (name, value) in self.chipset.device_hashes() {
             parts.insert(name, value);
         }
-        let rest = (&self.clock, self.position, &self.schedule, self.paused);
+        let rest = (&self.clock, self.position, &self.schedule, self.paused, &self.note);
         parts.insert("clock".into(), hash::bytes(&postcard::to_stdvec(&rest).unwrap_or_default()));
         parts.insert("memory".into(), self.hashes.total());
         StateHash { parts }

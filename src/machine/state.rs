@@ -17,7 +17,7 @@ pub enum StateError {
     Device(String),
 }
 
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// Everything but RAM contents (those travel page by page).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -30,6 +30,7 @@ pub struct MachineState {
     shadow: Vec<u8>,
     cpus: Vec<Vec<u8>>,
     chipset: Vec<u8>,
+    note: Vec<u8>,
 }
 
 impl MachineState {
@@ -61,6 +62,7 @@ impl Machine {
             shadow: self.mem.shadow_modes(),
             cpus: self.cpus.iter().map(|c| c.save()).collect(),
             chipset: self.chipset.save(),
+            note: self.note.clone(),
         }
     }
 
@@ -78,6 +80,7 @@ impl Machine {
         self.clock = state.clock.clone();
         self.schedule = state.schedule.clone();
         self.paused = state.paused;
+        self.note.clone_from(&state.note);
         self.ipis.clear();
         self.outputs.clear();
         Ok(())

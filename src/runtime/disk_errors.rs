@@ -17,6 +17,16 @@ pub struct DiskErrors {
     stopped: Vec<DiskFailure>,
 }
 
+impl DiskErrors {
+    /// A drive's name and policy.
+    pub fn set(&mut self, index: usize, name: &str, policy: ErrorPolicy) {
+        if self.drives.len() <= index {
+            self.drives.resize_with(index + 1, Default::default);
+        }
+        self.drives[index] = (name.to_owned(), policy);
+    }
+}
+
 impl Runtime {
     /// Decide what the guest sees of a failed request.
     pub fn disk_failed(&mut self, failure: DiskFailure) {

@@ -8,7 +8,7 @@ use ftvm_devices::door::GuestEvent;
 use ftvm_devices::{DiskOp, Input, MachineRequest, Output};
 use serde_json::{json, Value};
 
-use super::control::{Command, RunState, Shared};
+use super::control::{RunState, Shared};
 use super::disk_errors::DiskErrors;
 use super::ft::FtSide;
 use super::pace::Pacer;
@@ -36,6 +36,8 @@ pub enum Sink {
 pub struct RunOptions {
     pub no_reboot: bool,
     pub no_shutdown: bool,
+    /// A guest that says that it panicked is stopped.
+    pub pause_on_panic: bool,
     /// Virtual time follows the host (`sleep=on`); off: idle time is skipped at once.
     pub sleep: bool,
     /// The rate of virtual time adapts to the host's speed.
@@ -120,6 +122,7 @@ impl Runtime {
         }
         self.outside.close_disks();
         self.outside.drain_chars();
+        self.shared.events.drain(Duration::from_secs(1));
     }
 
     /// Set state and tell monitors.
@@ -195,13 +198,32 @@ impl Runtime {
                     .emit("RTC_CHANGE", json!({"offset": offset, "qom-path": "/machine/unattached/rtc"}));
             }
             GuestEvent::Panicked => {
-                self.shared.events.emit("GUEST_PANICKED", json!({"action": "run"}));
+                let action = if self.options.pause_on_panic { "pause" } else { "run" };
+                self.shared.events.emit("GUEST_PANICKED", json!({"action": action}));
+                if self.options.pause_on_panic {
+                    let _ = self.events.send(Event::Call(Box::new(|rt| {
+                        rt.stop(RunState::GuestPanicked);
+                    })));
+                }
             }
             GuestEvent::CrashLoaded => self.shared.events.emit("GUEST_CRASHLOADED", json!({"action": "run"})),
             GuestEvent::NicRxFilterChanged { nic } => {
                 self.shared
                     .events
                     .emit("NIC_RX_FILTER_CHANGED", json!({"path": format!("/machine/nic{nic}")}));
+            }
+            GuestEvent::DeviceDeleted { spec } => crate::monitor::devices::deleted(self, spec),
+            GuestEvent::BalloonChange { actual } => {
+                self.shared.events.emit("BALLOON_CHANGE", json!({"actual": actual}));
+            }
+            GuestEvent::PortChange { id, open } => {
+                self.shared.events.emit("VSERPORT_CHANGE", json!({"id": id, "open": open}));
+            }
+            GuestEvent::TrayMoved { device, open } => {
+                self.shared.backends().tray_moved(device, *open);
+                self.shared
+                    .events
+                    .emit("DEVICE_TRAY_MOVED", json!({"device": "", "id": device, "tray-open": open}));
             }
         }
     }
@@ -216,13 +238,12 @@ impl Runtime {
                 self.input(input);
                 None
             }
-            Event::Command(Command::Ft(wish)) => super::ft::wish(self, wish),
             Event::DiskFailed(failure) => {
                 self.disk_failed(failure);
                 None
             }
-            Event::Command(command) => {
-                self.command(command);
+            Event::Call(call) => {
+                call(self);
                 None
             }
             Event::Quit(quit) => Some(self.quit(quit)),
@@ -230,31 +251,43 @@ impl Runtime {
         }
     }
 
-    fn command(&mut self, command: Command) {
-        match command {
-            Command::Stop if !self.machine.is_paused() => {
-                self.input(MachineInput::Paused(true));
-                self.set_running(false, RunState::Paused);
-            }
-            Command::Cont if self.machine.is_paused() => {
-                self.retry_failed();
-                self.input(MachineInput::Paused(false));
-                self.shutdown = false;
-                self.restart_pace();
-                self.set_running(true, RunState::Running);
-            }
-            Command::Stop | Command::Cont => {}
-            Command::Reset => {
-                self.input(MachineInput::Reset);
-                self.shared.events.emit("RESET", json!({"guest": false, "reason": "host-qmp-system-reset"}));
-            }
-            Command::Powerdown => {
-                self.input(MachineInput::Device(Input::Powerdown));
-                self.shared.events.emit("POWERDOWN", Value::Null);
-            }
-            Command::Nmi => self.input(MachineInput::Nmi),
-            Command::Ft(_) => {}
+    /// Stop the processors.
+    pub fn stop(&mut self, state: RunState) {
+        if !self.machine.is_paused() {
+            self.input(MachineInput::Paused(true));
+            self.set_running(false, state);
         }
+    }
+
+    /// Let the processors run (on).
+    pub fn cont(&mut self) {
+        if self.machine.is_paused() {
+            self.retry_failed();
+            self.input(MachineInput::Paused(false));
+            self.shutdown = false;
+            self.restart_pace();
+            self.set_running(true, RunState::Running);
+        }
+    }
+
+    /// The reset button.
+    pub fn reset(&mut self) {
+        self.input(MachineInput::Reset);
+        if self.shared.state() != RunState::Running && self.shared.state() != RunState::Prelaunch {
+            self.shared.set_state(RunState::Paused);
+        }
+        self.shared.events.emit("RESET", json!({"guest": false, "reason": "host-qmp-system-reset"}));
+    }
+
+    /// The power button.
+    pub fn powerdown(&mut self) {
+        self.input(MachineInput::Device(Input::Powerdown));
+        self.shared.events.emit("POWERDOWN", Value::Null);
+    }
+
+    /// Whether this side is a backup that follows its primary's log.
+    pub fn is_following(&self) -> bool {
+        self.ft.as_ref().is_some_and(FtSide::is_following)
     }
 
     fn quit(&mut self, quit: Quit) -> Outcome {
@@ -436,11 +469,15 @@ impl Runtime {
     /// An event while following: the world's inputs come from the log, so those of this host are dropped.
     pub fn follow_event(&mut self, event: Event) -> Option<Outcome> {
         match event {
-            // A backup has no disks.
-            Event::DiskFailed(_) => None,
+            // Of its own disks, where they are separate.
+            Event::DiskFailed(failure) => super::ft::own_write_ended(self, failure.id, Some(failure)),
+            Event::Input(MachineInput::Device(Input::DiskDone { id, .. })) => {
+                super::ft::own_write_ended(self, id, None)
+            }
             Event::Input(_) => None,
-            Event::Command(command) => {
-                log::warn!("{command:?} on a backup has no effect: give it to the primary");
+            Event::Call(call) => {
+                self.shared.backends().take_note(self.machine.note());
+                call(self);
                 None
             }
             Event::Quit(quit) => {

@@ -20,13 +20,16 @@ pub enum Event {
     Input(MachineInput),
     /// A disk request failed.
     DiskFailed(crate::host::disk::DiskFailure),
-    /// A monitor's command.
-    Command(control::Command),
+    /// Work of a monitor that needs the machine.
+    Call(Call),
     /// News of the pair.
     Ft(ft::FtEvent),
     /// End the program.
     Quit(Quit),
 }
+
+/// What a monitor does with the machine, on the machine thread.
+pub type Call = Box<dyn FnOnce(&mut live::Runtime) + Send>;
 
 /// Why the program ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -202,9 +202,28 @@ impl CpuModel {
         format!("{} ({})", self.name, self.features().join(" "))
     }
 
+    /// Every feature that the processor can have, and whether this model has it.
+    pub fn all_features(&self) -> impl Iterator<Item = (&'static str, bool)> + '_ {
+        FEATURES.iter().map(|(name, word, bit)| (*name, self.words[*word as usize] >> bit & 1 != 0))
+    }
+
     /// Features of the named model that no processor of this kind has; they are left out.
     pub fn missing(&self) -> &[String] {
         &self.missing
+    }
+
+    /// Names of all models, aliases included, and of their features those that cannot be had here.
+    pub fn definitions() -> Vec<(String, Vec<String>)> {
+        let mut all = Vec::new();
+        for named in models() {
+            let m = CpuModel::from_named(&named);
+            let lacking = m.features().into_iter().filter(|f| !on_this_host(f)).map(str::to_owned);
+            let unavailable: Vec<String> = lacking.chain(m.missing).collect();
+            for name in named.aliases.split(' ').filter(|a| !a.is_empty()).chain([named.name]) {
+                all.push((name.to_owned(), unavailable.clone()));
+            }
+        }
+        all
     }
 
     /// Names and descriptions of the models, aliases included, in QEMU's order.

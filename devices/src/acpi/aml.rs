@@ -164,6 +164,27 @@ pub fn when(condition: Vec<u8>, body: &[Vec<u8>]) -> Vec<u8> {
     block(&[0xA0], &[condition, body.concat()])
 }
 
+/// `Field (region, DWordAcc, NoLock, WriteAsZeros) { names }`, four bytes each.
+pub fn dword_fields(region: &str, names: &[&str]) -> Vec<u8> {
+    let fields: Vec<Vec<u8>> = names.iter().map(|n| [path(n), field_length(32)].concat()).collect();
+    block(&[0x5B, 0x81], &[path(region), vec![0x43], fields.concat()])
+}
+
+/// `Notify (object, value)`.
+pub fn notify(object: &str, value: u64) -> Vec<u8> {
+    [vec![0x86], path(object), int(value)].concat()
+}
+
+/// Call a method.
+pub fn call(n: &str, args: &[Vec<u8>]) -> Vec<u8> {
+    [path(n), args.concat()].concat()
+}
+
+/// The first local variable of a method.
+pub fn local0() -> Vec<u8> {
+    vec![0x60]
+}
+
 /// `CreateDWordField (source, index, n)`.
 pub fn dword_field(source: Vec<u8>, index: u64, n: &str) -> Vec<u8> {
     [vec![0x8A], source, int(index), path(n)].concat()

@@ -173,6 +173,41 @@ fn isa(config: &Acpi) -> Vec<u8> {
     device("ISA", &body)
 }
 
+/// PCI slots that devices can be plugged into and pulled from: all but those of the chipset.
+const HOTPLUG_SLOTS: std::ops::Range<u64> = 2..32;
+
+/// A name for a slot, by its device and function number.
+fn slot_name(slot: u64) -> String {
+    format!("S{:02X}_", slot << 3)
+}
+
+/// The slots' devices and the method that tells the guest what happened to them.
+fn hotplug() -> Vec<u8> {
+    let mut out = vec![region("PHPR", 1, pm::HOTPLUG, 12), dword_fields("PHPR", &["PCIU", "PCID", "B0EJ"])];
+    let notify_all = |event: u64| -> Vec<Vec<u8>> {
+        HOTPLUG_SLOTS
+            .map(|slot| when(and(local0(), int(1 << slot)), &[notify(&slot_name(slot), event)]))
+            .collect()
+    };
+    for slot in HOTPLUG_SLOTS {
+        out.push(device(
+            &slot_name(slot),
+            &[
+                name("_SUN", int(slot)),
+                name("_ADR", int(slot << 16)),
+                method("_EJ0", 1, &[store(int(1 << slot), path("B0EJ"))]),
+            ],
+        ));
+    }
+    // 1: look for something new; 3: let go.
+    let mut body = vec![store(path("PCIU"), local0())];
+    body.extend(notify_all(1));
+    body.push(store(path("PCID"), local0()));
+    body.extend(notify_all(3));
+    out.push(method("PCNT", 0, &body));
+    out.concat()
+}
+
 fn dsdt(config: &Acpi) -> Vec<u8> {
     let hole = (config.low_ram as u32).max(0x8000_0000);
     let bus = device(
@@ -194,6 +229,7 @@ fn dsdt(config: &Acpi) -> Vec<u8> {
             ),
             name("_PRT", routing()),
             isa(config),
+            hotplug(),
         ],
     );
     let system = device(
@@ -236,7 +272,11 @@ fn dsdt(config: &Acpi) -> Vec<u8> {
             &[name("_HID", string("ACPI0007")), name("_UID", int(u64::from(i)))],
         ));
     }
-    let body = [scope("\\_SB", &sb), name("\\_S5", package(&[int(0), int(0), int(0), int(0)]))];
+    let gpe = scope(
+        "\\_GPE",
+        &[name("_HID", string("ACPI0006")), method("_E01", 0, &[call("\\_SB.PCI0.PCNT", &[])])],
+    );
+    let body = [scope("\\_SB", &sb), gpe, name("\\_S5", package(&[int(0), int(0), int(0), int(0)]))];
     header(b"DSDT", 1, &body.concat())
 }
 

@@ -14,6 +14,10 @@ const NS: u128 = 1_000_000_000;
 pub const SCI: u8 = 9;
 /// Where GPE0 lies (QEMU's address; the FADT names it).
 pub const GPE0: u64 = 0xAFE0;
+/// The PCI hot-plug registers (QEMU's place): slots that were plugged in, slots to be let go, eject.
+pub const HOTPLUG: u64 = 0xAE00;
+/// The GPE0 bit that says that one of them changed.
+const GPE_HOTPLUG: u16 = 2;
 /// What the FADT's SMI_CMD port takes to turn ACPI on and off.
 pub const ACPI_ENABLE: u8 = 0xF1;
 pub const ACPI_DISABLE: u8 = 0xF0;
@@ -33,6 +37,10 @@ struct State {
     smb: [u8; 16],
     /// Timer half-period (2^23 ticks) up to which TMR_STS was looked at.
     half: u64,
+    /// Slots with something new in them, not yet told to the guest.
+    up: u32,
+    /// Slots that the guest is asked to let go.
+    down: u32,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -124,6 +132,14 @@ impl Pm {
         (word >> (8 * (offset & 1))) as u8
     }
 
+    /// The guest let go of these slots.
+    fn eject(&mut self, ctx: &mut Ctx, slots: u32) {
+        for slot in (0..32u8).filter(|s| slots >> s & 1 != 0) {
+            self.s.down &= !(1 << slot);
+            ctx.eject(slot);
+        }
+    }
+
     fn smbus_write(&mut self, offset: usize, value: u8) {
         match offset {
             0 => self.s.smb[0] &= !(value & 0x1E),
@@ -145,11 +161,13 @@ impl Device for Pm {
     }
     fn reset(&mut self, ctx: &mut Ctx) {
         self.pci.reset(ctx);
+        // What the guest was asked to let go, it has let go now.
+        self.eject(ctx, self.s.down);
         self.s = State { half: ticks(ctx.now) >> 23, ..State::default() };
         self.update(ctx);
     }
     fn ports(&self) -> Vec<Window> {
-        let mut out = vec![Window::bytes(2, GPE0, 4), Window::bytes(3, 0xB2, 2)];
+        let mut out = vec![Window::bytes(2, GPE0, 4), Window::bytes(3, 0xB2, 2), Window::new(4, HOTPLUG, 12)];
         let pm = u64::from(self.pci.get32(0x40) & 0xFFC0);
         if self.pci.get8(0x80) & 1 != 0 && pm != 0 {
             out.push(Window::new(0, pm, 64));
@@ -175,6 +193,11 @@ impl Device for Pm {
                 let word = if offset < 2 { self.s.gpe_sts } else { self.s.gpe_en };
                 u32::from(word >> (8 * (offset & 1)) & 0xFF)
             }
+            4 => match offset {
+                0 => std::mem::take(&mut self.s.up),
+                4 => self.s.down,
+                _ => 0,
+            },
             _ => u32::from(self.s.apm[usize::from(offset & 1)]),
         }
     }
@@ -213,6 +236,11 @@ impl Device for Pm {
                     self.s.gpe_en = self.s.gpe_en & !(0xFF << shift) | byte;
                 }
             }
+            4 => {
+                if offset == 8 {
+                    self.eject(ctx, value);
+                }
+            }
             _ => {
                 self.s.apm[usize::from(offset & 1)] = value as u8;
                 // Without SMM the board itself does what the firmware's handler would.
@@ -225,15 +253,25 @@ impl Device for Pm {
         }
         self.update(ctx);
     }
+    fn ask_to_eject(&mut self, ctx: &mut Ctx, slot: u8) {
+        self.s.down |= 1 << (slot & 31);
+        self.s.gpe_sts |= GPE_HOTPLUG;
+        self.update(ctx);
+    }
     fn timer(&mut self, ctx: &mut Ctx, _id: u8) {
         self.catch_up(ctx);
         self.update(ctx);
     }
     fn input(&mut self, ctx: &mut Ctx, input: &Input) {
-        if *input == Input::Powerdown {
-            self.s.sts |= PWRBTN;
-            self.update(ctx);
+        match input {
+            Input::Powerdown => self.s.sts |= PWRBTN,
+            Input::Plug(plug) => {
+                self.s.up |= 1 << (plug.devfn >> 3);
+                self.s.gpe_sts |= GPE_HOTPLUG;
+            }
+            _ => return,
         }
+        self.update(ctx);
     }
     fn pci(&self) -> Option<&PciFunction> {
         Some(&self.pci)

@@ -31,12 +31,16 @@ pub struct DriveState {
     pub asc: u8,
     pub attention: bool,
     pub locked: bool,
+    /// The drive number of the medium (or disk), and whether the tray is out.
+    pub medium: u32,
+    pub open: bool,
 }
 
 impl DriveState {
     pub fn new(spec: Option<&DriveSpec>) -> DriveState {
         let mut d = DriveState {
             bytes: spec.map_or(0, |s| s.size_bytes),
+            medium: spec.map_or(u32::MAX, |s| s.index),
             heads: 16,
             sectors: 63,
             multiple: MAX_MULTIPLE,

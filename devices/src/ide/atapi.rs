@@ -3,6 +3,7 @@
 use super::ata::{put_string, to_bytes};
 use super::channel::{Channel, Phase, ABORTED, DRQ, ERR, READY, SEEK};
 use crate::ctx::Ctx;
+use crate::door::GuestEvent;
 
 const BLOCK: u64 = 2048;
 const NOT_READY: u8 = 2;
@@ -13,6 +14,7 @@ const INVALID_OPCODE: u8 = 0x20;
 const OUT_OF_RANGE: u8 = 0x21;
 const INVALID_FIELD: u8 = 0x24;
 const MEDIUM_CHANGED: u8 = 0x28;
+const REMOVAL_PREVENTED: u8 = 0x53;
 
 fn be16(b: &[u8], at: usize) -> u32 {
     u32::from(b[at]) << 8 | u32::from(b[at + 1])
@@ -112,9 +114,9 @@ impl Channel {
     }
 
     fn medium_blocks(&mut self) -> Option<u64> {
-        let has = self.spec[self.selected()].as_ref().is_some_and(|s| s.has_medium || s.size_bytes > 0);
-        let blocks = self.current().bytes / BLOCK;
-        (has && blocks > 0).then_some(blocks)
+        let d = self.current();
+        let blocks = d.bytes / BLOCK;
+        (!d.open && blocks > 0).then_some(blocks)
     }
 
     /// Answer with at most `limit` bytes.
@@ -157,7 +159,22 @@ impl Channel {
         }
         let blocks = medium.unwrap_or(0);
         match op {
-            0x00 | 0x1B | 0x2B | 0xBB => self.packet_succeed(ctx),
+            0x00 | 0x2B | 0xBB => self.packet_succeed(ctx),
+            // START STOP UNIT with LoEj: the guest moves the tray.
+            0x1B => {
+                let device = self.spec[self.selected()].as_ref().map_or(String::new(), |s| s.device.clone());
+                let d = self.current();
+                let open = cdb[4] & 1 == 0;
+                if cdb[4] & 2 != 0 && d.open != open {
+                    if open && d.locked {
+                        return self.packet_fail(ctx, ILLEGAL_REQUEST, REMOVAL_PREVENTED);
+                    }
+                    d.open = open;
+                    d.attention |= !open;
+                    ctx.event(GuestEvent::TrayMoved { device, open });
+                }
+                self.packet_succeed(ctx);
+            }
             0x1E => {
                 self.current().locked = cdb[4] & 1 != 0;
                 self.packet_succeed(ctx);

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::ata::DriveState;
 use crate::config::DriveSpec;
 use crate::ctx::Ctx;
-use crate::door::DiskOp;
+use crate::door::{DiskOp, GuestEvent};
 
 pub const ERR: u8 = 1;
 pub const DRQ: u8 = 8;
@@ -369,7 +369,7 @@ impl Channel {
     }
 
     fn drive_index(&self) -> u32 {
-        self.spec[self.selected()].as_ref().map_or(0, |s| s.index)
+        self.s.drives[self.selected()].medium
     }
 
     /// Request the next piece of a read.
@@ -606,10 +606,28 @@ impl Channel {
         self.store(ctx, data);
     }
 
+    /// The user moved the tray of a CD drive, or changed what is in it.
+    pub fn medium(&mut self, ctx: &mut Ctx, device: &str, open: bool, medium: Option<(u32, u64)>) {
+        for (spec, d) in self.spec.iter().zip(&mut self.s.drives) {
+            if !spec.as_ref().is_some_and(|s| s.cdrom && s.device == device) {
+                continue;
+            }
+            let (number, bytes) = medium.unwrap_or((u32::MAX, 0));
+            if (d.medium, d.bytes) != (number, bytes) || (d.open && !open) {
+                d.attention = true;
+            }
+            (d.medium, d.bytes) = (number, bytes);
+            if std::mem::replace(&mut d.open, open) != open {
+                d.locked = false;
+                ctx.event(GuestEvent::TrayMoved { device: device.to_owned(), open });
+            }
+        }
+    }
+
     /// The medium has another size now.
     pub fn resized(&mut self, _ctx: &mut Ctx, drive: u32, size: u64) {
-        for (spec, d) in self.spec.iter().zip(&mut self.s.drives) {
-            if spec.as_ref().is_some_and(|s| s.index == drive) {
+        for d in &mut self.s.drives {
+            if d.medium == drive {
                 d.bytes = size;
                 // Medium may have changed.
                 d.attention = true;

@@ -98,8 +98,12 @@ impl Device for Ide {
         }
     }
     fn input(&mut self, ctx: &mut Ctx, input: &Input) {
-        if let Input::DriveResized { drive, size } = input {
-            self.channels.iter_mut().for_each(|c| c.resized(ctx, *drive, *size));
+        for c in &mut self.channels {
+            match input {
+                Input::DriveResized { drive, size } => c.resized(ctx, *drive, *size),
+                Input::Medium { device, open, medium } => c.medium(ctx, device, *open, *medium),
+                _ => {}
+            }
         }
     }
     fn disk_done(&mut self, ctx: &mut Ctx, id: u64, op: DiskOp, result: Result<Vec<u8>, i32>) {

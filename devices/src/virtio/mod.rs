@@ -1,8 +1,10 @@
 //! Virtio devices (Virtual I/O Device specification 1.2) on the PCI transport.
 
+pub mod balloon;
 pub mod blk;
 pub mod net;
 pub mod rng;
+pub mod serial;
 mod transport;
 
 use ftvm_accel::mem::Ram;
@@ -227,6 +229,20 @@ pub trait Model: Send {
     /// The device configuration space.
     fn config(&self) -> Vec<u8>;
     fn config_write(&mut self, offset: usize, data: &[u8]) {}
+    /// As [`Self::config_write`], for models that do something about it.
+    fn config_written(&mut self, io: &mut Io, offset: usize, data: &[u8]) {
+        self.config_write(offset, data);
+    }
+    /// MSI-X vectors, unless the user says otherwise.
+    fn vectors(&self) -> u16 {
+        self.queue_sizes().len() as u16 + 1
+    }
+    /// The timer that was set by [`Ctx::set_timer`] is due.
+    fn timer(&mut self, io: &mut Io) {}
+    /// See [`crate::ctx::Device::facts`].
+    fn facts(&self) -> Vec<(String, i64)> {
+        Vec::new()
+    }
     fn reset(&mut self);
     /// The driver notified queue `queue`.
     fn notify(&mut self, io: &mut Io, queue: usize);

@@ -22,6 +22,7 @@ const NOTIFY_MULTIPLIER: u32 = 4;
 
 const ISR_QUEUE: u8 = 1;
 const ISR_CONFIG: u8 = 2;
+const STATUS_DRIVER_OK: u8 = 4;
 const STATUS_FEATURES_OK: u8 = 8;
 
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -34,6 +35,8 @@ struct State {
     driver_features: u64,
     queue_select: u16,
     config_vector: u16,
+    /// Queues that the driver notified before it was ready (Linux's balloon driver does); a bit each.
+    early: u64,
     /// Queue addresses as the driver writes them, before they are enabled.
     addresses: Vec<[u64; 3]>,
 }
@@ -62,7 +65,8 @@ pub struct VirtioPci {
 impl VirtioPci {
     /// Put `model` on the bus.
     pub fn new(b: &Build, model: Box<dyn Model>) -> Result<VirtioPci, DeviceError> {
-        let legacy = !b.flag("disable-legacy", false);
+        let modern_only = b.spec.driver.ends_with("-non-transitional");
+        let legacy = !b.flag("disable-legacy", modern_only);
         let modern = !b.flag("disable-modern", false);
         if !legacy && !modern {
             return Err(DeviceError::Config(
@@ -73,6 +77,9 @@ impl VirtioPci {
         let transitional = match kind {
             1 => 0x1000,
             2 => 0x1001,
+            3 => 0x1003,
+            5 => 0x1002,
+            8 => 0x1004,
             4 => 0x1005,
             _ => 0x1040 + kind,
         };
@@ -86,8 +93,7 @@ impl VirtioPci {
         };
         let mut pci = PciFunction::new(b.devfn, id);
         pci.pin(1);
-        let queue_count = model.queue_sizes().len() as u16;
-        let vectors = b.number("vectors", u64::from(queue_count) + 1)?.min(128) as u16;
+        let vectors = b.number("vectors", u64::from(model.vectors()))?.min(128) as u16;
         if legacy {
             let size = (0x18 + model.config().len() as u32).next_power_of_two();
             pci.bar(usize::from(LEGACY_BAR), Bar::Io(size));
@@ -176,7 +182,10 @@ impl VirtioPci {
 
     fn notify(&mut self, ctx: &mut Ctx, queue: usize) {
         // A driver that is not ready, or a function that may not do DMA.
-        if queue < self.queues.len() && self.s.status & 4 != 0 && self.pci.master() {
+        if self.s.status & STATUS_DRIVER_OK == 0 && queue < 64 {
+            self.s.early |= 1 << queue;
+        }
+        if queue < self.queues.len() && self.s.status & STATUS_DRIVER_OK != 0 && self.pci.master() {
             self.run(ctx, |m, io| m.notify(io, queue));
         }
     }
@@ -206,6 +215,12 @@ impl VirtioPci {
             self.reset_device(ctx);
         } else {
             self.s.status = value;
+            if value & STATUS_DRIVER_OK != 0 {
+                let early = std::mem::take(&mut self.s.early);
+                for queue in (0..64).filter(|q| early >> q & 1 != 0) {
+                    self.notify(ctx, queue);
+                }
+            }
         }
     }
 
@@ -266,7 +281,7 @@ impl VirtioPci {
                     q.vector = vector;
                 }
             }
-            _ if offset >= config => self.config_write(offset - config, size, u64::from(value)),
+            _ if offset >= config => self.config_write(ctx, offset - config, size, u64::from(value)),
             _ => {}
         }
     }
@@ -278,9 +293,10 @@ impl VirtioPci {
             .sum()
     }
 
-    fn config_write(&mut self, offset: u64, size: u8, value: u64) {
+    fn config_write(&mut self, ctx: &mut Ctx, offset: u64, size: u8, value: u64) {
         let bytes = value.to_le_bytes();
-        self.model.config_write(offset as usize, &bytes[..usize::from(size.min(8))]);
+        let bytes = &bytes[..usize::from(size.min(8))];
+        self.run(ctx, |m, io| m.config_written(io, offset as usize, bytes));
     }
 
     // The modern interface.
@@ -379,7 +395,7 @@ impl VirtioPci {
     fn modern_write(&mut self, ctx: &mut Ctx, offset: u64, size: u8, value: u64) {
         match offset & !0xFFF {
             COMMON => self.common_write(ctx, offset, size, value),
-            DEVICE => self.config_write(offset - DEVICE, size, value),
+            DEVICE => self.config_write(ctx, offset - DEVICE, size, value),
             NOTIFY => self.notify(ctx, ((offset - NOTIFY) / u64::from(NOTIFY_MULTIPLIER)) as usize),
             _ => {}
         }
@@ -435,6 +451,12 @@ impl Device for VirtioPci {
     }
     fn disk_done(&mut self, ctx: &mut Ctx, id: u64, op: DiskOp, result: Result<Vec<u8>, i32>) {
         self.run(ctx, |m, io| m.disk_done(io, id, op, result));
+    }
+    fn timer(&mut self, ctx: &mut Ctx, _id: u8) {
+        self.run(ctx, |m, io| m.timer(io));
+    }
+    fn facts(&self) -> Vec<(String, i64)> {
+        self.model.facts()
     }
     fn pci(&self) -> Option<&PciFunction> {
         Some(&self.pci)

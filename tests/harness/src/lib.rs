@@ -4,6 +4,7 @@
 pub mod client;
 pub mod guests;
 pub mod hosts;
+pub mod libvirt;
 pub mod pair;
 pub mod qmp;
 pub mod storage;

@@ -1,0 +1,255 @@
+//! Devices that come and go while the machine runs, and what of the machine its users may look at.
+
+use ftvm_accel::mem::GuestMemory;
+use serde::{Deserialize, Serialize};
+
+use super::{address, in_use, Mapped, Pc, Slots, CHANGES_SECTION, MAX_DEVICES, NONE};
+use crate::config::DeviceSpec;
+use crate::ctx::{Ctx, Device, DeviceError};
+use crate::door::{GuestEvent, Input, Output, Plug};
+use crate::pci::Bar;
+use crate::registry::{self, Attach, Build};
+
+/// A device that a user named, and where it is.
+#[derive(Clone, Debug)]
+pub(super) struct User {
+    pub spec: DeviceSpec,
+    pub devfn: Option<u8>,
+    /// Its place among the devices; drives of the IDE controller have none.
+    pub device: Option<u16>,
+    /// What came with it, if it was plugged into the running machine.
+    pub plug: Option<Plug>,
+}
+
+/// What the machine's users may know of a device.
+#[derive(Clone, Debug)]
+pub struct Inventory {
+    pub spec: DeviceSpec,
+    pub devfn: Option<u8>,
+    /// It was plugged in after the start.
+    pub hotplugged: bool,
+    /// What the model itself tells (see [`Device::facts`]).
+    pub facts: Vec<(String, i64)>,
+}
+
+/// A PCI function as the guest has set it up.
+#[derive(Clone, Debug)]
+pub struct FunctionView {
+    pub devfn: u8,
+    /// Configuration space.
+    pub config: Vec<u8>,
+    pub bars: [Bar; 6],
+    /// The id of the user's device.
+    pub id: Option<String>,
+}
+
+/// Start, length and device of a window of I/O ports or memory.
+pub type WindowView = (u64, u64, String);
+
+/// What was plugged in and pulled since the start: other machines of the same configuration become equal by it.
+#[derive(Default, Serialize, Deserialize)]
+pub(super) struct Changes {
+    plugged: Vec<(u16, Plug)>,
+    /// Devices that are gone, by their place.
+    gone: Vec<u16>,
+}
+
+/// The place of a device that is gone.
+struct Gone(String);
+
+impl Device for Gone {
+    fn name(&self) -> &str {
+        &self.0
+    }
+    fn reset(&mut self, _ctx: &mut Ctx) {}
+    fn save(&self) -> Vec<u8> {
+        Vec::new()
+    }
+    fn load(&mut self, _data: &[u8]) -> Result<(), DeviceError> {
+        Ok(())
+    }
+}
+
+impl Pc {
+    /// Put a new device in; it has been checked by [`Self::check_plug`], so that it fits on every replica alike.
+    pub(super) fn plug(&mut self, mem: &GuestMemory, now: u64, plug: &Plug) {
+        match self.build_plug(plug) {
+            Ok(device) => {
+                let at = self.devices.len() as u16;
+                self.devices.push(device);
+                self.enter(at, plug);
+                self.with(mem, now, at, |d, ctx| d.reset(ctx));
+                self.board.remap = true;
+                let input = Input::Plug(Box::new(plug.clone()));
+                self.with(mem, now, self.pm, |d, ctx| d.input(ctx, &input));
+            }
+            Err(e) => log::error!("hot-plug of {}: {e}", plug.spec.driver),
+        }
+    }
+
+    fn build_plug(&mut self, plug: &Plug) -> Result<Box<dyn Device>, DeviceError> {
+        let model = registry::model(&plug.spec.driver)?;
+        model.check(&plug.spec)?;
+        let specs: Vec<DeviceSpec> = self.users.iter().map(|u| u.spec.clone()).collect();
+        model.check_bus(&plug.spec, &specs)?;
+        let Some(build) = model.build.filter(|_| model.attach == Attach::Pci) else {
+            let bus = if model.attach == Attach::Isa { "isa.0" } else { model.bus() };
+            return Err(DeviceError::Config(format!("Bus '{bus}' does not support hotplugging")));
+        };
+        if let Some(drive) = &plug.drive {
+            self.config.drives.retain(|d| d.index != drive.index);
+            self.config.drives.push(drive.clone());
+        }
+        if let Some(nic) = &plug.nic {
+            self.config.nics.retain(|n| n.index != nic.index);
+            self.config.nics.push(nic.clone());
+        }
+        let b = Build { config: &self.config, spec: &plug.spec, devfn: plug.devfn };
+        let device = b.finish(build(&b)?);
+        if self.devices.iter().any(|d| d.name() == device.name()) || self.devices.len() >= MAX_DEVICES {
+            return Err(DeviceError::Config(format!("there can be only one device '{}'", device.name())));
+        }
+        Ok(device)
+    }
+
+    fn enter(&mut self, at: u16, plug: &Plug) {
+        self.functions[usize::from(plug.devfn)] = at;
+        self.users.push(User {
+            spec: plug.spec.clone(),
+            devfn: Some(plug.devfn),
+            device: Some(at),
+            plug: Some(plug.clone()),
+        });
+    }
+
+    /// Whether a device could be plugged in, and where: its device and function number.
+    pub fn check_plug(&mut self, plug: &Plug) -> Result<u8, DeviceError> {
+        if plug.spec.id.is_some() && self.users.iter().any(|u| u.spec.id == plug.spec.id) {
+            let id = plug.spec.id.as_deref().unwrap_or_default();
+            return Err(DeviceError::Config(format!("Duplicate device ID '{id}'")));
+        }
+        let mut slots = Slots { used: [false; 256] };
+        slots.take_board();
+        for devfn in self.users.iter().filter_map(|u| u.devfn) {
+            slots.used[usize::from(devfn)] = true;
+        }
+        if let Some(devfn) = address(&plug.spec)? {
+            if slots.used[usize::from(devfn)] {
+                return Err(in_use(devfn, &plug.spec.driver));
+            }
+        }
+        let model = registry::model(&plug.spec.driver)?;
+        let devfn = if model.attach == Attach::Pci { slots.take(&plug.spec)? } else { 0 };
+        let drives = (self.config.drives.clone(), self.config.nics.clone());
+        let built = self.build_plug(&Plug { devfn, ..plug.clone() });
+        (self.config.drives, self.config.nics) = drives;
+        built.map(|_| devfn)
+    }
+
+    /// Whether the device with this id can be pulled.
+    pub fn check_unplug(&self, id: &str) -> Result<(), DeviceError> {
+        let user = self.users.iter().find(|u| u.spec.id.as_deref() == Some(id));
+        let user = user.ok_or_else(|| DeviceError::NoDevice(id.to_owned()))?;
+        match registry::model(&user.spec.driver)?.attach {
+            Attach::Pci => Ok(()),
+            Attach::Isa => Err(DeviceError::Config("Bus 'isa.0' does not support hotplugging".into())),
+            _ => Err(DeviceError::Config(format!("Device '{id}' cannot be pulled from its bus"))),
+        }
+    }
+
+    /// The guest let go of a slot: what was in it is gone.
+    pub(super) fn eject(&mut self, mem: &GuestMemory, now: u64, slot: u8) {
+        for devfn in slot << 3..=(slot << 3 | 7) {
+            let at = self.functions[usize::from(devfn)];
+            let Some(i) = self.users.iter().position(|u| u.devfn == Some(devfn) && u.device == Some(at))
+            else {
+                continue;
+            };
+            self.with(mem, now, at, |d, ctx| d.reset(ctx));
+            let user = self.users.remove(i);
+            self.devices[usize::from(at)] = Box::new(Gone(format!("gone@{at}")));
+            self.functions[usize::from(devfn)] = NONE;
+            self.board.s.timers.retain(|(d, _), _| *d != at);
+            self.board.find_deadline();
+            self.board.remap = true;
+            let event = GuestEvent::DeviceDeleted { spec: Box::new(user.spec) };
+            self.board.s.outputs.push(Output::Event(event));
+        }
+    }
+
+    /// The devices that users named, in order.
+    pub fn inventory(&self) -> Vec<Inventory> {
+        let one = |u: &User| Inventory {
+            spec: u.spec.clone(),
+            devfn: u.devfn,
+            hotplugged: u.plug.is_some(),
+            facts: u.device.map_or(Vec::new(), |d| self.devices[usize::from(d)].facts()),
+        };
+        self.users.iter().map(one).collect()
+    }
+
+    /// All PCI functions, in order.
+    pub fn pci_functions(&self) -> Vec<FunctionView> {
+        let view = |(devfn, at): (usize, &u16)| {
+            let pci = self.devices.get(usize::from(*at))?.pci()?;
+            let user = self.users.iter().find(|u| u.devfn == Some(devfn as u8));
+            Some(FunctionView {
+                devfn: devfn as u8,
+                config: pci.config().to_vec(),
+                bars: pci.bars(),
+                id: user.and_then(|u| u.spec.id.clone()),
+            })
+        };
+        self.functions.iter().enumerate().filter_map(view).collect()
+    }
+
+    /// The I/O and memory windows that devices decode now: start, length, device.
+    pub fn windows(&self) -> (Vec<WindowView>, Vec<WindowView>) {
+        let list = |maps: &[Mapped]| {
+            let one = |m: &Mapped| (m.start, m.len, self.devices[usize::from(m.device)].name().to_owned());
+            let mut out: Vec<_> = maps.iter().map(one).collect();
+            out.sort();
+            out
+        };
+        (list(&self.port_maps), list(&self.memory_maps))
+    }
+
+    pub(super) fn changes(&self) -> Changes {
+        let mut gone: Vec<u16> = Vec::new();
+        for (i, d) in self.devices.iter().enumerate() {
+            if d.name() == format!("gone@{i}") {
+                gone.push(i as u16);
+            }
+        }
+        let plugged = |u: &User| Some((u.device?, u.plug.clone()?));
+        Changes { plugged: self.users.iter().filter_map(plugged).collect(), gone }
+    }
+
+    /// Plug and pull what another machine of this configuration has seen plugged and pulled.
+    pub(super) fn follow(&mut self, changes: Changes) -> Result<(), DeviceError> {
+        let misfit = || DeviceError::Misfit(CHANGES_SECTION.into());
+        let last = changes.plugged.iter().map(|(at, _)| *at).chain(changes.gone.iter().copied()).max();
+        if last.is_some_and(|l| usize::from(l) >= MAX_DEVICES) {
+            return Err(misfit());
+        }
+        while last.is_some_and(|l| usize::from(l) >= self.devices.len()) {
+            let name = format!("gone@{}", self.devices.len());
+            self.devices.push(Box::new(Gone(name)));
+        }
+        for at in changes.gone {
+            if let Some(i) = self.users.iter().position(|u| u.device == Some(at)) {
+                let user = self.users.remove(i);
+                self.functions[usize::from(user.devfn.ok_or_else(misfit)?)] = NONE;
+            }
+            self.devices[usize::from(at)] = Box::new(Gone(format!("gone@{at}")));
+        }
+        for (at, plug) in changes.plugged {
+            if self.users.iter().any(|u| u.device == Some(at)) {
+                return Err(misfit());
+            }
+            self.devices[usize::from(at)] = self.build_plug(&plug)?;
+            self.enter(at, &plug);
+        }
+        Ok(())
+    }
+}

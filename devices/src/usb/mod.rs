@@ -1,0 +1,3 @@
+//! USB host controllers.
+
+pub mod uhci;

@@ -1,0 +1,115 @@
+//! Commands about processors.
+
+use ftvm_accel::model::CpuModel;
+use ftvm_qmp::{Call, QmpError};
+use serde_json::{json, Map, Value};
+
+use super::{Control, Reply};
+
+/// The type of a processor model's objects.
+pub fn type_name(model: &str) -> String {
+    format!("{model}-x86_64-cpu")
+}
+
+/// The object of processor `index`.
+pub fn path(index: u32) -> String {
+    format!("/machine/unattached/device[{index}]")
+}
+
+/// The model's name in the machine's `-cpu`.
+pub fn model_of(c: &Control) -> String {
+    let name = c.config.cpu_model.split(',').next().unwrap_or_default();
+    CpuModel::parse(name).map_or_else(|_| name.to_owned(), |m| m.name().to_owned())
+}
+
+pub fn definitions(_: &Control, _: &mut Call) -> Reply {
+    let one = |(name, unavailable): (String, Vec<String>)| {
+        json!({
+            "name": name,
+            "typename": type_name(&name),
+            "unavailable-features": unavailable,
+            "static": false,
+            // What "max" is may change with the next version.
+            "migration-safe": name != "max",
+            "deprecated": false,
+        })
+    };
+    Ok(CpuModel::definitions().into_iter().map(one).collect())
+}
+
+/// A model with its features as `-cpu` takes them.
+fn parse(name: &str, props: &Map<String, Value>) -> Result<CpuModel, QmpError> {
+    let mut text = name.to_owned();
+    for (key, value) in props {
+        let value = match value {
+            Value::Bool(true) => "on",
+            Value::Bool(false) => "off",
+            Value::String(s) => s,
+            _ => {
+                return Err(QmpError::generic(format!(
+                    "Invalid parameter type for '{key}', expected: boolean"
+                )))
+            }
+        };
+        text.push_str(&format!(",{key}={value}"));
+    }
+    CpuModel::parse(&text).map_err(|e| match e {
+        ftvm_accel::model::ModelError::Unknown(_) => {
+            QmpError::generic(format!("CPU model '{name}' not found"))
+        }
+        e => QmpError::generic(e.to_string()),
+    })
+}
+
+pub fn expansion(_: &Control, call: &mut Call) -> Reply {
+    let model = call.arguments.get("model").and_then(Value::as_object).cloned().unwrap_or_default();
+    let name = model.get("name").and_then(Value::as_str).unwrap_or_default();
+    let props = match model.get("props") {
+        None => Map::new(),
+        Some(Value::Object(map)) => map.clone(),
+        Some(_) => {
+            return Err(QmpError::generic("Invalid parameter type for 'model.props', expected: object"))
+        }
+    };
+    // "base" is the model without features to which a static expansion leads.
+    let (model, full) = match name {
+        "base" => {
+            let max = parse("max", &Map::new())?;
+            let off = max.all_features().map(|(f, _)| (f.to_owned(), json!(false)));
+            let all: Map<String, Value> = off.chain(props).collect();
+            (parse("max", &all)?, "base".to_owned())
+        }
+        _ => (parse(name, &props)?, name.to_owned()),
+    };
+    let features: Map<String, Value> =
+        model.all_features().map(|(f, on)| (f.to_owned(), json!(on))).collect();
+    let name = if call.text("type") == "static" { "base".to_owned() } else { full };
+    Ok(json!({"model": {"name": name, "props": features}}))
+}
+
+fn place(index: u32) -> Value {
+    json!({"socket-id": index, "core-id": 0, "thread-id": 0})
+}
+
+pub fn hotpluggable(c: &Control, _: &mut Call) -> Reply {
+    if c.config.machine == "none" {
+        return Err(QmpError::generic("machine does not support hot-plugging CPUs"));
+    }
+    let kind = type_name(&model_of(c));
+    let one = |i| json!({"type": kind, "vcpus-count": 1, "props": place(i), "qom-path": path(i)});
+    Ok((0..c.config.cpus).map(one).collect())
+}
+
+pub fn fast(c: &Control, _: &mut Call) -> Reply {
+    let count = if c.config.machine == "none" { 0 } else { c.config.cpus };
+    let one = |i| {
+        json!({
+            "cpu-index": i,
+            "qom-path": path(i),
+            "thread-id": c.machine_thread,
+            "props": place(i),
+            "target": "x86_64",
+        })
+    };
+    Ok((0..count).map(one).collect())
+}

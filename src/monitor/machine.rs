@@ -1,0 +1,227 @@
+//! Commands about the machine as a whole.
+
+use std::io::Write;
+use std::time::Duration;
+
+use ftvm_devices::Input;
+use ftvm_qmp::{Call, QmpError};
+use serde_json::{json, Value};
+
+use super::{done, Control, Reply};
+use crate::cli::config::{format_uuid, MACHINES};
+use crate::host::keys;
+use crate::machine::MachineInput;
+use crate::runtime::control::RunState;
+use crate::runtime::{Event, Quit};
+
+pub fn status(c: &Control, _: &mut Call) -> Reply {
+    let state = c.shared.state();
+    Ok(json!({"running": state == RunState::Running, "singlestep": false, "status": state.word()}))
+}
+
+pub fn name(c: &Control, _: &mut Call) -> Reply {
+    Ok(c.config.name.as_ref().map_or_else(|| json!({}), |n| json!({"name": n})))
+}
+
+pub fn uuid(c: &Control, _: &mut Call) -> Reply {
+    Ok(json!({"UUID": format_uuid(&c.config.uuid)}))
+}
+
+pub fn kvm(_: &Control, _: &mut Call) -> Reply {
+    let present = std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm").is_ok();
+    Ok(json!({"enabled": false, "present": present}))
+}
+
+pub fn quit(c: &Control, _: &mut Call) -> Reply {
+    let _ = c.events.send(Event::Quit(Quit::HostQmpQuit));
+    done()
+}
+
+pub fn stop(c: &Control, _: &mut Call) -> Reply {
+    c.change(|rt| {
+        rt.stop(RunState::Paused);
+        done()
+    })
+}
+
+pub fn cont(c: &Control, _: &mut Call) -> Reply {
+    c.change(|rt| match rt.shared.state() {
+        RunState::Shutdown | RunState::InternalError => {
+            Err(QmpError::generic("Resetting the Virtual Machine is required"))
+        }
+        _ => {
+            rt.cont();
+            done()
+        }
+    })
+}
+
+pub fn reset(c: &Control, _: &mut Call) -> Reply {
+    c.change(|rt| {
+        rt.reset();
+        done()
+    })
+}
+
+pub fn powerdown(c: &Control, _: &mut Call) -> Reply {
+    c.change(|rt| {
+        rt.powerdown();
+        done()
+    })
+}
+
+pub fn nmi(c: &Control, _: &mut Call) -> Reply {
+    c.change(|rt| {
+        rt.input(MachineInput::Nmi);
+        done()
+    })
+}
+
+pub fn set_action(c: &Control, call: &mut Call) -> Reply {
+    let word = |name: &str| call.arguments.get(name).and_then(Value::as_str).map(str::to_owned);
+    let (reboot, shutdown, panic) = (word("reboot"), word("shutdown"), word("panic"));
+    if matches!(panic.as_deref(), Some("shutdown" | "exit-failure")) {
+        return Err(QmpError::generic("a panic can only pause the machine or lead to nothing (pause, none)"));
+    }
+    if word("watchdog").is_some() {
+        return Err(QmpError::generic("this machine has no watchdog"));
+    }
+    c.machine(move |rt| {
+        if let Some(reboot) = reboot {
+            rt.options.no_reboot = reboot == "shutdown";
+        }
+        if let Some(shutdown) = shutdown {
+            rt.options.no_shutdown = shutdown == "pause";
+        }
+        if let Some(panic) = panic {
+            rt.options.pause_on_panic = panic == "pause";
+        }
+    })?;
+    done()
+}
+
+/// Press keys together, and let them go after `hold`.
+pub fn press(c: &Control, keys: Vec<keys::Key>, hold: Duration) -> Reply {
+    let type_in = |bytes: Vec<u8>| {
+        c.change(move |rt| {
+            rt.input(MachineInput::Device(Input::Keyboard { bytes }));
+            done()
+        })
+    };
+    type_in(keys.iter().flat_map(|k| k.pressed()).collect())?;
+    let release: Vec<u8> = keys.iter().rev().flat_map(|k| k.released()).collect();
+    let events = c.events.clone();
+    std::thread::Builder::new()
+        .name("send-key".into())
+        .spawn(move || {
+            std::thread::sleep(hold);
+            let _ = events.send(Event::Input(MachineInput::Device(Input::Keyboard { bytes: release })));
+        })
+        .map_err(|e| QmpError::generic(format!("no thread to release the keys: {e}")))?;
+    done()
+}
+
+pub fn send_key(c: &Control, call: &mut Call) -> Reply {
+    let mut pressed = Vec::new();
+    for key in call.arguments.get("keys").and_then(Value::as_array).into_iter().flatten() {
+        let data = &key["data"];
+        let found = match data.as_str() {
+            Some(name) => keys::by_name(name),
+            None => data.as_u64().and_then(keys::by_number),
+        };
+        pressed.push(found.ok_or_else(|| QmpError::generic(format!("this keyboard has no key {data}")))?);
+    }
+    let hold = call.int("hold-time").unwrap_or(100).clamp(0, 10_000) as u64;
+    press(c, pressed, Duration::from_millis(hold))
+}
+
+pub fn machines(_: &Control, _: &mut Call) -> Reply {
+    let mut list = Vec::new();
+    for m in MACHINES {
+        let mut entry = json!({
+            "name": m.name,
+            "cpu-max": m.max_cpus,
+            "hotpluggable-cpus": false,
+            "numa-mem-supported": false,
+            "deprecated": false,
+        });
+        if let Some(alias) = m.alias {
+            entry["alias"] = json!(alias);
+        }
+        if m.is_default {
+            entry["is-default"] = json!(true);
+        }
+        if m.max_cpus > 1 {
+            entry["default-cpu-type"] = json!("qemu64-x86_64-cpu");
+            entry["default-ram-id"] = json!("pc.ram");
+        }
+        list.push(entry);
+    }
+    Ok(json!(list))
+}
+
+pub fn memory_size(c: &Control, _: &mut Call) -> Reply {
+    Ok(json!({"base-memory": c.config.memory, "plugged-memory": 0}))
+}
+
+pub fn memdev(c: &Control, _: &mut Call) -> Reply {
+    if c.config.machine == "none" {
+        return Ok(json!([]));
+    }
+    let id = c.config.memory_backend.as_deref().unwrap_or("pc.ram");
+    Ok(json!([{
+        "id": id,
+        "size": c.config.memory,
+        "merge": false,
+        "dump": true,
+        "prealloc": false,
+        "share": false,
+        "reserve": false,
+        "host-nodes": [],
+        "policy": "default",
+    }]))
+}
+
+pub fn replay(c: &Control, _: &mut Call) -> Reply {
+    let icount = c.machine(|rt| rt.machine.stamp().position)?;
+    let mut reply = json!({"mode": "none", "icount": icount});
+    if let Some(file) = &c.config.icount.record {
+        reply["mode"] = json!("record");
+        reply["filename"] = json!(file);
+    }
+    Ok(reply)
+}
+
+pub fn pmemsave(c: &Control, call: &mut Call) -> Reply {
+    let number = |name: &str| {
+        call.int(name).and_then(|n| u64::try_from(n).ok()).ok_or_else(|| {
+            QmpError::generic(format!("Invalid parameter type for '{name}', expected: integer"))
+        })
+    };
+    let (mut at, mut left, path) = (number("val")?, number("size")?, call.text("filename").to_owned());
+    let failed = |e: std::io::Error| QmpError::generic(format!("Could not open '{path}': {e}"));
+    let mut file = None;
+    while left > 0 {
+        let n = left.min(1 << 20);
+        let bytes = c.machine(move |rt| {
+            let mut bytes = vec![0; n as usize];
+            rt.machine.memory().read(at, &mut bytes).map(|()| bytes).ok()
+        })?;
+        let bytes =
+            bytes.ok_or_else(|| QmpError::generic(format!("Invalid addr {at:#018x}/size {n} specified")))?;
+        // Made only when there is something to write.
+        let file = match &mut file {
+            Some(file) => file,
+            None => file.insert(std::fs::File::create(&path).map_err(failed)?),
+        };
+        file.write_all(&bytes).map_err(|e| QmpError::generic(format!("'{path}': {e}")))?;
+        at += n;
+        left -= n;
+    }
+    done()
+}
+
+pub fn migrate_capabilities(_: &Control, _: &mut Call) -> Reply {
+    // The schema lets only `events` pass, and events come anyway.
+    done()
+}

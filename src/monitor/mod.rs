@@ -1,0 +1,224 @@
+//! The monitors: QMP commands and the human monitor's. A command that needs the machine runs on the machine thread
+//! (see [`Control::machine`]); everything else runs on the monitor's own thread.
+
+mod block;
+mod chars;
+mod cpu;
+pub mod devices;
+mod fdsets;
+mod ft;
+mod hmp;
+mod machine;
+mod net;
+mod options;
+pub mod page;
+mod pci;
+mod qom;
+mod types;
+
+use std::sync::mpsc::channel;
+use std::sync::{Arc, Mutex};
+
+use ftvm_qmp::{Call, Handler, QmpError};
+use serde_json::{json, Value};
+
+pub use chars::CharView;
+
+use crate::cli::MachineConfig;
+use crate::host::Outside;
+use crate::runtime::control::Shared;
+use crate::runtime::live::Runtime;
+use crate::runtime::{Event, Events};
+
+/// What a command returns.
+pub type Reply = Result<Value, QmpError>;
+
+/// Executes monitor commands.
+pub struct Control {
+    pub shared: Arc<Shared>,
+    pub events: Events,
+    /// The machine as it was started.
+    pub config: MachineConfig,
+    pub outside: Arc<Outside>,
+    /// The machine is one of a pair: what is written must be durable.
+    pub pair: bool,
+    /// The character devices, the monitors' own among them.
+    pub chars: Mutex<Vec<CharView>>,
+    pub fdsets: fdsets::FdSets,
+    /// The machine thread's id.
+    pub machine_thread: i32,
+}
+
+type Command = fn(&Control, &mut Call) -> Reply;
+
+/// Every command of the schema but those that the protocol itself answers.
+const COMMANDS: &[(&str, Command)] = &[
+    ("query-version", |_, _| Ok(version())),
+    ("query-command-line-options", options::query),
+    ("add-fd", fdsets::add),
+    ("remove-fd", fdsets::remove),
+    ("query-fdsets", fdsets::query),
+    ("human-monitor-command", |c, call| Ok(json!(c.command_line(call)))),
+    ("quit", machine::quit),
+    ("query-status", machine::status),
+    ("query-name", machine::name),
+    ("query-uuid", machine::uuid),
+    ("query-kvm", machine::kvm),
+    ("query-target", |_, _| Ok(json!({"arch": "x86_64"}))),
+    ("stop", machine::stop),
+    ("cont", machine::cont),
+    ("system_reset", machine::reset),
+    ("system_powerdown", machine::powerdown),
+    ("inject-nmi", machine::nmi),
+    ("set-action", machine::set_action),
+    ("send-key", machine::send_key),
+    ("query-machines", machine::machines),
+    ("query-current-machine", |_, _| Ok(json!({"wakeup-suspend-support": false}))),
+    ("query-cpu-definitions", cpu::definitions),
+    ("query-cpu-model-expansion", cpu::expansion),
+    ("query-hotpluggable-cpus", cpu::hotpluggable),
+    ("query-cpus-fast", cpu::fast),
+    ("query-memory-size-summary", machine::memory_size),
+    ("query-memory-devices", |_, _| Ok(json!([]))),
+    ("query-memdev", machine::memdev),
+    ("query-replay", machine::replay),
+    ("pmemsave", machine::pmemsave),
+    ("qom-list-types", types::list),
+    ("qom-list", qom::list),
+    ("qom-get", qom::get),
+    ("qom-set", qom::set),
+    ("qom-list-properties", types::qom_properties),
+    ("device-list-properties", types::device_properties),
+    ("object-add", devices::object_add),
+    ("object-del", devices::object_del),
+    ("device_add", devices::add),
+    ("device_del", devices::del),
+    ("query-pci", pci::query),
+    ("query-iothreads", |_, _| Ok(json!([]))),
+    ("query-tpm", |_, _| Ok(json!([]))),
+    ("query-tpm-models", |_, _| Ok(json!([]))),
+    ("query-tpm-types", |_, _| Ok(json!([]))),
+    ("query-balloon", devices::query_balloon),
+    ("balloon", devices::balloon),
+    ("query-named-block-nodes", block::nodes),
+    ("query-block", block::devices),
+    ("query-blockstats", block::stats),
+    ("query-jobs", |_, _| Ok(json!([]))),
+    ("query-block-jobs", |_, _| Ok(json!([]))),
+    ("blockdev-add", block::add),
+    ("blockdev-del", block::del),
+    ("block_resize", block::resize),
+    ("eject", block::eject),
+    ("blockdev-open-tray", block::open_tray),
+    ("blockdev-close-tray", block::close_tray),
+    ("blockdev-insert-medium", block::insert_medium),
+    ("blockdev-remove-medium", block::remove_medium),
+    ("blockdev-change-medium", block::change_medium),
+    ("netdev_add", net::add),
+    ("netdev_del", net::del),
+    ("set_link", net::set_link),
+    ("query-chardev", chars::query),
+    ("query-chardev-backends", chars::backends),
+    ("query-migrate-capabilities", |_, _| Ok(json!([{"capability": "events", "state": true}]))),
+    ("migrate-set-capabilities", machine::migrate_capabilities),
+    ("query-ft", ft::query),
+    ("ft-suspend", ft::suspend),
+    ("ft-resume", ft::resume),
+    ("ft-test-failover", ft::test_failover),
+    ("ft-test-restart", ft::test_restart),
+];
+
+/// The version of the interface, and of the program.
+fn version() -> Value {
+    let number = |text: &str| text.parse::<u64>().unwrap_or(0);
+    json!({
+        "qemu": {"major": 7, "minor": 2, "micro": 0},
+        "package": format!("ftvm-{}", env!("CARGO_PKG_VERSION")),
+        "ftvm": {
+            "major": number(env!("CARGO_PKG_VERSION_MAJOR")),
+            "minor": number(env!("CARGO_PKG_VERSION_MINOR")),
+            "micro": number(env!("CARGO_PKG_VERSION_PATCH")),
+        },
+    })
+}
+
+/// Nothing to say but that it is done.
+fn done() -> Reply {
+    Ok(json!({}))
+}
+
+impl Control {
+    /// Monitors of a machine type without a machine (for tests: what needs one is an error).
+    pub fn bare(machine: &str) -> Control {
+        let (events, _) = channel();
+        let given = [crate::cli::options::Given { name: "machine".into(), value: Some(machine.to_owned()) }];
+        let config = crate::cli::Config::from_given(&given).map(|c| c.machine).unwrap_or_default();
+        Control {
+            shared: Shared::new(),
+            events,
+            config,
+            outside: Arc::default(),
+            pair: false,
+            chars: Mutex::default(),
+            fdsets: Default::default(),
+            machine_thread: 0,
+        }
+    }
+
+    /// Do something on the machine thread and wait for it.
+    pub fn machine<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut Runtime) -> T + Send + 'static,
+    ) -> Result<T, QmpError> {
+        let ended = || QmpError::generic("there is no machine, or it has ended");
+        let (sender, receiver) = channel();
+        let call = Box::new(move |rt: &mut Runtime| {
+            let _ = sender.send(work(rt));
+        });
+        self.events.send(Event::Call(call)).map_err(|_| ended())?;
+        receiver.recv().map_err(|_| ended())
+    }
+
+    /// Change the machine: as [`Self::machine`], but not on a backup, which gets its changes from the primary.
+    pub fn change<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut Runtime) -> Result<T, QmpError> + Send + 'static,
+    ) -> Result<T, QmpError> {
+        self.machine(move |rt| {
+            if rt.is_following() {
+                return Err(QmpError::generic("this is a backup: give the command to the primary"));
+            }
+            work(rt)
+        })?
+    }
+}
+
+impl Handler for Control {
+    fn execute(&self, call: &mut Call) -> Reply {
+        match COMMANDS.iter().find(|(name, _)| *name == call.command) {
+            Some((_, command)) => command(self, call),
+            None => Err(QmpError::command_not_found(call.command)),
+        }
+    }
+
+    fn version(&self) -> Value {
+        version()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_command_of_the_schema_is_there_once() {
+        const PROTOCOL: [&str; 5] =
+            ["qmp_capabilities", "query-commands", "query-qmp-schema", "getfd", "closefd"];
+        let mut ours: Vec<&str> = COMMANDS.iter().map(|(n, _)| *n).chain(PROTOCOL).collect();
+        let mut schema: Vec<&str> =
+            ftvm_qmp::Schema::get().commands.iter().map(|c| c.name.as_str()).collect();
+        ours.sort_unstable();
+        schema.sort_unstable();
+        assert_eq!(ours, schema);
+    }
+}

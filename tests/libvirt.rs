@@ -1,0 +1,219 @@
+//! libvirt drives ftvm as it drives QEMU: the real libvirtd, virsh, and a guest that is asked what it sees.
+
+mod common;
+
+use std::process::Command;
+
+use common::*;
+use ftvm_harness::guests::{root, run, tiny};
+use ftvm_harness::libvirt::{missing, share, Console, Libvirt};
+use ftvm_harness::{wait_for, Result, Scratch};
+
+/// The tiny guest with the modules of what libvirt adds.
+fn guest(scratch: &Scratch) -> Result<(String, String)> {
+    let (kernel, initrd) = tiny()?;
+    let modules = root().join("build/guests/kernel/lib/modules");
+    let script = format!(
+        "set -e; mkdir -p {0}/extra; cd {0}; cp {1}/*/kernel/drivers/virtio/virtio_balloon.ko \
+         {1}/*/kernel/drivers/char/virtio_console.ko {1}/*/kernel/drivers/scsi/sr_mod.ko \
+         {1}/*/kernel/drivers/cdrom/cdrom.ko extra; find extra | cpio -o -H newc --quiet | gzip > {0}.gz",
+        scratch.path("overlay"),
+        modules.display()
+    );
+    run("sh", &["-c", &script])?;
+    let both = scratch.path("initrd");
+    run("sh", &["-c", &format!("cat {initrd} {}.gz > {both} && chmod 644 {both}", scratch.path("overlay"))])?;
+    Ok((share(&kernel, &scratch.path("vmlinuz"), 0o644)?, both))
+}
+
+fn image(scratch: &Scratch, name: &str, mib: u32) -> Result<String> {
+    let path = scratch.path(name);
+    run("qemu-img", &["create", "-q", "-f", "qcow2", &path, &format!("{mib}M")])?;
+    run("chmod", &["666", &path])?;
+    Ok(path)
+}
+
+/// A domain as people write it: what libvirt adds by default is there.
+fn domain(scratch: &Scratch, name: &str, more: &str) -> Result<String> {
+    let emulator = share(env!("CARGO_BIN_EXE_ftvm"), &scratch.path("ftvm"), 0o755)?;
+    let (kernel, initrd) = guest(scratch)?;
+    let disk = image(scratch, &format!("{name}.qcow2"), 64)?;
+    let (one, two) = (scratch.path("one.iso"), scratch.path("two.iso"));
+    for (path, text) in [(&one, "first disc"), (&two, "second disc")] {
+        let mut data = text.as_bytes().to_vec();
+        data.resize(1 << 20, 0);
+        std::fs::write(path, data).map_err(|e| e.to_string())?;
+        run("chmod", &["644", path])?;
+    }
+    let xml = format!(
+        "<domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
+  <name>{name}</name><memory unit='MiB'>256</memory><vcpu>1</vcpu>
+  <os><type arch='x86_64' machine='pc'>hvm</type><kernel>{kernel}</kernel><initrd>{initrd}</initrd>
+    <cmdline>console=ttyS0</cmdline></os>
+  <features><acpi/><apic/></features>
+  <devices>
+    <emulator>{emulator}</emulator>
+    <disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{disk}'/>
+      <target dev='vda' bus='virtio'/></disk>
+    <disk type='file' device='cdrom'><driver name='qemu' type='raw'/><source file='{one}'/>
+      <target dev='hdc' bus='ide'/><readonly/></disk>
+    <interface type='user'><mac address='52:54:00:aa:00:01'/><model type='virtio'/></interface>
+    <serial type='pty'><target port='0'/></serial>
+    <console type='pty'><target type='serial' port='0'/></console>
+    <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>
+    <rng model='virtio'><backend model='random'>/dev/urandom</backend></rng>
+  </devices>
+  {more}
+</domain>"
+    );
+    let path = scratch.path(&format!("{name}.xml"));
+    std::fs::write(&path, xml).map_err(|e| e.to_string())?;
+    Ok(path)
+}
+
+const MODULES: &str =
+    "cd /extra; insmod virtio_balloon.ko; insmod virtio_console.ko; insmod cdrom.ko; insmod sr_mod.ko";
+
+/// An agent of a few lines: answers the synchronisation, and a ping.
+const AGENT: &str = r#"(exec 3<>/dev/vport1p1; while read -r l <&3; do case "$l" in *sync*) echo "{\"return\": $(echo "$l" | tr -cd 0-9)}" >&3;; *) echo '{"return": {}}' >&3;; esac; done) &
+true"#;
+
+#[test]
+fn libvirt_probes_starts_and_manages_a_pc() -> Result<()> {
+    if let Some(reason) = missing() {
+        eprintln!("skipped: {reason}");
+        return Ok(());
+    }
+    let scratch = Scratch::new("libvirt")?;
+    let xml = domain(&scratch, "one", "")?;
+    let v = Libvirt::start(&scratch)?;
+    let emulator = scratch.path("ftvm");
+
+    let caps =
+        v.virsh(&["domcapabilities", "--emulatorbin", &emulator, "--virttype", "qemu", "--machine", "pc"])?;
+    for part in [
+        "<domain>qemu</domain>",
+        "<machine>pc-i440fx-7.2</machine>",
+        "<value>virtio</value>",
+        "qemu64</model>",
+    ] {
+        assert!(caps.contains(part), "{part} is not in\n{caps}");
+    }
+    let kvm = v.virsh(&["domcapabilities", "--emulatorbin", &emulator, "--virttype", "kvm"]);
+    assert!(kvm.is_err(), "there is no kvm: {kvm:?}");
+
+    v.virsh(&["define", &xml])?;
+    let events = scratch.path("events");
+    let mut watch = v.watch(&["qemu-monitor-event", "--loop", "--timeout", "120"], &events)?;
+    v.virsh(&["start", "one"])?;
+    v.wait_state("one", "running", LONG)?;
+    let mut console = Console::open(&v, "one")?;
+    console.until("tiny guest ready", LONG)?;
+    console.until("Enter 'help'", LONG)?;
+    let seen = console.run(&format!("{MODULES}; ls /dev/vport1p1 /dev/sr0 /dev/vda"))?;
+    assert!(seen.contains("END:0"), "{seen}");
+
+    // Look.
+    let stats = v.virsh(&["domstats", "one"])?;
+    assert!(
+        stats.contains("balloon.current=262144") && stats.contains("block.1.capacity=1048576"),
+        "{stats}"
+    );
+    assert!(v.virsh(&["domblkinfo", "one", "vda"])?.contains("67108864"));
+    v.virsh(&["dommemstat", "one", "--period", "1", "--live"])?;
+    wait_for("statistics of the guest's memory", LONG, || {
+        v.virsh(&["dommemstat", "one"]).ok().filter(|s| s.contains("unused"))
+    })?;
+
+    // Stop and go on.
+    v.virsh(&["suspend", "one"])?;
+    v.wait_state("one", "paused (user)", LONG)?;
+    v.virsh(&["resume", "one"])?;
+    v.wait_state("one", "running", LONG)?;
+
+    // Memory.
+    v.virsh(&["setmem", "one", "160M", "--live"])?;
+    let total = |console: &mut Console| console.run("grep MemTotal /proc/meminfo");
+    let before = total(&mut console)?;
+    wait_for("the balloon", LONG, || {
+        v.virsh(&["dommemstat", "one"]).ok().filter(|s| s.contains("actual 163840"))
+    })?;
+    assert_ne!(before, "", "the guest says nothing");
+
+    // A disk comes and goes.
+    let more = image(&scratch, "more.qcow2", 32)?;
+    v.virsh(&["attach-disk", "one", &more, "vdb", "--driver", "qemu", "--subdriver", "qcow2"])?;
+    wait_for("the disk in the guest", LONG, || {
+        console.run("cat /sys/block/vdb/size").ok().filter(|s| s.contains("65536"))
+    })?;
+    let wrote = console.run("dd if=/dev/zero of=/dev/vdb bs=1M count=4; sync")?;
+    assert!(wrote.contains("END:0"), "{wrote}");
+    assert!(v.virsh(&["domblkstat", "one", "vdb"])?.contains("wr_bytes 4194304"));
+    v.virsh(&["detach-disk", "one", "vdb"])?;
+    assert!(!v.virsh(&["domblklist", "one"])?.contains("vdb"));
+    assert!(console.run("test -e /dev/vdb")?.contains("END:1"), "the disk is still there");
+
+    // A network card comes and goes.
+    let card = scratch.path("card.xml");
+    let text = "<interface type='user'><mac address='52:54:00:aa:00:02'/><model type='virtio'/></interface>";
+    std::fs::write(&card, text).map_err(|e| e.to_string())?;
+    v.virsh(&["attach-device", "one", &card])?;
+    let has = |console: &mut Console| console.run("grep -l 52:54:00:aa:00:02 /sys/class/net/*/address");
+    wait_for("the card in the guest", LONG, || has(&mut console).ok().filter(|s| s.contains("END:0")))?;
+    v.virsh(&["detach-device", "one", &card])?;
+    assert!(!has(&mut console)?.contains("END:0"), "the card is still there");
+
+    // Another disc.
+    let disc = |console: &mut Console| console.run("head -c 11 /dev/sr0");
+    assert!(disc(&mut console)?.contains("first disc"));
+    v.virsh(&["change-media", "one", "hdc", &scratch.path("two.iso"), "--update"])?;
+    let second = disc(&mut console)?;
+    assert!(second.contains("second disc"), "{second}");
+    v.virsh(&["change-media", "one", "hdc", "--eject"])?;
+    assert!(disc(&mut console)?.contains("END:1"), "there is still a disc");
+
+    // The agent's channel.
+    console.run(AGENT)?;
+    wait_for("the agent", LONG, || {
+        v.virsh(&["qemu-agent-command", "one", "{\"execute\":\"guest-ping\"}", "--timeout", "5"]).ok()
+    })?;
+
+    // Keys reach the guest's keyboard.
+    v.virsh(&["send-key", "one", "KEY_A", "KEY_B"])?;
+    v.virsh(&["inject-nmi", "one"])?;
+
+    // The human monitor.
+    let info = v.virsh(&["qemu-monitor-command", "one", "--hmp", "info status"])?;
+    assert!(info.contains("VM status: running"), "{info}");
+
+    // A daemon that comes back finds its domain: two clients, one after the other, on one monitor.
+    v.virsh(&["reset", "one"])?;
+    console.until("tiny guest ready", LONG)?;
+    console.until("Enter 'help'", LONG)?;
+    console.run("true")?;
+
+    // The guest powers off, and libvirt sees how.
+    let _ = console.run("(sleep 1; poweroff -f) & true");
+    v.wait_state("one", "shut off (shutdown)", LONG)?;
+    v.virsh(&["undefine", "one"])?;
+    let _ = watch.kill();
+    let _ = watch.wait();
+    let seen = std::fs::read_to_string(&events).unwrap_or_default();
+    for event in [
+        "RESUME",
+        "STOP",
+        "DEVICE_DELETED",
+        "BALLOON_CHANGE",
+        "VSERPORT_CHANGE",
+        "DEVICE_TRAY_MOVED",
+        "RESET",
+        "SHUTDOWN",
+    ] {
+        assert!(seen.contains(&format!("event {event} ")), "no {event} in\n{seen}");
+    }
+    let log = std::fs::read_to_string(&v.log).unwrap_or_default();
+    assert!(!log.contains("is not what the schema says"), "a reply or event disagrees with the schema");
+    let out = Command::new("qemu-img").args(["check", &scratch.path("more.qcow2")]).output();
+    assert!(out.is_ok_and(|o| o.status.success()));
+    Ok(())
+}
