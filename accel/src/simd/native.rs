@@ -1,8 +1,9 @@
 //! Which vector instructions a compiler of guest code may emit as they are, with guest XMM register n in host
 //! XMM register n and MXCSR in the host's: those whose results the architecture fixes.
 
+use super::avx_host;
 use super::table::{self, Shape};
-use super::{host_supports, Feature, Map, Prefix, Rm, VecInsn};
+use super::{host_supports, Feature, Map, Prefix, Rm, VecInsn, Vex};
 
 /// What an instruction's operands are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,6 +20,8 @@ pub(crate) enum Form {
     ToRm,
     /// ModRM.reg is part of the opcode; ModRM.rm an XMM register.
     Group,
+    /// No operands.
+    Plain,
     /// PCMPxSTRI and PCMPxSTRM: RAX, RDX and RCX are implicit, flags are set.
     Strings,
 }
@@ -29,18 +32,20 @@ pub(crate) struct Native {
     pub form: Form,
     /// Bytes of a memory operand.
     pub size: u8,
-    /// The memory operand must be aligned to its 16 bytes.
+    /// The memory operand must be aligned to its size.
     pub align: bool,
     /// The memory operand is written.
     pub write: bool,
     /// The immediate byte.
     pub imm: Option<u8>,
+    /// The rest of the VEX prefix that it is to have.
+    pub vex: Option<Vex>,
 }
 
 /// `None`: leave it to the instruction's handler.
 pub(crate) fn native(insn: &VecInsn) -> Option<Native> {
-    if insn.vex.is_some() {
-        return None;
+    if let Some(vex) = insn.vex {
+        return vex_moves(insn, vex).or_else(|| vex_computes(insn, vex));
     }
     moves(insn).or_else(|| computes(insn))
 }
@@ -63,6 +68,7 @@ fn computes(insn: &VecInsn) -> Option<Native> {
                     align: false,
                     write: false,
                     imm: Some(insn.imm),
+                    vex: None,
                 });
             }
             _ => {}
@@ -82,14 +88,14 @@ fn computes(insn: &VecInsn) -> Option<Native> {
     };
     let align = op.size == 16 && op.shape != Shape::Strings;
     let imm = op.imm.then(|| super::sse::variant(insn));
-    Some(Native { form, size, align, write: false, imm })
+    Some(Native { form, size, align, write: false, imm, vex: None })
 }
 
 fn moves(insn: &VecInsn) -> Option<Native> {
     use Prefix::{None as NP, F2, F3, P66};
     let mem = insn.rm == Rm::Mem;
     let wide = if insn.rex_w { 8 } else { 4 };
-    let new = |form, size, align, write, imm| Some(Native { form, size, align, write, imm });
+    let new = |form, size, align, write, imm| Some(Native { form, size, align, write, imm, vex: None });
     let load = |size| new(Form::Xmm, size, false, false, None);
     let store = |size| new(Form::Xmm, size, false, true, None);
     if insn.map == Map::M0F3A {
@@ -137,6 +143,70 @@ fn moves(insn: &VecInsn) -> Option<Native> {
         (0xD6, P66, _) => store(8),
         (0xC4, P66, _) => new(Form::FromRm, 2, false, false, Some(insn.imm)),
         (0xC5, P66, false) => new(Form::ToReg, 0, false, false, Some(insn.imm)),
+        _ => None,
+    }
+}
+
+/// VEX-coded instructions that `avx_host` has a routine for.
+fn vex_computes(insn: &VecInsn, vex: Vex) -> Option<Native> {
+    let p = insn.host?;
+    let (form, write) = match p.form {
+        avx_host::Form::Rvm | avx_host::Form::Rm | avx_host::Form::Rvmr => (Form::Xmm, false),
+        avx_host::Form::Mr => (Form::Xmm, true),
+        avx_host::Form::Vmi => (Form::Group, false),
+        avx_host::Form::Flags => (Form::Flags, false),
+        avx_host::Form::ToGpr => (Form::ToReg, false),
+        avx_host::Form::FromGpr => (Form::FromRm, false),
+        avx_host::Form::ExtractGpr => (Form::ToRm, true),
+        avx_host::Form::Strings => (Form::Strings, false),
+    };
+    let has_imm = match insn.map {
+        Map::M0F => matches!(insn.opcode, 0x70..=0x73 | 0xC2 | 0xC4..=0xC6),
+        Map::M0F3A => true,
+        _ => false,
+    };
+    // The length is ignored where there is one element.
+    let vex = if p.fp && p.size <= 8 { Vex { l: false, ..vex } } else { vex };
+    Some(Native { form, size: p.size, align: false, write, imm: has_imm.then_some(insn.imm), vex: Some(vex) })
+}
+
+/// VEX-coded moves, which the decoder has found well formed.
+fn vex_moves(insn: &VecInsn, vex: Vex) -> Option<Native> {
+    use Prefix::{None as NP, F2, F3, P66};
+    let mem = insn.rm == Rm::Mem;
+    let short = Some(Vex { l: false, ..vex });
+    let all = if vex.l { 32 } else { 16 };
+    let wide = if insn.rex_w { 8 } else { 4 };
+    let new = |form, size, align, write, vex| Some(Native { form, size, align, write, imm: None, vex });
+    let load = |size, align| new(Form::Xmm, size, align, false, Some(vex));
+    let store = |size, align| new(Form::Xmm, size, align, true, Some(vex));
+    if insn.map == Map::M0F38 {
+        return match (insn.opcode, insn.prefix, mem) {
+            (0x2A, P66, true) => load(all, true),
+            (0x1A | 0x5A, P66, true) => load(16, false),
+            _ => None,
+        };
+    }
+    if insn.map != Map::M0F {
+        return None;
+    }
+    match (insn.opcode, insn.prefix, mem) {
+        (0x10, NP | P66, _) | (0x6F, F3, _) | (0xF0, F2, true) => load(all, false),
+        (0x11, NP | P66, _) | (0x7F, F3, _) => store(all, false),
+        (0x10, F3, _) => new(Form::Xmm, 4, false, false, short),
+        (0x10, F2, _) => new(Form::Xmm, 8, false, false, short),
+        (0x11, F3, _) => new(Form::Xmm, 4, false, true, short),
+        (0x11, F2, _) => new(Form::Xmm, 8, false, true, short),
+        (0x12 | 0x16, NP, _) | (0x12 | 0x16, P66, true) => load(8, false),
+        (0x13 | 0x17, NP | P66, true) => store(8, false),
+        (0x28, NP | P66, _) | (0x6F, P66, _) => load(all, true),
+        (0x29, NP | P66, _) | (0x7F, P66, _) => store(all, true),
+        (0x2B, NP | P66, true) | (0xE7, P66, true) => store(all, true),
+        (0x6E, P66, _) => new(Form::FromRm, wide, false, false, Some(vex)),
+        (0x7E, P66, _) => new(Form::ToRm, wide, false, true, Some(vex)),
+        (0x7E, F3, _) => load(8, false),
+        (0xD6, P66, _) => store(8, false),
+        (0x77, NP, _) => new(Form::Plain, 0, false, false, Some(vex)),
         _ => None,
     }
 }

@@ -416,23 +416,19 @@ impl SoftCpu {
     fn table_written(&mut self, phys: u64, size: u64) {
         let first = phys & !7;
         let last = (phys + size - 1) & !7;
-        let (mut used, mut all) = (false, false);
+        let (mut used, mut free) = (false, true);
         let mut at = first;
         while at <= last {
             let e = self.phys_read(at, 8);
-            if e & 0x21 == 0x21 || e >> 32 & 0x21 == 0x21 {
-                used = true;
-                all |= !self.drop_entry(at);
-            }
+            let this = e & 0x21 == 0x21 || e >> 32 & 0x21 == 0x21;
+            used |= this;
+            free &= self.table_changes(at, this);
             at += 8;
         }
-        if all {
-            // The next instruction is fetched by the new tables.
-            self.end = std::ptr::null();
-            self.flush_tlb();
+        if free {
             self.mem().unprotect(phys, TABLE);
         }
-        if used {
+        if used || free {
             self.announce(phys);
         }
     }

@@ -142,8 +142,8 @@ pub struct SoftCpu {
     leaves: [Box<[u64]>; 4],
     /// A filter of the table entries that led walks to other tables.
     upper: Box<[u64]>,
-    /// The table whose entries changed last, how many did, and when.
-    singles: (u64, u32, u64),
+    /// The table that was written last, how often, and when.
+    table_writes: (u64, u32, u64),
     /// Counts droppings of translations.
     changes: u64,
     switches: u64,
@@ -264,7 +264,7 @@ impl SoftCpu {
             spaces: Vec::new(),
             leaves: new_leaves(),
             upper: vec![0; UPPER_BITS / 64].into_boxed_slice(),
-            singles: (0, 0, 0),
+            table_writes: (0, 0, 0),
             changes: 0,
             switches: 0,
             code_epoch: 1,

@@ -28,7 +28,7 @@ pub const NOREG: u8 = 16;
 pub const BLOCKIP: u8 = 17;
 /// Slots behind the registers that compiled code uses (see `jit`): instructions left of the budget, flags,
 /// the TLB and the table by linear address, the linear page that runs, the table's key, RIP on the way out,
-/// whether the host's XMM registers hold the guest's, the host's MXCSR, and
+/// whether the host's vector registers hold the guest's (1 XMM, 2 YMM), the host's MXCSR, and
 /// what the address space adds to places in the table.
 pub const LEFT: usize = 18;
 pub const FLAGS: usize = 19;

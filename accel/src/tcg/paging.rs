@@ -142,10 +142,13 @@ pub const NO_LEAF: u64 = u64::MAX;
 
 /// Bits of the filter of table entries that lead to other tables.
 pub const UPPER_BITS: usize = 1 << 16;
-/// Entries of one table that may change one by one, within so many instructions of each other, before
-/// everything is dropped and the table's writes are free.
-const SINGLES: u32 = 2;
-const SINGLES_WITHIN: u64 = 1000;
+/// Marks a page, not an entry, in the filter.
+const UPPER_PAGE: u64 = 1 << 63 | 8;
+/// Writes to one table, each within so many instructions of the one before, until nothing of it is kept and its
+/// writes are free; an entry that a walk used counts as several.
+const MANY_WRITES: u32 = 16;
+const USED: u32 = 8;
+const WRITES_WITHIN: u64 = 1000;
 
 fn upper_bit(at: u64) -> (usize, u64) {
     let n = (at >> 3).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> (64 - UPPER_BITS.trailing_zeros());
@@ -179,25 +182,46 @@ impl SoftCpu {
             drain(&mut s.tlb, &mut s.filled, &mut s.code_tlb, &mut s.code_filled);
         }
         self.upper.fill(0);
-        self.singles = (0, 0, 0);
         self.changes += 1;
+        // The next instruction is fetched anew.
+        self.end = std::ptr::null();
         self.new_epoch();
     }
 
-    /// The table entry at `at`, which a walk used, is about to change. True: only translations that end with
-    /// it depend on it, and they are dropped; false: drop them all.
-    pub(crate) fn drop_entry(&mut self, at: u64) -> bool {
-        let (word, bit) = upper_bit(at);
-        if self.upper[word] & bit != 0 {
-            return false;
-        }
+    /// A page that walks read is about to be written, `used` says whether the entry at `at` is one that a walk
+    /// used. Drops the translations that depend on it. True: none depends on the page any more.
+    pub(crate) fn table_changes(&mut self, at: u64, used: bool) -> bool {
         let page = at & !0xFFF;
-        let (last, count, since) = self.singles;
-        let again = last == page && self.pos.wrapping_sub(since) < SINGLES_WITHIN;
-        self.singles = (page, if again { count + 1 } else { 1 }, self.pos);
-        if self.singles.1 > SINGLES {
+        let (last, count, since) = self.table_writes;
+        let again = last == page && self.pos.wrapping_sub(since) < WRITES_WITHIN;
+        let count = if again { count + if used { USED } else { 1 } } else { 0 };
+        self.table_writes = (page, count, self.pos);
+        if used {
+            let (word, bit) = upper_bit(at);
+            if self.upper[word] & bit != 0 {
+                self.flush_tlb();
+                return true;
+            }
+            if count <= MANY_WRITES {
+                self.drop_leaves(|leaf| leaf == at);
+                return false;
+            }
+        }
+        if count <= MANY_WRITES {
             return false;
         }
+        // The page is being filled, emptied, or no longer a table.
+        let (word, bit) = upper_bit(page | UPPER_PAGE);
+        if self.upper[word] & bit != 0 {
+            self.flush_tlb();
+        } else {
+            self.drop_leaves(|leaf| leaf & !0xFFF == page);
+        }
+        true
+    }
+
+    /// Drop translations by where their last table entry lies.
+    fn drop_leaves(&mut self, which: impl Fn(u64) -> bool) {
         self.changes += 1;
         let mut code = false;
         let here = (&mut self.tlb, &self.leaves, &self.filled, &mut self.code_tlb, &self.code_filled);
@@ -207,14 +231,14 @@ impl SoftCpu {
             .map(|s| (&mut s.tlb, &s.leaves, &s.filled, &mut s.code_tlb, &s.code_filled));
         for (tlb, leaves, filled, code_tlb, code_filled) in parked.chain([here]) {
             for &(mmu, slot) in filled {
-                if leaves[mmu as usize][slot as usize] == at {
+                if which(leaves[mmu as usize][slot as usize]) {
                     let e = &mut tlb[mmu as usize][slot as usize];
                     (e.rtag, e.wtag) = (no_tag(slot as usize), no_tag(slot as usize));
                 }
             }
             for &(user, slot) in code_filled {
                 let e = &mut code_tlb[user as usize][slot as usize];
-                if e.leaf == at && e.tag != 1 {
+                if which(e.leaf) && e.tag != 1 {
                     e.tag = 1;
                     code = true;
                 }
@@ -225,7 +249,6 @@ impl SoftCpu {
             self.end = std::ptr::null();
             self.new_epoch();
         }
-        true
     }
 
     /// CR3 becomes `cr3`. Translations always agree with the tables, so none needs to be dropped: those of
@@ -435,8 +458,10 @@ impl SoftCpu {
                 dirty = new & 0x40 != 0;
             }
             if i < n - 1 {
-                let (word, bit) = upper_bit(at & !7);
-                self.upper[word] |= bit;
+                for key in [at & !7, at & !0xFFF | UPPER_PAGE] {
+                    let (word, bit) = upper_bit(key);
+                    self.upper[word] |= bit;
+                }
             }
             self.set_bits(at, e, new, size);
         }

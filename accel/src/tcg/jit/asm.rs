@@ -119,6 +119,20 @@ impl Asm {
         }
     }
 
+    /// A VEX-coded instruction (three-byte form): `pp` 0 none, 1 66, 2 F3, 3 F2.
+    #[allow(clippy::too_many_arguments)]
+    pub fn vex(&mut self, pp: u8, w: bool, l: bool, map: u8, opcode: u8, v: u8, reg: u8, rm: Rm) {
+        let (x, b) = match rm {
+            Rm::R(r) | Rm::M(r, _) => (0, r >> 3),
+            Rm::X(r, i, ..) => (i >> 3, r >> 3),
+            Rm::I(i, ..) => (i >> 3, 0),
+        };
+        let first = (!(reg >> 3) & 1) << 7 | (!x & 1) << 6 | (!b & 1) << 5 | map;
+        let second = (w as u8) << 7 | (!v & 15) << 3 | (l as u8) << 2 | pp;
+        self.b(&[0xC4, first, second, opcode]);
+        self.modrm(reg, rm);
+    }
+
     /// An opcode whose low bit tells bytes from words, at an operand size of 1, 2, 4 or 8 bytes.
     pub fn sized(&mut self, size: u8, map: u8, opcode: u8, reg: u8, rm: Rm) {
         let low8 = size == 1 && (reg >= 4 || matches!(rm, Rm::R(r) if r >= 4));

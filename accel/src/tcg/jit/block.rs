@@ -15,9 +15,9 @@ use crate::state::Segment;
 /// Code out of line.
 enum Cold {
     /// Instruction `i` by its handler, then on at `join`.
-    Step { from: Fix, i: usize, flags: Flags, join: Fix, xmm: bool },
-    /// Load the XMM registers for instruction `i`, then on at `back`.
-    Load { from: Fix, i: usize, flags: Flags, back: Fix },
+    Step { from: Fix, i: usize, flags: Flags, join: Fix, loaded: u8 },
+    /// Load the vector registers for instruction `i`, then on at `back`.
+    Load { from: Fix, i: usize, flags: Flags, back: Fix, level: u8 },
     /// An edge without a link, and without budget.
     Edge { n: u32, link: Option<Fix>, budget: Fix, flags: Flags, target: i32 },
 }
@@ -29,8 +29,8 @@ pub struct Compiler<'a> {
     /// Whether somebody may look at the flags as they are before instruction i (and at the end).
     pub need: Vec<bool>,
     pub fl: Flags,
-    /// The XMM registers are in the host's.
-    xmm: bool,
+    /// The vector registers are in the host's: 1 XMM, 2 YMM.
+    loaded: u8,
     block: &'a Block,
     /// The block's offset in its page.
     at: u64,
@@ -51,12 +51,15 @@ fn classes(block: &Block, alone: bool) -> Vec<Kind> {
 fn needs(kinds: &[Kind]) -> Vec<bool> {
     let mut need = vec![true; kinds.len() + 1];
     // The first vector instruction may leave to the interpreter.
-    let mut loaded = false;
+    let mut loaded = 0;
     let mut first = Vec::with_capacity(kinds.len());
     for k in kinds {
-        let vector = matches!(k, Kind::Vector { .. });
-        first.push(vector && !loaded);
-        loaded = vector || loaded && *k != Kind::Handler;
+        let level = match k {
+            Kind::Vector { native, .. } => 1 + native.vex.is_some() as u8,
+            _ => 0,
+        };
+        first.push(level > loaded);
+        loaded = if *k == Kind::Handler { 0 } else { loaded.max(level) };
     }
     for (i, k) in kinds.iter().enumerate().rev() {
         let e = k.effects();
@@ -89,7 +92,7 @@ impl SoftCpu {
                 alone: self.cpus == 1,
                 need: Vec::new(),
                 fl: Flags::KEPT,
-                xmm: false,
+                loaded: 0,
                 block,
                 at: block.key & 0xFFF,
                 cache: &self.cache,
@@ -138,7 +141,7 @@ impl Compiler<'_> {
 
     // ---- handlers
 
-    fn call_step(&mut self, i: usize, xmm: bool) {
+    fn call_step(&mut self, i: usize, loaded: u8) {
         let neutral = match self.kinds[i] {
             Kind::Handler => leaves_flags(self.op(i)),
             k => k.effects().reads | k.effects().writes == 0,
@@ -151,14 +154,14 @@ impl Compiler<'_> {
         let op = &self.block.ops[i] as *const Op as u64;
         self.a.constant(RAX, op);
         self.a.constant(RDI, place as u64);
-        self.a.call_abs(if xmm { self.stubs.step_xmm } else { self.stubs.step });
+        self.a.call_abs(self.stubs.step[loaded as usize]);
     }
 
     /// Instruction `i` by its handler.
     pub fn handler(&mut self, i: usize) {
         self.keep();
-        self.call_step(i, false);
-        self.xmm = false;
+        self.call_step(i, 0);
+        self.loaded = 0;
         self.fl = Flags::KEPT;
     }
 
@@ -224,24 +227,24 @@ impl Compiler<'_> {
     pub fn join(&mut self, access: Access) {
         let join = Fix::at(self.a.at());
         for from in access.slow {
-            self.cold.push(Cold::Step { from, i: access.i, flags: access.flags, join, xmm: self.xmm });
+            self.cold.push(Cold::Step { from, i: access.i, flags: access.flags, join, loaded: self.loaded });
         }
     }
 
-    /// The XMM registers are in the host's from instruction `i` on. Clobbers the flags.
-    pub fn load_xmm(&mut self, i: usize) {
-        if self.xmm {
+    /// The vector registers are in the host's from instruction `i` on. Clobbers the flags.
+    pub fn load_vectors(&mut self, i: usize, level: u8) {
+        if self.loaded >= level {
             return;
         }
-        self.a.alu_imm(1, 7, mem(XMM_LIVE), 0);
-        let from = self.a.jcc(cc::E);
+        self.a.alu_imm(1, 7, mem(XMM_LIVE), level as i32);
+        let from = self.a.jcc(cc::B);
         let back = Fix::at(self.a.at());
-        self.cold.push(Cold::Load { from, i, flags: self.fl, back });
+        self.cold.push(Cold::Load { from, i, flags: self.fl, back, level });
         self.fl.host = 0;
-        self.xmm = true;
+        self.loaded = level;
     }
-    pub fn xmm_loaded(&self) -> bool {
-        self.xmm
+    pub fn loaded(&self) -> u8 {
+        self.loaded
     }
 
     // ---- ways out
@@ -301,21 +304,21 @@ impl Compiler<'_> {
     fn out_of_line(&mut self) {
         for c in std::mem::take(&mut self.cold) {
             match c {
-                Cold::Step { from, i, flags, join, xmm } => {
+                Cold::Step { from, i, flags, join, loaded } => {
                     self.a.here(from);
                     self.fl = Flags { host: 0, ..flags };
                     if self.need[i] {
                         self.keep();
                     }
-                    self.call_step(i, xmm);
+                    self.call_step(i, loaded);
                     let back = self.a.jmp();
                     self.a.to(back, join.end());
                 }
-                Cold::Load { from, i, flags, back } => {
+                Cold::Load { from, i, flags, back, level } => {
                     self.a.here(from);
                     self.fl = Flags { host: 0, ..flags };
                     self.keep();
-                    self.a.call_abs(self.stubs.load_xmm);
+                    self.a.call_abs(self.stubs.load[level as usize]);
                     let ok = self.a.jcc(cc::E);
                     self.a.to(ok, back.end());
                     let op = self.op(i);

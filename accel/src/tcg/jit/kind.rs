@@ -394,7 +394,8 @@ fn vector(op: &Op) -> Option<Kind> {
         (Form::Strings, _) if insn.opcode & 1 != 0 => 1 << RCX,
         _ => 0,
     };
-    Some(Kind::Vector { native, mem: insn.rm == Rm::Mem, changes })
+    let mem = insn.rm == Rm::Mem && native.form != Form::Plain;
+    Some(Kind::Vector { native, mem, changes })
 }
 
 /// The kind of an instruction of 64-bit code; `at` is the block's offset in its page, `alone` says that the

@@ -17,7 +17,7 @@ pub fn mem(n: usize) -> Rm {
     Rm::M(RBP, slot(n))
 }
 const CSR: Rm = Rm::M(RBP, at(offset_of!(SoftCpu, st.vector.mxcsr)));
-fn xmm_slot(i: u8) -> Rm {
+fn vector_slot(i: u8) -> Rm {
     Rm::M(RBP, at(offset_of!(SoftCpu, st.vector.ymm)) + 32 * i as i32)
 }
 
@@ -32,11 +32,11 @@ pub struct Stubs {
     pub exit: u64,
     /// Call the handler of the instruction in RAX, EDI describes its place; returns when execution goes on,
     /// with the guest's flags in the host's.
-    pub step: u64,
-    /// The same, and the XMM registers are loaded again.
-    pub step_xmm: u64,
-    /// Load the XMM registers; returns with ZF clear when the interpreter must have a look.
-    pub load_xmm: u64,
+    /// The vector registers are loaded again: none, XMM, YMM.
+    pub step: [u64; 3],
+    /// Load the XMM registers (1), or the YMM registers (2) of which the XMM registers may be loaded already;
+    /// returns with ZF clear when the interpreter must have a look.
+    pub load: [u64; 3],
     /// Jump to the guest address in RAX.
     pub lookup: u64,
 }
@@ -68,39 +68,73 @@ impl Stubs {
         reload(&mut a);
         a.b(&[0xFF, 0xE0]); // jmp rax
 
+        let avx = is_x86_feature_detected!("avx");
         let save_xmm = address(&a);
+        a.alu_imm(1, 7, mem(XMM_LIVE), 2);
+        let whole = a.jcc(cc::E);
         for i in 0..16 {
-            a.enc(0, false, 1, 0x29, i, xmm_slot(i), false); // movaps
+            a.enc(0, false, 1, 0x29, i, vector_slot(i), false); // movaps
         }
+        let low = a.jmp();
+        a.here(whole);
+        if avx {
+            for i in 0..16 {
+                a.vex(0, false, true, 1, 0x29, 0, i, vector_slot(i)); // vmovaps
+            }
+            a.b(&[0xC5, 0xF8, 0x77]); // vzeroupper
+        }
+        a.here(low);
         a.enc(0, false, 1, 0xAE, 3, CSR, false); // stmxcsr
         a.enc(0, false, 1, 0xAE, 2, mem(HOST_CSR), false); // ldmxcsr
         a.store_imm(1, mem(XMM_LIVE), 0);
         a.b(&[0xC3]);
 
-        s.load_xmm = address(&a);
-        // EM, TS, OSFXSR, unmasked exceptions.
-        a.load(4, RAX, Rm::M(RBP, at(offset_of!(SoftCpu, st.cr0))));
-        a.test_imm(4, Rm::R(RAX), 0xC);
-        let f1 = a.jcc(cc::NE);
-        a.load(4, RAX, Rm::M(RBP, at(offset_of!(SoftCpu, st.cr4))));
-        a.alu_imm(4, 4, Rm::R(RAX), 0x200);
-        a.alu_imm(4, 6, Rm::R(RAX), 0x200);
-        let f2 = a.jcc(cc::NE);
-        a.load(4, RAX, CSR);
-        a.alu_imm(4, 4, Rm::R(RAX), 0x1F80);
-        a.alu_imm(4, 6, Rm::R(RAX), 0x1F80);
-        let f3 = a.jcc(cc::NE);
-        a.enc(0, false, 1, 0xAE, 3, mem(HOST_CSR), false);
-        a.enc(0, false, 1, 0xAE, 2, CSR, false);
-        for i in 0..16 {
-            a.enc(0, false, 1, 0x28, i, xmm_slot(i), false);
+        for level in 1..=2 {
+            s.load[level] = address(&a);
+            // EM, TS, OSFXSR (and OSXSAVE), unmasked exceptions (and XCR0).
+            let mut wrong = Vec::new();
+            let mut want = |a: &mut Asm, rm: Rm, mask: i32, value: i32| {
+                a.load(4, RAX, rm);
+                a.alu_imm(4, 4, Rm::R(RAX), mask);
+                a.alu_imm(4, 7, Rm::R(RAX), value);
+                wrong.push(a.jcc(cc::NE));
+            };
+            let cr4 = if level == 2 { 0x4_0200 } else { 0x200 };
+            want(&mut a, Rm::M(RBP, at(offset_of!(SoftCpu, st.cr0))), 0xC, 0);
+            want(&mut a, Rm::M(RBP, at(offset_of!(SoftCpu, st.cr4))), cr4, cr4);
+            want(&mut a, CSR, 0x1F80, 0x1F80);
+            if level == 2 {
+                want(&mut a, Rm::M(RBP, at(offset_of!(SoftCpu, st.xcr0))), 6, 6);
+            }
+            a.alu_imm(1, 7, mem(XMM_LIVE), 0);
+            let live = a.jcc(cc::NE);
+            a.enc(0, false, 1, 0xAE, 3, mem(HOST_CSR), false);
+            a.enc(0, false, 1, 0xAE, 2, CSR, false);
+            for i in 0..16 {
+                if level == 2 && avx {
+                    a.vex(0, false, true, 1, 0x28, 0, i, vector_slot(i));
+                } else {
+                    a.enc(0, false, 1, 0x28, i, vector_slot(i), false);
+                }
+            }
+            let done = a.jmp();
+            a.here(live);
+            if level == 2 && avx {
+                for i in 0..16 {
+                    // vinsertf128 ymm, ymm, the upper half, 1
+                    let Rm::M(base, disp) = vector_slot(i) else { continue };
+                    a.vex(1, false, true, 3, 0x18, i, i, Rm::M(base, disp + 16));
+                    a.b(&[1]);
+                }
+            }
+            a.here(done);
+            a.store_imm(1, mem(XMM_LIVE), level as i32);
+            a.alu(4, 6, Rm::R(RAX), RAX); // ZF
+            for f in wrong {
+                a.here(f);
+            }
+            a.b(&[0xC3]);
         }
-        a.store_imm(1, mem(XMM_LIVE), 1);
-        a.alu(4, 6, Rm::R(RAX), RAX); // ZF
-        for f in [f1, f2, f3] {
-            a.here(f);
-        }
-        a.b(&[0xC3]);
 
         s.exit = address(&a);
         spill(&mut a);
@@ -116,8 +150,8 @@ impl Stubs {
         a.b(&[0xC3]);
 
         let mut jumps = Vec::new();
-        for xmm in [false, true] {
-            *(if xmm { &mut s.step_xmm } else { &mut s.step }) = address(&a);
+        for level in 0..3 {
+            s.step[level] = address(&a);
             a.alu_imm(8, 5, Rm::R(RSP), 8);
             spill(&mut a);
             a.store(8, Rm::R(RSI), RAX);
@@ -132,9 +166,9 @@ impl Stubs {
             a.test(4, Rm::R(RAX), RAX);
             let leave = a.jcc(cc::NE);
             reload(&mut a);
-            if xmm {
+            if level > 0 {
                 // No load or store changes what it looks at.
-                a.call_abs(s.load_xmm);
+                a.call_abs(s.load[level]);
             }
             restore_flags(&mut a);
             a.lea(8, RSP, Rm::M(RSP, 8));

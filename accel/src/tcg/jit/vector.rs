@@ -12,14 +12,15 @@ impl Compiler<'_> {
     pub fn vector(&mut self, i: usize, native: Native, mem: bool) {
         // SAFETY: `imm` points to what the block owns.
         let insn = unsafe { &(*(self.op(i).imm as *const VecOp)).insn };
-        let clobbers = mem || !self.xmm_loaded();
+        let level = 1 + native.vex.is_some() as u8;
+        let clobbers = mem || self.loaded() < level;
         self.before(i, clobbers);
-        self.load_xmm(i);
+        self.load_vectors(i, level);
         let mut access = None;
         if mem {
             let mut open = self.operand(i, native.size as u64, native.write);
             if native.align {
-                self.a.test_imm(1, Rm::R(RDI), 15);
+                self.a.test_imm(1, Rm::R(RDI), native.size as i32 - 1);
                 open.slow.push(self.a.jcc(cc::NE));
             }
             access = Some(open);
@@ -41,8 +42,17 @@ impl Compiler<'_> {
             simd::Rm::Reg(r) if general => place(r),
             simd::Rm::Reg(r) => Rm::R(r),
         };
+        if native.form == Form::Strings {
+            self.a.load(8, RAX, place(0));
+        }
         let mut put = |reg: u8, rm: Rm| {
-            self.a.enc(prefix, insn.rex_w, map, insn.opcode, reg, rm, false);
+            match native.vex {
+                Some(vex) => {
+                    let pp = insn.prefix as u8;
+                    self.a.vex(pp, insn.rex_w, vex.l, map, insn.opcode, vex.v, reg, rm);
+                }
+                None => self.a.enc(prefix, insn.rex_w, map, insn.opcode, reg, rm, false),
+            }
             self.a.b(native.imm.as_slice());
         };
         match (native.form, insn.rm) {
@@ -60,12 +70,13 @@ impl Compiler<'_> {
                 }
                 h => put(insn.reg, Rm::R(h)),
             },
+            (Form::Plain, _) => {
+                let l = native.vex.is_some_and(|v| v.l) as u8;
+                self.a.b(&[0xC5, 0xF8 | l << 2, insn.opcode]);
+            }
             (Form::Group, _) => put(insn.modrm >> 3 & 7, from),
             (Form::Strings, _) => {
-                self.a.load(8, RAX, place(0));
-                let w = insn.rex_w;
-                self.a.enc(prefix, w, map, insn.opcode, insn.reg, from, false);
-                self.a.b(native.imm.as_slice());
+                put(insn.reg, from);
             }
             _ => put(insn.reg, from),
         }
