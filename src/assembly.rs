@@ -325,9 +325,9 @@ impl Blueprint {
                 spec.nic = Some(index as u32);
             }
             if let Some(name) = spec.properties.get("chardev") {
-                let (_, dev) = config.chardevs.iter().find(|(id, _)| id == name).ok_or_else(|| {
-                    fail(format!("Property '{}.chardev' can't find value '{name}'", d.driver))
-                })?;
+                if !config.chardevs.iter().any(|(id, _)| id == name) {
+                    return Err(fail(format!("Property '{}.chardev' can't find value '{name}'", d.driver)));
+                }
                 spec.chardev = Some(chars.len() as u32);
                 labels.push(name.clone());
                 if d.driver == "isa-serial" {
@@ -335,7 +335,8 @@ impl Blueprint {
                     let index = index.unwrap_or(serial_ports.len() as u32);
                     serial_ports.push(SerialSpec { index, port: chars.len() as u32 });
                 }
-                chars.push(dev.clone());
+                // By its name: another host has its own device of this name.
+                chars.push(Char::Id(name.clone()));
             }
             if let Some(rng) = spec.properties.get("rng") {
                 if !config.objects.iter().any(|(_, id)| id == rng) {

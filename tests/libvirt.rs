@@ -34,7 +34,14 @@ fn image(scratch: &Scratch, name: &str, mib: u32) -> Result<String> {
 }
 
 /// A domain as people write it: what libvirt adds by default is there.
-fn domain(scratch: &Scratch, name: &str, more: &str) -> Result<String> {
+fn domain(scratch: &Scratch, name: &str) -> Result<String> {
+    let xml = description(scratch, name)?;
+    let path = scratch.path(&format!("{name}.xml"));
+    std::fs::write(&path, xml).map_err(|e| e.to_string())?;
+    Ok(path)
+}
+
+fn description(scratch: &Scratch, name: &str) -> Result<String> {
     let emulator = share(env!("CARGO_BIN_EXE_ftvm"), &scratch.path("ftvm"), 0o755)?;
     let (kernel, initrd) = guest(scratch)?;
     let disk = image(scratch, &format!("{name}.qcow2"), 64)?;
@@ -45,7 +52,7 @@ fn domain(scratch: &Scratch, name: &str, more: &str) -> Result<String> {
         std::fs::write(path, data).map_err(|e| e.to_string())?;
         run("chmod", &["644", path])?;
     }
-    let xml = format!(
+    Ok(format!(
         "<domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
   <name>{name}</name><memory unit='MiB'>256</memory><vcpu>1</vcpu>
   <os><type arch='x86_64' machine='pc'>hvm</type><kernel>{kernel}</kernel><initrd>{initrd}</initrd>
@@ -63,12 +70,8 @@ fn domain(scratch: &Scratch, name: &str, more: &str) -> Result<String> {
     <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>
     <rng model='virtio'><backend model='random'>/dev/urandom</backend></rng>
   </devices>
-  {more}
 </domain>"
-    );
-    let path = scratch.path(&format!("{name}.xml"));
-    std::fs::write(&path, xml).map_err(|e| e.to_string())?;
-    Ok(path)
+    ))
 }
 
 const MODULES: &str =
@@ -85,7 +88,7 @@ fn libvirt_probes_starts_and_manages_a_pc() -> Result<()> {
         return Ok(());
     }
     let scratch = Scratch::new("libvirt")?;
-    let xml = domain(&scratch, "one", "")?;
+    let xml = domain(&scratch, "one")?;
     let v = Libvirt::start(&scratch)?;
     let emulator = scratch.path("ftvm");
 
@@ -215,5 +218,80 @@ fn libvirt_probes_starts_and_manages_a_pc() -> Result<()> {
     assert!(!log.contains("is not what the schema says"), "a reply or event disagrees with the schema");
     let out = Command::new("qemu-img").args(["check", &scratch.path("more.qcow2")]).output();
     assert!(out.is_ok_and(|o| o.status.success()));
+    Ok(())
+}
+
+/// The domain with an option of ftvm's own, as the README has it.
+fn with_ft(xml: &str, value: &str) -> String {
+    let option = format!(
+        "<qemu:commandline><qemu:arg value='-ft'/><qemu:arg value='{value}'/></qemu:commandline></domain>"
+    );
+    xml.replace("</domain>", &option)
+        .replace("<memory unit", "<uuid>5b0c5a52-0f3b-4c5e-9a53-3a6c4a1d7e10</uuid><memory unit")
+}
+
+#[test]
+fn a_pair_of_libvirts_keeps_a_domain_when_one_side_dies() -> Result<()> {
+    if let Some(reason) = missing() {
+        eprintln!("skipped: {reason}");
+        return Ok(());
+    }
+    let (one, two) = (Scratch::new("libvirt-a")?, Scratch::new("libvirt-b")?);
+    let xml = description(&one, "pair")?;
+    run("chmod", &["777", &one.0.display().to_string()])?;
+    let (first, second) = (free_port()?, free_port()?);
+    let path = |s: &Scratch| s.path("pair.xml");
+    let write = |s: &Scratch, text: String| std::fs::write(path(s), text).map_err(|e| e.to_string());
+    write(&one, with_ft(&xml, &format!("primary,listen={first}")))?;
+    write(&two, with_ft(&xml, &format!("backup,peer={first},listen={second}")))?;
+    let (a, b) = (Libvirt::start(&one)?, Libvirt::start(&two)?);
+    run("chmod", &["777", &one.0.display().to_string()])?;
+    a.virsh(&["define", &path(&one)])?;
+    a.virsh(&["start", "pair"])?;
+    let mut console = Console::open(&a, "pair")?;
+    console.until("Enter 'help'", LONG)?;
+    let ft = |v: &Libvirt| {
+        v.virsh(&["qemu-monitor-command", "pair", "{\"execute\": \"query-ft\"}"]).unwrap_or_else(|e| e)
+    };
+
+    b.virsh(&["define", &path(&two)])?;
+    let events = two.path("events");
+    let mut watch = b.watch(&["qemu-monitor-event", "--loop", "--timeout", "120"], &events)?;
+    b.virsh(&["start", "pair"])?;
+    b.wait_state("pair", "running", LONG)?;
+    wait_for("protection", LONG, || ft(&a).contains("\"protected\"").then_some(()))?;
+    wait_for("the backup", LONG, || ft(&b).contains("\"following\"").then_some(()))?;
+
+    // What is plugged in by libvirt on the primary is there on the backup.
+    let more = image(&one, "more.qcow2", 32)?;
+    a.virsh(&["attach-disk", "pair", &more, "vdb", "--driver", "qemu", "--subdriver", "qcow2"])?;
+    wait_for("the disk in the guest", LONG, || {
+        console.run("cat /sys/block/vdb/size").ok().filter(|s| s.contains("65536"))
+    })?;
+    console.run("export MARK=kept")?;
+    let refused = b.virsh(&["suspend", "pair"]);
+    assert!(refused.is_err_and(|e| e.contains("this is a backup")), "a backup was suspended");
+
+    // The first side dies.
+    let pid = std::fs::read_to_string(one.path("libvirt1/qemu/pair.pid")).map_err(|e| e.to_string())?;
+    run("kill", &["-9", pid.trim()])?;
+    wait_for("the takeover", LONG, || ft(&b).contains("\"live\"").then_some(()))?;
+    b.wait_state("pair", "running", LONG)?;
+    let mut console = Console::open(&b, "pair")?;
+    wait_for("the guest's shell", LONG, || console.run("echo $MARK").ok().filter(|s| s.contains("kept")))?;
+    let wrote = console.run("dd if=/dev/zero of=/dev/vdb bs=1M count=4; sync")?;
+    assert!(wrote.contains("END:0"), "{wrote}");
+    b.virsh(&["suspend", "pair"])?;
+    b.wait_state("pair", "paused", LONG)?;
+    b.virsh(&["resume", "pair"])?;
+    let _ = console.run("(sleep 1; poweroff -f) & true");
+    b.wait_state("pair", "shut off (shutdown)", LONG)?;
+    let _ = watch.kill();
+    let _ = watch.wait();
+    let seen = std::fs::read_to_string(&events).unwrap_or_default();
+    for event in ["FT_STATE_CHANGED", "FT_FAILOVER", "SHUTDOWN"] {
+        assert!(seen.contains(&format!("event {event} ")), "no {event} in\n{seen}");
+    }
+    run("qemu-img", &["check", &more])?;
     Ok(())
 }

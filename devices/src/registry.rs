@@ -8,6 +8,7 @@ use crate::config::{DeviceSpec, DriveSpec, NicSpec, PcConfig};
 use crate::ctx::{Device, DeviceError};
 use crate::net::e1000::E1000;
 use crate::usb::uhci::Uhci;
+use crate::usb::xhci::Xhci;
 use crate::virtio::balloon::Balloon;
 use crate::virtio::blk::Blk;
 use crate::virtio::net::Net;
@@ -182,6 +183,27 @@ pub static MODELS: &[Model] = &[
         description: "USB controller without devices",
         properties: &[],
         build: Some(|b| Ok(Box::new(Uhci::new(b.pci_name(), b.devfn)))),
+    },
+    Model {
+        name: "qemu-xhci",
+        attach: Attach::Pci,
+        category: "USB",
+        description: "USB 3 controller without devices",
+        properties: &[
+            ("p2", Kind::Number, "USB 2 ports, 1 to 15 (4)"),
+            ("p3", Kind::Number, "USB 3 ports, 1 to 15 (4)"),
+        ],
+        build: Some(|b| {
+            let mut ports = [0; 2];
+            for (slot, property) in ports.iter_mut().zip(["p2", "p3"]) {
+                let n = b.number(property, 4)?;
+                if !(1..=15).contains(&n) {
+                    return Err(b.bad(property));
+                }
+                *slot = n as u32;
+            }
+            Ok(Box::new(Xhci::new(b.pci_name(), b.devfn, ports)))
+        }),
     },
     Model {
         name: "virtconsole",

@@ -368,7 +368,7 @@ impl Config {
         let mut h = HostConfig::default();
         let mut nodefaults = false;
         let mut net_none = false;
-        let mut secrets: Vec<(String, String)> = Vec::new();
+        let mut secrets: Vec<(String, Vec<u8>)> = Vec::new();
         let mut monitor_given = false;
         let mut memory_objects: Vec<(String, u64)> = Vec::new();
         for g in given {
@@ -733,8 +733,8 @@ impl Config {
     }
 }
 
-/// What `-object secret` holds.
-fn secret(p: &Params) -> Result<String, KeyvalError> {
+/// What `-object secret` holds: any bytes (libvirt gives each machine a key so).
+fn secret(p: &Params) -> Result<Vec<u8>, KeyvalError> {
     if p.get("keyid").is_some() || p.get("iv").is_some() {
         return Err(KeyvalError::Other("encrypted secrets (keyid, iv) are not supported".into()));
     }
@@ -742,9 +742,10 @@ fn secret(p: &Params) -> Result<String, KeyvalError> {
         return Err(KeyvalError::Other("format=base64 is not supported".into()));
     }
     match (p.get("data"), p.get("file")) {
-        (Some(data), None) => Ok(data.to_owned()),
-        (None, Some(file)) => std::fs::read_to_string(file)
-            .map_err(|e| KeyvalError::Other(format!("Unable to read {file}: {e}"))),
+        (Some(data), None) => Ok(data.as_bytes().to_vec()),
+        (None, Some(file)) => {
+            std::fs::read(file).map_err(|e| KeyvalError::Other(format!("Unable to read {file}: {e}")))
+        }
         _ => Err(KeyvalError::Other("'file' or 'data' must be provided".into())),
     }
 }

@@ -443,7 +443,7 @@ fn protocol_file(p: &Params, prefix: &str, driver: &str) -> Result<Option<String
 }
 
 /// Put the password of `-object secret` where a drive names it.
-pub fn resolve_secret(file: &str, secrets: &[(String, String)]) -> Result<String, KeyvalError> {
+pub fn resolve_secret(file: &str, secrets: &[(String, Vec<u8>)]) -> Result<String, KeyvalError> {
     let Some((url, query)) = file.split_once('?').filter(|(u, _)| u.starts_with("iscsi://")) else {
         return Ok(file.to_owned());
     };
@@ -455,6 +455,8 @@ pub fn resolve_secret(file: &str, secrets: &[(String, String)]) -> Result<String
                 let found = secrets.iter().find(|(name, _)| escape(name) == id);
                 let (_, value) =
                     found.ok_or_else(|| KeyvalError::Other(format!("No secret with id '{id}'")))?;
+                let value = std::str::from_utf8(value)
+                    .map_err(|_| KeyvalError::Other(format!("Data from secret {id} is not valid UTF-8")))?;
                 format!("password={}", escape(value))
             }
         });

@@ -10,8 +10,9 @@ use super::options::OPTIONS;
 const DETAILS: &[(&str, &[&str])] = &[
     (
         "machine",
-        &["Properties: accel=tcg, hpet=on|off. usb=on and acpi=off are refused. vmport, graphics, \
-           dump-guest-core, kernel-irqchip and memory-backend are accepted and have no effect."],
+        &["Properties: accel=tcg, hpet=on|off, usb=on|off (a controller without devices), memory-backend=id (an object \
+           of the size that -m says). acpi=off is refused. vmport, graphics, dump-guest-core and kernel-irqchip are \
+           accepted and have no effect. The machine 'none' has nothing but monitors: management programs ask it what there is."],
     ),
     (
         "cpu",
@@ -24,7 +25,7 @@ const DETAILS: &[(&str, &[&str])] = &[
         "boot",
         &["once= is used as order=. The menu needs a terminal on serial line 0 (-nographic)."],
     ),
-    ("global", &["Accepted for compatibility. Values are not applied in this version."]),
+    ("global", &["A default for every device of that driver. PIIX4_PM.disable_s3 and disable_s4 can only be 1: there are no sleep states."]),
     (
         "rtc",
         &["The base is read from the host when the machine starts. Afterwards the clock follows virtual time. A \
@@ -92,6 +93,12 @@ const DETAILS: &[(&str, &[&str])] = &[
            machine is never stopped for it."],
     ),
     ("qmp", &["Only listening sockets: unix:path,server=on or tcp:addr:port,server=on. One client at a time. See ftvm-qmp(7)."]),
+    (
+        "sandbox",
+        &["The refused system calls fail with EPERM. obsolete=deny is the default; the other groups are allowed unless denied. \
+           With spawn=deny a backup that has to start anew cannot do so and ends."],
+    ),
+    ("audiodev", &["Only the driver none: libvirt gives it to every machine."]),
     ("kernel", &["The kind of file is told by its contents."]),
     ("bios", &["Looked for in the directories of -L, then in /usr/share/ftvm, /usr/share/seabios and /usr/share/qemu."]),
     ("nographic", &["On the terminal C-a x ends ftvm, C-a c switches between serial line and monitor, C-a h shows the keys."]),

@@ -45,6 +45,11 @@ pub fn stop(c: &Control, _: &mut Call) -> Reply {
 }
 
 pub fn cont(c: &Control, _: &mut Call) -> Reply {
+    if c.machine(|rt| rt.is_following())? {
+        // libvirt says this to every program that it starts: here the machine runs as its primary does.
+        c.shared.events.emit("RESUME", Value::Null);
+        return done();
+    }
     c.change(|rt| match rt.shared.state() {
         RunState::Shutdown | RunState::InternalError => {
             Err(QmpError::generic("Resetting the Virtual Machine is required"))

@@ -3,6 +3,7 @@
 mod board;
 mod disks;
 mod garbage;
+mod hotplug;
 mod nets;
 
 use ftvm_accel::mem::GuestMemory;
@@ -56,6 +57,8 @@ pub fn full_config() -> PcConfig {
     e1000.nic = Some(1);
     let mut con = device("isa-debugcon", &[("iobase", "0x402")]);
     con.chardev = Some(7);
+    let mut port = device("virtserialport", &[("name", "agent")]);
+    port.chardev = Some(8);
     PcConfig {
         ram_size: 16 << 20,
         cpus: 2,
@@ -76,6 +79,11 @@ pub fn full_config() -> PcConfig {
             e1000,
             con,
             device("virtio-rng-pci", &[("addr", "6")]),
+            device("virtio-balloon-pci", &[("addr", "7")]),
+            device("virtio-serial-pci", &[("addr", "8")]),
+            port,
+            device("qemu-xhci", &[("addr", "9")]),
+            device("piix3-usb-uhci", &[("addr", "1.2")]),
             device("pvpanic", &[]),
             device("isa-debug-exit", &[]),
             device("pc-testdev", &[]),

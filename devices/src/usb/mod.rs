@@ -1,3 +1,4 @@
 //! USB host controllers.
 
 pub mod uhci;
+pub mod xhci;

@@ -176,6 +176,13 @@ impl Console {
         Ok(Console { tty: open.map_err(|e| format!("{path}: {e}"))?, text: String::new() })
     }
 
+    /// The other end of a serial line that is a socket.
+    pub fn socket(path: &str) -> Result<Console> {
+        let stream =
+            wait_for(path, Duration::from_secs(20), || std::os::unix::net::UnixStream::connect(path).ok())?;
+        Ok(Console { tty: std::os::fd::OwnedFd::from(stream).into(), text: String::new() })
+    }
+
     /// Read until `mark` is there; everything up to then.
     pub fn until(&mut self, mark: &str, limit: Duration) -> Result<String> {
         let end = Instant::now() + limit;

@@ -1,0 +1,360 @@
+//! `qemu-xhci`: a USB 3 controller (eXtensible Host Controller Interface 1.0). Its ports are empty: there are no
+//! USB devices, so the command ring can only do what needs none.
+
+use serde::{Deserialize, Serialize};
+
+use crate::ctx::{pack, unpack, Ctx, Device, DeviceError};
+use crate::pci::{Bar, PciFunction, PciId, PciSaved};
+
+/// Where the parts of BAR 0 lie.
+const OPERATIONAL: u64 = 0x40;
+const PORTS: u64 = 0x440;
+const RUNTIME: u64 = 0x1000;
+const DOORBELLS: u64 = 0x2000;
+const SIZE: u64 = 0x4000;
+const MSIX_BAR: u8 = 2;
+
+const RUN: u32 = 1;
+const RESET: u32 = 2;
+const INTERRUPTS: u32 = 4;
+const HALTED: u32 = 1;
+const EVENT_PENDING: u32 = 8;
+/// A port with power and nothing in it (5.4.8).
+const EMPTY_PORT: u32 = 0x2A0;
+/// The interrupt is pending, and enabled (5.5.2.1).
+const PENDING: u32 = 1;
+const ENABLED: u32 = 2;
+
+// Types of TRBs (6.4.6) and completion codes (6.4.5).
+const LINK: u32 = 6;
+const ENABLE_SLOT: u32 = 9;
+const NOOP_COMMAND: u32 = 23;
+const COMMAND_COMPLETION: u32 = 33;
+const SUCCESS: u32 = 1;
+const TRB_ERROR: u32 = 5;
+const NO_SLOTS: u32 = 9;
+const SLOT_NOT_ENABLED: u32 = 11;
+const RING_STOPPED: u32 = 24;
+/// Commands executed for one ring of the doorbell.
+const MAX_COMMANDS: usize = 256;
+/// A microframe in ns.
+const MICROFRAME: u64 = 125_000;
+
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+struct State {
+    command: u32,
+    status: u32,
+    notifications: u32,
+    contexts: u64,
+    configure: u32,
+    /// The command ring: where it goes on, its cycle bit, and whether it runs.
+    ring: u64,
+    ring_cycle: bool,
+    ring_low: u32,
+    since: u64,
+    // Interrupter 0.
+    management: u32,
+    moderation: u32,
+    table_size: u32,
+    table: u64,
+    dequeue: u64,
+    // The event ring's one segment.
+    events: u64,
+    event_count: u32,
+    event_at: u32,
+    event_cycle: bool,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Saved {
+    pci: PciSaved,
+    s: State,
+}
+
+/// The controller.
+pub struct Xhci {
+    name: String,
+    pci: PciFunction,
+    /// Ports of USB 2 and of USB 3.
+    ports: [u32; 2],
+    s: State,
+}
+
+fn low(word: u64) -> u32 {
+    word as u32
+}
+
+fn set_low(word: &mut u64, value: u32) {
+    *word = *word & !0xFFFF_FFFF | u64::from(value);
+}
+
+fn set_high(word: &mut u64, value: u32) {
+    *word = *word & 0xFFFF_FFFF | u64::from(value) << 32;
+}
+
+impl Xhci {
+    /// A controller with this many ports of each kind, 1 to 15.
+    pub fn new(name: String, devfn: u8, ports: [u32; 2]) -> Xhci {
+        let id = PciId {
+            vendor: 0x1B36,
+            device: 0x000D,
+            revision: 1,
+            class: 0x0C_0330,
+            subsystem_vendor: 0x1AF4,
+            subsystem: 0x1100,
+        };
+        let mut pci = PciFunction::new(devfn, id);
+        pci.pin(1);
+        pci.set8(0x60, 0x30);
+        pci.bar(0, Bar::Memory64(SIZE));
+        pci.bar(usize::from(MSIX_BAR), Bar::Memory(0x1000));
+        pci.add_msix(MSIX_BAR, 1);
+        pci.seal();
+        Xhci { name, pci, ports, s: State::default() }
+    }
+
+    fn reset_registers(&mut self, ctx: &mut Ctx) {
+        self.s = State { status: HALTED, moderation: 4000, event_cycle: true, ..State::default() };
+        self.pci.set_intx(ctx, false);
+    }
+
+    fn capability(&self, offset: u64) -> u32 {
+        let [two, three] = self.ports;
+        match offset {
+            0x00 => OPERATIONAL as u32 | 0x0100 << 16,
+            // 64 slots, one interrupter.
+            0x04 => (two + three) << 24 | 1 << 8 | 64,
+            0x08 => 0x0F,
+            // 64-bit addresses; extended capabilities at 0x20.
+            0x10 => 0x0008_0001,
+            0x14 => DOORBELLS as u32,
+            0x18 => RUNTIME as u32,
+            // Which ports speak which protocol (7.2).
+            0x20 => 0x0200_0402,
+            0x30 => 0x0300_0002,
+            0x24 | 0x34 => u32::from_le_bytes(*b"USB "),
+            0x28 => two << 8 | 1,
+            0x38 => three << 8 | (two + 1),
+            _ => 0,
+        }
+    }
+
+    fn read_dword(&self, now: u64, offset: u64) -> u32 {
+        let s = &self.s;
+        match offset {
+            0..OPERATIONAL => self.capability(offset),
+            0x40 => s.command,
+            0x44 => s.status,
+            0x48 => 1,
+            0x54 => s.notifications,
+            // Only whether the ring runs can be read.
+            0x58 => s.ring_low & 8,
+            0x70 => low(s.contexts),
+            0x74 => low(s.contexts >> 32),
+            0x78 => s.configure,
+            PORTS..RUNTIME => {
+                let (port, register) = ((offset - PORTS) / 16, (offset - PORTS) % 16);
+                let there = port < u64::from(self.ports[0] + self.ports[1]);
+                if there && register == 0 {
+                    EMPTY_PORT
+                } else {
+                    0
+                }
+            }
+            RUNTIME if s.command & RUN != 0 => ((now - s.since) / MICROFRAME) as u32 & 0x3FFF,
+            0x1020 => s.management,
+            0x1024 => s.moderation,
+            0x1028 => s.table_size,
+            0x1030 => low(s.table),
+            0x1034 => low(s.table >> 32),
+            0x1038 => low(s.dequeue),
+            0x103C => low(s.dequeue >> 32),
+            _ => 0,
+        }
+    }
+
+    fn write_dword(&mut self, ctx: &mut Ctx, offset: u64, value: u32) {
+        match offset {
+            0x40 => self.write_command(ctx, value),
+            0x44 => self.s.status &= !(value & 0x41C),
+            0x54 => self.s.notifications = value & 0xFFFF,
+            0x58 => {
+                if self.s.ring_low & 8 == 0 {
+                    self.s.ring_cycle = value & 1 != 0;
+                    set_low(&mut self.s.ring, value & !0x3F);
+                } else if value & 6 != 0 {
+                    // Stop or abort.
+                    self.s.ring_low &= !8;
+                    let at = self.s.ring;
+                    self.complete(ctx, at, RING_STOPPED);
+                }
+            }
+            0x5C if self.s.ring_low & 8 == 0 => set_high(&mut self.s.ring, value),
+            0x70 => set_low(&mut self.s.contexts, value & !0x3F),
+            0x74 => set_high(&mut self.s.contexts, value),
+            0x78 => self.s.configure = value & 0xFF,
+            0x1020 => {
+                self.s.management = self.s.management & !(value & PENDING) & !ENABLED | value & ENABLED;
+                self.drive(ctx);
+            }
+            0x1024 => self.s.moderation = value,
+            0x1028 => self.s.table_size = value & 0xFFFF,
+            0x1030 => set_low(&mut self.s.table, value & !0x3F),
+            0x1034 => {
+                set_high(&mut self.s.table, value);
+                self.load_table(ctx);
+            }
+            0x1038 => {
+                let busy = low(self.s.dequeue) & 8 & !value;
+                set_low(&mut self.s.dequeue, value & !8 | busy);
+            }
+            0x103C => set_high(&mut self.s.dequeue, value),
+            DOORBELLS => self.run_commands(ctx),
+            _ => {}
+        }
+    }
+
+    fn write_command(&mut self, ctx: &mut Ctx, value: u32) {
+        if value & RESET != 0 {
+            return self.reset_registers(ctx);
+        }
+        if value & RUN != 0 && self.s.command & RUN == 0 {
+            self.s.since = ctx.now;
+            self.s.status &= !HALTED;
+        } else if value & RUN == 0 {
+            self.s.status |= HALTED;
+            self.s.ring_low &= !8;
+        }
+        self.s.command = value & 0xC0D;
+        self.drive(ctx);
+    }
+
+    /// The event ring segment table's first (and only) entry (6.5).
+    fn load_table(&mut self, ctx: &Ctx) {
+        let mut entry = [0u8; 16];
+        if self.s.table_size == 0 || !ctx.dma_read(self.s.table, &mut entry) {
+            return;
+        }
+        let mut base = [0; 8];
+        base.copy_from_slice(&entry[..8]);
+        self.s.events = u64::from_le_bytes(base) & !0x3F;
+        self.s.event_count = u32::from_le_bytes([entry[8], entry[9], entry[10], entry[11]]) & 0xFFFF;
+        self.s.event_at = 0;
+        self.s.event_cycle = true;
+    }
+
+    /// Tell the guest how the command at `command` ended.
+    fn complete(&mut self, ctx: &mut Ctx, command: u64, code: u32) {
+        if self.s.event_count == 0 {
+            return;
+        }
+        let mut trb = command.to_le_bytes().to_vec();
+        trb.extend((code << 24).to_le_bytes());
+        trb.extend((COMMAND_COMPLETION << 10 | u32::from(self.s.event_cycle)).to_le_bytes());
+        ctx.dma_write(self.s.events + 16 * u64::from(self.s.event_at), &trb);
+        self.s.event_at += 1;
+        if self.s.event_at >= self.s.event_count {
+            self.s.event_at = 0;
+            self.s.event_cycle = !self.s.event_cycle;
+        }
+        self.s.status |= EVENT_PENDING;
+        self.s.management |= PENDING;
+        self.s.dequeue |= 8;
+        if self.pci.msix_enabled() {
+            if self.s.management & ENABLED != 0 && self.s.command & INTERRUPTS != 0 {
+                // A message is sent once; that clears the bit.
+                self.s.management &= !PENDING;
+                self.pci.msix_notify(ctx, 0);
+            }
+        } else {
+            self.drive(ctx);
+        }
+    }
+
+    fn drive(&mut self, ctx: &mut Ctx) {
+        let wanted = self.s.management & (PENDING | ENABLED) == PENDING | ENABLED;
+        self.pci.set_intx(ctx, wanted && self.s.command & INTERRUPTS != 0);
+    }
+
+    fn run_commands(&mut self, ctx: &mut Ctx) {
+        if self.s.command & RUN == 0 || !self.pci.master() {
+            return;
+        }
+        self.s.ring_low |= 8;
+        for _ in 0..MAX_COMMANDS {
+            let at = self.s.ring;
+            let mut trb = [0u8; 16];
+            if !ctx.dma_read(at, &mut trb) {
+                return;
+            }
+            let word = |i: usize| u32::from_le_bytes([trb[i], trb[i + 1], trb[i + 2], trb[i + 3]]);
+            let control = word(12);
+            if (control & 1 != 0) != self.s.ring_cycle {
+                return;
+            }
+            let kind = control >> 10 & 0x3F;
+            if kind == LINK {
+                self.s.ring = (u64::from(word(0)) | u64::from(word(4)) << 32) & !15;
+                self.s.ring_cycle ^= control & 2 != 0;
+                continue;
+            }
+            self.s.ring = at.wrapping_add(16);
+            let code = match kind {
+                NOOP_COMMAND => SUCCESS,
+                ENABLE_SLOT => NO_SLOTS,
+                10..=19 => SLOT_NOT_ENABLED,
+                _ => TRB_ERROR,
+            };
+            self.complete(ctx, at, code);
+        }
+    }
+}
+
+impl Device for Xhci {
+    fn name(&self) -> &str {
+        &self.name
+    }
+    fn reset(&mut self, ctx: &mut Ctx) {
+        self.pci.reset(ctx);
+        self.reset_registers(ctx);
+    }
+    fn mmio_read(&mut self, ctx: &mut Ctx, region: u8, offset: u64, size: u8) -> u64 {
+        if region == MSIX_BAR {
+            return self.pci.msix_read(offset, size);
+        }
+        let first = u64::from(self.read_dword(ctx.now, offset & !3)) >> (8 * (offset & 3));
+        match size {
+            8 => first | u64::from(self.read_dword(ctx.now, (offset & !3) + 4)) << 32,
+            _ => first,
+        }
+    }
+    fn mmio_write(&mut self, ctx: &mut Ctx, region: u8, offset: u64, size: u8, value: u64) {
+        if region == MSIX_BAR {
+            return self.pci.msix_write(ctx, offset, size, value);
+        }
+        // Registers are written whole (5.1).
+        if size >= 4 && offset & 3 == 0 {
+            self.write_dword(ctx, offset, value as u32);
+            if size == 8 {
+                self.write_dword(ctx, offset + 4, (value >> 32) as u32);
+            }
+        }
+    }
+    fn pci(&self) -> Option<&PciFunction> {
+        Some(&self.pci)
+    }
+    fn pci_mut(&mut self) -> Option<&mut PciFunction> {
+        Some(&mut self.pci)
+    }
+    fn save(&self) -> Vec<u8> {
+        pack(&Saved { pci: self.pci.save(), s: self.s.clone() })
+    }
+    fn load(&mut self, data: &[u8]) -> Result<(), DeviceError> {
+        let s: Saved = unpack(&self.name, data)?;
+        if !self.pci.load(s.pci) {
+            return Err(DeviceError::Misfit(self.name.clone()));
+        }
+        self.s = s.s;
+        Ok(())
+    }
+}
