@@ -427,3 +427,23 @@ fn compiled_code_follows_the_tables_without_invlpg() {
     ];
     same_in_every_tier(&code, Exit::Halt);
 }
+
+#[test]
+fn code_found_before_is_found_anew_when_its_page_moves() {
+    // call 5000h; call 105000h (the same place in the fetch TLB); mov byte [13000h+8*5+1],60h (6000h shows at
+    // 5000h); call 5000h; hlt. At 5000h: inc ebx; ret; at 6000h: dec ebx; dec ebx; ret; at 105000h: ret.
+    let code = [
+        0xE8, 0xFB, 0x3F, 0, 0, 0xE8, 0xF6, 0x3F, 0x10, 0, 0xC6, 0x04, 0x25, 0x29, 0x30, 0x01, 0, 0x60, 0xE8,
+        0xE9, 0x3F, 0, 0, 0xF4,
+    ];
+    for tier in [Tier::Never, Tier::AtOnce] {
+        let mut m = Machine::long(&code);
+        m.mem.write(0x5000, &[0xFF, 0xC3, 0xC3]).unwrap();
+        m.mem.write(0x6000, &[0xFF, 0xCB, 0xFF, 0xCB, 0xC3]).unwrap();
+        m.mem.write(0x10_5000, &[0xC3]).unwrap();
+        m.cpu.st.gpr[RSP] = 0x4000;
+        m.cpu.set_tier(tier);
+        assert_eq!(m.run(100).exit, Exit::Halt);
+        assert_eq!(m.cpu.st.gpr[RBX] as u32, 0xFFFF_FFFF, "{tier:?}");
+    }
+}
