@@ -140,18 +140,19 @@ pub fn open_drive(drive: &DriveConfig, options: &OpenOptions) -> Result<Option<B
     if drive.snapshot {
         return open_snapshot(path, options)
             .map(Some)
-            .map_err(|source| BuildError::Drive { path: path.clone(), source });
+            .map_err(|source| BuildError::Drive { path: ftvm_block::iscsi::hide_secret(path), source });
     }
     ftvm_block::open(Path::new(path), options)
         .map(Some)
-        .map_err(|source| BuildError::Drive { path: path.clone(), source })
+        .map_err(|source| BuildError::Drive { path: ftvm_block::iscsi::hide_secret(path), source })
 }
 
 fn open_snapshot(path: &str, options: &OpenOptions) -> Result<Box<dyn Image>, ftvm_block::BlockError> {
     let below = OpenOptions { read_only: true, ..options.clone() };
     let base = ftvm_block::open(Path::new(path), &below)?;
     let (size, format) = (base.size(), base.format());
-    let whole = std::fs::canonicalize(path)?;
+    let is_url = path.starts_with("nfs://") || path.starts_with("iscsi://");
+    let whole = if is_url { PathBuf::from(path) } else { std::fs::canonicalize(path)? };
     let overlay = std::env::temp_dir()
         .join(format!("ftvm-snapshot-{}-{}", std::process::id(), whole.display()).replace('/', "_"));
     ftvm_block::qcow2::create_overlay(&overlay, size, Some((&whole.to_string_lossy(), format)))?;
@@ -440,13 +441,22 @@ impl Blueprint {
 
     /// Build the machine.
     pub fn build(&self) -> Result<Machine, BuildError> {
+        self.build_with(|_| ())
+    }
+
+    /// Build the machine, with each processor prepared by `prepare`.
+    pub fn build_with(&self, prepare: impl Fn(&mut SoftCpu)) -> Result<Machine, BuildError> {
         let model = &self.cpu_model;
         model.check_host().map_err(|e| BuildError::Cpu(model.name().to_owned(), e.to_string()))?;
         let mem = GuestMemory::new(self.pc.ram_size)?;
         mem.set_firmware(self.pc.firmware.clone())?;
         let pc = Pc::new(self.pc.clone(), &mem)?;
         let cpus = (0..self.pc.cpus)
-            .map(|i| Box::new(SoftCpu::new(i, self.pc.cpus, model)) as Box<dyn Processor>)
+            .map(|i| {
+                let mut cpu = SoftCpu::new(i, self.pc.cpus, model);
+                prepare(&mut cpu);
+                Box::new(cpu) as Box<dyn Processor>
+            })
             .collect();
         Ok(Machine::new(cpus, Box::new(PcChipset(pc)), mem, self.ns_per_instruction))
     }

@@ -8,6 +8,7 @@ use std::sync::mpsc::{channel, Receiver};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
+use ftvm_block::track::Tracked;
 use ftvm_devices::Input;
 use ftvm_qmp::{serve_listener, Fds, Hub, Listener};
 
@@ -15,7 +16,7 @@ use crate::assembly::{
     check_shared, open_drive, open_live, open_net, open_options, queue_settings, Blueprint,
 };
 use crate::cli::config::Monitor;
-use crate::cli::drive::ErrorPolicy;
+use crate::cli::drive::{DriveConfig, ErrorPolicy};
 use crate::cli::{Char, Config, Request};
 use crate::host::backends::Backends;
 use crate::host::chars::{self, CharSink, Escape, EscapeFilter, Opened};
@@ -25,7 +26,8 @@ use crate::lockstep::{Arbiter, FileLock, LunArbiter};
 use crate::machine::MachineInput;
 use crate::monitor::{CharView, Control};
 use crate::runtime::control::{RunState, Shared};
-use crate::runtime::ft::{join, Common, FtSide, HostSide};
+use crate::runtime::ft::disks::{Disks, Generations};
+use crate::runtime::ft::{begin_own_writes, join, Common, FtSide, HostSide};
 use crate::runtime::live::{replay, RunOptions, Runtime, Sink};
 use crate::runtime::record::{Header, Player, Recorder};
 use crate::runtime::{Event, Events, Outcome, Quit};
@@ -249,7 +251,9 @@ fn sizes(config: &Config) -> Result<(Vec<u64>, Vec<Medium>), String> {
     for drive in &config.machine.drives {
         let mut drive = drive.clone();
         drive.snapshot |= config.machine.snapshot;
-        let image = open_live(&drive, config.host.ft.is_some(), false).map_err(|e| e.to_string())?;
+        // Overlays against late writes of others are for disks that others have.
+        let shared = config.host.ft.as_ref().is_some_and(|f| !f.separate);
+        let image = open_live(&drive, shared, false).map_err(|e| e.to_string())?;
         sizes.push(image.as_ref().map_or(0, |i| i.size()));
         images.push(image);
     }
@@ -295,7 +299,9 @@ fn prepare(config: &Config, events: Events, receiver: Receiver<Event>) -> Result
         let runtime = Runtime::new(machine, outside, shared, events, receiver, RunOptions::default());
         return Ok(Prepared::Replay(Box::new(runtime), Box::new(player)));
     }
-    let (sizes, images) = sizes(config)?;
+    let (sizes, mut images) = sizes(config)?;
+    let separate = config.host.ft.as_ref().is_some_and(|f| f.separate);
+    let disks = if separate { track(&mut images) } else { Disks::new() };
     let blueprint =
         Blueprint::new(&config.machine, &config.host.firmware_dirs, &sizes).map_err(|e| text(&e))?;
     let machine = blueprint.build().map_err(|e| text(&e))?;
@@ -307,7 +313,7 @@ fn prepare(config: &Config, events: Events, receiver: Receiver<Event>) -> Result
                 i,
                 &drive.id,
                 image,
-                queue_settings(drive, config.host.ft.is_some()),
+                queue_settings(drive, config.host.ft.is_some() && !separate),
                 events.clone(),
             )
             .map_err(|e| text(&e))?;
@@ -317,7 +323,11 @@ fn prepare(config: &Config, events: Events, receiver: Receiver<Event>) -> Result
     let ft = match &config.host.ft {
         None => None,
         Some(ft) => {
-            let common = common(ft.clone(), &blueprint, &shared, &events)?;
+            let common = common(ft.clone(), &blueprint, &shared, &events, disks)?;
+            if let Some(generations) = &common.generations {
+                generations.check()?;
+                generations.advance().map_err(|e| format!("-ft: the lock's directory: {e}"))?;
+            }
             Some(FtSide::primary(common).map_err(|e| text(&e))?)
         }
     };
@@ -383,11 +393,23 @@ fn lock_path(ft: &crate::cli::ft::FtConfig, blueprint: &Blueprint) -> Result<Str
         })
 }
 
+/// Where disks are separate, follow what is written to them.
+fn track(images: &mut [Medium]) -> Disks {
+    let track = |medium: &mut Medium| {
+        let image = medium.take_if(|i| !i.read_only())?;
+        let tracked = Tracked::new(image);
+        *medium = Some(Box::new(Arc::clone(&tracked)));
+        Some(tracked)
+    };
+    images.iter_mut().map(track).collect()
+}
+
 fn common(
     ft: crate::cli::ft::FtConfig,
     blueprint: &Blueprint,
     shared: &Arc<Shared>,
     events: &Events,
+    disks: Disks,
 ) -> Result<Arc<Common>, String> {
     let path = lock_path(&ft, blueprint)?;
     let fail = |e: std::io::Error| format!("-ft: the lock '{}': {e}", ftvm_block::iscsi::hide_secret(&path));
@@ -396,8 +418,16 @@ fn common(
     } else {
         Arc::new(FileLock::new(&path).map_err(fail)?)
     };
+    let file = |(drive, disk): (&DriveConfig, &Option<_>)| {
+        disk.as_ref().and(drive.file.as_ref()).filter(|f| !f.contains("://")).map(std::path::PathBuf::from)
+    };
+    let images: Vec<_> = blueprint.config.drives.iter().zip(&disks).filter_map(file).collect();
+    let generations = (ft.separate && !path.contains("://"))
+        .then(|| Generations::new(std::path::Path::new(&path), &images));
     Ok(Arc::new(Common {
         config: ft,
+        disks,
+        generations,
         lock,
         shared: Arc::clone(shared),
         events: events.clone(),
@@ -427,17 +457,33 @@ fn prepare_backup(
     if let Err(difference) = blueprint.adapt(&config.machine, &given) {
         return Err(text(&joined.refuse(difference)));
     }
-    let ft = crate::cli::ft::FtConfig { heartbeat: joined.timing.0, timeout: joined.timing.1, ..ft };
+    let separate = joined.separate;
+    if separate && ft.lock.is_none() {
+        let reason =
+            "the primary has disks=separate: the backup needs lock=PATH, where the primary's lock is";
+        return Err(text(&joined.refuse(reason.into())));
+    }
+    let ft =
+        crate::cli::ft::FtConfig { heartbeat: joined.timing.0, timeout: joined.timing.1, separate, ..ft };
     let prepared = (|| {
         let machine = blueprint.build().map_err(|e| e.to_string())?;
         let (outside, control) = open_outside(config, &blueprint, shared, &events)?;
-        let common = common(ft, &blueprint, shared, &events)?;
+        let mut images = Vec::new();
         for (drive, spec) in blueprint.config.drives.iter().zip(&blueprint.pc.drives) {
-            let options =
-                ftvm_block::OpenOptions { read_only: true, force_share: true, ..open_options(drive) };
-            let image = open_drive(drive, &options).map_err(|e| e.to_string())?;
-            check_shared(drive)?;
-            let size = image.map_or(0, |i| i.size());
+            let options = open_options(drive);
+            let image = if separate {
+                open_drive(drive, &options)
+            } else {
+                open_drive(drive, &ftvm_block::OpenOptions { read_only: true, force_share: true, ..options })
+            };
+            let image = image.map_err(|e| e.to_string())?;
+            let size = image.as_ref().map_or(0, |i| i.size());
+            if separate {
+                images.push(image);
+            } else {
+                drop(image);
+                check_shared(drive)?;
+            }
             if size != spec.size_bytes {
                 return Err(format!(
                     "drive '{}' differs: the image here has {size} bytes, the primary's {}",
@@ -445,14 +491,24 @@ fn prepare_backup(
                 ));
             }
         }
-        Ok((machine, outside, control, common))
+        let disks = track(&mut images);
+        let common = common(ft, &blueprint, shared, &events, disks)?;
+        Ok((machine, outside, control, common, images))
     })();
-    let (mut machine, outside, control, common) = match prepared {
+    let (mut machine, outside, control, common, images) = match prepared {
         Ok(p) => p,
         Err(e) => return Err(text(&joined.refuse(e))),
     };
     start_monitors(config, &control)?;
-    let received = joined.receive(common.lock.as_ref(), &mut machine).map_err(|e| text(&e))?;
+    let received = joined.receive(&common, &mut machine).map_err(|e| text(&e))?;
+    let tracked: Vec<bool> = common.disks.iter().map(Option::is_some).collect();
+    for (i, (image, drive)) in images.into_iter().zip(&blueprint.config.drives).enumerate() {
+        if let Some(image) = image.filter(|_| tracked[i]) {
+            let worker = DiskWorker::start(i, &drive.id, image, queue_settings(drive, false), events.clone())
+                .map_err(|e| text(&e))?;
+            outside.attach_disk(i, worker);
+        }
+    }
     // Networks are opened now, so that a wrong name is found now; frames are taken when live.
     attach_nets(&blueprint, &outside, &events)?;
     let backends_of = Arc::clone(shared);
@@ -467,9 +523,12 @@ fn prepare_backup(
         }
         for (i, drive) in backends.drives.iter().enumerate() {
             let Some(drive) = drive else { continue };
-            let image = open_live(drive, true, true);
+            if tracked.get(i) == Some(&true) {
+                continue;
+            }
+            let image = open_live(drive, !separate, !separate);
             if let Some(image) = image.map_err(|e| e.to_string())? {
-                let settings = queue_settings(drive, true);
+                let settings = queue_settings(drive, !separate);
                 let worker = DiskWorker::start(i, &drive.id, image, settings, events.clone())
                     .map_err(|e| e.to_string())?;
                 outside.attach_disk(i, worker);
@@ -489,6 +548,7 @@ fn prepare_backup(
     let mut runtime = Runtime::new(machine, outside, Arc::clone(shared), events, receiver, options);
     runtime.errors.drives = error_policies(&blueprint);
     runtime.ft = Some(side);
+    begin_own_writes(&mut runtime);
     Ok(Prepared::Live(Box::new(runtime)))
 }
 

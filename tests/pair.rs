@@ -118,6 +118,39 @@ fn operations() -> Result<()> {
     pair.finish(false)
 }
 
+/// Each host has a disk of its own: copied when the pair is made, written by both, brought up to date after a loss.
+fn separate_disks() -> Result<()> {
+    let mut pair = Pair::start_separate("separate", Guest::Tiny)?;
+    let clients = clients(&pair, "separate");
+    clients.wait_progress(20, WAIT)?;
+    println!("protected in {:.1?}", pair.protect()?);
+    clients.wait_progress(30, WAIT)?;
+    pair.kill_primary()?;
+    clients.wait_progress(30, WAIT)?;
+    println!("protected again in {:.1?}", pair.protect()?);
+    clients.wait_progress(20, WAIT)?;
+    pair.switch()?;
+    clients.wait_progress(20, WAIT)?;
+    pair.kill_backup()?;
+    clients.wait_progress(20, WAIT)?;
+    pair.protect()?;
+    pair.stall_primary(Duration::from_secs(2))?;
+    clients.wait_progress(20, WAIT)?;
+    pair.protect()?;
+    clients.wait_progress(20, WAIT)?;
+    clients.finish()?;
+    pair.qmp()?.command("quit", serde_json::Value::Null)?;
+    for host in [pair.live, pair.other()] {
+        if let Some(vm) = &mut pair.hosts[host] {
+            let status = vm.wait_exit(Duration::from_secs(30))?;
+            if status != 0 {
+                return Err(format!("host {host} ended with {status}\n{}", vm.log()));
+            }
+        }
+    }
+    pair.compare_images()
+}
+
 /// What does not fit is refused with the difference, and the machine goes on.
 fn refusals() -> Result<()> {
     let mut pair = Pair::start("refusals", Guest::Tiny, "")?;
@@ -185,12 +218,13 @@ fn main() {
         return;
     }
     let wanted: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
-    let tests: [(&str, Test); 6] = [
+    let tests: [(&str, Test); 7] = [
         ("kills", kills),
         ("stall", stall),
         ("cut", cut),
         ("divergence", divergence),
         ("operations", operations),
+        ("separate_disks", separate_disks),
         ("refusals", refusals),
     ];
     let (mut passed, mut failed) = (0, 0);

@@ -270,6 +270,11 @@ fn failovers(kind: Kind) -> Result<()> {
     step(&pair, 20)?;
     pair.protect()?;
     step(&pair, 10)?;
+    let ft = pair.unplug_primary(Duration::from_secs(1))?;
+    println!("{kind:?}: unplugged, failover {}", ft["last-failover"]);
+    step(&pair, 20)?;
+    pair.protect()?;
+    step(&pair, 10)?;
     pair.cut_apart()?;
     println!("{kind:?}: cut apart");
     step(&pair, 20)?;

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::Mutex;
 
 use crate::store::Store;
@@ -21,6 +21,8 @@ pub struct HostFile {
     direct: bool,
     no_flush: bool,
     locked: bool,
+    /// A flush has failed.
+    unsafe_cache: AtomicBool,
     /// A block device: it does not grow.
     device: bool,
     /// Held while the rest of a block is read and written back around a part of it (O_DIRECT).
@@ -75,6 +77,7 @@ impl HostFile {
             locked,
             device: !meta.is_file(),
             patching: Mutex::new(()),
+            unsafe_cache: AtomicBool::new(false),
         })
     }
 
@@ -181,7 +184,11 @@ impl Store for HostFile {
         if self.no_flush {
             return Ok(());
         }
-        self.file.sync_data()
+        if self.unsafe_cache.load(Ordering::SeqCst) {
+            return Err(std::io::Error::other("an earlier flush failed: the host may have lost data"));
+        }
+        // The kernel reports lost pages once and then takes them for clean: no later flush can be believed.
+        self.file.sync_data().inspect_err(|_| self.unsafe_cache.store(true, Ordering::SeqCst))
     }
 }
 

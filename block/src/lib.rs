@@ -18,6 +18,7 @@ mod store;
 pub mod takeover;
 mod tcp;
 pub mod throttle;
+pub mod track;
 
 pub use error::BlockError;
 pub use queue::{Queue, Request};

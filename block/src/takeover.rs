@@ -27,7 +27,7 @@ use crate::qcow2::{create_overlay, Qcow2};
 use crate::{BlockError, Image, OpenOptions};
 
 /// Clusters merged in one step.
-const BATCH: usize = 32;
+const BATCH: usize = 16;
 /// Overlays on top of each other at the most.
 const MAX_LAYERS: u32 = 16;
 

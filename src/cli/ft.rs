@@ -32,13 +32,15 @@ pub struct FtConfig {
     /// How far the backup's execution may fall behind before the primary is slowed.
     pub max_lag: Duration,
     pub reads: Reads,
+    /// Each host has disks of its own (a backup hears of it from its primary).
+    pub separate: bool,
 }
 
 impl FtConfig {
     /// Parse the option's value.
     pub fn parse(text: &str) -> Result<Self, KeyvalError> {
         let p = Params::parse(text, Some("role"))?;
-        p.only(&["role", "peer", "listen", "lock", "heartbeat", "timeout", "max-lag", "reads"])?;
+        p.only(&["role", "peer", "listen", "lock", "heartbeat", "timeout", "max-lag", "reads", "disks"])?;
         let ms = |key: &str, default: u64, min: u64| -> Result<Duration, KeyvalError> {
             let n = p.number(key)?.unwrap_or(default);
             if n < min || n > 3_600_000 {
@@ -79,6 +81,13 @@ impl FtConfig {
         if timeout < heartbeat * 2 {
             return Err(KeyvalError::Other("timeout must be at least twice heartbeat".into()));
         }
+        let separate = p.choice("disks", &["shared", "separate"])? == Some("separate");
+        if separate && p.get("lock").is_none() {
+            return Err(KeyvalError::Other(
+                "disks=separate needs lock=PATH on storage that both hosts see, or that a third host has"
+                    .into(),
+            ));
+        }
         Ok(FtConfig {
             peer,
             listen,
@@ -94,6 +103,7 @@ impl FtConfig {
                 }
                 _ => Reads::Log,
             },
+            separate,
         })
     }
 }

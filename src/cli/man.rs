@@ -69,7 +69,7 @@ const DETAILS: &[(&str, &[&str])] = &[
     ),
     (
         "snapshot",
-        &["Not effective in this version: writes go to the image. The same holds for snapshot=on of -drive."],
+        &["Writes go to a temporary overlay that is gone with the program, as with snapshot=on of -drive. Not with -ft."],
     ),
     (
         "netdev",
@@ -107,6 +107,7 @@ const DETAILS: &[(&str, &[&str])] = &[
             "heartbeat=MS (100), timeout=MS (1000): how often to give a sign of life, and after how much silence to \
              suspect the peer. timeout must be at least twice heartbeat. A backup uses the primary's values.",
             "max-lag=MS (1000): how far the backup's execution may fall behind before the primary is slowed.",
+            "disks=separate: each host has images of its own (a backup is given its -drive options), and lock= names a place that both see.",
             "reads=log: data of disk reads travels in the log. reads=disk is refused in this version.",
         ],
     ),

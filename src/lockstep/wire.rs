@@ -39,7 +39,7 @@ pub enum Message {
     /// Either way: no, and why.
     Refuse { reason: String },
     /// Primary to backup: the machine's configuration and images, and the pairing.
-    Config { epoch: Epoch, config: Vec<u8>, heartbeat_ms: u64, timeout_ms: u64 },
+    Config { epoch: Epoch, config: Vec<u8>, heartbeat_ms: u64, timeout_ms: u64, separate_disks: bool },
     /// Backup to primary: the machine is built and the lock reachable; send memory.
     Ready,
     /// Primary to backup: RAM pages: guest physical address and contents (empty: all zero).
@@ -62,6 +62,10 @@ pub enum Message {
     Dismiss { reason: String, again: bool },
     /// Primary to backup: a planned switch. This side has stopped, and you have all of the log: ask the lock and go live.
     HandOver { reason: String },
+    /// Backup to primary, before it is ready, where disks are separate: digests of chunks from `first` on.
+    DiskDigests { drive: u32, first: u64, digests: Vec<[u8; 16]> },
+    /// Primary to backup: chunks of a disk by number (empty: all zero).
+    DiskChunks { drive: u32, chunks: Vec<(u64, Vec<u8>)> },
 }
 
 /// Errors of the channel.

@@ -217,6 +217,9 @@ fn flatten(prefix: &str, map: &Map<String, Value>, params: &mut Params) {
 
 /// Open a node's image on this host and put it among the drives; `None`: its place is dealt out.
 fn attach(rt: &mut Runtime, config: DriveConfig, pair: bool, at: Option<usize>) -> Result<usize, QmpError> {
+    if rt.ft.as_ref().is_some_and(|ft| ft.common.config.separate) && !config.read_only {
+        return Err(QmpError::generic("disks cannot be plugged while each host of the pair has its own"));
+    }
     let image = open_live(&config, pair, false).map_err(|e| {
         let text = e.to_string();
         // The option's name means nothing to a monitor.

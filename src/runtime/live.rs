@@ -474,8 +474,11 @@ impl Runtime {
     /// An event while following: the world's inputs come from the log, so those of this host are dropped.
     pub fn follow_event(&mut self, event: Event) -> Option<Outcome> {
         match event {
-            // A backup has no disks.
-            Event::DiskFailed(_) => None,
+            // Of its own disks, where they are separate.
+            Event::DiskFailed(failure) => super::ft::own_write_ended(self, failure.id, Some(failure)),
+            Event::Input(MachineInput::Device(Input::DiskDone { id, .. })) => {
+                super::ft::own_write_ended(self, id, None)
+            }
             Event::Input(_) => None,
             Event::Call(call) => {
                 self.shared.backends().take_note(self.machine.note());

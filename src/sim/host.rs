@@ -250,7 +250,16 @@ impl World {
             r.epoch = Some(epoch);
         }
         let chain = postcard::to_stdvec(&self.procs[p].chain).unwrap_or_default();
-        self.send(p, Message::Config { epoch: epoch2, config: chain, heartbeat_ms: 10, timeout_ms: 50 });
+        self.send(
+            p,
+            Message::Config {
+                epoch: epoch2,
+                config: chain,
+                heartbeat_ms: 10,
+                timeout_ms: 50,
+                separate_disks: false,
+            },
+        );
     }
 
     fn copy_step(&mut self, p: usize) {

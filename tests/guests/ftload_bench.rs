@@ -18,7 +18,7 @@ extern "C" {
 
 fn integer() -> u64 {
     let (mut x, mut y) = (1u64, 7u64);
-    for i in 0..60_000_000u64 {
+    for i in 0..300_000_000u64 {
         x = x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(i);
         y ^= x >> 29;
         y = y.rotate_left(9).wrapping_sub(x);
@@ -28,7 +28,7 @@ fn integer() -> u64 {
 
 fn float() -> u64 {
     let (mut x, mut y) = (1.0f64, 0.5f64);
-    for i in 0..8_000_000u64 {
+    for i in 0..16_000_000u64 {
         x = x * 1.000_000_1 + y / (1.0 + (i & 15) as f64);
         y = (x - y).abs().sqrt();
     }
@@ -40,7 +40,7 @@ fn vector() -> u64 {
     let a: Vec<f32> = (0..4096).map(|i| i as f32 * 0.5).collect();
     let b: Vec<u32> = (0..4096u32).map(|i| i.wrapping_mul(2_654_435_761)).collect();
     let (mut c, mut d) = (vec![0f32; 4096], vec![0u32; 4096]);
-    for round in 0..3000u32 {
+    for round in 0..12_000u32 {
         for ((c, a), i) in c.iter_mut().zip(&a).zip(0..) {
             *c = *c * 0.99 + a * (round & 7) as f32 + i as f32;
         }
@@ -55,9 +55,9 @@ fn vector() -> u64 {
 fn copy() -> u64 {
     let from = vec![3u8; 1 << 20];
     let mut to = vec![0u8; 1 << 20];
-    for i in 0..600 {
+    for i in 0..3000usize {
         to.copy_from_slice(&from);
-        to[i] = i as u8;
+        to[i & 0xFFFF] = i as u8;
         black_box(&to);
     }
     u64::from(to[77])
@@ -72,7 +72,7 @@ fn chase() -> u64 {
         next.swap(i, (r >> 33) as usize % i);
     }
     let mut at = 0u32;
-    for _ in 0..6_000_000 {
+    for _ in 0..12_000_000 {
         at = next[at as usize];
     }
     u64::from(at)
@@ -80,7 +80,7 @@ fn chase() -> u64 {
 
 fn sort() -> u64 {
     let mut r = 1u64;
-    let mut v: Vec<u64> = (0..1_000_000)
+    let mut v: Vec<u64> = (0..4_000_000)
         .map(|_| {
             r = r.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
             r >> 20
@@ -103,7 +103,7 @@ fn fib(n: u32) -> u64 {
 fn indirect() -> u64 {
     let table: [fn(u64) -> u64; 4] = [|x| x + 1, |x| x ^ 0x55, |x| x.rotate_left(3), |x| x.wrapping_mul(5)];
     let mut x = 1u64;
-    for i in 0..12_000_000usize {
+    for i in 0..40_000_000usize {
         x = black_box(table[(i ^ (i >> 3)) & 3])(x);
     }
     x
@@ -111,11 +111,11 @@ fn indirect() -> u64 {
 
 fn system_calls() -> u64 {
     // SAFETY: getppid has no arguments.
-    (0..400_000).map(|_| unsafe { getppid() } as u64).sum()
+    (0..800_000).map(|_| unsafe { getppid() } as u64).sum()
 }
 
 fn fork_exec() -> u64 {
-    (0..150).map(|_| Command::new("/bin/busybox").arg("true").status().map_or(0, |s| s.success() as u64)).sum()
+    (0..300).map(|_| Command::new("/bin/busybox").arg("true").status().map_or(0, |s| s.success() as u64)).sum()
 }
 
 fn switches() -> u64 {
@@ -146,7 +146,7 @@ fn switches() -> u64 {
 fn page_faults() -> u64 {
     const LEN: usize = 16 << 20;
     let mut sum = 0;
-    for round in 0..12u8 {
+    for round in 0..24u8 {
         // SAFETY: a new private mapping, touched within its length and unmapped.
         unsafe {
             let p = mmap(std::ptr::null_mut(), LEN, 3, 0x22, -1, 0);
@@ -169,7 +169,7 @@ pub fn run() {
         ("memory copy", copy),
         ("pointer chasing", chase),
         ("sorting", sort),
-        ("calls", || fib(33)),
+        ("calls", || fib(37)),
         ("indirect calls", indirect),
         ("system calls", system_calls),
         ("fork and exec", fork_exec),

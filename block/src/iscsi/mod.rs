@@ -99,7 +99,13 @@ impl Lun {
 
     fn reserve(&self, how: Reserve) -> Result<(), BlockError> {
         let lock = LunLock::of(&self.session);
-        let fail = |source| BlockError::Open { path: self.path.clone(), source };
+        let fail = |source: io::Error| match source.kind() {
+            io::ErrorKind::Other => BlockError::Format {
+                path: self.path.clone(),
+                reason: format!("the LUN cannot be reserved, which a pair needs ({source})"),
+            },
+            _ => BlockError::Open { path: self.path.clone(), source },
+        };
         match how {
             Reserve::No => match lock.holder() {
                 Ok(Some(holder)) if phase(holder) == Some(ENDED) => {

@@ -3,7 +3,8 @@
 use std::io::Read;
 use std::sync::MutexGuard;
 
-use super::{Place, Qcow2, State, COPIED, ZERO};
+use super::header::{Compression, AUTOCLEAR_RAW_DATA};
+use super::{Place, Qcow2, State, COPIED, SUBCLUSTERS, ZERO};
 use crate::BlockError;
 
 /// Clusters allocated in one go at the most.
@@ -15,9 +16,18 @@ impl Qcow2 {
         let mut packed = vec![0u8; len as usize];
         self.file.read_at(offset, &mut packed)?;
         let mut out = vec![0u8; self.cluster() as usize];
-        flate2::read::DeflateDecoder::new(packed.as_slice()).read_exact(&mut out).map_err(|e| {
+        let unreadable = |e: &dyn std::fmt::Display| {
             BlockError::Corrupt(format!("a compressed cluster at {offset:#x} is not readable: {e}"))
-        })?;
+        };
+        match self.header.compression {
+            Compression::Zlib => flate2::read::DeflateDecoder::new(packed.as_slice())
+                .read_exact(&mut out)
+                .map_err(|e| unreadable(&e))?,
+            Compression::Zstd => ruzstd::decoding::StreamingDecoder::new(packed.as_slice())
+                .map_err(|e| unreadable(&e))?
+                .read_exact(&mut out)
+                .map_err(|e| unreadable(&e))?,
+        }
         Ok(out)
     }
 
@@ -43,7 +53,27 @@ impl Qcow2 {
                 buf.fill(0);
                 Ok(())
             }
-            Place::Data(host) => Ok(self.file.read_at(host + within, buf)?),
+            Place::Data(host) => Ok(self.data.read_at(host + within, buf)?),
+            Place::Mixed(host, bitmap) => {
+                let size = self.cluster() / SUBCLUSTERS;
+                let mut at = within;
+                let mut rest = buf;
+                while !rest.is_empty() {
+                    let n = at / size;
+                    let len = (((n + 1) * size - at) as usize).min(rest.len());
+                    let (now, later) = rest.split_at_mut(len);
+                    if bitmap >> n & 1 != 0 {
+                        self.data.read_at(host + at, now)?;
+                    } else if bitmap >> (32 + n) & 1 != 0 {
+                        now.fill(0);
+                    } else {
+                        self.read_backing(guest - within + at, now)?;
+                    }
+                    at += len as u64;
+                    rest = later;
+                }
+                Ok(())
+            }
             Place::Compressed(entry) => {
                 let data = self.read_compressed(entry)?;
                 let at = within as usize;
@@ -70,6 +100,20 @@ impl Qcow2 {
         let untouched = start >= state.untouched && self.file.grows_with_zeroes();
         state.untouched = state.untouched.max(end);
         Ok((start, got, untouched))
+    }
+
+    /// Where the data of the guest clusters from `guest` on goes.
+    fn allocate_data(
+        &self,
+        state: &mut State,
+        guest: u64,
+        want: u64,
+    ) -> Result<(u64, u64, bool), BlockError> {
+        if self.external {
+            // The same place as in the guest, and not counted.
+            return Ok((guest, want, false));
+        }
+        self.allocate(state, want)
     }
 
     /// Write a range.
@@ -101,7 +145,7 @@ impl Qcow2 {
             }
             let _active = self.begin(&mut state);
             drop(state);
-            self.file.write_at(host + within, &data[..len as usize])?;
+            self.data.write_at(host + within, &data[..len as usize])?;
             return Ok(len as usize);
         }
         // New host clusters (or the one kept for zeroes) get the whole contents.
@@ -125,7 +169,7 @@ impl Qcow2 {
                     end += size.min(limit - end);
                     want += 1;
                 }
-                self.allocate(&mut state, want)?
+                self.allocate_data(&mut state, guest - within, want)?
             }
         };
         let start = guest - within;
@@ -150,7 +194,7 @@ impl Qcow2 {
                     result = self.set_entry(&mut state, start + n * size, (host + n * size) | COPIED);
                 }
                 state.busy.remove(&((start >> bits) + n));
-                if result.is_err() && !kept {
+                if result.is_err() && !kept && !self.external {
                     // Nothing refers to it, and nothing will.
                     let _ = state.refs.release(self.file.as_ref(), (host >> bits) + n);
                 }
@@ -183,7 +227,7 @@ impl Qcow2 {
         };
         let (head, tail) = (within > 0, end < whole);
         if untouched && (!head || is_zero(old.0)) && (!tail || is_zero(old.1)) || !(head || tail) {
-            return Ok(self.file.write_at(host + within, data)?);
+            return Ok(self.data.write_at(host + within, data)?);
         }
         let mut all = vec![0u8; whole as usize];
         if head {
@@ -197,11 +241,16 @@ impl Qcow2 {
             }
         }
         all[within as usize..end as usize].copy_from_slice(data);
-        Ok(self.file.write_at(host, &all)?)
+        Ok(self.data.write_at(host, &all)?)
     }
 
     /// Make a whole guest cluster read as zero.
     pub(super) fn zero_cluster(&self, guest: u64) -> Result<(), BlockError> {
+        if self.header.autoclear & AUTOCLEAR_RAW_DATA != 0 {
+            // The data file is to be read without the tables too.
+            let valid = (self.header.size - guest).min(self.cluster());
+            return self.write_span(guest, &vec![0; valid as usize]);
+        }
         let mut state = self.when_settled(guest)?;
         match self.place(&mut state, guest)? {
             Place::Unallocated if self.backing.is_none() => Ok(()),

@@ -22,33 +22,33 @@ impl Qcow2 {
         let _one = self.flushing.lock().map_err(super::broken)?;
         let changes = {
             let mut state = self.lock()?;
-            match self.take_changes(&mut state) {
-                Ok(changes) => changes,
-                Err(e) => {
-                    state.poisoned = true;
-                    return Err(e);
-                }
-            }
+            self.take_changes(&mut state)?
         };
         let result = self.write_changes(&changes);
         let mut state = self.state.lock().map_err(super::broken)?;
         for (index, _, _) in &changes.l2 {
             if let Some(table) = state.l2.get_mut(index) {
                 table.writing = false;
+                table.dirty |= result.is_err();
             }
         }
-        let result = result.and_then(|()| {
-            if !changes.unreferenced.is_empty() {
-                let next = state.next_request;
-                state.limbo.push((next, changes.unreferenced));
-            }
-            self.release_unreferenced(&mut state)
-        });
-        if result.is_err() {
-            // What is on disk is consistent, but memory is ahead of it: nothing may build on it.
+        if let Err(e) = result {
+            // What is on disk is consistent, and memory ahead of it: all of it is written the next time.
+            state.refs.redo(&changes.refcounts);
+            state.l1_dirty |= changes.l1.is_some();
+            state.unreferenced.extend(changes.unreferenced);
+            return Err(e);
+        }
+        if !changes.unreferenced.is_empty() {
+            let next = state.next_request;
+            state.limbo.push((next, changes.unreferenced));
+        }
+        let released = self.release_unreferenced(&mut state);
+        if released.is_err() {
+            // The counts are not what the tables say.
             state.poisoned = true;
         }
-        result
+        released
     }
 
     fn take_changes(&self, state: &mut State) -> Result<Changes, BlockError> {
@@ -77,6 +77,9 @@ impl Qcow2 {
     fn write_changes(&self, changes: &Changes) -> Result<(), BlockError> {
         for (offset, block) in &changes.refcounts {
             self.file.write_at(*offset, block)?;
+        }
+        if self.external {
+            self.data.sync()?;
         }
         self.file.sync()?;
         for (_, offset, table) in &changes.l2 {

@@ -14,14 +14,19 @@ const INCOMPAT_DATA_FILE: u64 = 1 << 2;
 const INCOMPAT_COMPRESSION: u64 = 1 << 3;
 const INCOMPAT_EXTENDED_L2: u64 = 1 << 4;
 
-/// Names of incompatible feature bits that this engine does not serve.
-const UNSERVED: &[(u64, &str)] = &[
-    (INCOMPAT_DIRTY, "dirty (lazy refcounts): run 'qemu-img check -r all' first"),
-    (INCOMPAT_CORRUPT, "corrupt: run 'qemu-img check -r all' first"),
-    (INCOMPAT_DATA_FILE, "external data file"),
-    (INCOMPAT_COMPRESSION, "compression type"),
-    (INCOMPAT_EXTENDED_L2, "extended L2 entries"),
-];
+/// Bits that this engine serves, or (corrupt) serves for reading.
+const KNOWN: u64 =
+    INCOMPAT_DIRTY | INCOMPAT_CORRUPT | INCOMPAT_DATA_FILE | INCOMPAT_COMPRESSION | INCOMPAT_EXTENDED_L2;
+
+/// Autoclear bit: the external data file is a raw image of the same contents.
+pub const AUTOCLEAR_RAW_DATA: u64 = 1 << 1;
+
+/// How clusters are compressed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Compression {
+    Zlib,
+    Zstd,
+}
 
 /// What the header says.
 #[derive(Clone, Debug)]
@@ -37,6 +42,13 @@ pub struct Header {
     pub refcount_order: u32,
     pub snapshots: u32,
     pub autoclear: u64,
+    pub incompatible: u64,
+    pub snapshots_offset: u64,
+    pub compression: Compression,
+    /// Name of the external data file.
+    pub data_file: Option<String>,
+    /// (bit, name) of incompatible features, as the image names them.
+    feature_names: Vec<(u8, String)>,
     pub backing: Option<PathBuf>,
     /// The name of the backing file as it is written.
     pub backing_text: Option<String>,
@@ -89,18 +101,15 @@ impl Header {
             refcount_order,
             snapshots: be32(&raw, 60),
             autoclear,
+            incompatible: incompat,
+            snapshots_offset: be64(&raw, 64),
+            compression: Compression::Zlib,
+            data_file: None,
+            feature_names: Vec::new(),
             backing: None,
             backing_text: None,
             backing_format: None,
         };
-        if incompat != 0 {
-            let known = UNSERVED.iter().find(|(bit, _)| incompat & bit != 0);
-            let name = known.map_or_else(
-                || format!("unknown incompatible feature bits {incompat:#x}"),
-                |(_, n)| format!("the image uses a feature that is not served: {n}"),
-            );
-            return Err(bad(name));
-        }
         if refcount_order > 6 {
             return Err(bad("Reference count entry width too large; may not exceed 64 bits".into()));
         }
@@ -121,7 +130,60 @@ impl Header {
         if u64::from(header.refcount_clusters) << cluster_bits > 8 << 20 || header.refcount_clusters == 0 {
             return Err(bad("Image does not contain a reference count table of a usable size".into()));
         }
-        header.with_extensions(file, length, &raw)
+        header.with_extensions(file, length, &raw)?.with_features(file, length)
+    }
+
+    /// Whether the reference counts may be too low (lazy refcounts, and a crash).
+    pub fn is_dirty(&self) -> bool {
+        self.incompatible & INCOMPAT_DIRTY != 0
+    }
+
+    /// Whether QEMU marked the image as damaged.
+    pub fn is_corrupt(&self) -> bool {
+        self.incompatible & INCOMPAT_CORRUPT != 0
+    }
+
+    /// Whether an L2 entry has 16 bytes and describes 32 subclusters.
+    pub fn has_subclusters(&self) -> bool {
+        self.incompatible & INCOMPAT_EXTENDED_L2 != 0
+    }
+
+    /// Whether guest data is in another file.
+    pub fn has_data_file(&self) -> bool {
+        self.incompatible & INCOMPAT_DATA_FILE != 0
+    }
+
+    fn with_features(mut self, file: &dyn Store, length: u64) -> Result<Self, BlockError> {
+        let bad = |reason: String| BlockError::Format { path: file.path().to_owned(), reason };
+        let unknown = self.incompatible & !KNOWN;
+        if unknown != 0 {
+            let name = |bit: u32| {
+                let found = self.feature_names.iter().find(|(b, _)| u32::from(*b) == bit);
+                found.map_or_else(|| format!("Unknown incompatible feature: bit {bit}"), |(_, n)| n.clone())
+            };
+            let names: Vec<String> = (0..64).filter(|b| unknown >> b & 1 != 0).map(name).collect();
+            return Err(bad(format!("Unsupported qcow2 feature(s): {}", names.join(", "))));
+        }
+        if self.has_subclusters() {
+            let covered = u128::from(self.l1_size) << (2 * self.cluster_bits - 4);
+            if self.cluster_bits < 14 || covered < u128::from(self.size) {
+                return Err(bad("the image's tables are too small for extended L2 entries".into()));
+            }
+        }
+        let mut kind = [0u8; 1];
+        if length > 104 {
+            file.read_at(104, &mut kind)?;
+        }
+        let named = self.incompatible & INCOMPAT_COMPRESSION != 0;
+        self.compression = match (kind[0], named) {
+            (0, false) => Compression::Zlib,
+            (1, true) => Compression::Zstd,
+            (kind, _) => return Err(bad(format!("qcow2: unknown compression type: {kind}"))),
+        };
+        if self.has_data_file() && self.data_file.is_none() {
+            return Err(bad("'data-file' is required for this image".into()));
+        }
+        Ok(self)
     }
 
     fn with_extensions(mut self, file: &dyn Store, length: u64, raw: &[u8]) -> Result<Self, BlockError> {
@@ -139,6 +201,13 @@ impl Header {
             };
             match kind {
                 0xE279_2ACA => self.backing_format = Some(String::from_utf8_lossy(body).into_owned()),
+                0x4441_5441 => self.data_file = Some(String::from_utf8_lossy(body).into_owned()),
+                0x6803_F857 => {
+                    for entry in body.chunks_exact(48).filter(|e| e[0] == 0) {
+                        let name = String::from_utf8_lossy(&entry[2..]);
+                        self.feature_names.push((entry[1], name.trim_end_matches('\0').to_owned()));
+                    }
+                }
                 0x0537_BE77 => {
                     return Err(bad("the image uses a feature that is not served: encryption".into()))
                 }

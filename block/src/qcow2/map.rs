@@ -1,14 +1,23 @@
 //! The tables: where guest clusters are, and changing it.
 
-use super::{Place, Qcow2, State, COMPRESSED, COPIED, L2, L2_CACHE, OFFSET, ZERO};
+use super::{Place, Qcow2, State, ALL_ALLOCATED, ALL_ZERO, COMPRESSED, COPIED, L2, L2_CACHE, OFFSET, ZERO};
 use crate::BlockError;
 
 impl Qcow2 {
-    /// (index in L1, index in L2) of a guest offset.
+    /// Words in an L2 entry.
+    fn stride(&self) -> usize {
+        if self.header.has_subclusters() {
+            2
+        } else {
+            1
+        }
+    }
+
+    /// (index in L1, index of the entry's first word in L2) of a guest offset.
     pub(super) fn indices(&self, guest: u64) -> (usize, usize) {
-        let l2_bits = self.header.cluster_bits - 3;
+        let l2_bits = self.header.cluster_bits - 2 - self.stride() as u32;
         let cluster = guest >> self.header.cluster_bits;
-        ((cluster >> l2_bits) as usize, (cluster & ((1 << l2_bits) - 1)) as usize)
+        ((cluster >> l2_bits) as usize, (cluster & ((1 << l2_bits) - 1)) as usize * self.stride())
     }
 
     /// Load the L2 table for L1 entry `index`; false if there is none.
@@ -75,8 +84,30 @@ impl Qcow2 {
             return Ok(Place::Compressed(entry));
         }
         let offset = entry & OFFSET;
-        if offset != 0 {
+        if self.external {
+            if !offset.is_multiple_of(self.cluster()) || offset > self.header.size {
+                return Err(BlockError::Corrupt(format!("a cluster of the data file lies at {offset:#x}")));
+            }
+            if offset == 0 && entry & COPIED != 0 && entry & ZERO == 0 && !self.header.has_subclusters() {
+                return Ok(Place::Data(0));
+            }
+        } else if offset != 0 {
             self.check_host(offset, "a data cluster")?;
+        }
+        if self.header.has_subclusters() {
+            let bitmap = state.l2[&l1].entries[l2 + 1];
+            let (allocated, zero) = (bitmap & ALL_ALLOCATED, bitmap >> 32);
+            if allocated & zero != 0 || (allocated != 0 && offset == 0 && !self.external) {
+                return Err(BlockError::Corrupt(format!(
+                    "the subclusters at {guest:#x} are both zero and not"
+                )));
+            }
+            return Ok(match bitmap {
+                0 => Place::Unallocated,
+                ALL_ZERO => Place::Zero(None),
+                ALL_ALLOCATED => Place::Data(offset),
+                _ => Place::Mixed(offset, bitmap),
+            });
         }
         if entry & ZERO != 0 && self.header.version >= 3 {
             return Ok(Place::Zero((offset != 0 && entry & COPIED != 0).then_some(offset)));
@@ -100,10 +131,7 @@ impl Qcow2 {
 
     /// (offset, length) in the file of a compressed cluster's data.
     pub(super) fn compressed_extent(&self, entry: u64) -> (u64, u64) {
-        let shift = 62 - (self.header.cluster_bits - 8);
-        let offset = entry & ((1 << shift) - 1);
-        let sectors = ((entry & !(COPIED | COMPRESSED)) >> shift) + 1;
-        (offset, sectors * 512 - (offset & 511))
+        compressed_extent(self.header.cluster_bits, entry)
     }
 
     /// The L2 table of a guest offset, made writable: allocated, or copied if a snapshot shares it.
@@ -134,14 +162,31 @@ impl Qcow2 {
         self.writable_l2(state, l1)?;
         let bits = self.header.cluster_bits;
         let Some(table) = state.l2.get_mut(&l1) else { return Ok(()) };
-        let old = std::mem::replace(&mut table.entries[l2], new);
+        let (word, bitmap) = match new {
+            _ if !self.header.has_subclusters() => (new, None),
+            ZERO => (0, Some(ALL_ZERO)),
+            0 => (0, Some(0)),
+            _ => (new, Some(ALL_ALLOCATED)),
+        };
+        let old = std::mem::replace(&mut table.entries[l2], word);
+        if let Some(bitmap) = bitmap {
+            table.entries[l2 + 1] = bitmap;
+        }
         table.dirty = true;
         if old & COMPRESSED != 0 {
             let (offset, len) = self.compressed_extent(old);
             state.unreferenced.extend(offset >> bits..=(offset + len - 1) >> bits);
-        } else if old & OFFSET != 0 && old & OFFSET != new & OFFSET {
+        } else if old & OFFSET != 0 && old & OFFSET != new & OFFSET && !self.external {
             state.unreferenced.push((old & OFFSET) >> bits);
         }
         Ok(())
     }
+}
+
+/// (offset, length) in the file of a compressed cluster's data.
+pub(super) fn compressed_extent(cluster_bits: u32, entry: u64) -> (u64, u64) {
+    let shift = 62 - (cluster_bits - 8);
+    let offset = entry & ((1 << shift) - 1);
+    let sectors = ((entry & !(COPIED | COMPRESSED)) >> shift) + 1;
+    (offset, sectors * 512 - (offset & 511))
 }

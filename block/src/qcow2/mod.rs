@@ -26,6 +26,7 @@ mod flush;
 mod header;
 mod map;
 mod refcount;
+mod repair;
 
 pub use create::create_overlay;
 pub use header::{Header, MAGIC};
@@ -40,6 +41,10 @@ use refcount::Refcounts;
 const COPIED: u64 = 1 << 63;
 const COMPRESSED: u64 = 1 << 62;
 const ZERO: u64 = 1;
+/// Extended L2 entries: each of 32 subclusters is in the host cluster (low half), or zero (high half).
+const SUBCLUSTERS: u64 = 32;
+const ALL_ALLOCATED: u64 = 0xFFFF_FFFF;
+const ALL_ZERO: u64 = 0xFFFF_FFFF << 32;
 const OFFSET: u64 = 0x00FF_FFFF_FFFF_FE00;
 /// L2 tables kept in memory, in bytes.
 const L2_CACHE: usize = 32 << 20;
@@ -74,6 +79,9 @@ struct State {
 /// A qcow2 image.
 pub struct Qcow2 {
     file: Arc<dyn Store>,
+    /// Where guest data lies: the same, or an external data file.
+    data: Arc<dyn Store>,
+    external: bool,
     header: Header,
     backing: Option<Arc<dyn Image>>,
     read_only: bool,
@@ -97,6 +105,8 @@ enum Place {
     Data(u64),
     /// Compressed: the L2 entry.
     Compressed(u64),
+    /// Subclusters of a host cluster: the host offset and the bitmap (extended L2).
+    Mixed(u64, u64),
 }
 
 /// A request under way: clusters that it may look at are not reused before it ends.
@@ -144,7 +154,11 @@ impl Qcow2 {
         depth: u32,
         given: Option<Arc<dyn Image>>,
     ) -> Result<Self, BlockError> {
-        let header = Header::read(file.as_ref())?;
+        let mut header = Header::read(file.as_ref())?;
+        let bad = |reason: &str| BlockError::Format { path: file.path().to_owned(), reason: reason.into() };
+        if header.is_corrupt() && !options.read_only {
+            return Err(bad("Image is corrupt; cannot be opened read/write"));
+        }
         let mut raw = vec![0u8; header.l1_size as usize * 8];
         file.read_at(header.l1_offset, &mut raw)?;
         let refs = Refcounts::read(
@@ -172,9 +186,36 @@ impl Qcow2 {
                 Some(Arc::from(crate::open_depth(path, &below, depth + 1)?))
             }
         };
-        if !options.read_only && header.autoclear != 0 {
-            // What these bits vouch for (bitmaps) is not kept up to date here.
-            file.write_at(88, &0u64.to_be_bytes())?;
+        let data = match &header.data_file {
+            Some(name) if header.has_data_file() => {
+                // The image's maker chose the name: it must not reach just any file of the host.
+                let dir = file.path().parent().unwrap_or(std::path::Path::new(""));
+                let named = std::path::Path::new(name);
+                let parent = named.parent().unwrap_or(std::path::Path::new(""));
+                let real = |p: &std::path::Path| {
+                    std::fs::canonicalize(if p.as_os_str().is_empty() { ".".as_ref() } else { p }).ok()
+                };
+                let inside =
+                    parent.as_os_str().is_empty() || real(parent).is_some_and(|p| Some(p) == real(dir));
+                let (Some(leaf), true) = (named.file_name(), inside) else {
+                    return Err(bad("an external data file that is not in the image's directory is refused"));
+                };
+                Some(crate::store::open(
+                    &dir.join(leaf),
+                    &OpenOptions { reserve: crate::Reserve::No, ..options.clone() },
+                )?)
+            }
+            _ => None,
+        };
+        let kept = if data.is_some() { header.autoclear & header::AUTOCLEAR_RAW_DATA } else { 0 };
+        if !options.read_only && header.autoclear != kept {
+            // What the other bits vouch for (bitmaps) is not kept up to date here.
+            file.write_at(88, &kept.to_be_bytes())?;
+        }
+        header.autoclear = kept;
+        let mut refs = refs;
+        if header.is_dirty() && !options.read_only {
+            repair::raise_counts(file.as_ref(), &header, &mut refs, data.is_some())?;
         }
         let state = State {
             l1: to_u64(&raw),
@@ -190,6 +231,8 @@ impl Qcow2 {
             poisoned: false,
         };
         Ok(Qcow2 {
+            data: data.clone().unwrap_or_else(|| Arc::clone(&file)),
+            external: data.is_some(),
             file,
             header,
             backing,
@@ -265,7 +308,7 @@ impl Qcow2 {
         let state = self.state.lock().map_err(broken)?;
         if state.poisoned {
             return Err(BlockError::Corrupt(
-                "metadata could not be written earlier; the image takes no more writes".into(),
+                "reference counts do not fit the tables; the image takes no more writes".into(),
             ));
         }
         Ok(state)
@@ -331,7 +374,7 @@ impl Image for Qcow2 {
         for (place, at, len) in runs {
             let (now, later) = rest.split_at_mut(len);
             match place {
-                Place::Data(host) => self.file.read_at(host, now)?,
+                Place::Data(host) => self.data.read_at(host, now)?,
                 other => self.read_place(other, at, now)?,
             }
             rest = later;

@@ -151,6 +151,26 @@ impl Refcounts {
         Ok((first, got))
     }
 
+    /// Make a count at least `least`; whether it was lower.
+    pub fn raise(&mut self, file: &dyn Store, cluster: u64, least: u64) -> Result<bool, BlockError> {
+        let low = self.get(file, cluster)? < least;
+        if low {
+            if self.order < 6 && least >> (1u32 << self.order) != 0 {
+                return Err(BlockError::Corrupt(format!("cluster {cluster} is used {least} times")));
+            }
+            self.set(file, cluster, least)?;
+        }
+        Ok(low)
+    }
+
+    /// The clusters of the table and of its blocks.
+    pub fn own_clusters(&self) -> Vec<u64> {
+        let table = self.table_offset >> self.cluster_bits;
+        let clusters = (self.table.len() as u64 * 8) >> self.cluster_bits;
+        let blocks = self.table.iter().filter(|e| **e != 0).map(|e| e >> self.cluster_bits);
+        (table..table + clusters).chain(blocks).collect()
+    }
+
     /// One reference less.
     pub fn release(&mut self, file: &dyn Store, cluster: u64) -> Result<u64, BlockError> {
         let count = self.get(file, cluster)?;
@@ -183,6 +203,25 @@ impl Refcounts {
     /// Write what changed, in this order: blocks, barrier, table, barrier, header. A crash in between leaves at
     /// most counts that are too high (leaks). Ends without a barrier for the last step written.
     pub fn write(&mut self, file: &dyn Store) -> Result<Option<(u64, u64)>, BlockError> {
+        let moved = self.moved;
+        let result = self.try_write(file);
+        if result.is_err() {
+            // All of it again the next time.
+            self.blocks.values_mut().for_each(|b| b.dirty = true);
+            self.table_dirty = true;
+            self.moved = moved;
+        }
+        result
+    }
+
+    /// Blocks of [`Self::take_dirty`] could not be written: they are changed still.
+    pub fn redo(&mut self, written: &[(u64, Vec<u8>)]) {
+        for (index, block) in &mut self.blocks {
+            block.dirty |= written.iter().any(|(offset, _)| *offset == self.table[*index]);
+        }
+    }
+
+    fn try_write(&mut self, file: &dyn Store) -> Result<Option<(u64, u64)>, BlockError> {
         for (index, block) in &mut self.blocks {
             if block.dirty {
                 file.write_at(self.table[*index], &block.data)?;

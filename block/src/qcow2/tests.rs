@@ -107,6 +107,11 @@ fn random_operations_on_every_shape_of_image() {
         "cluster_size=1024,refcount_bits=4",
         "cluster_size=1024,refcount_bits=64",
         "preallocation=metadata",
+        "lazy_refcounts=on",
+        "extended_l2=on",
+        "extended_l2=on,cluster_size=16K",
+        "data_file=plain.dat",
+        "data_file=raw.dat,data_file_raw=on",
     ]
     .iter()
     .enumerate()
@@ -119,13 +124,17 @@ fn random_operations_on_every_shape_of_image() {
             "-f",
             "qcow2",
             "-o",
-            options,
+            &options.replace("data_file=", &format!("data_file={}/", d.display())),
             path.to_str().unwrap(),
             &size.to_string()
         ]));
         let mut model = vec![0u8; size];
         exercise(&path, &mut model, i as u64 + 1, 250, i % 2 == 0);
         verify(&path, &model);
+        if options.contains("data_file_raw") {
+            let data = std::fs::read(d.join("raw.dat")).unwrap();
+            assert!(data[..size] == model, "the data file is a raw image of the same contents");
+        }
     }
     std::fs::remove_dir_all(d).unwrap();
 }
@@ -483,6 +492,227 @@ fn a_power_cut_at_any_moment_loses_nothing_flushed() {
                 assert!(ok, "round {round} step {step}: sector {sector} holds {:x?}", &is[..4]);
             }
         }
+    }
+    std::fs::remove_dir_all(d).unwrap();
+}
+
+/// A store on which every few calls fail, until it is mended.
+struct Failing {
+    below: Volatile,
+    rng: std::sync::Mutex<Rng>,
+    mended: std::sync::atomic::AtomicBool,
+}
+
+impl Failing {
+    fn maybe(&self) -> std::io::Result<()> {
+        let mended = self.mended.load(std::sync::atomic::Ordering::SeqCst);
+        if !mended && self.rng.lock().unwrap().below(6) == 0 {
+            return Err(std::io::Error::from_raw_os_error(libc::EIO));
+        }
+        Ok(())
+    }
+}
+
+impl crate::Store for Failing {
+    fn path(&self) -> &Path {
+        self.below.path()
+    }
+    fn length(&self) -> u64 {
+        self.below.length()
+    }
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> std::io::Result<()> {
+        self.below.read_at(offset, buf)
+    }
+    fn write_at(&self, offset: u64, data: &[u8]) -> std::io::Result<()> {
+        self.maybe()?;
+        self.below.write_at(offset, data)
+    }
+    fn grow(&self, length: u64) -> std::io::Result<()> {
+        self.below.grow(length)
+    }
+    fn grows_with_zeroes(&self) -> bool {
+        true
+    }
+    fn zero_range(&self, _: u64, _: u64, _: bool) -> bool {
+        false
+    }
+    fn punch(&self, offset: u64, len: u64) {
+        self.below.punch(offset, len);
+    }
+    fn sync(&self) -> std::io::Result<()> {
+        self.maybe()?;
+        self.below.sync()
+    }
+}
+
+/// Requests fail, at any step of theirs, and are tried again (`werror=stop` and `cont`): nothing is lost.
+#[test]
+fn what_failed_can_be_tried_again() {
+    let d = dir("failing");
+    let path = d.join("f.qcow2");
+    for (round, shape) in ["cluster_size=512", "cluster_size=4096,refcount_bits=64"].into_iter().enumerate() {
+        assert!(qemu_img(&["create", "-q", "-f", "qcow2", "-o", shape, path.to_str().unwrap(), "1M"]));
+        let below = Volatile {
+            path: path.clone(),
+            safe: std::sync::Mutex::new(std::fs::read(&path).unwrap()),
+            cached: Default::default(),
+        };
+        let rng = std::sync::Mutex::new(Rng(31 + round as u64));
+        let store = std::sync::Arc::new(Failing { below, rng, mended: Default::default() });
+        let options = OpenOptions { discard: true, locking: false, ..OpenOptions::default() };
+        let image = super::Qcow2::over(std::sync::Arc::clone(&store) as _, &options, 0).unwrap();
+        let mut model = vec![0u8; 1 << 20];
+        let mut rng = Rng(77);
+        let mut failed = 0;
+        {
+            let image: &dyn crate::Image = &image;
+            let mut again = |what: &dyn Fn() -> Result<(), crate::BlockError>| {
+                while what().is_err() {
+                    failed += 1;
+                    assert!(failed < 20_000);
+                }
+            };
+            for _ in 0..400 {
+                let at = rng.below(2000) as usize * 512;
+                let len = (512 * (1 + rng.below(20)) as usize).min(model.len() - at);
+                match rng.below(8) {
+                    0 | 1 => again(&|| image.flush()),
+                    2 => {
+                        again(&|| image.write_zeroes(at as u64, len as u64, true));
+                        model[at..at + len].fill(0);
+                    }
+                    _ => {
+                        let data = vec![rng.next() as u8; len];
+                        again(&|| image.write_at(at as u64, &data));
+                        model[at..at + len].copy_from_slice(&data);
+                    }
+                }
+            }
+        }
+        assert!(failed > 50, "{failed}");
+        store.mended.store(true, std::sync::atomic::Ordering::SeqCst);
+        drop(image);
+        std::fs::write(&path, store.below.now()).unwrap();
+        verify(&path, &model);
+    }
+    std::fs::remove_dir_all(d).unwrap();
+}
+
+/// QEMU writes with lazy reference counts and crashes; the counts are repaired before anything is written.
+#[test]
+fn a_dirty_image_is_repaired() {
+    let d = dir("dirty");
+    let path = d.join("d.qcow2");
+    let p = path.to_str().unwrap();
+    assert!(qemu_img(&["create", "-q", "-f", "qcow2", "-o", "lazy_refcounts=on,cluster_size=4096", p, "8M"]));
+    assert!(qemu_img(&["snapshot", "-c", "before", p]));
+    let commands = ["-c", "write -P 7 0 1M", "-c", "write -P 9 5M 64k", "-c", "flush", "-c", "abort"];
+    let _ = Command::new("qemu-io").args(["-f", "qcow2"]).args(commands).arg(p).output().unwrap();
+    let dirty = std::fs::read(&path).unwrap()[79] & 1;
+    assert_eq!(dirty, 1, "qemu-io left the image dirty");
+    let mut model = vec![0u8; 8 << 20];
+    model[..1 << 20].fill(7);
+    model[5 << 20..(5 << 20) + (64 << 10)].fill(9);
+    let mut got = vec![0; model.len()];
+    let shared = OpenOptions { read_only: true, ..OpenOptions::default() };
+    open(&path, &shared).unwrap().read_at(0, &mut got).unwrap();
+    assert!(got == model, "readable as it is");
+    exercise(&path, &mut model, 91, 60, true);
+    verify(&path, &model);
+    assert!(qemu_img(&["snapshot", "-a", "before", p]));
+    verify(&path, &vec![0; 8 << 20]);
+    std::fs::remove_dir_all(d).unwrap();
+}
+
+#[test]
+fn zstd_clusters_are_read_and_overwritten() {
+    let d = dir("zstd");
+    let mut model: Vec<u8> = (0..3 << 20).map(|i: usize| (i / 700) as u8 ^ (i % 7) as u8).collect();
+    let (raw, packed) = (d.join("x.raw"), d.join("x.qcow2"));
+    std::fs::write(&raw, &model).unwrap();
+    let (raw, p) = (raw.to_str().unwrap(), packed.to_str().unwrap());
+    assert!(qemu_img(&["convert", "-q", "-c", "-O", "qcow2", "-o", "compression_type=zstd", raw, p]));
+    let mut got = vec![0; model.len()];
+    open(&packed, &OpenOptions { read_only: true, ..OpenOptions::default() })
+        .unwrap()
+        .read_at(0, &mut got)
+        .unwrap();
+    assert!(got == model);
+    exercise(&packed, &mut model, 55, 150, true);
+    verify(&packed, &model);
+    std::fs::remove_dir_all(d).unwrap();
+}
+
+#[test]
+fn what_is_not_served_is_refused_by_name() {
+    let d = dir("refused");
+    let path = d.join("r.qcow2");
+    let p = path.to_str().unwrap().to_owned();
+    let fails = |options: &OpenOptions| open(&path, options).err().map(|e| e.to_string()).unwrap_or_default();
+    let patch = |at: usize, bytes: &[u8]| {
+        let mut raw = std::fs::read(&path).unwrap();
+        raw[at..at + bytes.len()].copy_from_slice(bytes);
+        std::fs::write(&path, raw).unwrap();
+    };
+    let write = OpenOptions::default();
+    let read = OpenOptions { read_only: true, ..OpenOptions::default() };
+    let create = || assert!(qemu_img(&["create", "-q", "-f", "qcow2", &p, "1M"]));
+    create();
+    patch(79, &[2]);
+    assert!(fails(&write).contains("Image is corrupt; cannot be opened read/write"), "{}", fails(&write));
+    open(&path, &read).unwrap();
+    create();
+    patch(72, &[0x40]);
+    assert!(fails(&read).contains("Unsupported qcow2 feature(s): Unknown incompatible feature: bit 62"));
+    create();
+    patch(79, &[8]);
+    patch(104, &[9]);
+    assert!(fails(&read).contains("unknown compression type: 9"), "{}", fails(&read));
+    let data = format!("data_file={}/sub/other.dat", d.display());
+    std::fs::create_dir_all(d.join("sub")).unwrap();
+    assert!(qemu_img(&["create", "-q", "-f", "qcow2", "-o", &data, &p, "1M"]));
+    assert!(fails(&read).contains("not in the image's directory"), "{}", fails(&read));
+    std::fs::remove_dir_all(d).unwrap();
+}
+
+/// QEMU writes single subclusters over a backing image; both read them, and ftvm writes among them.
+#[test]
+fn subclusters_are_those_of_qemu() {
+    let d = dir("sub");
+    let (base, path) = (d.join("base.raw"), d.join("top.qcow2"));
+    let mut model: Vec<u8> = (0..4usize << 20).map(|i| (i / 4096) as u8 | 1).collect();
+    std::fs::write(&base, &model).unwrap();
+    let p = path.to_str().unwrap();
+    let backing = ["-b", base.to_str().unwrap(), "-F", "raw", p, "4M"];
+    for cluster in ["64K", "2M"] {
+        let options = format!("extended_l2=on,cluster_size={cluster}");
+        assert!(qemu_img(&[&["create", "-q", "-f", "qcow2", "-o", &options][..], &backing[..]].concat()));
+        let mut rng = Rng(5);
+        let mut commands = Vec::new();
+        for _ in 0..60 {
+            let at = rng.below(1020) * 4096;
+            let len = 4096 * (1 + rng.below(3));
+            let zero = rng.below(3) == 0;
+            let byte = 1 + rng.below(254) as u8;
+            commands.push("-c".to_owned());
+            commands.push(if zero {
+                format!("write -z {at} {len}")
+            } else {
+                format!("write -P {byte} {at} {len}")
+            });
+            model[at as usize..(at + len) as usize].fill(if zero { 0 } else { byte });
+        }
+        let out = Command::new("qemu-io").args(["-f", "qcow2"]).args(&commands).arg(p).output().unwrap();
+        assert!(out.status.success());
+        let mut got = vec![0; model.len()];
+        open(&path, &OpenOptions { read_only: true, ..OpenOptions::default() })
+            .unwrap()
+            .read_at(0, &mut got)
+            .unwrap();
+        assert!(got == model, "{cluster}");
+        exercise(&path, &mut model, 13, 120, true);
+        verify(&path, &model);
+        model = std::fs::read(&base).unwrap();
     }
     std::fs::remove_dir_all(d).unwrap();
 }

@@ -5,17 +5,19 @@ use std::sync::mpsc::RecvTimeoutError;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use ftvm_devices::{MachineRequest, Output};
+use ftvm_devices::{DiskOp, Input, MachineRequest, Output};
 
+use super::disks::OwnWrites;
 use super::link::{Link, Pulse};
 use super::primary::PrimaryRole;
 use super::{Common, FtEvent, FtSide, Role};
+use crate::host::disk::DiskFailure;
 use crate::host::Outside;
 use crate::lockstep::backup::{Action, Backup, Phase};
 use crate::lockstep::log::Entry;
 use crate::lockstep::wire::{Epoch, Message};
 use crate::lockstep::Side;
-use crate::machine::Stamp;
+use crate::machine::{MachineInput, Stamp};
 use crate::runtime::control::{Failover, RunState};
 use crate::runtime::live::{follow_entry, is_held, Followed, Runtime};
 use crate::runtime::{Event, Events, Outcome};
@@ -59,6 +61,8 @@ pub struct Follow {
     reason: String,
     /// The IPv4 address that each network card was last seen to use.
     addresses: Vec<Option<[u8; 4]>>,
+    /// This side's writes to its own disks, where they are separate.
+    own: Option<OwnWrites>,
 }
 
 impl Follow {
@@ -69,6 +73,7 @@ impl Follow {
         pulse: Option<Pulse>,
         epoch: Epoch,
         host: HostSide,
+        separate: bool,
     ) -> Self {
         let cards = host.macs.len();
         Follow {
@@ -88,6 +93,7 @@ impl Follow {
             asked_at: None,
             reason: String::new(),
             addresses: vec![None; cards],
+            own: separate.then(OwnWrites::default),
         }
     }
 
@@ -110,8 +116,12 @@ impl Follow {
         }
     }
 
-    fn keep(&mut self, outputs: Vec<(Stamp, Output)>) {
+    fn keep(&mut self, outputs: Vec<(Stamp, Output)>, outside: &Outside) {
         for (_, output) in outputs {
+            if let (Some(own), Output::Disk { .. }) = (&mut self.own, &output) {
+                own.perform(output, outside);
+                continue;
+            }
             if let Output::NetTx { nic, frame } = &output {
                 if let (Some(slot), Some(ip)) = (self.addresses.get_mut(*nic as usize), sender_ip(frame)) {
                     *slot = Some(ip);
@@ -132,6 +142,40 @@ impl Follow {
             self.outputs.pop_front();
         }
     }
+}
+
+/// The request that an entry completes, and whether it failed.
+fn disk_done(entry: &Entry) -> Option<(u64, bool)> {
+    let Entry::Input { payload, .. } = entry else { return None };
+    match postcard::from_bytes(payload) {
+        Ok(MachineInput::Device(Input::DiskDone { id, result })) => Some((id, result.is_err())),
+        _ => None,
+    }
+}
+
+/// A request of a backup's own disk ended.
+pub fn own_write_ended(rt: &mut Runtime, id: u64, failure: Option<DiskFailure>) -> Option<Outcome> {
+    let (f, _) = role(rt)?;
+    let following = f.core.lock().is_ok_and(|c| matches!(c.phase(), Phase::Synchronizing | Phase::Following));
+    match failure {
+        Some(failure) if following => {
+            let what = format!("a disk of this host failed: {}", failure.reason);
+            f.resign(&what);
+            Some(Outcome::Failed(format!("this backup ends: {what}")))
+        }
+        failure => {
+            f.own.as_mut()?.ended(id, failure);
+            None
+        }
+    }
+}
+
+/// The requests in flight when the state was copied: this side does them too.
+pub fn begin_own_writes(rt: &mut Runtime) {
+    let pending = rt.machine.pending_disk();
+    let outside = Arc::clone(&rt.outside);
+    let Some((Follow { own: Some(own), .. }, _)) = role(rt) else { return };
+    pending.into_iter().for_each(|output| own.perform(output, &outside));
 }
 
 /// The sender's IPv4 address in a frame (ARP or IPv4).
@@ -226,11 +270,23 @@ pub fn follow(rt: &mut Runtime) -> Option<Outcome> {
         f.current = next;
     }
     let entry = f.current.take()?;
+    // A completion is applied when this side's own disk has done the same.
+    let done = f.own.is_some().then(|| disk_done(&entry)).flatten();
+    let target = entry.stamp().position;
+    if let (Some(own), Some((id, _))) = (&f.own, &done) {
+        if own.is_busy(*id) && target == rt.machine.stamp().position {
+            let (f, common) = role(rt)?;
+            f.current = Some(entry);
+            report(f, &common, None);
+            return wait(rt);
+        }
+    }
+    let outside = Arc::clone(&rt.outside);
     let mut outputs = Vec::new();
     let followed = follow_entry(&mut rt.machine, &entry, CHUNK, &mut outputs);
     let stamp = rt.machine.stamp();
     let (f, common) = role(rt)?;
-    f.keep(outputs);
+    f.keep(outputs, &outside);
     match followed {
         Followed::NotYet | Followed::Asked(_) => {
             if let Followed::Asked(request) = followed {
@@ -249,10 +305,22 @@ pub fn follow(rt: &mut Runtime) -> Option<Outcome> {
                 c.released()
             });
             f.forget_released(released);
+            if let (Some(own), Some((id, failed))) = (&mut f.own, done) {
+                own.forget(id);
+                if failed {
+                    // This side's disk has what the primary's refused.
+                    let what = "a disk of the primary failed";
+                    f.resign(what);
+                    return Some(Outcome::Again(format!("this backup is made anew: {what}")));
+                }
+            }
             match entry {
                 Entry::Input { .. } => f.asked = None,
                 Entry::Protected { .. } => {
                     f.counting = true;
+                    if let Some(Err(e)) = common.generations.as_ref().map(|g| g.adopt()) {
+                        log::error!("ft: cannot note that this host's disks are up to date: {e}");
+                    }
                     common.shared.update_ft(|ft| ft.state = "following");
                 }
                 Entry::Hash { stamp, .. } => {
@@ -333,6 +401,7 @@ fn go_live(rt: &mut Runtime) -> Option<Outcome> {
         log::error!("ft: cannot go live yet: {e}; trying again");
         std::thread::sleep(Duration::from_millis(200));
     }
+    let mut own = f.own.take();
     let unsent: Vec<Output> = f.outputs.drain(..).map(|(_, o)| o).collect();
     let (mut macs, addresses) = (f.host.macs.clone(), f.addresses.clone());
     for (index, nic) in common.shared.backends().hot_nics() {
@@ -348,11 +417,27 @@ fn go_live(rt: &mut Runtime) -> Option<Outcome> {
     f.link = None;
     // The loser's claim is gone already; this side's may go too: nobody can win this pairing any more.
     common.lock.retire(&f.epoch);
+    common.alone();
     announce(&outside, &macs, &addresses);
     let pending = rt.machine.pending_disk();
     log::info!("ft: live; {} disk requests reissued, {} outputs sent again", pending.len(), unsent.len());
     for output in pending.into_iter().chain(unsent) {
-        outside.perform(output);
+        match (&mut own, &output) {
+            // What this side has written already, or is writing, is not repeated.
+            (Some(own), Output::Disk { id, op, .. }) if !matches!(op, DiskOp::Read { .. }) => {
+                let id = *id;
+                match own.take_ended(id) {
+                    Some(Some(failure)) => drop(events.send(Event::DiskFailed(failure))),
+                    Some(None) => {
+                        let done = Input::DiskDone { id, result: Ok(Vec::new()) };
+                        drop(events.send(Event::Input(MachineInput::Device(done))));
+                    }
+                    None if own.is_busy(id) => {}
+                    None => outside.perform(output),
+                }
+            }
+            _ => outside.perform(output),
+        }
     }
     let primary = match PrimaryRole::start(&common, number, true) {
         Ok(p) => p,

@@ -4,13 +4,14 @@ use std::net::{TcpStream, ToSocketAddrs, UdpSocket};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use super::disks;
 use super::follow::{reader, Follow, HostSide};
 use super::link::{Link, Pulse};
 use super::{Common, FtEvent, FtSide, Role};
 use crate::lockstep::backup::Backup;
 use crate::lockstep::primary::Timing;
 use crate::lockstep::wire::{self, Epoch, Message, WireError, PROTOCOL};
-use crate::lockstep::{Arbiter, Side};
+use crate::lockstep::Side;
 use crate::machine::{Machine, MachineState, Stamp};
 use crate::runtime::Event;
 
@@ -41,6 +42,8 @@ pub struct Joined {
     /// The primary's blueprint.
     pub config: Vec<u8>,
     pub timing: (Duration, Duration),
+    /// Each side has disks of its own.
+    pub separate: bool,
 }
 
 /// Connect to a primary and take its configuration.
@@ -62,12 +65,13 @@ pub fn join(peer: &str, listen: &str) -> Result<Joined, JoinError> {
     let frame = wire::encode(&hello).map_err(wire)?;
     std::io::Write::write_all(&mut stream, &frame).map_err(|e| wire(e.into()))?;
     match wire::read(&mut stream).map_err(wire)?.0 {
-        Message::Config { epoch, config, heartbeat_ms, timeout_ms } => Ok(Joined {
+        Message::Config { epoch, config, heartbeat_ms, timeout_ms, separate_disks } => Ok(Joined {
             stream,
             peer: peer.to_owned(),
             epoch,
             config,
             timing: (Duration::from_millis(heartbeat_ms), Duration::from_millis(timeout_ms)),
+            separate: separate_disks,
         }),
         Message::Refuse { reason } => Err(JoinError::Refused(peer.to_owned(), reason)),
         _ => Err(wire(WireError::Format("an unexpected message instead of the configuration".into()))),
@@ -84,7 +88,8 @@ impl Joined {
     }
 
     /// Make the claim, take memory and state into `machine`.
-    pub fn receive(mut self, lock: &dyn Arbiter, machine: &mut Machine) -> Result<Received, JoinError> {
+    pub fn receive(mut self, common: &Common, machine: &mut Machine) -> Result<Received, JoinError> {
+        let lock = common.lock.as_ref();
         let shown = lock.describe();
         let claimed = lock.sees_peer(&self.epoch, Side::Backup).and_then(|seen| {
             if seen {
@@ -108,6 +113,17 @@ impl Joined {
         }
         let peer = self.peer.clone();
         let wire = |e| JoinError::Wire(peer.clone(), e);
+        if let Some(Err(e)) = common.generations.as_ref().map(disks::Generations::invalidate) {
+            return Err(self.refuse(format!("the backup cannot mark its disks: {e}")));
+        }
+        for message in disks::digests(&common.disks) {
+            let message = match message {
+                Ok(m) => m,
+                Err(e) => return Err(self.refuse(format!("the backup cannot read its disk: {e}"))),
+            };
+            let frame = wire::encode(&message).map_err(wire)?;
+            std::io::Write::write_all(&mut self.stream, &frame).map_err(|e| wire(e.into()))?;
+        }
         let frame = wire::encode(&Message::Ready).map_err(wire)?;
         std::io::Write::write_all(&mut self.stream, &frame).map_err(|e| wire(e.into()))?;
         let mut input = std::io::BufReader::with_capacity(1 << 20, &self.stream);
@@ -127,6 +143,16 @@ impl Joined {
                         let data = if data.is_empty() { &zero[..] } else { &data };
                         machine.memory().write(gpa, data).map_err(|e| JoinError::State(e.to_string()))?;
                         pages_received += 1;
+                    }
+                }
+                Message::DiskChunks { drive, chunks } => {
+                    let Some(Some(disk)) = common.disks.get(drive as usize) else {
+                        return Err(JoinError::State(format!(
+                            "the primary has a disk {drive} that is not here"
+                        )));
+                    };
+                    for (chunk, data) in chunks {
+                        disk.write_chunk(chunk, &data).map_err(|e| JoinError::State(e.to_string()))?;
                     }
                 }
                 Message::State { stamp, state } => {
@@ -219,7 +245,7 @@ impl Received {
             ft.epoch = number;
             ft.peer = Some(peer);
         });
-        let follow = Follow::new(core, link, pulse, epoch, host);
+        let follow = Follow::new(core, link, pulse, epoch, host, common.config.separate);
         Ok(FtSide { common, role: Role::Backup(Box::new(follow)) })
     }
 }

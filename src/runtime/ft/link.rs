@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use crate::lockstep::heartbeat::{Heartbeat, Listener};
 use crate::lockstep::wire::{self, Message, WireError};
 use crate::lockstep::Side;
+use crate::runtime::ft::FtEvent;
 
 /// A connection to the peer.
 pub struct Link {
@@ -27,6 +28,7 @@ fn weight(message: &Message) -> usize {
     64 + match message {
         Message::Pages { pages } => pages.iter().map(|(_, p)| p.len() + 16).sum(),
         Message::State { state, .. } => state.len(),
+        Message::DiskChunks { chunks, .. } => chunks.iter().map(|(_, c)| c.len() + 16).sum(),
         Message::Log { entries, .. } => entries.len(),
         Message::Config { config, .. } => config.len(),
         _ => 0,
@@ -76,6 +78,11 @@ impl Link {
         }
     }
 
+    /// The count of bytes waiting to be sent, for other threads.
+    pub fn queue(&self) -> Arc<AtomicUsize> {
+        Arc::clone(&self.queued)
+    }
+
     /// Bytes waiting to be sent.
     pub fn queued(&self) -> usize {
         self.queued.load(Ordering::Relaxed)
@@ -114,6 +121,12 @@ impl Link {
             }
         })?;
         Ok(())
+    }
+
+    /// Say that this connection is of no use any more.
+    pub fn fail(&self, events: &crate::runtime::Events, reason: String) {
+        let event = FtEvent::Disconnected(self.id, reason);
+        let _ = events.send(crate::runtime::Event::Ft(event));
     }
 
     /// Close the connection.

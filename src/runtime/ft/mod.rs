@@ -1,12 +1,13 @@
 //! The pair in the running program: drives the state machines of [`crate::lockstep`] with real
 //! sockets, clocks and storage.
 
+pub mod disks;
 mod follow;
 mod join;
 mod link;
 mod primary;
 
-pub use follow::{follow, Follow, HostSide};
+pub use follow::{begin_own_writes, follow, own_write_ended, Follow, HostSide};
 pub use join::{join, JoinError, Joined};
 pub use link::{Link, Pulse};
 
@@ -50,12 +51,22 @@ pub struct Common {
     /// What a backup is told of the machine (a serialized blueprint).
     pub blueprint: Arc<Vec<u8>>,
     pub start: Instant,
+    /// This side's own images, where disks are separate.
+    pub disks: disks::Disks,
+    pub generations: Option<disks::Generations>,
 }
 
 impl Common {
     /// Time for the state machines.
     pub fn now(&self) -> Duration {
         self.start.elapsed()
+    }
+
+    /// This side goes on alone: with separate disks only its own are up to date from here on.
+    pub fn alone(&self) {
+        if let Some(Err(e)) = self.generations.as_ref().map(disks::Generations::advance) {
+            log::error!("ft: cannot note that only this host's disks are up to date: {e}");
+        }
     }
 
     /// The failure detector's times.
@@ -155,7 +166,9 @@ impl FtSide {
         let now = self.common.now();
         let Role::Primary(p) = &self.role else { return };
         if let Ok(mut core) = p.core.lock() {
-            if !is_held(&output) {
+            // Where disks are separate each side writes its own, and nobody else sees that.
+            let own = self.common.config.separate && matches!(output, Output::Disk { .. });
+            if own || !is_held(&output) {
                 outside.perform(output);
                 return;
             }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use ftvm_accel::mem::DIRTY_MIGRATION;
 use ftvm_devices::Output;
 
+use super::disks::{self, Copier};
 use super::link::{Link, Pulse};
 use super::{Common, FtEvent, Role};
 use crate::lockstep::primary::{Action, Phase, Primary};
@@ -40,6 +41,7 @@ struct Copy {
     round: u32,
     started: Instant,
     pages: u64,
+    disks: Option<Copier>,
 }
 
 /// The primary's part of [`super::FtSide`].
@@ -276,13 +278,23 @@ fn prepare(
             config: common.blueprint.to_vec(),
             heartbeat_ms: common.config.heartbeat.as_millis() as u64,
             timeout_ms: common.config.timeout.as_millis() as u64,
+            separate_disks: common.config.separate,
         };
         std::io::Write::write_all(&mut stream, &wire::encode(&config)?)?;
         stream.set_read_timeout(Some(Duration::from_secs(60)))?;
-        match wire::read(&mut stream)?.0 {
-            Message::Ready => Ok(()),
-            Message::Refuse { reason } => Err(WireError::Format(reason)),
-            _ => Err(WireError::Format("an unexpected message instead of readiness".into())),
+        // Written from here on, or different from the backup's: to be copied.
+        common.disks.iter().flatten().for_each(|d| d.clear());
+        loop {
+            return match wire::read(&mut stream)?.0 {
+                Message::DiskDigests { drive, first, digests } => {
+                    disks::compare(&common.disks, drive, first, &digests)
+                        .map_err(|e| WireError::Format(format!("a disk of the primary: {e}")))?;
+                    continue;
+                }
+                Message::Ready => Ok(()),
+                Message::Refuse { reason } => Err(WireError::Format(reason)),
+                _ => Err(WireError::Format("an unexpected message instead of readiness".into())),
+            };
         }
     })();
     if let Err(e) = answer {
@@ -320,7 +332,18 @@ pub fn on_event(rt: &mut Runtime, event: FtEvent) -> Option<Outcome> {
             if let Ok(mut core) = p.core.lock() {
                 core.copying(now);
             }
-            p.copy = Some(Copy { epoch, cursor: 0, round: 0, started: Instant::now(), pages: 0 });
+            let mut disks = None;
+            if let Some(link) = p.link.as_ref().filter(|_| common.config.separate) {
+                let (events, id) = (common.events.clone(), link.id);
+                let fail = move |reason| {
+                    let _ = events.send(Event::Ft(FtEvent::Disconnected(id, format!("a disk: {reason}"))));
+                };
+                match Copier::start(common.disks.clone(), link.queue(), link.sender(), fail) {
+                    Ok(copier) => disks = Some(copier),
+                    Err(e) => link.fail(&common.events, e.to_string()),
+                }
+            }
+            p.copy = Some(Copy { epoch, cursor: 0, round: 0, started: Instant::now(), pages: 0, disks });
             common.shared.update_ft(|ft| {
                 ft.state = "synchronizing";
                 ft.epoch = number;
@@ -437,6 +460,9 @@ fn act(rt: &mut Runtime, action: Action<Output>) -> Option<Outcome> {
         }
         Action::NowUnprotected { reason } => {
             log::warn!("ft: unprotected: {reason}");
+            if p.copy.is_none() {
+                common.alone();
+            }
             drop_pair(p, &common);
             None
         }
@@ -513,7 +539,12 @@ fn copy_step(rt: &mut Runtime) -> Option<Outcome> {
     let mut cursor;
     {
         let (p, _) = role(rt)?;
-        cursor = p.copy.as_ref()?.cursor;
+        let copy = p.copy.as_ref()?;
+        // Disks first: memory changes faster.
+        if copy.disks.as_ref().is_some_and(|d| !d.is_near()) {
+            return None;
+        }
+        cursor = copy.cursor;
     }
     let mut finished_round = false;
     for _ in 0..MESSAGES {
@@ -564,6 +595,22 @@ fn finish_copy(rt: &mut Runtime) -> Option<()> {
             break;
         }
         send_pages(rt, &rest)?;
+    }
+    // What is written from here on is in the log, and what is in flight in the state.
+    if let Some(copier) = role(rt)?.0.copy.as_mut()?.disks.take() {
+        drop(copier);
+        let (p, common) = role(rt)?;
+        let link = p.link.as_ref()?;
+        loop {
+            match disks::next_chunks(&common.disks) {
+                Ok(Some(message)) => link.send(message),
+                Ok(None) => break,
+                Err(e) => {
+                    link.fail(&common.events, format!("a disk: {e}"));
+                    break;
+                }
+            }
+        }
     }
     let stamp = rt.machine.stamp();
     let state = rt.machine.save().to_bytes();

@@ -26,6 +26,8 @@ pub struct Pair {
     pub live: usize,
     /// Added to `-ft` of both sides.
     pub ft_options: String,
+    /// Host 1 has an image of its own (`disks=separate`).
+    pub second_image: Option<String>,
     started: u32,
 }
 
@@ -75,7 +77,7 @@ impl Pair {
         let mut net = Network::new(2)?;
         let mut server = None;
         if storage != Kind::Path {
-            let started = Server::start(storage, &mut net, &scratch, &[&image], 256 << 20)?;
+            let started = Server::start(storage, &mut net, &scratch, &[&image], 2 << 30)?;
             image = started.url("vm.qcow2");
             server = Some(started);
         }
@@ -97,6 +99,7 @@ impl Pair {
             hosts: [None, None],
             live: 0,
             ft_options: ft_options.to_owned(),
+            second_image: None,
             started: 0,
         };
         args.extend(["-ft".to_owned(), format!("primary{ft_options}")]);
@@ -105,6 +108,37 @@ impl Pair {
         vm.wait_console(mark, Duration::from_secs(900))?;
         pair.hosts[0] = Some(vm);
         Ok(pair)
+    }
+
+    /// As `start`, where each host has a disk of its own; host 1's is empty so far.
+    pub fn start_separate(name: &str, guest: Guest) -> Result<Pair> {
+        let lock = std::env::temp_dir().join(format!("ftvm-lock-{name}-{}", std::process::id()));
+        let _ = std::fs::remove_dir_all(&lock);
+        std::fs::create_dir_all(&lock).map_err(|e| e.to_string())?;
+        let options = format!(",disks=separate,lock={}", lock.join("lock").display());
+        let mut pair = Self::start(name, guest, &options)?;
+        let second = pair.scratch.path("second.qcow2");
+        let size = guests::run("qemu-img", &["info", "-U", "--output=json", &pair.image])?;
+        let size: serde_json::Value = serde_json::from_str(&size).map_err(|e| e.to_string())?;
+        guests::run(
+            "qemu-img",
+            &["create", "-q", "-f", "qcow2", &second, &size["virtual-size"].to_string()],
+        )?;
+        pair.second_image = Some(second);
+        Ok(pair)
+    }
+
+    /// The image as host `host` names it.
+    pub fn image_of(&self, host: usize) -> &str {
+        self.second_image.as_deref().filter(|_| host == 1).unwrap_or(&self.image)
+    }
+
+    /// Both hosts' own images are clean and hold the same.
+    pub fn compare_images(&self) -> Result<()> {
+        let (a, b) = (self.image_of(0), self.image_of(1));
+        guests::run("qemu-img", &["check", a])?;
+        guests::run("qemu-img", &["check", b])?;
+        guests::run("qemu-img", &["compare", a, b]).map(|_| ())
     }
 
     fn spawn(&mut self, host: usize, args: &[&str]) -> Result<Vm> {
@@ -134,7 +168,12 @@ impl Pair {
         let start = Instant::now();
         let other = self.other();
         let ft = format!("backup,peer={}{}", Network::address(self.live), self.ft_options);
-        let vm = self.spawn(other, &["-ft", &ft])?;
+        let drive = format!("file={},if=virtio", self.image_of(other));
+        let mut args = vec!["-ft", &ft];
+        if self.second_image.is_some() {
+            args.extend(["-drive", &drive]);
+        }
+        let vm = self.spawn(other, &args)?;
         self.hosts[other] = Some(vm);
         let result = self.qmp()?.wait_ft("protected", Duration::from_secs(120));
         result.map_err(|e| format!("{e}\n{}", self.logs()))?;
@@ -200,6 +239,25 @@ impl Pair {
             .map_err(|e| format!("the stalled primary: {e}\n{}", vm.log()))?;
         if status == 0 || !vm.log().contains("has lost its machine") {
             return Err(format!("the stalled primary ended with {status}:\n{}", vm.log()));
+        }
+        Ok(ft)
+    }
+
+    /// Unplug the primary's host from everything, for `time` after the backup went live: it must find that it lost
+    /// when it is plugged in again, and end.
+    pub fn unplug_primary(&mut self, time: Duration) -> Result<serde_json::Value> {
+        let old = self.live;
+        let mut vm = self.hosts[old].take().ok_or("the live side is gone")?;
+        self.net.set_link(old, false)?;
+        let ft = self.expect_takeover();
+        std::thread::sleep(time);
+        self.net.set_link(old, true)?;
+        let ft = ft?;
+        let status = vm
+            .wait_exit(Duration::from_secs(40))
+            .map_err(|e| format!("the unplugged primary: {e}\n{}", vm.log()))?;
+        if status == 0 || !vm.log().contains("has lost its machine") {
+            return Err(format!("the unplugged primary ended with {status}:\n{}", vm.log()));
         }
         Ok(ft)
     }

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use ftvm_harness::hosts::become_root;
 use ftvm_harness::pair::{Clients, Guest, Pair};
+use ftvm_harness::storage::{Kind, Server};
 use ftvm_harness::Result;
 
 struct Rng(u64);
@@ -23,12 +24,24 @@ fn number(name: &str, default: u64) -> u64 {
     std::env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(default)
 }
 
+/// `--storage path|nfs|iscsi`: where the image lies.
+fn storage() -> Result<Kind> {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let kind = match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        [] => Kind::Path,
+        ["--storage", kind] => Kind::parse(kind)?,
+        _ => return Err("usage: soak [--storage path|nfs|iscsi]".into()),
+    };
+    Server::unavailable(kind).map_or(Ok(kind), Err)
+}
+
 fn soak() -> Result<()> {
+    let kind = storage()?;
     let rounds = number("FTVM_SOAK_ROUNDS", 50);
     let mut rng = Rng(number("FTVM_SOAK_SEED", 1));
     let limit = Duration::from_secs(60);
     println!("booting Debian ...");
-    let mut pair = Pair::start("soak", Guest::Debian, "")?;
+    let mut pair = Pair::start_on("soak", Guest::Debian, "", kind, "")?;
     let clients = Clients::start(&pair, 80, "ftvm guest", "soak").with_ssh(&pair);
     clients.wait_progress(10, limit)?;
     let start = Instant::now();
@@ -94,7 +107,7 @@ fn soak() -> Result<()> {
         takeovers.get(takeovers.len() / 2).copied().unwrap_or(0.0),
         takeovers.last().copied().unwrap_or(0.0)
     );
-    std::thread::sleep(Duration::from_secs(2));
+    pair.settle()?;
     pair.finish(true)?;
     println!("image clean; 1 passed, 0 failed");
     Ok(())

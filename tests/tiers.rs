@@ -1,0 +1,100 @@
+//! A recorded machine goes the same way whichever tier of the processor executes it: interpreted, compiled at once, or
+//! the one or the other by chance. The recording's hashes of the whole state say so.
+
+mod common;
+
+use common::*;
+use ftvm::assembly::Blueprint;
+use ftvm::cli::{self, Request};
+use ftvm::lockstep::log::Entry;
+use ftvm::runtime::live::{follow_entry, Followed};
+use ftvm::runtime::record::Player;
+use ftvm_accel::tcg::Tier;
+use ftvm_harness::guests::{debian, run};
+use ftvm_harness::{Result, Scratch};
+
+/// Follow a recording to its end on one tier, in pieces of `chunk` instructions; how many hashes agreed.
+fn follow(args: &[String], tier: Tier, chunk: u64) -> Result<u64> {
+    let Request::Run(config) = cli::parse(args).map_err(|e| e.to_string())? else {
+        return Err("help".into());
+    };
+    let path = config.machine.icount.replay.clone().ok_or("no recording")?;
+    let (mut player, header) = Player::open(&path).map_err(|e| e.to_string())?;
+    let mut blueprint = Blueprint::new(&config.machine, &config.host.firmware_dirs, &header.drive_sizes)
+        .map_err(|e| e.to_string())?;
+    blueprint.pc.random_seed = header.seed;
+    blueprint.pc.rtc_base_unix = header.rtc_base;
+    blueprint.ns_per_instruction = header.ns_per_instruction;
+    let mut machine = blueprint.build_with(|cpu| cpu.set_tier(tier)).map_err(|e| e.to_string())?;
+    let mut hashes = 0;
+    while let Some(entry) = player.peek().map_err(|e| e.to_string())?.cloned() {
+        loop {
+            match follow_entry(&mut machine, &entry, chunk, &mut Vec::new()) {
+                Followed::Done => break,
+                Followed::NotYet | Followed::Asked(_) => {}
+                Followed::Differs(parts) => {
+                    let at = machine.stamp();
+                    return Err(format!("{tier:?}: the state differs at {at:?} in {}", parts.join(", ")));
+                }
+                Followed::End(outcome) => return Err(format!("{tier:?}: {outcome:?}")),
+            }
+        }
+        player.done();
+        hashes += u64::from(matches!(entry, Entry::Hash { .. }));
+        if matches!(entry, Entry::End { .. }) {
+            return Ok(hashes);
+        }
+    }
+    Err("the recording breaks off".into())
+}
+
+/// Record `args` until the guest powers off, and follow the recording on `tiers`.
+fn story(scratch: &Scratch, args: &[&str], tiers: &[(Tier, u64)]) -> Result<()> {
+    let file = scratch.path("run.rr");
+    let rr = |how: &str| format!("shift=auto,rr={how},rrfile={file}");
+    let mut vm = start(scratch, "recorded", &[args, &["-icount", &rr("record")]].concat())?;
+    ends_well(&mut vm)?;
+    let mut replay: Vec<String> = args.iter().map(|a| (*a).to_owned()).collect();
+    // As the recorded one was started.
+    replay.extend(["-display", "none", "-serial", "null", "-icount", &rr("replay")].map(str::to_owned));
+    for (tier, chunk) in tiers {
+        let hashes = follow(&replay, *tier, *chunk)?;
+        assert!(hashes > 2, "only {hashes} hashes");
+        println!("{tier:?} in pieces of {chunk}: {hashes} hashes equal");
+    }
+    Ok(())
+}
+
+#[test]
+fn benchmarks_and_processes_of_every_kind() -> Result<()> {
+    let scratch = Scratch::new("tiers")?;
+    let args = tiny_args("quiet bench halt")?;
+    let args: Vec<&str> = args.iter().map(String::as_str).chain(["-no-reboot", "-nic", "none"]).collect();
+    story(&scratch, &args, &[(Tier::AtOnce, 1 << 22), (Tier::Random(1), 30_000)])
+}
+
+/// With `max` the C library takes its AVX2 routines.
+#[test]
+fn a_boot_of_debian() -> Result<()> {
+    if !long("a boot of Debian on tiers chosen by chance") {
+        return Ok(());
+    }
+    let scratch = Scratch::new("tiers-debian")?;
+    let image = scratch.path("vm.qcow2");
+    run("qemu-img", &["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", &debian()?, &image])?;
+    let drive = format!("file={image},if=virtio");
+    let args = ["-m", "512M", "-cpu", "max", "-smp", "2", "-drive", &drive, "-nic", "none", "-no-reboot"];
+    // Powered off by its init when it is up: the guest's own last service does not, so the monitor presses the button.
+    let file = scratch.path("run.rr");
+    let rr = |how: &str| format!("shift=auto,rr={how},rrfile={file}");
+    let mut vm = start(&scratch, "recorded", &[&args[..], &["-icount", &rr("record")]].concat())?;
+    vm.wait_console("GUEST READY", 3 * LONG)?;
+    vm.qmp()?.command("system_powerdown", serde_json::Value::Null)?;
+    ends_well(&mut vm)?;
+    let mut replay: Vec<String> = args.iter().map(|a| (*a).to_owned()).collect();
+    replay.extend(["-display", "none", "-serial", "null", "-icount", &rr("replay")].map(str::to_owned));
+    for (tier, chunk) in [(Tier::Random(7), 50_000), (Tier::Never, 1 << 22)] {
+        println!("{tier:?}: {} hashes equal", follow(&replay, tier, chunk)?);
+    }
+    Ok(())
+}
