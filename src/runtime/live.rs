@@ -322,10 +322,15 @@ impl Runtime {
             MachineRequest::Poweroff if self.options.no_shutdown => {
                 if !self.shutdown {
                     self.shutdown = true;
+                    // Who asks for the status on this event must find the new one.
+                    let ran = self.shared.state() == RunState::Running;
+                    self.shared.set_state(RunState::Shutdown);
                     self.shared.events.emit("SHUTDOWN", json!({"guest": true, "reason": "guest-shutdown"}));
                     self.input(MachineInput::Paused(true));
                     self.set_running(false, RunState::Shutdown);
-                    self.shared.set_state(RunState::Shutdown);
+                    if ran {
+                        self.shared.events.emit("STOP", Value::Null);
+                    }
                 }
                 None
             }

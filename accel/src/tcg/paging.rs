@@ -144,6 +144,9 @@ pub const NO_LEAF: u64 = u64::MAX;
 pub const UPPER_BITS: usize = 1 << 16;
 /// Marks a page, not an entry, in the filter.
 const UPPER_PAGE: u64 = 1 << 63 | 8;
+/// Mark an entry, and its page, that code was fetched by: the table of blocks outlives the fetch TLB's entries.
+const CODE_LEAF: u64 = 1 << 62;
+const CODE_PAGE: u64 = 1 << 62 | 1 << 63 | 8;
 /// Writes to one table, each within so many instructions of the one before, until nothing of it is kept and its
 /// writes are free; an entry that a walk used counts as several.
 const MANY_WRITES: u32 = 16;
@@ -203,7 +206,7 @@ impl SoftCpu {
                 return true;
             }
             if count <= MANY_WRITES {
-                self.drop_leaves(|leaf| leaf == at);
+                self.drop_leaves(|leaf| leaf == at, at | CODE_LEAF);
                 return false;
             }
         }
@@ -215,15 +218,17 @@ impl SoftCpu {
         if self.upper[word] & bit != 0 {
             self.flush_tlb();
         } else {
-            self.drop_leaves(|leaf| leaf & !0xFFF == page);
+            self.drop_leaves(|leaf| leaf & !0xFFF == page, page | CODE_PAGE);
         }
         true
     }
 
-    /// Drop translations by where their last table entry lies.
-    fn drop_leaves(&mut self, which: impl Fn(u64) -> bool) {
+    /// Drop translations by where their last table entry lies; `code` is the filter's key of those that code was
+    /// fetched by.
+    fn drop_leaves(&mut self, which: impl Fn(u64) -> bool, code: u64) {
         self.changes += 1;
-        let mut code = false;
+        let (word, bit) = upper_bit(code);
+        let code = self.upper[word] & bit != 0;
         let here = (&mut self.tlb, &self.leaves, &self.filled, &mut self.code_tlb, &self.code_filled);
         let parked = self
             .spaces
@@ -238,9 +243,8 @@ impl SoftCpu {
             }
             for &(user, slot) in code_filled {
                 let e = &mut code_tlb[user as usize][slot as usize];
-                if which(e.leaf) && e.tag != 1 {
+                if which(e.leaf) {
                     e.tag = 1;
-                    code = true;
                 }
             }
         }
@@ -523,6 +527,12 @@ impl SoftCpu {
         let w = self.walk(lin, Access::Exec, self.mmu)?;
         let phys = w.phys & !0xFFF;
         let host = if self.lapic.covers(phys) { std::ptr::null() } else { self.mem().backing(phys).read };
+        if w.leaf != NO_LEAF {
+            for key in [w.leaf | CODE_LEAF, w.leaf & !0xFFF | CODE_PAGE] {
+                let (word, bit) = upper_bit(key);
+                self.upper[word] |= bit;
+            }
+        }
         let e = CodeEntry { tag: page, host, phys, leaf: w.leaf };
         if !host.is_null() {
             if self.code_tlb[user][slot].host.is_null() {

@@ -363,3 +363,87 @@ fn protected_mode_task_switch_through_the_gdt() {
     assert_eq!(m.word(0x8030) >> 40 & 0xFF, 0x8B);
     assert_eq!(m.word(0x9020) & 0xFFFF_FFFF, 0x1007);
 }
+
+/// Runs `code` interpreted and compiled, in strides; the whole state must agree at every stop.
+fn same_in_every_tier(code: &[u8], expect: Exit) {
+    let memory = |m: &Machine| {
+        let mut bytes = vec![0; 0x2_0000];
+        m.mem.read(0, &mut bytes).unwrap();
+        bytes
+    };
+    for tier in [Tier::AtOnce, Tier::After(2), Tier::Random(5)] {
+        for stride in [1, 2, 3, 7, 1000] {
+            let (mut a, mut b) = (Machine::long(code), Machine::long(code));
+            a.cpu.set_tier(Tier::Never);
+            b.cpu.set_tier(tier);
+            for _ in 0..1000 / stride {
+                let (x, y) = (a.run(stride), b.run(stride));
+                assert_eq!(x, y, "{tier:?}, {stride} at a time, at {}", a.position);
+                assert_eq!(a.cpu.save(), b.cpu.save(), "{tier:?}, {stride} at a time, at {}", a.position);
+                assert!(memory(&a) == memory(&b), "{tier:?}, {stride} at a time, at {}", a.position);
+                if x.exit != Exit::Budget {
+                    assert_eq!(x.exit, expect);
+                    break;
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn compiled_code_may_change_itself() {
+    // mov ecx,20; a: inc byte [the next instruction's 1]; mov eax,1; add rbx,rax; push rax; call f; pop rax;
+    // dec ecx; jnz a; hlt; f: shl rbx,3; mov rdx,[rsp]; jnc b; nop; b: ret
+    let code = [
+        0xB9, 0x14, 0, 0, 0, 0xFE, 0x05, 1, 0, 0, 0, 0xB8, 1, 0, 0, 0, 0x48, 0x01, 0xC3, 0x50, 0xE8, 6, 0, 0,
+        0, 0x58, 0xFF, 0xC9, 0x75, 0xE7, 0xF4, 0x48, 0xC1, 0xE3, 0x03, 0x48, 0x8B, 0x14, 0x24, 0x73, 0x01,
+        0x90, 0xC3,
+    ];
+    same_in_every_tier(&code, Exit::Halt);
+    // The same without the change: the loop stays compiled.
+    let mut still = code;
+    still[5..11].fill(0x90);
+    same_in_every_tier(&still, Exit::Halt);
+}
+
+#[test]
+fn a_fault_in_compiled_code_is_exact() {
+    // mov ebx,400000h; dec rax; setb cl; add rax,5; mov rdx,[rbx]; hlt. Nothing is mapped at 400000h.
+    let code = [
+        0xBB, 0, 0, 0x40, 0, 0x48, 0xFF, 0xC8, 0x0F, 0x92, 0xC1, 0x48, 0x83, 0xC0, 0x05, 0x48, 0x8B, 0x13,
+        0xF4,
+    ];
+    same_in_every_tier(&code, Exit::Halt);
+}
+
+#[test]
+fn compiled_code_follows_the_tables_without_invlpg() {
+    // mov ecx,40; a: mov al,[5000h]; xor byte [13000h+8*5+1],10h (the PTE of 5000h maps 4000h and 5000h in turn);
+    // mov bl,[5000h]; add [6000h],rbx; and byte [13000h+8*5],DFh (not accessed); dec ecx; jnz a; hlt
+    let code = [
+        0xB9, 40, 0, 0, 0, 0x8A, 0x04, 0x25, 0, 0x50, 0, 0, 0x80, 0x34, 0x25, 0x29, 0x30, 0x01, 0, 0x10,
+        0x8A, 0x1C, 0x25, 0, 0x50, 0, 0, 0x48, 0x01, 0x1C, 0x25, 0, 0x60, 0, 0, 0x80, 0x24, 0x25, 0x28, 0x30,
+        0x01, 0, 0xDF, 0xFF, 0xC9, 0x75, 0xD6, 0xF4,
+    ];
+    same_in_every_tier(&code, Exit::Halt);
+}
+
+#[test]
+fn code_found_before_is_found_anew_when_its_page_moves() {
+    // call 5000h; call 105000h (the same place in the fetch TLB); mov byte [13000h+8*5+1],60h (6000h shows at
+    // 5000h); call 5000h; hlt. At 5000h: inc ebx; ret; at 6000h: dec ebx; dec ebx; ret; at 105000h: ret.
+    let code = [
+        0xE8, 0xFB, 0x3F, 0, 0, 0xE8, 0xF6, 0x3F, 0x10, 0, 0xC6, 0x04, 0x25, 0x29, 0x30, 0x01, 0, 0x60, 0xE8,
+        0xE9, 0x3F, 0, 0, 0xF4,
+    ];
+    for tier in [Tier::Never, Tier::AtOnce] {
+        let mut m = Machine::long(&code);
+        m.mem.write(0x5000, &[0xFF, 0xC3, 0xC3]).unwrap();
+        m.mem.write(0x6000, &[0xFF, 0xCB, 0xFF, 0xCB, 0xC3]).unwrap();
+        m.mem.write(0x10_5000, &[0xC3]).unwrap();
+        m.cpu.st.gpr[RSP] = 0x4000;
+        m.cpu.set_tier(tier);
+        assert_eq!(m.run(100).exit, Exit::Halt);
+        assert_eq!(m.cpu.st.gpr[RBX] as u32, 0xFFFF_FFFF, "{tier:?}");
+    }
+}
