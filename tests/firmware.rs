@@ -54,8 +54,9 @@ fn memtest_finds_no_errors() -> Result<()> {
     let args = ["-m", "16", "-kernel", memtest, "-append", "console=ttyS0,115200", "-net", "none"];
     let mut vm = start(&scratch, "vm", &args)?;
     vm.wait_console("Memtest86+", LONG)?;
-    // The screen shows the running test once a second of guest time; #6 is the first that always lasts longer.
-    vm.wait_console("#6", LONG)?;
+    // The screen shows the running test once a second of guest time; the last one, which waits for bits to fade, is
+    // the one that always lasts longer.
+    vm.wait_console("fade over", LONG)?;
     let text = vm.text();
     assert!(text.contains("Errors: 0"), "{text}");
     Ok(())
