@@ -1,0 +1,263 @@
+//! Monitors and character devices of a program.
+
+use std::net::TcpListener;
+use std::os::fd::FromRawFd;
+use std::os::unix::net::UnixListener;
+use std::sync::{Arc, Mutex};
+
+use ftvm_devices::Input;
+use ftvm_qmp::{serve_listener, Fds, Hub, Listener};
+
+use crate::assembly::Blueprint;
+use crate::cli::config::Monitor;
+use crate::cli::{Char, Config};
+use crate::host::backends::Backends;
+use crate::host::chars::{self, CharSink, Escape, EscapeFilter, Opened};
+use crate::host::Outside;
+use crate::machine::MachineInput;
+use crate::monitor::{CharView, Control};
+use crate::runtime::control::Shared;
+use crate::runtime::{Event, Events, Quit};
+
+pub fn control(
+    machine: &crate::cli::MachineConfig,
+    shared: &Arc<Shared>,
+    events: &Events,
+    outside: Arc<Outside>,
+) -> Arc<Control> {
+    Arc::new(Control {
+        shared: Arc::clone(shared),
+        events: events.clone(),
+        config: machine.clone(),
+        outside,
+        chars: Mutex::default(),
+        fdsets: Default::default(),
+        machine_thread: nix::unistd::gettid().as_raw(),
+    })
+}
+
+/// Open the character devices; the terminal may be shared between a serial line and the human monitor.
+pub fn open_outside(
+    blueprint: &Blueprint,
+    shared: &Arc<Shared>,
+    events: &Events,
+) -> Result<(Arc<Outside>, Arc<Control>), String> {
+    *shared.backends() = Backends::new(blueprint);
+    let outside = Arc::new(Outside::default());
+    let control = control(&blueprint.config, shared, events, Arc::clone(&outside));
+    // Serial lines do not know who is at their other end; virtio-serial ports tell their guest.
+    let opens: Vec<u32> = blueprint
+        .pc
+        .devices
+        .iter()
+        .filter(|d| matches!(d.driver.as_str(), "virtserialport" | "virtconsole"))
+        .filter_map(|d| d.chardev)
+        .collect();
+    let mut sinks = Vec::new();
+    for (port, dev) in blueprint.chars.iter().enumerate() {
+        let dev = resolve(dev, &blueprint.config.chardevs)?;
+        let send = events.clone();
+        let port = port as u32;
+        let deliver = move |bytes: &[u8]| {
+            let input = Input::CharIn { port, bytes: bytes.to_vec() };
+            let _ = send.send(Event::Input(MachineInput::Device(input)));
+        };
+        let send = events.clone();
+        let opened: Opened = match opens.contains(&port) {
+            false => Box::new(|_| {}),
+            true => Box::new(move |open| {
+                let input = Input::CharOpen { port, open };
+                let _ = send.send(Event::Input(MachineInput::Device(input)));
+            }),
+        };
+        let label = blueprint.labels.get(port as usize).cloned().unwrap_or_default();
+        let sink = if matches!(dev, Char::Stdio { mux: true, .. }) {
+            mux_terminal(&dev, deliver, &control)?
+        } else {
+            chars::open(&dev, &label, Box::new(deliver), opened).map_err(|e| e.to_string())?
+        };
+        if let Ok(mut chars) = control.chars.lock() {
+            chars.push(CharView { label, filename: sink.label.clone() });
+        }
+        sinks.push(sink);
+    }
+    outside.set_chars(sinks);
+    Ok((outside, control))
+}
+
+fn resolve(dev: &Char, chardevs: &[(String, Char)]) -> Result<Char, String> {
+    match dev {
+        Char::Id(id) => chardevs
+            .iter()
+            .find(|(n, _)| n == id)
+            .map(|(_, d)| d.clone())
+            .ok_or_else(|| format!("chardev '{id}' not found")),
+        other => Ok(other.clone()),
+    }
+}
+
+/// The terminal shared by a serial line and the human monitor: Ctrl-A c switches, Ctrl-A x ends.
+fn mux_terminal(
+    dev: &Char,
+    deliver: impl Fn(&[u8]) + Send + 'static,
+    control: &Arc<Control>,
+) -> Result<CharSink, String> {
+    let out: Arc<Mutex<Option<CharSink>>> = Arc::default();
+    let echo = Arc::clone(&out);
+    let control = Arc::clone(control);
+    let mut filter = EscapeFilter::default();
+    let mut in_monitor = false;
+    let mut line = String::new();
+    let say = move |text: &str| {
+        if let Some(sink) = echo.lock().ok().and_then(|s| s.clone()) {
+            sink.write(text.as_bytes());
+        }
+    };
+    let typed = move |bytes: &[u8]| {
+        let mut guest = Vec::new();
+        for byte in bytes {
+            match filter.byte(*byte) {
+                Ok(None) => {}
+                Ok(Some(b)) if !in_monitor => guest.push(b),
+                Ok(Some(b'\r' | b'\n')) => {
+                    say("\r\n");
+                    let line = std::mem::take(&mut line);
+                    say(&control.human(&line, &mut Fds::default()));
+                    say("(ftvm) ");
+                }
+                Ok(Some(8 | 127)) => {
+                    if line.pop().is_some() {
+                        say("\x08 \x08");
+                    }
+                }
+                Ok(Some(b)) if (32..127).contains(&b) => {
+                    line.push(b as char);
+                    say(&(b as char).to_string());
+                }
+                Ok(Some(_)) => {}
+                Err(Escape::Exit) => {
+                    let _ = control.events.send(Event::Quit(Quit::HostQmpQuit));
+                }
+                Err(Escape::Switch) => {
+                    in_monitor = !in_monitor;
+                    if in_monitor {
+                        say(&format!(
+                            "\r\nftvm {} monitor - type 'help'\r\n(ftvm) ",
+                            env!("CARGO_PKG_VERSION")
+                        ));
+                    } else {
+                        say("\r\n");
+                    }
+                }
+                Err(Escape::Help) => {
+                    say("\r\nC-a h  this help\r\nC-a x  end\r\nC-a c  switch to the monitor and back\r\nC-a C-a  send C-a\r\n");
+                }
+            }
+        }
+        if !guest.is_empty() {
+            deliver(&guest);
+        }
+    };
+    let opened = Box::new(|_| {});
+    let sink = chars::open(dev, "serial0", Box::new(typed), opened).map_err(|e| e.to_string())?;
+    if let Ok(mut slot) = out.lock() {
+        *slot = Some(sink.clone());
+    }
+    Ok(sink)
+}
+
+pub fn start_monitors(config: &Config, control: &Arc<Control>) -> Result<(), String> {
+    for (i, monitor) in config.host.monitors.iter().enumerate() {
+        let dev = resolve(&monitor.dev, &config.machine.chardevs)?;
+        let label = match &monitor.dev {
+            Char::Id(id) => id.clone(),
+            _ => format!("compat_monitor{i}"),
+        };
+        if monitor.qmp {
+            let filename = start_qmp(monitor, &dev, control)?;
+            if let Ok(mut chars) = control.chars.lock() {
+                chars.push(CharView { label, filename });
+            }
+        } else {
+            start_human(&dev, &label, control)?;
+        }
+    }
+    Ok(())
+}
+
+/// Serve QMP on `dev`; returns what people are told of it.
+fn start_qmp(monitor: &Monitor, dev: &Char, control: &Arc<Control>) -> Result<String, String> {
+    let hub = Hub {
+        handler: Arc::clone(control) as _,
+        events: control.shared.events.clone(),
+        pretty: monitor.pretty,
+    };
+    let listener = match dev {
+        Char::Unix { path, server: true, .. } => {
+            let _ = std::fs::remove_file(path);
+            Listener::Unix(UnixListener::bind(path).map_err(|e| format!("-qmp unix:{path}: {e}"))?)
+        }
+        Char::Tcp { addr, server: true, .. } => {
+            Listener::Tcp(TcpListener::bind(addr).map_err(|e| format!("-qmp tcp:{addr}: {e}"))?)
+        }
+        // SAFETY: the descriptor was passed to this process as a listening socket for this use.
+        Char::Fd { fd, server: true } => Listener::Unix(unsafe { UnixListener::from_raw_fd(*fd) }),
+        other => {
+            return Err(format!(
+                "-qmp: {other:?} cannot carry QMP here: give unix:PATH,server=on or tcp:ADDR:PORT,server=on"
+            ))
+        }
+    };
+    let filename = match &listener {
+        Listener::Unix(l) => {
+            let path = l.local_addr().ok().and_then(|a| a.as_pathname().map(|p| p.display().to_string()));
+            format!("unix:{},server=on", path.unwrap_or_default())
+        }
+        Listener::Tcp(l) => {
+            format!("tcp:{},server=on", l.local_addr().map_or(String::new(), |a| a.to_string()))
+        }
+    };
+    std::thread::Builder::new()
+        .name("qmp".into())
+        .spawn(move || serve_listener(listener, &hub))
+        .map_err(|e| e.to_string())?;
+    Ok(filename)
+}
+
+/// What a human monitor says first.
+const GREETING: &str = concat!("ftvm ", env!("CARGO_PKG_VERSION"), " monitor - type 'help'\r\n(ftvm) ");
+
+/// A human monitor of its own (not on a shared terminal).
+fn start_human(dev: &Char, label: &str, control: &Arc<Control>) -> Result<(), String> {
+    let views = Arc::clone(control);
+    let out: Arc<Mutex<Option<CharSink>>> = Arc::default();
+    let echo = Arc::clone(&out);
+    let control = Arc::clone(control);
+    let mut line = Vec::new();
+    let typed = move |bytes: &[u8]| {
+        let Some(sink) = echo.lock().ok().and_then(|s| s.clone()) else { return };
+        for byte in bytes {
+            if *byte == b'\n' || *byte == b'\r' {
+                let text = String::from_utf8_lossy(&std::mem::take(&mut line)).into_owned();
+                let answer = control.human(&text, &mut Fds::default());
+                sink.write(format!("{answer}(ftvm) ").as_bytes());
+            } else {
+                line.push(*byte);
+            }
+        }
+    };
+    let greet = Arc::clone(&out);
+    let opened = Box::new(move |open| {
+        if let Some(sink) = greet.lock().ok().and_then(|s| s.clone()).filter(|_| open) {
+            sink.write(GREETING.as_bytes());
+        }
+    });
+    let sink = chars::open(dev, label, Box::new(typed), opened).map_err(|e| e.to_string())?;
+    if let Ok(mut chars) = views.chars.lock() {
+        chars.push(CharView { label: label.to_owned(), filename: sink.label.clone() });
+    }
+    if let Ok(mut slot) = out.lock() {
+        *slot = Some(sink);
+    }
+    Ok(())
+}
