@@ -1,8 +1,9 @@
 //! TCP connections to storage servers.
 
-use std::io::{self, BufReader, Read};
+use std::io::{self, BufReader, IoSlice, Read, Write};
 use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, AsRawFd};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::poll::{poll, PollFd, PollFlags};
@@ -10,6 +11,29 @@ use nix::poll::{poll, PollFd, PollFlags};
 /// How long sent data may stay unacknowledged before the kernel gives the connection up. What sits in a socket
 /// that long must not reach a server much later.
 const UNACKNOWLEDGED: Duration = Duration::from_secs(10);
+
+/// The lock of a value that a panic elsewhere leaves usable.
+pub fn held<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
+    m.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Send all of `parts`; a connection that takes nothing any more is `broken`.
+pub fn write_all(
+    mut stream: &TcpStream,
+    mut parts: &mut [IoSlice<'_>],
+    broken: fn() -> io::Error,
+) -> io::Result<()> {
+    IoSlice::advance_slices(&mut parts, 0);
+    while !parts.is_empty() {
+        match stream.write_vectored(parts) {
+            Ok(0) => return Err(broken()),
+            Ok(n) => IoSlice::advance_slices(&mut parts, n),
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
+}
 
 /// Connect to `host` (a name or an address, IPv6 with or without brackets).
 pub fn connect(host: &str, port: u16, limit: Duration) -> io::Result<TcpStream> {

@@ -1,7 +1,7 @@
 //! One connection to a target: commands under way and their answers.
 
 use std::collections::HashMap;
-use std::io::{self, IoSlice, Read, Write};
+use std::io::{self, IoSlice, Read};
 use std::net::TcpStream;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use super::login::Agreed;
 use super::pdu::{self, inn, out, Header, NO_TAG};
-use crate::tcp::Input;
+use crate::tcp::{held, write_all, Input};
 
 /// Silence with a command under way after which the target is asked whether it is there.
 const PING: Duration = Duration::from_secs(4);
@@ -83,10 +83,6 @@ pub struct Conn {
     dead: AtomicBool,
     agreed: Agreed,
     lun: u16,
-}
-
-fn held<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
-    m.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn broken() -> io::Error {
@@ -186,17 +182,7 @@ impl Conn {
         let pad = [0u8; 3];
         let mut parts =
             [IoSlice::new(&h.0), IoSlice::new(data), IoSlice::new(&pad[..pdu::padding(data.len())])];
-        let mut parts = &mut parts[..];
-        IoSlice::advance_slices(&mut parts, 0);
-        while !parts.is_empty() {
-            match (&self.stream).write_vectored(parts) {
-                Ok(0) => return Err(broken()),
-                Ok(n) => IoSlice::advance_slices(&mut parts, n),
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) => return Err(e),
-            }
-        }
-        Ok(())
+        write_all(&self.stream, &mut parts, broken)
     }
 
     /// Do a command; an error says that the connection is of no use any more or that time ran out.

@@ -1,15 +1,15 @@
 //! Remote procedure calls over TCP (RFC 5531): several under way on one connection.
 
 use std::collections::HashMap;
-use std::io::{self, IoSlice, Read, Write};
+use std::io::{self, IoSlice, Read};
 use std::net::TcpStream;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread::Thread;
 use std::time::{Duration, Instant};
 
 use super::xdr::{bad, In, Out};
-use crate::tcp::Input;
+use crate::tcp::{held, write_all, Input};
 
 /// Longest answer.
 const MAX_REPLY: usize = (1 << 20) + 4096;
@@ -31,10 +31,6 @@ pub struct Conn {
     writer: Mutex<()>,
     calls: Mutex<HashMap<u32, Arc<Call>>>,
     dead: AtomicBool,
-}
-
-fn held<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
-    m.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn broken() -> io::Error {
@@ -134,21 +130,11 @@ impl Conn {
         let mark = (1u32 << 31 | (head.len() + data.len() + pad) as u32).to_be_bytes();
         let zeroes = [0u8; 3];
         let mut parts = [&mark[..], head, data, &zeroes[..pad]].map(IoSlice::new);
-        let mut parts = &mut parts[..];
         let _order = held(&self.writer);
         if self.is_dead() {
             return Err(broken());
         }
-        IoSlice::advance_slices(&mut parts, 0);
-        while !parts.is_empty() {
-            match (&self.stream).write_vectored(parts) {
-                Ok(0) => return Err(broken()),
-                Ok(n) => IoSlice::advance_slices(&mut parts, n),
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) => return Err(e),
-            }
-        }
-        Ok(())
+        write_all(&self.stream, &mut parts, broken)
     }
 
     fn wait(&self, call: &Call, deadline: Instant) -> io::Result<Vec<u8>> {

@@ -119,14 +119,20 @@ impl Pair {
 
     /// Turn fault tolerance off: the backup ends in order.
     pub fn turn_off(&mut self) -> Result<()> {
+        self.dismiss("ft-turn-off", "off")
+    }
+
+    /// Give the primary a command that lets its backup go in order, and leaves the machine in `state`.
+    fn dismiss(&mut self, command: &str, state: &str) -> Result<()> {
         let other = self.other();
-        self.qmp()?.command("ft-turn-off", serde_json::Value::Null)?;
+        self.qmp()?.command(command, serde_json::Value::Null)?;
         let mut vm = self.hosts[other].take().ok_or("there is no backup")?;
         match vm.wait_exit(Duration::from_secs(30))? {
             0 => {}
-            status => return Err(format!("the backup ended with {status}\n{}", vm.log())),
+            status => return Err(format!("the dismissed backup ended with {status}\n{}", vm.log())),
         }
-        self.qmp()?.wait_ft("off", Duration::from_secs(10)).map(|_| ())
+        let left = self.qmp()?.wait_ft(state, Duration::from_secs(30));
+        left.map(|_| ()).map_err(|e| format!("{e}\n{}", self.logs()))
     }
 
     /// As `start`, where each host has a disk of its own; host 1's is empty so far.
@@ -194,8 +200,7 @@ impl Pair {
         }
         let vm = self.spawn(other, &args)?;
         self.hosts[other] = Some(vm);
-        let result = self.qmp()?.wait_ft("protected", Duration::from_secs(120));
-        result.map_err(|e| format!("{e}\n{}", self.logs()))?;
+        self.wait_protected()?;
         Ok(start.elapsed())
     }
 
@@ -315,15 +320,7 @@ impl Pair {
 
     /// Fault tolerance is suspended: the backup ends in order, and none is taken.
     pub fn suspend(&mut self) -> Result<()> {
-        let other = self.other();
-        self.qmp()?.command("ft-suspend", serde_json::Value::Null)?;
-        let mut vm = self.hosts[other].take().ok_or("there is no backup")?;
-        match vm.wait_exit(Duration::from_secs(30))? {
-            0 => {}
-            status => return Err(format!("the dismissed backup ended with {status}\n{}", vm.log())),
-        }
-        let left = self.qmp()?.wait_ft("unprotected", Duration::from_secs(30));
-        left.map(|_| ()).map_err(|e| format!("{e}\n{}", self.logs()))
+        self.dismiss("ft-suspend", "unprotected")
     }
 
     fn wait_protected(&mut self) -> Result<()> {
