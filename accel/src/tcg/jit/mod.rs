@@ -18,6 +18,7 @@
 mod asm;
 mod block;
 mod flags;
+mod groups;
 mod int;
 mod kind;
 mod memory;
@@ -25,11 +26,14 @@ mod stubs;
 mod trace;
 mod vector;
 
+use super::access::canonical;
 use super::decode::MODE64;
 use super::flags::{IF, TF};
 use super::op::{
-    Block, Op, BLOCKIP, FLAGS, HOST_CSR, JUMP_TABLE, KEY, LEFT, NEVER, PAGE, RIP_OUT, SALT, TLB, XMM_LIVE,
+    Block, Op, BLOCKIP, FLAGS, HOST_CSR, JUMP_TABLE, KEY, LEFT, LEVEL, NEVER, PAGE, RIP_OUT, SALT, TLB,
+    TOUCHED, XMM_LIVE,
 };
+use super::paging::{Access, MMU_USER, TLB_SIZE};
 use super::SoftCpu;
 use memory::CodeMemory;
 use std::mem::offset_of;
@@ -46,6 +50,10 @@ pub enum Tier {
     /// Choose at random by this seed, block by block and run by run (for tests).
     Random(u64),
 }
+
+/// So many failed groups of a trace, within so many instructions, are too many.
+const BAILS: u32 = 64;
+const BAILS_WITHIN: u64 = 2_000_000;
 
 /// Interpreted runs before a block is compiled.
 const HOT: u32 = 30;
@@ -86,6 +94,10 @@ struct Edge {
     count: u32,
     /// Instructions that the trace it leaves was charged for and does not run.
     back: u32,
+    /// That trace, or 0.
+    to: u64,
+    /// Where it leads when it is not linked.
+    unlinked: u64,
 }
 
 /// What a return from compiled code asks for.
@@ -227,8 +239,36 @@ impl SoftCpu {
         let Some(e) = self.jit.edges.get_mut(edge as usize) else { return };
         let Some(memory) = &mut self.jit.memory else { return };
         e.count = block.code_count.get();
+        e.to = code as u64;
         memory.patch(e.count_at, e.count as i32 - e.back as i32);
         memory.patch(e.jump_at, (code as u64).wrapping_sub(e.jump_at + 4) as i32);
+    }
+
+    /// A group of the trace at `offset` of this page could not be translated as one. When that happens too often,
+    /// the trace is compiled anew without groups.
+    fn bail(&mut self, offset: u64) {
+        let lin = self.st.gpr[PAGE];
+        let e = &self.code_tlb[(self.mmu >= MMU_USER) as usize][(lin >> 12) as usize & 255];
+        if e.tag != lin {
+            return;
+        }
+        let Some(block) = self.cache.blocks.get(&(e.phys | offset | (MODE64 as u64) << 60)) else { return };
+        let (mut count, mut since) = block.bails.get();
+        if self.pos.wrapping_sub(since) > BAILS_WITHIN {
+            (count, since) = (0, self.pos);
+        }
+        block.bails.set((count + 1, since));
+        if count < BAILS {
+            return;
+        }
+        let code = block.code.replace(std::ptr::null()) as u64;
+        block.plain.set(true);
+        let Some(memory) = &mut self.jit.memory else { return };
+        for e in self.jit.edges.iter_mut().filter(|e| e.to == code && code != 0) {
+            (e.count, e.to) = (0, 0);
+            memory.patch(e.count_at, (e.back as i32).wrapping_neg());
+            memory.patch(e.jump_at, e.unlinked.wrapping_sub(e.jump_at + 4) as i32);
+        }
     }
 
     /// Forget all compiled code.
@@ -257,6 +297,9 @@ const NEUTRAL: u32 = 1 << 15;
 /// `place` of [`step`]: an indirect jump; even one to the next instruction does not just go on.
 const JUMPS: u32 = 1 << 14;
 
+/// `place` of [`step`]: the trace has groups, which hold only while no translation is dropped.
+const GROUPED: u32 = 1 << 13;
+
 /// Run one instruction by its handler. `place`: the offset of its block in its page (bits 0..11), [`NEUTRAL`], [`JUMPS`],
 /// and the number of the block's instructions (from bit 16). Returns 0 to go on, or why to leave.
 unsafe extern "sysv64" fn step(c: *mut SoftCpu, op: *const Op, place: u32) -> u32 {
@@ -270,6 +313,7 @@ unsafe extern "sysv64" fn step(c: *mut SoftCpu, op: *const Op, place: u32) -> u3
     c.cur = op;
     c.end = op;
     c.rip = start.wrapping_add(op.off as u64 + op.len as u64);
+    let changes = c.changes;
     let neutral = place & NEUTRAL != 0;
     if !neutral {
         c.set_arith_flags(flags_from_raw(c.st.gpr[FLAGS]));
@@ -320,8 +364,46 @@ unsafe extern "sysv64" fn step(c: *mut SoftCpu, op: *const Op, place: u32) -> u3
         settle(c);
         return LEAVE;
     }
+    if place & GROUPED != 0 && changes != c.changes {
+        c.pos += op.idx as u64 + 1;
+        settle(c);
+        return LEAVE;
+    }
     keep(c);
     0
+}
+
+/// Fill the TLB for a group's leader, the access of `op`: TOUCHED is the group's first linear address. `pack` is
+/// the place of [`step`], and from bit 32 the group's length, from bit 46 whether the leader writes, whether the page
+/// must be plainly writable, and the offset of the trace in its page. Returns 0 to try again, or why to leave.
+unsafe extern "sysv64" fn touch(c: *mut SoftCpu, op: *const Op, pack: u64) -> u32 {
+    // SAFETY: as in `step`.
+    let (c, op) = unsafe { (&mut *c, &*op) };
+    let count = pack >> 16 & 0xFFFF;
+    let start = c.st.gpr[PAGE].wrapping_add(pack & 0xFFF);
+    let (len, write, plainly) = (pack >> 32 & 0x3FFF, pack >> 46 & 1 != 0, pack >> 47 & 1 != 0);
+    let lin = c.st.gpr[TOUCHED];
+    c.pos = c.limit - c.st.gpr[LEFT] - count;
+    c.cur = op;
+    let changes = c.changes;
+    let mut good = false;
+    if (lin & 0xFFF) + len <= 4096 && canonical(lin) {
+        let access = if write { Access::Write } else { Access::Read };
+        if let Ok(w) = c.walk(lin, access, c.mmu) {
+            c.fill(lin, &w, c.mmu);
+            let e = &c.tlb[c.mmu][(lin >> 12) as usize & (TLB_SIZE - 1)];
+            good = if plainly { e.wtag } else { e.rtag } == lin & !0xFFF && changes == c.changes;
+        }
+    }
+    c.cur = &super::IDLE;
+    if good {
+        return 0;
+    }
+    c.bail(pack >> 48);
+    let g = &mut c.st.gpr;
+    g[LEFT] += count - op.idx as u64;
+    g[RIP_OUT] = start.wrapping_add(op.off as u64);
+    INTERPRET
 }
 
 impl SoftCpu {
