@@ -117,10 +117,6 @@ pub struct Block {
     pub code: Cell<*const u8>,
     /// Instructions of that code, which may run on into other blocks.
     pub code_count: Cell<u32>,
-    /// It is compiled without groups of accesses.
-    pub plain: Cell<bool>,
-    /// How often a group failed, and since which position.
-    pub bails: Cell<(u32, u64)>,
     /// Instructions, once complete.
     pub count: u32,
     /// How often it was interpreted; `NEVER`: it is not to be compiled.
@@ -151,8 +147,6 @@ impl Block {
             links,
             code: Cell::new(std::ptr::null()),
             code_count: Cell::new(0),
-            plain: Cell::new(false),
-            bails: Cell::new((0, 0)),
             count: 0,
             runs: Cell::new(0),
         }

@@ -21,9 +21,9 @@ enum Cold {
     /// Load the vector registers for instruction `i`, then on at `back`.
     Load { from: Fix, i: usize, flags: Flags, back: Fix, level: u8 },
     /// An edge without a link, and without budget.
-    Edge { n: u32, link: Fix, budget: Fix, flags: Flags, target: i32 },
-    /// Fill the TLB for a group, whose leader is in instruction `i`, and try `again`.
-    Touch { from: Fix, again: Fix, i: usize, flags: Flags, pack: u64, tag: i32 },
+    Edge { n: u32, link: Option<Fix>, budget: Fix, flags: Flags, target: i32 },
+    /// Fill the TLB for the group of leader `n`, and try `again`.
+    Touch { from: Fix, again: Fix, n: usize, flags: Flags, tag: i32 },
     /// Out of the trace, which instruction `i` ends here.
     Side { from: Fix, i: usize, flags: Flags, target: i64 },
 }
@@ -49,6 +49,14 @@ pub struct Compiler<'a> {
     cold: Vec<Cold>,
     edges: Vec<Edge>,
     first_edge: usize,
+    leaders: Vec<Leader>,
+    first_leader: usize,
+    /// Its number among the traces with groups, should it have any.
+    grouped: u32,
+    /// Where the trace's start is: here, but for a trace without groups.
+    home: u64,
+    /// Instructions that are entered from the other code of the trace, and where.
+    entries: Vec<(usize, u64)>,
 }
 
 /// Whether `block` may need the flags as they are before it.
@@ -105,22 +113,23 @@ impl SoftCpu {
             self.jit.memory = Some(memory);
         }
         for _ in 0..2 {
-            let Some(memory) = &mut self.jit.memory else { return false };
-            let base = memory.next();
-            let mut c = Compiler::new(block, base, self.cpus == 1, &self.cache, self.jit.stubs);
-            c.first_edge = self.jit.edges.len();
-            let count = c.trace.count;
+            let Some(base) = self.jit.memory.as_ref().map(CodeMemory::next) else { return false };
+            let trace = Trace::new(block, &self.cache, self.cpus == 1);
+            let (count, keys) = (trace.count, trace.keys());
+            let mut c = Compiler::new(trace, base, &self.cache, &self.jit, self.cpus == 1);
             c.body();
-            if !block.plain.get() {
-                let plan = Plan::new(&c.trace, &c.values.requests);
-                if plan.grouped {
-                    c.again(plan);
-                }
+            let plan = Plan::new(&c.trace, &c.values.requests);
+            if plan.grouped {
+                c.again(plan);
             }
             c.out_of_line();
-            let (code, edges) = (c.a.buf, c.edges);
-            if memory.push(&code) {
+            let (code, edges, leaders) = (c.a.buf, c.edges, c.leaders);
+            if self.jit.memory.as_mut().is_some_and(|m| m.push(&code)) {
                 self.jit.edges.extend(edges);
+                if !leaders.is_empty() {
+                    self.jit.grouped.push(Grouped { keys, code: base, failures: 0 });
+                    self.jit.leaders.extend(leaders);
+                }
                 block.code.set(base as *const u8);
                 block.code_count.set(count);
                 return true;
@@ -129,11 +138,37 @@ impl SoftCpu {
         }
         false
     }
+
+    /// Compile a trace with groups once more without them, for the times when a group fails.
+    pub(super) fn compile_plainly(&mut self, number: u32) {
+        let Jit { memory: Some(memory), grouped, leaders, .. } = &self.jit else { return };
+        let grouped = &grouped[number as usize];
+        let mine = |l: &Leader| l.grouped == number;
+        let entries = leaders.iter().filter(|l| mine(l)).map(|l| (l.i, 0)).collect();
+        let Some(trace) = Trace::of(&grouped.keys, &self.cache, self.cpus == 1) else { return };
+        let (base, home) = (memory.next(), grouped.code);
+        let jit = &self.jit;
+        let mut c = Compiler::new(trace, base, &self.cache, jit, self.cpus == 1);
+        (c.home, c.entries) = (home, entries);
+        c.body();
+        c.out_of_line();
+        let (code, edges, entries) = (c.a.buf, c.edges, c.entries);
+        let Jit { memory: Some(memory), leaders, .. } = &mut self.jit else { return };
+        if !memory.push(&code) {
+            self.drop_compiled();
+            return;
+        }
+        for l in leaders.iter().filter(|l| mine(l)) {
+            if let Some((_, at)) = entries.iter().find(|e| e.0 == l.i) {
+                memory.patch(l.jump_at, at.wrapping_sub(l.jump_at + 4) as i32);
+            }
+        }
+        self.jit.edges.extend(edges);
+    }
 }
 
 impl<'a> Compiler<'a> {
-    fn new(block: &'a Block, base: u64, alone: bool, cache: &'a Cache, stubs: Stubs) -> Compiler<'a> {
-        let trace = Trace::new(block, cache, alone);
+    fn new(trace: Trace<'a>, base: u64, cache: &'a Cache, jit: &Jit, alone: bool) -> Compiler<'a> {
         Compiler {
             a: Asm::new(base),
             need: needs(&trace.kinds, &[]),
@@ -146,10 +181,15 @@ impl<'a> Compiler<'a> {
             asked: 0,
             alone,
             cache,
-            stubs,
+            stubs: jit.stubs,
             cold: Vec::new(),
             edges: Vec::new(),
-            first_edge: 0,
+            first_edge: jit.edges.len(),
+            leaders: Vec::new(),
+            first_leader: jit.leaders.len(),
+            grouped: jit.grouped.len() as u32,
+            home: base,
+            entries: Vec::new(),
         }
     }
 
@@ -170,6 +210,11 @@ impl<'a> Compiler<'a> {
     fn body(&mut self) {
         let n = self.trace.len();
         for i in 0..n {
+            if let Some(e) = self.entries.iter().position(|e| e.0 == i) {
+                self.keep();
+                (self.fl, self.loaded) = (Flags::KEPT, 0);
+                self.entries[e].1 = self.a.base + self.a.at() as u64;
+            }
             self.instruction(i);
             self.values.follow(&self.trace.kinds[i], self.op(i));
         }
@@ -352,9 +397,10 @@ impl<'a> Compiler<'a> {
             return Access { slow: vec![from], i, flags };
         };
         a.store(8, mem(slot), RDI);
-        let first = self.trace.parts[0].at;
-        let pack = (len as u64) << 32 | (write as u64) << 46 | (plainly as u64) << 47 | first << 48;
-        self.cold.push(Cold::Touch { from, again, i, flags, pack, tag });
+        let n = self.leaders.len();
+        let (op, place) = (self.op(i) as *const Op, self.place_of(i));
+        self.leaders.push(Leader { grouped: self.grouped, i, op, place, len, write, plainly, jump_at: 0 });
+        self.cold.push(Cold::Touch { from, again, n, flags, tag });
         Access { slow: Vec::new(), i, flags }
     }
 
@@ -401,7 +447,7 @@ impl<'a> Compiler<'a> {
         let key = first.key & !0xFFF | target as u64;
         let (mut count, mut code, mut need) = (0, 0, true);
         if key == first.key {
-            (count, code, need) = (self.trace.count, self.a.base, self.need[0]);
+            (count, code, need) = (self.trace.count, self.home, self.need[0]);
         } else if let Some(b) = self.cache.blocks.get(&key) {
             need = needs_flags(b, self.alone);
             if !b.code.get().is_null() {
@@ -416,12 +462,14 @@ impl<'a> Compiler<'a> {
         self.a.d32(count as i32 - back);
         let count_at = self.a.base + self.a.at() as u64 - 4;
         let budget = self.a.jcc(cc::S);
-        let link = self.a.jmp();
-        if code != 0 {
-            self.a.to(link, code.wrapping_sub(self.a.base) as usize);
-        }
-        let jump_at = self.a.base + link.end() as u64 - 4;
-        self.edges.push(Edge { count_at, jump_at, count, back: back as u32, to: code, unlinked: 0 });
+        let link = if code != 0 {
+            self.a.jmp_abs(code);
+            None
+        } else {
+            Some(self.a.jmp())
+        };
+        let jump_at = self.a.base + self.a.at() as u64 - 4;
+        self.edges.push(Edge { count_at, jump_at, count, back: back as u32 });
         self.cold.push(Cold::Edge { n, link, budget, flags: self.fl, target: target as i32 });
     }
 
@@ -457,15 +505,17 @@ impl<'a> Compiler<'a> {
                     let back = self.a.jmp();
                     self.a.to(back, join.end());
                 }
-                Cold::Touch { from, again, i, flags, pack, tag } => {
+                Cold::Touch { from, again, n, flags, tag } => {
                     self.a.here(from);
                     // The linear address again.
                     self.a.alu_load(8, 6, RDI, Rm::M(RAX, tag));
                     self.a.store(8, mem(TOUCHED), RDI);
                     self.fl = Flags { host: 0, ..flags };
                     self.keep();
-                    self.a.constant(RAX, self.op(i) as *const Op as u64);
-                    self.a.constant(RDI, pack | self.place_of(i) as u64);
+                    let plainly = self.a.jmp();
+                    self.a.here(plainly);
+                    self.leaders[n].jump_at = self.a.base + plainly.end() as u64 - 4;
+                    self.a.constant(RAX, (self.first_leader + n) as u64);
                     self.a.call_abs(self.stubs.touch);
                     self.a.load(8, RDI, mem(TOUCHED));
                     let back = self.a.jmp();
@@ -489,24 +539,24 @@ impl<'a> Compiler<'a> {
                     self.a.jmp_abs(self.stubs.exit);
                 }
                 Cold::Edge { n, link, budget, flags, target } => {
-                    let edge = n as usize - self.first_edge;
-                    self.edges[edge].unlinked = self.a.base + self.a.at() as u64;
-                    if self.edges[edge].to == 0 {
+                    let to_common = link.map(|link| {
                         self.a.here(link);
-                    }
-                    if !flags.kept {
-                        self.fl = Flags { host: 0, ..flags };
-                        self.keep();
-                    }
-                    self.a.constant(RAX, (EDGE + 2 * n) as u64);
-                    let to_common = self.a.jmp();
+                        if !flags.kept {
+                            self.fl = Flags { host: 0, ..flags };
+                            self.keep();
+                        }
+                        self.a.constant(RAX, (EDGE + 2 * n) as u64);
+                        self.a.jmp()
+                    });
                     self.a.here(budget);
                     if !flags.kept {
                         self.fl = Flags { host: 0, ..flags };
                         self.keep();
                     }
                     self.a.constant(RAX, (EDGE + 2 * n + 1) as u64);
-                    self.a.here(to_common);
+                    if let Some(f) = to_common {
+                        self.a.here(f);
+                    }
                     self.a.load(8, RDI, mem(PAGE));
                     self.a.lea(8, RDI, Rm::M(RDI, target));
                     self.a.store(8, mem(RIP_OUT), RDI);

@@ -3,13 +3,11 @@
 //! Several memory operands of a trace often lie a constant apart: the slots of a stack frame, the fields of a
 //! structure, an element that is read and written back. The first of such a group looks up the page for the
 //! whole range of the group and keeps its host address; the others use that. The check fails when the range
-//! crosses a page (or a page is not plainly writable that is written later on); then the interpreter goes on,
-//! and a trace for which that happens often is compiled anew without groups ([`SoftCpu::bail`]).
+//! crosses a page (or a page is not plainly writable that is written later on): then code of the same trace
+//! without groups goes on from there, once there is such code; the interpreter before.
 //!
 //! Nothing between the accesses of a group may change translations: handlers end all groups, and an access
 //! that goes the slow way leaves the trace if it dropped any.
-//!
-//! [`SoftCpu::bail`]: super::super::SoftCpu
 
 use super::super::op::{Op, BLOCKIP, FS, RBP, RSP};
 use super::kind::{Kind, Val};

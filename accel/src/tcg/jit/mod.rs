@@ -33,7 +33,7 @@ use super::op::{
     Block, Op, BLOCKIP, FLAGS, HOST_CSR, JUMP_TABLE, KEY, LEFT, LEVEL, NEVER, PAGE, RIP_OUT, SALT, TLB,
     TOUCHED, XMM_LIVE,
 };
-use super::paging::{Access, MMU_USER, TLB_SIZE};
+use super::paging::{Access, TLB_SIZE};
 use super::SoftCpu;
 use memory::CodeMemory;
 use std::mem::offset_of;
@@ -51,9 +51,8 @@ pub enum Tier {
     Random(u64),
 }
 
-/// So many failed groups of a trace, within so many instructions, are too many.
-const BAILS: u32 = 64;
-const BAILS_WITHIN: u64 = 2_000_000;
+/// So often may a trace's groups fail before the trace is compiled without them too.
+const FAILURES: u32 = 4;
 
 /// Interpreted runs before a block is compiled.
 const HOT: u32 = 30;
@@ -94,10 +93,35 @@ struct Edge {
     count: u32,
     /// Instructions that the trace it leaves was charged for and does not run.
     back: u32,
-    /// That trace, or 0.
-    to: u64,
-    /// Where it leads when it is not linked.
-    unlinked: u64,
+}
+
+/// The first access of a group, which looks up the page for all of them.
+#[derive(Clone, Copy)]
+struct Leader {
+    /// The trace it is in.
+    grouped: u32,
+    /// The instruction of that trace.
+    i: usize,
+    op: *const Op,
+    /// See [`step`].
+    place: u32,
+    /// Bytes that the group reaches over.
+    len: u32,
+    /// It is a write.
+    write: bool,
+    /// The page must be plainly writable.
+    plainly: bool,
+    /// Of the displacement of a jump to the same instruction in the trace without groups.
+    jump_at: u64,
+}
+
+/// A trace with groups.
+struct Grouped {
+    /// Its blocks.
+    keys: Vec<u64>,
+    code: u64,
+    /// How often a group could not be translated as one.
+    failures: u32,
 }
 
 /// What a return from compiled code asks for.
@@ -118,6 +142,8 @@ pub(super) struct Jit {
     memory: Option<CodeMemory>,
     stubs: stubs::Stubs,
     edges: Vec<Edge>,
+    grouped: Vec<Grouped>,
+    leaders: Vec<Leader>,
     random: u64,
 }
 
@@ -128,6 +154,8 @@ impl Jit {
             memory: None,
             stubs: stubs::Stubs::default(),
             edges: Vec::new(),
+            grouped: Vec::new(),
+            leaders: Vec::new(),
             random: 0,
         }
     }
@@ -239,35 +267,16 @@ impl SoftCpu {
         let Some(e) = self.jit.edges.get_mut(edge as usize) else { return };
         let Some(memory) = &mut self.jit.memory else { return };
         e.count = block.code_count.get();
-        e.to = code as u64;
         memory.patch(e.count_at, e.count as i32 - e.back as i32);
         memory.patch(e.jump_at, (code as u64).wrapping_sub(e.jump_at + 4) as i32);
     }
 
-    /// A group of the trace at `offset` of this page could not be translated as one. When that happens too often,
-    /// the trace is compiled anew without groups.
-    fn bail(&mut self, offset: u64) {
-        let lin = self.st.gpr[PAGE];
-        let e = &self.code_tlb[(self.mmu >= MMU_USER) as usize][(lin >> 12) as usize & 255];
-        if e.tag != lin {
-            return;
-        }
-        let Some(block) = self.cache.blocks.get(&(e.phys | offset | (MODE64 as u64) << 60)) else { return };
-        let (mut count, mut since) = block.bails.get();
-        if self.pos.wrapping_sub(since) > BAILS_WITHIN {
-            (count, since) = (0, self.pos);
-        }
-        block.bails.set((count + 1, since));
-        if count < BAILS {
-            return;
-        }
-        let code = block.code.replace(std::ptr::null()) as u64;
-        block.plain.set(true);
-        let Some(memory) = &mut self.jit.memory else { return };
-        for e in self.jit.edges.iter_mut().filter(|e| e.to == code && code != 0) {
-            (e.count, e.to) = (0, 0);
-            memory.patch(e.count_at, (e.back as i32).wrapping_neg());
-            memory.patch(e.jump_at, e.unlinked.wrapping_sub(e.jump_at + 4) as i32);
+    /// A group of a trace could not be translated as one.
+    fn group_failed(&mut self, number: u32) {
+        let g = &mut self.jit.grouped[number as usize];
+        g.failures += 1;
+        if g.failures == FAILURES {
+            self.compile_plainly(number);
         }
     }
 
@@ -281,6 +290,8 @@ impl SoftCpu {
             m.truncate(self.jit.stubs.size());
         }
         self.jit.edges.clear();
+        self.jit.grouped.clear();
+        self.jit.leaders.clear();
     }
 }
 
@@ -373,34 +384,35 @@ unsafe extern "sysv64" fn step(c: *mut SoftCpu, op: *const Op, place: u32) -> u3
     0
 }
 
-/// Fill the TLB for a group's leader, the access of `op`: TOUCHED is the group's first linear address. `pack` is
-/// the place of [`step`], and from bit 32 the group's length, from bit 46 whether the leader writes, whether the page
-/// must be plainly writable, and the offset of the trace in its page. Returns 0 to try again, or why to leave.
-unsafe extern "sysv64" fn touch(c: *mut SoftCpu, op: *const Op, pack: u64) -> u32 {
+/// Fill the TLB for the group of leader `n`: TOUCHED is the group's first linear address. Returns 0 to try again,
+/// or why to leave.
+unsafe extern "sysv64" fn touch(c: *mut SoftCpu, n: u32) -> u32 {
     // SAFETY: as in `step`.
-    let (c, op) = unsafe { (&mut *c, &*op) };
-    let count = pack >> 16 & 0xFFFF;
-    let start = c.st.gpr[PAGE].wrapping_add(pack & 0xFFF);
-    let (len, write, plainly) = (pack >> 32 & 0x3FFF, pack >> 46 & 1 != 0, pack >> 47 & 1 != 0);
+    let c = unsafe { &mut *c };
+    let l = c.jit.leaders[n as usize];
+    // SAFETY: as in `step`: the leader's trace runs.
+    let op = unsafe { &*l.op };
+    let count = (l.place >> 16) as u64;
     let lin = c.st.gpr[TOUCHED];
     c.pos = c.limit - c.st.gpr[LEFT] - count;
     c.cur = op;
     let changes = c.changes;
     let mut good = false;
-    if (lin & 0xFFF) + len <= 4096 && canonical(lin) {
-        let access = if write { Access::Write } else { Access::Read };
+    if (lin & 0xFFF) + l.len as u64 <= 4096 && canonical(lin) {
+        let access = if l.write { Access::Write } else { Access::Read };
         if let Ok(w) = c.walk(lin, access, c.mmu) {
             c.fill(lin, &w, c.mmu);
             let e = &c.tlb[c.mmu][(lin >> 12) as usize & (TLB_SIZE - 1)];
-            good = if plainly { e.wtag } else { e.rtag } == lin & !0xFFF && changes == c.changes;
+            good = if l.plainly { e.wtag } else { e.rtag } == lin & !0xFFF && changes == c.changes;
         }
     }
     c.cur = &super::IDLE;
     if good {
         return 0;
     }
-    c.bail(pack >> 48);
+    c.group_failed(l.grouped);
     let g = &mut c.st.gpr;
+    let start = g[PAGE].wrapping_add((l.place & 0xFFF) as u64);
     g[LEFT] += count - op.idx as u64;
     g[RIP_OUT] = start.wrapping_add(op.off as u64);
     INTERPRET

@@ -37,7 +37,7 @@ pub struct Stubs {
     /// with the guest's flags in the host's.
     /// The vector registers are loaded again: none, XMM, YMM.
     pub step: [u64; 3],
-    /// Call [`touch`] for the leader in RAX, RDI describes it; returns when it is to be tried again.
+    /// Call [`touch`] for leader number EAX; returns when it is to be tried again.
     pub touch: u64,
     /// Load the XMM registers (1), or the YMM registers (2) of which the XMM registers may be loaded already;
     /// returns with ZF clear when the interpreter must have a look.
@@ -157,8 +157,7 @@ impl Stubs {
         s.touch = address(&a);
         a.alu_imm(8, 5, Rm::R(RSP), 8);
         spill(&mut a);
-        a.store(8, Rm::R(RSI), RAX);
-        a.store(8, Rm::R(RDX), RDI);
+        a.store(4, Rm::R(RSI), RAX);
         a.load(1, RAX, mem(XMM_LIVE));
         a.store(1, mem(LEVEL), RAX);
         a.alu_imm(1, 7, mem(XMM_LIVE), 0);
