@@ -258,6 +258,7 @@ impl World {
                 heartbeat_ms: 10,
                 timeout_ms: 50,
                 separate_disks: false,
+                reads_disk: false,
             },
         );
     }
@@ -347,7 +348,7 @@ impl World {
                 }
                 if late && self.options.mutation == Some(Mutation::AckAfterArbitration) {
                     if let Message::Log { first, count, .. } = message {
-                        self.send(p, Message::Ack { received: first + count, executed: Stamp::default() });
+                        self.send(p, Message::Ack { received: first + count, applied: 0, executed: Stamp::default() });
                     }
                 }
             }

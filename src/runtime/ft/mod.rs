@@ -6,10 +6,12 @@ mod follow;
 mod join;
 mod link;
 mod primary;
+mod reads;
 
 pub use follow::{begin_own_writes, follow, own_write_ended, Follow, HostSide};
 pub use join::{join, JoinError, Joined};
 pub use link::{Link, Pulse};
+pub use reads::{BackupReads, Fetch};
 
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -152,6 +154,13 @@ impl FtSide {
         if let Some(mut core) = self.core().and_then(|c| c.lock().ok()) {
             core.input(stamp, payload);
         }
+    }
+
+    /// Log the end of a read that the backup does itself; the entry's number, or `None` if there is no backup.
+    pub fn log_fetch(&mut self, stamp: Stamp, fetch: &Fetch) -> Option<u64> {
+        let payload = postcard::to_stdvec(fetch).ok()?;
+        let mut core = self.core()?.lock().ok()?;
+        core.is_logging().then(|| core.fetch(stamp, payload))
     }
 
     /// Log a state hash.

@@ -26,6 +26,9 @@ pub struct Pair {
     pub live: usize,
     /// Added to `-ft` of both sides.
     pub ft_options: String,
+    /// A host that dies while it allocates leaves clusters that are counted and not used: no harm to data, but
+    /// `qemu-img check` tells of them.
+    pub may_leak: bool,
     /// `qcow2` or `raw`.
     format: &'static str,
     /// Host 1 has an image of its own (`disks=separate`).
@@ -117,6 +120,7 @@ impl Pair {
             hosts: [None, None],
             live: 0,
             ft_options: ft_options.clone().unwrap_or_default(),
+            may_leak: false,
             format,
             second_image,
             started: 0,
@@ -433,7 +437,10 @@ impl Pair {
             return Err(format!("an overlay was left\n{}", self.logs()));
         }
         if self.format == "qcow2" {
-            self.qemu_img(&["check", "-f", "qcow2", self.image_of(self.live)])?;
+            match self.qemu_img(&["check", "-f", "qcow2", self.image_of(self.live)]) {
+                Err(e) if self.may_leak && e.contains("waste of disk space, but no harm to data") => {}
+                other => drop(other?),
+            }
         }
         Ok(())
     }
