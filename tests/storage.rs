@@ -362,7 +362,10 @@ fn disk_reads(kind: Kind) -> Result<()> {
     let mut cost = Vec::new();
     for option in ["", ",reads=disk"] {
         let mut pair = Pair::start_on("reads", Guest::Tiny, option, kind, "")?;
-        in_guest(&pair, &["dd if=/dev/urandom of=/mnt/f bs=1M count=24", "sync", "sha256sum /mnt/f > /tmp/sum"])?;
+        in_guest(
+            &pair,
+            &["dd if=/dev/urandom of=/mnt/f bs=1M count=24", "sync", "sha256sum /mnt/f > /tmp/sum"],
+        )?;
         pair.protect()?;
         let (took, read, logged) = reading(&mut pair)?;
         println!(
@@ -388,7 +391,8 @@ fn disk_reads(kind: Kind) -> Result<()> {
             std::thread::sleep(Duration::from_secs(1));
             let logs = pair.logs();
             ensure(&logs, !logs.contains("state differs") && !logs.contains("other data"))?;
-            let ft = if round == 1 { pair.stall_primary(Duration::from_secs(1))? } else { pair.kill_primary()? };
+            let ft =
+                if round == 1 { pair.stall_primary(Duration::from_secs(1))? } else { pair.kill_primary()? };
             println!("{kind:?}: failover {}", ft["last-failover"]);
             clients.wait_progress(20, WAIT).map_err(|e| format!("{e}\n{}", pair.logs()))?;
             in_guest(&pair, &[FORGET, "sha256sum -c /tmp/sum"])?;

@@ -222,8 +222,8 @@ fn common(
         disk.as_ref().and(drive.file.as_ref()).filter(|f| !f.contains("://")).map(std::path::PathBuf::from)
     };
     let images: Vec<_> = blueprint.config.drives.iter().zip(&disks).filter_map(file).collect();
-    let generations = (ft.separate && !path.contains("://"))
-        .then(|| Generations::new(std::path::Path::new(&path), &images));
+    let generations = (ft.separate && !path.starts_with("iscsi://"))
+        .then(|| Arc::new(Generations::new(std::path::Path::new(&path), &images)));
     Ok(Arc::new(Common {
         config: ft,
         disks,
@@ -264,8 +264,13 @@ fn prepare_backup(
             "the primary has disks=separate: the backup needs lock=PATH, where the primary's lock is";
         return Err(text(&joined.refuse(reason.into())));
     }
-    let ft =
-        crate::cli::ft::FtConfig { heartbeat: joined.timing.0, timeout: joined.timing.1, separate, reads, ..ft };
+    let ft = crate::cli::ft::FtConfig {
+        heartbeat: joined.timing.0,
+        timeout: joined.timing.1,
+        separate,
+        reads,
+        ..ft
+    };
     let prepared = (|| {
         let machine = blueprint.build().map_err(|e| e.to_string())?;
         let (outside, control) = open_outside(&blueprint, shared, &events)?;

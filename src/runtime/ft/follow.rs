@@ -132,7 +132,7 @@ impl Follow {
     fn keep(&mut self, outputs: Vec<(Stamp, Output)>, outside: &Outside) {
         for (_, output) in outputs {
             if let (Some(own), Output::Disk { .. }) = (&mut self.own, &output) {
-                own.perform(output, outside);
+                own.begin(output).into_iter().for_each(|o| outside.perform(o));
                 continue;
             }
             if let Output::NetTx { nic, frame } = &output {
@@ -188,7 +188,7 @@ pub fn begin_own_writes(rt: &mut Runtime) {
     let pending = rt.machine.pending_disk();
     let outside = Arc::clone(&rt.outside);
     let Some((Follow { own: Some(own), .. }, _)) = role(rt) else { return };
-    pending.into_iter().for_each(|output| own.perform(output, &outside));
+    pending.into_iter().filter_map(|o| own.begin(o)).for_each(|o| outside.perform(o));
 }
 
 /// The sender's IPv4 address in a frame (ARP or IPv4).
@@ -283,26 +283,14 @@ pub fn follow(rt: &mut Runtime) -> Option<Outcome> {
         f.current = next;
     }
     let mut entry = f.current.take()?;
+    let stamp = entry.stamp();
     // A completion is applied when this side's own disk has done the same.
     let done = f.own.is_some().then(|| disk_done(&entry)).flatten();
-    let target = entry.stamp().position;
-    if let (Some(own), Some((id, _))) = (&f.own, &done) {
-        if own.is_busy(*id) && target == rt.machine.stamp().position {
-            let (f, common) = role(rt)?;
-            f.current = Some(entry);
-            report(f, &common, None);
-            return wait(rt);
-        }
-    }
-    let outside = Arc::clone(&rt.outside);
-    let mut outputs = Vec::new();
-    let mut unread = None;
-    if let Entry::Fetch { stamp, payload } = &entry {
+    let mut waits = matches!((&f.own, &done), (Some(own), Some((id, _))) if own.is_busy(*id));
+    if let Entry::Fetch { payload, .. } = &entry {
         let Some(fetch) = Fetch::from_bytes(payload) else {
             return Some(Outcome::Failed("a disk read in the log is not readable".into()));
         };
-        let stamp = *stamp;
-        let (f, _) = role(rt)?;
         match f.host.reads.take(fetch.id) {
             Some(data) => {
                 f.reading_since = None;
@@ -311,22 +299,30 @@ pub fn follow(rt: &mut Runtime) -> Option<Outcome> {
                 let payload = postcard::to_stdvec(&done).unwrap_or_default();
                 entry = Entry::Input { stamp, payload };
             }
-            // Up to there meanwhile.
-            None => unread = Some(std::mem::replace(&mut entry, Entry::Horizon { stamp })),
+            None => waits = true,
         }
     }
+    // What the entry brings is not here yet: up to there meanwhile.
+    let later = waits.then(|| std::mem::replace(&mut entry, Entry::Horizon { stamp }));
+    let outside = Arc::clone(&rt.outside);
+    let mut outputs = Vec::new();
     let followed = follow_entry(&mut rt.machine, &entry, CHUNK, &mut outputs);
     let stamp = rt.machine.stamp();
     let (f, common) = role(rt)?;
     f.keep(outputs, &outside);
-    if let Some(fetch) = unread {
-        entry = fetch;
+    if let Some(later) = later {
+        entry = later;
         if matches!(followed, Followed::Done) {
             if let Ok(mut core) = f.core.lock() {
                 core.executed(stamp);
             }
+            let reads = matches!(entry, Entry::Fetch { .. });
             f.current = Some(entry);
-            return wait_for_read(rt);
+            if reads {
+                return wait_for_read(rt);
+            }
+            report(f, &common, None);
+            return wait(rt);
         }
     }
     match followed {

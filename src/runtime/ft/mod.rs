@@ -55,7 +55,7 @@ pub struct Common {
     pub start: Instant,
     /// This side's own images, where disks are separate.
     pub disks: disks::Disks,
-    pub generations: Option<disks::Generations>,
+    pub generations: Option<Arc<disks::Generations>>,
 }
 
 impl Common {
@@ -66,8 +66,17 @@ impl Common {
 
     /// This side goes on alone: with separate disks only its own are up to date from here on.
     pub fn alone(&self) {
-        if let Some(Err(e)) = self.generations.as_ref().map(disks::Generations::advance) {
-            log::error!("ft: cannot note that only this host's disks are up to date: {e}");
+        let Some(generations) = self.generations.clone() else { return };
+        let Err(e) = generations.advance() else { return };
+        log::error!("ft: cannot note that only this host's disks are up to date: {e}; trying again");
+        let spawned = std::thread::Builder::new().name("ft-number".into()).spawn(move || {
+            while generations.advance().is_err() {
+                std::thread::sleep(Duration::from_millis(500));
+            }
+            log::info!("ft: noted that only this host's disks are up to date");
+        });
+        if let Err(e) = spawned {
+            log::error!("ft: no thread for it: {e}");
         }
     }
 

@@ -77,7 +77,10 @@ impl Pair {
             Guest::Debian => {
                 match format {
                     "qcow2" => drop(std::fs::copy(guests::debian()?, &image).map_err(|e| e.to_string())?),
-                    _ => drop(guests::run("qemu-img", &["convert", "-q", "-O", format, &guests::debian()?, &image])?),
+                    _ => drop(guests::run(
+                        "qemu-img",
+                        &["convert", "-q", "-O", format, &guests::debian()?, &image],
+                    )?),
                 }
                 args.extend(["-m".to_owned(), "512M".to_owned()]);
                 "GUEST READY"
