@@ -179,7 +179,7 @@ fn lock_path(ft: &crate::cli::ft::FtConfig, blueprint: &Blueprint) -> Result<Str
         .and_then(|d| d.file.as_ref())
         // A LUN's lock is its own reservation.
         .map(|f| {
-            if f.starts_with("iscsi://") {
+            if ftvm_block::iscsi::is_lun(std::path::Path::new(f)) {
                 f.clone()
             } else {
                 ftvm_block::files::beside_path(std::path::Path::new(f), ".ftlock")
@@ -213,7 +213,7 @@ fn common(
 ) -> Result<Arc<Common>, String> {
     let path = lock_path(&ft, blueprint)?;
     let fail = |e: std::io::Error| format!("-ft: the lock '{}': {e}", ftvm_block::iscsi::hide_secret(&path));
-    let lock: Arc<dyn Arbiter> = if path.starts_with("iscsi://") {
+    let lock: Arc<dyn Arbiter> = if ftvm_block::iscsi::is_lun(std::path::Path::new(&path)) {
         Arc::new(LunArbiter::open(&path, ftvm_block::iscsi::hide_secret(&path)).map_err(fail)?)
     } else {
         Arc::new(FileLock::new(&path).map_err(fail)?)
@@ -222,7 +222,7 @@ fn common(
         disk.as_ref().and(drive.file.as_ref()).filter(|f| !f.contains("://")).map(std::path::PathBuf::from)
     };
     let images: Vec<_> = blueprint.config.drives.iter().zip(&disks).filter_map(file).collect();
-    let generations = (ft.separate && !path.starts_with("iscsi://"))
+    let generations = (ft.separate && !ftvm_block::iscsi::is_lun(std::path::Path::new(&path)))
         .then(|| Arc::new(Generations::new(std::path::Path::new(&path), &images)));
     Ok(Arc::new(Common {
         config: ft,

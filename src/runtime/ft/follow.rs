@@ -453,10 +453,12 @@ fn go_live(rt: &mut Runtime) -> Option<Outcome> {
     rt.shared.backends().take_note(rt.machine.note());
     let (f, common) = role(rt)?;
     let (heard, asked) = f.asked_at.take().unwrap_or_else(|| (common.now(), common.now()));
+    let opening = Instant::now();
     while let Err(e) = (f.host.attach)(&outside, &events) {
         log::error!("ft: cannot go live yet: {e}; trying again");
         std::thread::sleep(Duration::from_millis(200));
     }
+    log::info!("ft: images and networks opened in {:.1?}", opening.elapsed());
     let mut own = f.own.take();
     let unsent: Vec<Output> = f.outputs.drain(..).map(|(_, o)| o).collect();
     let (mut macs, addresses) = (f.host.macs.clone(), f.addresses.clone());

@@ -92,11 +92,12 @@ impl Common {
     /// Ask the lock on a thread of its own until it answers.
     pub fn arbitrate(&self, epoch: Epoch, side: Side) {
         let (lock, events) = (Arc::clone(&self.lock), self.events.clone());
+        let asked = Instant::now();
         log::warn!("ft: the peer is suspected; asking the lock {}", lock.describe());
         let spawned = std::thread::Builder::new().name("ft-lock".into()).spawn(move || loop {
             match lock.try_win(&epoch, side) {
                 Ok(verdict) => {
-                    log::warn!("ft: the lock says {verdict:?}");
+                    log::warn!("ft: the lock says {verdict:?} after {:.1?}", asked.elapsed());
                     let _ = events.send(super::Event::Ft(FtEvent::Verdict(epoch.token.clone(), verdict)));
                     return;
                 }
