@@ -163,7 +163,7 @@ impl Inner {
                     return;
                 }
                 Err(reason) => {
-                    if tries % 100 == 0 {
+                    if tries.is_multiple_of(100) {
                         log::warn!("ft: a disk read of the backup: {reason}; trying again");
                     }
                     tries = tries.wrapping_add(1);
