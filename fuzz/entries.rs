@@ -12,7 +12,7 @@ use std::time::Duration;
 use ftvm::cli::keyval::Params;
 use ftvm::lockstep::backup::Backup;
 use ftvm::lockstep::heartbeat::{Heartbeat, Listener};
-use ftvm::lockstep::log::{Decoder, Encoder, Entry};
+use ftvm::lockstep::log::{self, Decoder, Encoder};
 use ftvm::lockstep::primary::Timing;
 use ftvm::lockstep::wire::{self, Epoch, Message};
 use ftvm::lockstep::Side;
@@ -81,7 +81,7 @@ pub fn log(data: &[u8]) {
             while let Some(entry) = backup.done() {
                 assert!(entry.stamp() >= last, "the log never goes back");
                 last = entry.stamp();
-                if let Entry::Fetch { payload, .. } = entry {
+                if let log::Entry::Fetch { payload, .. } = entry {
                     let _ = Fetch::from_bytes(&payload);
                 }
             }

@@ -6,7 +6,7 @@
 //! has executed the read's end. A checksum says whether they are the same bytes; if not, or if the read fails, it is tried again.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{channel, Receiver, Sender};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
@@ -55,7 +55,8 @@ pub type OpenShared = Box<dyn Fn(u32) -> Result<Arc<dyn Store>, String> + Send +
 
 #[derive(Default)]
 struct Ready {
-    data: HashMap<u64, Vec<u8>>,
+    /// By request: the read's place in the log's order, and its data.
+    data: HashMap<u64, (u64, Vec<u8>)>,
     bytes: usize,
     /// Why the last try failed.
     error: String,
@@ -73,9 +74,11 @@ struct Inner {
 /// Reads that this side does itself.
 pub struct BackupReads {
     inner: Arc<Inner>,
-    jobs: Sender<Fetch>,
-    queue: Arc<Mutex<Receiver<Fetch>>>,
+    jobs: Sender<(u64, Fetch)>,
+    queue: Arc<Mutex<Receiver<(u64, Fetch)>>>,
     started: AtomicBool,
+    /// Reads begun.
+    count: AtomicU64,
 }
 
 impl BackupReads {
@@ -91,7 +94,7 @@ impl BackupReads {
             events,
         };
         let (inner, queue) = (Arc::new(inner), Arc::new(Mutex::new(queue)));
-        BackupReads { inner, jobs, queue, started: AtomicBool::new(false) }
+        BackupReads { inner, jobs, queue, started: AtomicBool::new(false), count: AtomicU64::new(0) }
     }
 
     /// Begin what the log has just said.
@@ -103,21 +106,21 @@ impl BackupReads {
                 let (inner, queue) = (Arc::clone(&self.inner), Arc::clone(&self.queue));
                 let run = move || loop {
                     let next = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
-                    let Ok(fetch) = next else { return };
-                    inner.serve(&fetch);
+                    let Ok((number, fetch)) = next else { return };
+                    inner.serve(number, &fetch);
                 };
                 if let Err(e) = std::thread::Builder::new().name("ft-read".into()).spawn(run) {
                     log::error!("ft: no thread for disk reads: {e}");
                 }
             }
         }
-        let _ = self.jobs.send(fetch);
+        let _ = self.jobs.send((self.count.fetch_add(1, Ordering::SeqCst), fetch));
     }
 
     /// The data of a read, if it is there.
     pub fn take(&self, id: u64) -> Option<Vec<u8>> {
         let mut ready = self.inner.ready.lock().ok()?;
-        let data = ready.data.remove(&id)?;
+        let (_, data) = ready.data.remove(&id)?;
         ready.bytes -= data.len();
         self.inner.taken.notify_all();
         Some(data)
@@ -142,22 +145,20 @@ impl Inner {
     }
 
     /// Try until it succeeds: the primary's read did.
-    fn serve(&self, fetch: &Fetch) {
+    fn serve(&self, number: u64, fetch: &Fetch) {
         let mut tries = 0u32;
         while !self.is_closed() {
             match self.read(fetch) {
                 Ok(data) => {
                     let mut ready = self.ready.lock().unwrap_or_else(PoisonError::into_inner);
-                    // Reads begin in the log's order: the next to be executed never waits here for good.
-                    while ready.bytes > READY && !self.is_closed() {
+                    // What lies ready is enough, unless the execution needs this one before all of that.
+                    let first = |ready: &Ready| ready.data.values().all(|(n, _)| *n > number);
+                    while ready.bytes > READY && !first(&ready) && !self.is_closed() {
                         let waited = self.taken.wait_timeout(ready, AGAIN);
                         ready = waited.unwrap_or_else(PoisonError::into_inner).0;
-                        if ready.data.keys().all(|id| *id > fetch.id) {
-                            break;
-                        }
                     }
                     ready.bytes += data.len();
-                    ready.data.insert(fetch.id, data);
+                    ready.data.insert(fetch.id, (number, data));
                     drop(ready);
                     let _ = self.events.send(Event::Ft(FtEvent::Wake));
                     return;
