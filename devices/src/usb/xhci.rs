@@ -4,7 +4,8 @@
 use serde::{Deserialize, Serialize};
 
 use crate::ctx::{pack, unpack, Ctx, Device, DeviceError};
-use crate::pci::{Bar, PciFunction, PciId, PciSaved};
+use crate::pci::{Bar, Express, PciFunction, PciId, PciSaved};
+use crate::registry::Build;
 
 /// Where the parts of BAR 0 lie.
 const OPERATIONAL: u64 = 0x40;
@@ -94,7 +95,7 @@ fn set_high(word: &mut u64, value: u32) {
 
 impl Xhci {
     /// A controller with this many ports of each kind, 1 to 15.
-    pub fn new(name: String, devfn: u8, ports: [u32; 2]) -> Xhci {
+    pub fn new(b: &Build, ports: [u32; 2]) -> Xhci {
         let id = PciId {
             vendor: 0x1B36,
             device: 0x000D,
@@ -103,14 +104,17 @@ impl Xhci {
             subsystem_vendor: 0x1AF4,
             subsystem: 0x1100,
         };
-        let mut pci = PciFunction::new(devfn, id);
+        let mut pci = PciFunction::new(b.devfn, id);
         pci.pin(1);
         pci.set8(0x60, 0x30);
         pci.bar(0, Bar::Memory64(SIZE));
         pci.bar(usize::from(MSIX_BAR), Bar::Memory(0x1000));
         pci.add_msix(MSIX_BAR, 1);
+        if b.behind_port() {
+            pci.add_express(Express::Endpoint);
+        }
         pci.seal();
-        Xhci { name, pci, ports, s: State::default() }
+        Xhci { name: b.pci_name(), pci, ports, s: State::default() }
     }
 
     fn reset_registers(&mut self, ctx: &mut Ctx) {
