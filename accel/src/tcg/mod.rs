@@ -758,7 +758,8 @@ impl Processor for SoftCpu {
         // SAFETY: the pointer is used under this call only; `NoBus` replaces it before the return.
         self.bus = unsafe { std::mem::transmute::<*mut (dyn Bus + '_), *mut (dyn Bus + 'static)>(p) };
         self.pos = position;
-        self.limit = position.saturating_add(budget);
+        // Compiled code takes what is left of it for a signed number.
+        self.limit = position.saturating_add(budget.min(1 << 62));
         let r = self.run_loop(position);
         self.bus = std::ptr::NonNull::<NoBus>::dangling().as_ptr();
         r

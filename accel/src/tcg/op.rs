@@ -112,6 +112,8 @@ pub struct Block {
     pub links: [Cell<Link>; 2],
     /// Compiled code, or null.
     pub code: Cell<*const u8>,
+    /// Instructions of that code, which may run on into other blocks.
+    pub code_count: Cell<u32>,
     /// Instructions, once complete.
     pub count: u32,
     /// How often it was interpreted; `NEVER`: it is not to be compiled.
@@ -141,6 +143,7 @@ impl Block {
             vecs: Vec::new(),
             links,
             code: Cell::new(std::ptr::null()),
+            code_count: Cell::new(0),
             count: 0,
             runs: Cell::new(0),
         }

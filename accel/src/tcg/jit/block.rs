@@ -9,6 +9,7 @@ use super::asm::*;
 use super::flags::{place, Flags};
 use super::kind::{classify, leaves_flags, Kind, ALL};
 use super::stubs::{mem, Stubs, HOST, NONE};
+use super::trace::Trace;
 use super::*;
 use crate::state::Segment;
 
@@ -20,20 +21,19 @@ enum Cold {
     Load { from: Fix, i: usize, flags: Flags, back: Fix, level: u8 },
     /// An edge without a link, and without budget.
     Edge { n: u32, link: Option<Fix>, budget: Fix, flags: Flags, target: i32 },
+    /// Out of the trace, which instruction `i` ends here.
+    Side { from: Fix, i: usize, flags: Flags, target: i64 },
 }
 
 /// What is known while a block is compiled.
 pub struct Compiler<'a> {
     pub a: Asm,
-    pub kinds: Vec<Kind>,
+    pub trace: Trace<'a>,
     /// Whether somebody may look at the flags as they are before instruction i (and at the end).
     pub need: Vec<bool>,
     pub fl: Flags,
     /// The vector registers are in the host's: 1 XMM, 2 YMM.
     loaded: u8,
-    block: &'a Block,
-    /// The block's offset in its page.
-    at: u64,
     alone: bool,
     cache: &'a Cache,
     stubs: Stubs,
@@ -42,9 +42,20 @@ pub struct Compiler<'a> {
     first_edge: usize,
 }
 
-fn classes(block: &Block, alone: bool) -> Vec<Kind> {
+/// Whether `block` may need the flags as they are before it.
+fn needs_flags(block: &Block, alone: bool) -> bool {
     let at = block.key & 0xFFF;
-    block.ops.iter().map(|op| classify(op, at, alone)).collect()
+    for op in &block.ops {
+        let kind = classify(op, at, alone);
+        let e = kind.effects();
+        if e.exits || e.reads != 0 || matches!(kind, Kind::Vector { .. }) {
+            return true;
+        }
+        if e.writes == ALL {
+            return false;
+        }
+    }
+    true
 }
 
 /// See [`Compiler::need`].
@@ -86,28 +97,29 @@ impl SoftCpu {
         for _ in 0..2 {
             let Some(memory) = &mut self.jit.memory else { return false };
             let base = memory.next();
+            let alone = self.cpus == 1;
+            let trace = Trace::new(block, &self.cache, alone);
+            let count = trace.count;
             let mut c = Compiler {
                 a: Asm::new(base),
-                kinds: classes(block, self.cpus == 1),
-                alone: self.cpus == 1,
-                need: Vec::new(),
+                need: needs(&trace.kinds),
+                trace,
+                alone,
                 fl: Flags::KEPT,
                 loaded: 0,
-                block,
-                at: block.key & 0xFFF,
                 cache: &self.cache,
                 stubs: self.jit.stubs,
                 cold: Vec::new(),
                 edges: Vec::new(),
                 first_edge: self.jit.edges.len(),
             };
-            c.need = needs(&c.kinds);
             c.body();
             c.out_of_line();
             let (code, edges) = (c.a.buf, c.edges);
             if memory.push(&code) {
                 self.jit.edges.extend(edges);
                 block.code.set(base as *const u8);
+                block.code_count.set(count);
                 return true;
             }
             self.drop_compiled();
@@ -116,42 +128,53 @@ impl SoftCpu {
     }
 }
 
-impl Compiler<'_> {
+impl<'a> Compiler<'a> {
     fn body(&mut self) {
-        let n = self.kinds.len();
+        let n = self.trace.len();
         for i in 0..n {
             self.instruction(i);
         }
-        let last = self.kinds[n - 1];
-        if !last.branches() {
-            self.edge(self.at as i64 + self.block.bytes as i64);
+        if !self.trace.kinds[n - 1].branches() {
+            self.edge(n - 1, self.trace.next(n - 1));
         }
     }
 
-    pub fn op(&self, i: usize) -> &'static Op {
-        // SAFETY: the reference does not outlive the compiler, which borrows the block.
-        unsafe { &*(&self.block.ops[i] as *const Op) }
+    pub fn op(&self, i: usize) -> &'a Op {
+        self.trace.op(i)
     }
 
-    /// The offset, from the page's start, of what follows instruction `i`.
-    pub fn next(&self, i: usize) -> i64 {
-        let op = &self.block.ops[i];
-        self.at as i64 + op.off as i64 + op.len as i64
+    /// Instruction `i`, which ends its part, goes to `target`: on in the trace, or out of it.
+    pub fn go(&mut self, i: usize, target: i64) {
+        if self.trace.onward(i).is_none_or(|at| at as i64 != target) {
+            self.edge(i, target);
+        }
+    }
+
+    /// To `taken` if `cc` holds, or else to `next`.
+    pub fn choose(&mut self, i: usize, cc: u8, taken: i64, next: i64) {
+        let on = self.trace.onward(i).map(|at| at as i64);
+        // At the trace's end the way back is the more likely one.
+        let taken_first = on.map_or(taken < next, |on| on == taken);
+        let (cc, out, stay) = if taken_first { (cc ^ 1, next, taken) } else { (cc, taken, next) };
+        let from = self.a.jcc(cc);
+        self.cold.push(Cold::Side { from, i, flags: self.fl, target: out });
+        self.go(i, stay);
     }
 
     // ---- handlers
 
     fn call_step(&mut self, i: usize, loaded: u8) {
-        let neutral = match self.kinds[i] {
+        let neutral = match self.trace.kinds[i] {
             Kind::Handler => leaves_flags(self.op(i)),
             k => k.effects().reads | k.effects().writes == 0,
         };
         let neutral = if neutral { NEUTRAL } else { 0 };
         // What follows in the code of these jumps, wherever they lead.
-        let jumps = matches!(self.kinds[i], Kind::Ret { .. } | Kind::Indirect { .. });
+        let jumps = matches!(self.trace.kinds[i], Kind::Ret { .. } | Kind::Indirect { .. });
         let jumps = if jumps { JUMPS } else { 0 };
-        let place = (self.at as u32) | neutral | jumps | self.block.count << 16;
-        let op = &self.block.ops[i] as *const Op as u64;
+        let part = self.trace.part(i);
+        let place = (part.at as u32) | neutral | jumps | (self.trace.count - part.before) << 16;
+        let op = self.op(i) as *const Op as u64;
         self.a.constant(RAX, op);
         self.a.constant(RDI, place as u64);
         self.a.call_abs(self.stubs.step[loaded as usize]);
@@ -175,7 +198,7 @@ impl Compiler<'_> {
         let (base, index) = (op.base as usize, op.index as usize);
         if op.base == BLOCKIP {
             self.a.load(8, RDI, mem(PAGE));
-            return Some(Rm::M(RDI, (op.disp + self.at as i64) as i32));
+            return Some(Rm::M(RDI, (op.disp + self.trace.part(i).at as i64) as i32));
         }
         if index >= 16 {
             return (base < 16).then(|| Rm::M(self.reg(op.base, RDI), disp));
@@ -249,23 +272,28 @@ impl Compiler<'_> {
 
     // ---- ways out
 
-    /// On at an offset from the page's start.
-    pub fn edge(&mut self, target: i64) {
+    /// On at an offset from the page's start, after instruction `i`.
+    pub fn edge(&mut self, i: usize, target: i64) {
+        let back = self.trace.rest(i + 1) as i32;
         if !(0..4096).contains(&target) {
             self.keep();
+            if back != 0 {
+                self.a.alu_imm(8, 0, mem(LEFT), back);
+            }
             self.a.load(8, RAX, mem(PAGE));
             self.a.lea(8, RAX, Rm::M(RAX, target as i32));
             self.a.jmp_abs(self.stubs.lookup);
             return;
         }
-        let key = self.block.key & !0xFFF | target as u64;
+        let first = self.trace.parts[0].block;
+        let key = first.key & !0xFFF | target as u64;
         let (mut count, mut code, mut need) = (0, 0, true);
-        if key == self.block.key {
-            (count, code, need) = (self.block.count, self.a.base, self.need[0]);
+        if key == first.key {
+            (count, code, need) = (self.trace.count, self.a.base, self.need[0]);
         } else if let Some(b) = self.cache.blocks.get(&key) {
-            need = needs(&classes(b, self.alone))[0];
+            need = needs_flags(b, self.alone);
             if !b.code.get().is_null() {
-                (count, code) = (b.count, b.code.get() as u64);
+                (count, code) = (b.code_count.get(), b.code.get() as u64);
             }
         }
         if need || self.fl.recipe.is_none() {
@@ -273,9 +301,9 @@ impl Compiler<'_> {
         }
         let n = (self.first_edge + self.edges.len()) as u32;
         self.a.word(8, 0, 0x81, 5, mem(LEFT)); // sub
-        self.a.d32(count as i32);
+        self.a.d32(count as i32 - back);
         let count_at = self.a.base + self.a.at() as u64 - 4;
-        let budget = self.a.jcc(cc::B);
+        let budget = self.a.jcc(cc::S);
         let link = if code != 0 {
             self.a.jmp_abs(code);
             None
@@ -283,7 +311,7 @@ impl Compiler<'_> {
             Some(self.a.jmp())
         };
         let jump_at = self.a.base + self.a.at() as u64 - 4;
-        self.edges.push(Edge { count_at, jump_at, count });
+        self.edges.push(Edge { count_at, jump_at, count, back: back as u32 });
         self.cold.push(Cold::Edge { n, link, budget, flags: self.fl, target: target as i32 });
     }
 
@@ -302,8 +330,13 @@ impl Compiler<'_> {
     }
 
     fn out_of_line(&mut self) {
-        for c in std::mem::take(&mut self.cold) {
+        while let Some(c) = self.cold.pop() {
             match c {
+                Cold::Side { from, i, flags, target } => {
+                    self.a.here(from);
+                    self.fl = flags;
+                    self.edge(i, target);
+                }
                 Cold::Step { from, i, flags, join, loaded } => {
                     self.a.here(from);
                     self.fl = Flags { host: 0, ..flags };
@@ -323,9 +356,10 @@ impl Compiler<'_> {
                     self.a.to(ok, back.end());
                     let op = self.op(i);
                     self.a.word(8, 0, 0x81, 0, mem(LEFT)); // add
-                    self.a.d32((self.block.count as usize - i) as i32);
+                    self.a.d32(self.trace.rest(i) as i32);
                     self.a.load(8, RDI, mem(PAGE));
-                    self.a.lea(8, RDI, Rm::M(RDI, self.at as i32 + op.off as i32));
+                    let at = self.trace.part(i).at as i32;
+                    self.a.lea(8, RDI, Rm::M(RDI, at + op.off as i32));
                     self.a.store(8, mem(RIP_OUT), RDI);
                     self.a.constant(RAX, INTERPRET as u64);
                     self.a.jmp_abs(self.stubs.exit);

@@ -5,7 +5,6 @@ use super::asm::*;
 use super::block::{Access, Compiler};
 use super::flags::{keep_host, place, Flags, Overflow, Recipe};
 use super::kind::*;
-use super::slot;
 use super::stubs::{mem, HOST, NONE};
 
 /// Where a few guest registers live.
@@ -18,7 +17,7 @@ const AT: Rm = Rm::M(RDI, 0);
 impl Compiler<'_> {
     /// Emit instruction `i`.
     pub fn instruction(&mut self, i: usize) {
-        let kind = self.kinds[i];
+        let kind = self.trace.kinds[i];
         match kind {
             Kind::Handler => self.handler(i),
             Kind::Nop => {}
@@ -51,7 +50,7 @@ impl Compiler<'_> {
                 match HOST[d as usize] {
                     NONE => {
                         self.a.load(size, RAX, AT);
-                        self.a.store(if size == 4 { 8 } else { size }, place(d), RAX);
+                        self.put(size, d);
                     }
                     h => self.a.load(size, h, AT),
                 }
@@ -77,7 +76,7 @@ impl Compiler<'_> {
                 let h = self.reg(r, RAX);
                 if h == RAX {
                     self.a.sized(size, 0, 0x86, RAX, AT);
-                    self.a.store(if size == 4 { 8 } else { size }, place(r), RAX);
+                    self.put(size, r);
                 } else {
                     self.a.load(size, RAX, AT);
                     self.a.store(size, AT, h);
@@ -160,9 +159,9 @@ impl Compiler<'_> {
                 if self.need[i + 1] {
                     self.a.setcc(cc::E, Rm::R(RAX));
                     self.a.b(&[0xF6, 0xD8]); // neg al
-                    self.a.b(&[0x24, 0x44]); // and al, ZF | PF
-                    self.a.store(1, Rm::M(RBP, slot(FLAGS) + 1), RAX);
-                    self.a.store_imm(1, mem(FLAGS), 0);
+                    self.a.alu_imm(4, 4, Rm::R(RAX), 0x44); // ZF and PF
+                    self.a.shift(4, 4, Rm::R(RAX), 8);
+                    self.a.store(2, mem(FLAGS), RAX);
                 }
                 self.close(access);
                 self.fl = Flags::KEPT;
@@ -197,7 +196,7 @@ impl Compiler<'_> {
                     self.a.word(8, 0, 0x63, RAX, Rm::R(RAX));
                 }
                 match HOST[d as usize] {
-                    NONE => self.a.store(if size == 2 { 2 } else { 8 }, place(d), RAX),
+                    NONE => self.put(size, d),
                     h => self.a.load(size, h, Rm::R(RAX)),
                 }
                 self.after(i, false);
@@ -224,7 +223,7 @@ impl Compiler<'_> {
             Kind::Setcc { cc, d } => {
                 self.before(i, false);
                 self.want(condition(cc));
-                self.a.setcc(cc, place(d));
+                self.modify(d, |c, r| c.a.setcc(cc, Rm::R(r)));
                 self.after(i, false);
             }
             Kind::Cmov { cc, size, d, s } => {
@@ -255,11 +254,42 @@ impl Compiler<'_> {
         }
     }
 
+    /// The low `size` bytes of RAX into guest register `d`, which lives in its slot. Always writes all of it: a read
+    /// that is wider than the write before it has to wait for that. Uses RDI.
+    fn put(&mut self, size: u8, d: u8) {
+        if size < 4 {
+            self.a.load(8, RDI, place(d));
+            self.a.load(size, RDI, Rm::R(RAX));
+            self.a.store(8, place(d), RDI);
+        } else {
+            self.a.store(8, place(d), RAX);
+        }
+    }
+
+    /// The host's CF into the kept flags. Uses RAX and RDI.
+    fn keep_carry(&mut self) {
+        self.a.setcc(cc::B, Rm::R(RAX));
+        self.a.word(4, 1, 0xB7, RDI, mem(FLAGS)); // movzx
+        self.a.word(4, 1, 0xB6, RAX, Rm::R(RAX)); // movzx
+        self.a.shift(4, 4, Rm::R(RAX), 8);
+        self.a.alu_imm(4, 4, Rm::R(RDI), !0x100);
+        self.a.alu(4, 1, Rm::R(RDI), RAX);
+        self.a.store(2, mem(FLAGS), RDI);
+    }
+
+    /// The host's condition `cc` into the kept OF. Uses RAX.
+    fn keep_overflow(&mut self, cc: u8) {
+        self.a.setcc(cc, Rm::R(RDI));
+        self.a.word(4, 1, 0xB7, RAX, mem(FLAGS)); // movzx
+        self.a.load(1, RAX, Rm::R(RDI));
+        self.a.store(2, mem(FLAGS), RAX);
+    }
+
     /// INC, DEC, NOT, NEG of a register or memory.
     fn change(&mut self, i: usize, size: u8, d: Option<u8>, f: impl FnOnce(&mut Self, Rm)) {
         self.before(i, d.is_none());
         let access = d.is_none().then(|| self.operand(i, size as u64, true));
-        if matches!(self.kinds[i], Kind::Inc { .. }) && self.need[i + 1] {
+        if matches!(self.trace.kinds[i], Kind::Inc { .. }) && self.need[i + 1] {
             self.want(CF);
         }
         match d {
@@ -273,20 +303,21 @@ impl Compiler<'_> {
     }
 
     fn move_registers(&mut self, i: usize) {
-        match self.kinds[i] {
+        match self.trace.kinds[i] {
             Kind::Mov { size, d, s } => {
                 let s = self.reg(s, RAX);
                 match HOST[d as usize] {
-                    NONE if size == 4 => {
-                        self.a.load(4, RAX, Rm::R(s));
-                        self.a.store(8, place(d), RAX);
+                    NONE => {
+                        if s != RAX || size == 4 {
+                            self.a.load(size.max(4), RAX, Rm::R(s));
+                        }
+                        self.put(size, d);
                     }
-                    NONE => self.a.store(size, place(d), s),
                     h => self.a.load(size, h, Rm::R(s)),
                 }
             }
             Kind::MovImm { size, d, imm } => match HOST[d as usize] {
-                _ if size < 4 => self.a.store_imm(size, place(d), imm as i32),
+                _ if size < 4 => self.modify(d, |c, r| c.a.store_imm(size, Rm::R(r), imm as i32)),
                 NONE if imm as i64 == imm as i32 as i64 => self.a.store_imm(8, place(d), imm as i32),
                 NONE => {
                     self.a.constant(RAX, imm);
@@ -312,7 +343,7 @@ impl Compiler<'_> {
                     }
                 }
                 if h == NONE {
-                    self.a.store(if size == 4 { 8 } else { size }, place(d), RAX);
+                    self.put(size, d);
                 }
             }
             Kind::Xchg { size, a, b } => {
@@ -352,12 +383,12 @@ impl Compiler<'_> {
             self.a.enc(prefix, size == 8, 1, opcode, to, from_rm, low8);
         }
         if h == NONE {
-            self.a.store(if size == 2 { 2 } else { 8 }, place(d), RAX);
+            self.put(size, d);
         }
     }
 
     fn arithmetic(&mut self, i: usize) {
-        let kind = self.kinds[i];
+        let kind = self.trace.kinds[i];
         let (op, size, access) = match kind {
             Kind::Alu { op, size, .. } => {
                 if op == 2 || op == 3 {
@@ -430,12 +461,10 @@ impl Compiler<'_> {
         }
         if needed {
             // CF as it came out; OF as for a count of one applied to the result.
-            self.a.setcc(cc::B, Rm::R(RAX));
-            self.a.alu_imm(1, 4, Rm::M(RBP, slot(FLAGS) + 1), !1);
-            self.a.alu(1, 1, Rm::M(RBP, slot(FLAGS) + 1), RAX);
+            self.keep_carry();
             self.a.load(8, RAX, place(d));
             self.a.shift(size, op ^ 1, Rm::R(RAX), 1);
-            self.a.setcc(cc::O, mem(FLAGS));
+            self.keep_overflow(cc::O);
         }
         self.fl = Flags::KEPT;
     }
@@ -459,7 +488,7 @@ impl Compiler<'_> {
                 // The top bit before the last step is the second from the top now.
                 self.a.word(size, 1, 0xBA, 4, place(d));
                 self.a.b(&[8 * size - 2]);
-                self.a.setcc(cc::B, mem(FLAGS));
+                self.keep_overflow(cc::B);
             }
             self.a.short_here(skip);
         }
@@ -467,7 +496,7 @@ impl Compiler<'_> {
     }
 
     fn bit(&mut self, i: usize) {
-        let Kind::Bit { op, size, d, n } = self.kinds[i] else { return };
+        let Kind::Bit { op, size, d, n } = self.trace.kinds[i] else { return };
         let needed = self.need[i + 1];
         self.before(i, d.is_none());
         if needed {
@@ -493,16 +522,14 @@ impl Compiler<'_> {
             None => emit(self, AT),
         }
         if needed {
-            self.a.setcc(cc::B, Rm::R(RAX));
-            self.a.alu_imm(1, 4, Rm::M(RBP, slot(FLAGS) + 1), !1);
-            self.a.alu(1, 1, Rm::M(RBP, slot(FLAGS) + 1), RAX);
+            self.keep_carry();
         }
         self.close(access);
         self.fl = Flags::KEPT;
     }
 
     fn divide(&mut self, i: usize) {
-        let Kind::Div { signed, size, s } = self.kinds[i] else { return };
+        let Kind::Div { signed, size, s } = self.trace.kinds[i] else { return };
         self.before(i, true);
         let mut access = match s {
             None => {
@@ -537,7 +564,7 @@ impl Compiler<'_> {
     }
 
     fn multiply(&mut self, i: usize) {
-        let (size, d) = match self.kinds[i] {
+        let (size, d) = match self.trace.kinds[i] {
             Kind::Imul { size, d, s, imm } => {
                 let access = self.source(i, s, size);
                 let from = s.map_or(AT, place);
@@ -586,17 +613,18 @@ impl Compiler<'_> {
         if !self.need[i + 1] {
             return;
         }
-        self.a.setcc(cc::O, mem(FLAGS));
+        self.a.setcc(cc::O, Rm::R(RDI));
         self.compare(8, size, d, Val::Reg(d));
         self.a.b(&[0x9F]); // lahf
         self.a.b(&[0x80, 0xE4, 0xEE]); // and ah, ~(AF | CF)
-        self.a.enc(0, false, 0, 0x0A, 4, mem(FLAGS), false); // or ah, [flags]
-        self.a.enc(0, false, 0, 0x88, 4, Rm::M(RBP, slot(FLAGS) + 1), false); // mov [flags + 1], ah
+        self.a.load(1, RAX, Rm::R(RDI));
+        self.a.b(&[0x08, 0xC4]); // or ah, al
+        self.a.store(2, mem(FLAGS), RAX);
     }
 
     fn stack(&mut self, i: usize) {
         self.before(i, true);
-        let access = match self.kinds[i] {
+        let access = match self.trace.kinds[i] {
             Kind::Push(v) => {
                 let access = self.push_at(i);
                 match v {
@@ -659,31 +687,26 @@ impl Compiler<'_> {
     fn push_return(&mut self, i: usize) -> Access {
         let access = self.push_at(i);
         self.a.load(8, RAX, mem(PAGE));
-        self.a.lea(8, RAX, Rm::M(RAX, self.next(i) as i32));
+        self.a.lea(8, RAX, Rm::M(RAX, self.trace.next(i) as i32));
         self.a.store(8, AT, RAX);
         self.a.lea(8, SP, Rm::M(SP, -8));
         access
     }
 
     fn branch(&mut self, i: usize) {
-        let next = self.next(i);
-        match self.kinds[i] {
+        let next = self.trace.next(i);
+        match self.trace.kinds[i] {
             Kind::Jcc { cc, rel } => {
                 self.want(condition(cc));
-                let taken = self.a.jcc(cc);
-                let fl = self.fl;
-                self.edge(next);
-                self.a.here(taken);
-                self.fl = fl;
-                self.edge(next + rel);
+                self.choose(i, cc, next + rel, next);
             }
-            Kind::Jmp { rel } => self.edge(next + rel),
+            Kind::Jmp { rel } => self.go(i, next + rel),
             Kind::Call { rel } => {
                 self.before(i, true);
                 let access = self.push_return(i);
                 self.join(access);
                 self.after(i, true);
-                self.edge(next + rel);
+                self.go(i, next + rel);
             }
             Kind::Ret { extra } => {
                 self.keep();

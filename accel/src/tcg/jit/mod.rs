@@ -9,7 +9,8 @@
 //! - Whatever cannot be done in a few host instructions (a TLB miss, a page crossing, a device, a fault, an
 //!   instruction that is not compiled) is done by the interpreter's handler for that instruction, with the
 //!   whole state in place ([`step`]).
-//! - Blocks of one guest page are linked directly; they are dropped together. Everything else goes through
+//! - A hot block is compiled together with what mostly follows it in its page, as one trace.
+//! - Traces of one guest page are linked directly; they are dropped together. Everything else goes through
 //!   the table by linear address, whose key changes whenever a translation may have changed.
 //!
 //! [`CpuState::gpr`]: crate::state::CpuState::gpr
@@ -21,6 +22,7 @@ mod int;
 mod kind;
 mod memory;
 mod stubs;
+mod trace;
 mod vector;
 
 use super::decode::MODE64;
@@ -80,8 +82,10 @@ struct Edge {
     count_at: u64,
     /// Of the jump's displacement.
     jump_at: u64,
-    /// Instructions of the block that it leads to; 0: not linked.
+    /// Instructions of the trace that it leads to; 0: not linked.
     count: u32,
+    /// Instructions that the trace it leaves was charged for and does not run.
+    back: u32,
 }
 
 /// What a return from compiled code asks for.
@@ -160,7 +164,7 @@ impl SoftCpu {
         if matches!(self.jit.tier, Tier::Random(_)) && self.jit.draw() & 3 == 0 {
             return false;
         }
-        block.count as u64 <= self.limit - self.pos && !self.single && !near_hole(self.rip)
+        block.code_count.get() as u64 <= self.limit - self.pos && !self.single && !near_hole(self.rip)
     }
 
     #[cold]
@@ -182,7 +186,7 @@ impl SoftCpu {
     pub(super) fn run_code(&mut self, block: &Block) -> Left {
         let f = self.arith_flags();
         let g = &mut self.st.gpr;
-        g[LEFT] = self.limit - self.pos - block.count as u64;
+        g[LEFT] = self.limit - self.pos - block.code_count.get() as u64;
         g[FLAGS] = raw_flags(f);
         g[TLB] = self.tlb[self.mmu].as_ptr() as u64;
         g[JUMP_TABLE] = self.jumps.as_ptr() as u64;
@@ -222,8 +226,8 @@ impl SoftCpu {
         // Compiling may have emptied the code memory, and the edges with it.
         let Some(e) = self.jit.edges.get_mut(edge as usize) else { return };
         let Some(memory) = &mut self.jit.memory else { return };
-        e.count = block.count;
-        memory.patch(e.count_at, block.count as i32);
+        e.count = block.code_count.get();
+        memory.patch(e.count_at, e.count as i32 - e.back as i32);
         memory.patch(e.jump_at, (code as u64).wrapping_sub(e.jump_at + 4) as i32);
     }
 

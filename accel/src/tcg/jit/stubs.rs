@@ -203,7 +203,7 @@ impl Stubs {
         a.load(8, RAX, Rm::M(RDI, offset_of!(Block, code) as i32));
         a.test(8, Rm::R(RAX), RAX);
         let m3 = a.jcc(cc::E);
-        a.load(4, RDI, Rm::M(RDI, offset_of!(Block, count) as i32));
+        a.load(4, RDI, Rm::M(RDI, offset_of!(Block, code_count) as i32));
         a.alu(8, 5, mem(LEFT), RDI);
         let short = a.jcc(cc::B);
         a.load(8, RDI, mem(RIP_OUT));
