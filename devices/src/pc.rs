@@ -689,8 +689,10 @@ impl Slots {
 
     /// The root bus's, with the chipset's own functions.
     fn board(config: &PcConfig) -> Slots {
-        let mut slots = Slots { used: [false; 256], port: false, display: if config.is_q35() { 1 } else { 2 } };
-        let own: &[usize] = if config.is_q35() { &[0x00, 0xF8, 0xFA, 0xFB] } else { &[0x00, 0x08, 0x09, 0x0B] };
+        let mut slots =
+            Slots { used: [false; 256], port: false, display: if config.is_q35() { 1 } else { 2 } };
+        let own: &[usize] =
+            if config.is_q35() { &[0x00, 0xF8, 0xFA, 0xFB] } else { &[0x00, 0x08, 0x09, 0x0B] };
         own.iter().for_each(|devfn| slots.used[*devfn] = true);
         slots
     }
@@ -960,9 +962,7 @@ fn firmware_config(
 
     let pvpanic = config.devices.iter().find(|d| d.driver == "pvpanic");
     let pvpanic = match pvpanic {
-        Some(spec) => {
-            Some(Build { config, spec, devfn: 0, place: Place::default() }.port("ioport", 0x505)?)
-        }
+        Some(spec) => Some(Build { config, spec, devfn: 0, place: Place::default() }.port("ioport", 0x505)?),
         None => None,
     };
     let mut serial = [false; 4];

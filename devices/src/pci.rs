@@ -454,10 +454,8 @@ impl PciFunction {
     }
 
     fn drive_intx(&mut self, ctx: &mut Ctx) {
-        let on = self.intx
-            && self.command() & COMMAND_NO_INTX == 0
-            && !self.msix_enabled()
-            && !self.msi_enabled();
+        let on =
+            self.intx && self.command() & COMMAND_NO_INTX == 0 && !self.msix_enabled() && !self.msi_enabled();
         let pin = self.get8(INTERRUPT_PIN);
         if pin != 0 {
             let key = u16::from(self.place.bus) << 8 | u16::from(self.devfn);

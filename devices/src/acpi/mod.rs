@@ -180,11 +180,9 @@ fn isa(config: &Acpi) -> Vec<u8> {
         region("P40C", 2, 0x60, 4),
         byte_fields("P40C", &["PRQ0", "PRQ1", "PRQ2", "PRQ3"]),
         match config.q35 {
-            true => [
-                region("P68C", 2, 0x68, 4),
-                byte_fields("P68C", &["PRQ4", "PRQ5", "PRQ6", "PRQ7"]),
-            ]
-            .concat(),
+            true => {
+                [region("P68C", 2, 0x68, 4), byte_fields("P68C", &["PRQ4", "PRQ5", "PRQ6", "PRQ7"])].concat()
+            }
             false => Vec::new(),
         },
         isa_device("KBD", "PNP0303", &[io(0x60, 1), io(0x64, 1), irq(1)]),
@@ -279,7 +277,7 @@ fn port_hotplug(ports: &[(u8, u8)]) -> Vec<u8> {
         );
         let address = u64::from(devfn >> 3) << 16 | u64::from(devfn & 7);
         out.push(device(&name_of, &[name("_ADR", int(address)), slot, method("PCNT", 0, &look)]));
-        all.push(call(&format!("{name_of}.PCNT"), &[]));
+        all.push(call(&format!("\\_SB.PCI0.{name_of}.PCNT"), &[]));
     }
     out.push(method("PCNT", 0, &all));
     out.concat()
@@ -287,9 +285,8 @@ fn port_hotplug(ports: &[(u8, u8)]) -> Vec<u8> {
 
 /// `_OSC` (PCI Firmware 3.0, 4.5.1): the guest gets the Express capability; hot-plug and the rest stay with ACPI.
 fn osc() -> Vec<u8> {
-    const UUID: [u8; 16] = [
-        0x5B, 0x4D, 0xDB, 0x33, 0xF7, 0x1F, 0x1C, 0x40, 0x96, 0x57, 0x74, 0x41, 0xC0, 0x3D, 0xD7, 0x66,
-    ];
+    const UUID: [u8; 16] =
+        [0x5B, 0x4D, 0xDB, 0x33, 0xF7, 0x1F, 0x1C, 0x40, 0x96, 0x57, 0x74, 0x41, 0xC0, 0x3D, 0xD7, 0x66];
     let set = |bit: u64| or(path("CDW1"), int(bit), path("CDW1"));
     method(
         "_OSC",
@@ -339,10 +336,7 @@ fn q35_bus(config: &Acpi) -> Vec<u8> {
             method("_PRT", 0, &[when(path("PICF"), &[ret(path("PRTA"))]), ret(path("PRTP"))]),
             device(
                 "DRAC",
-                &[
-                    name("_HID", eisa("PNP0C01")),
-                    name("_CRS", resources(&[memory32(mapped, 0x1000_0000)])),
-                ],
+                &[name("_HID", eisa("PNP0C01")), name("_CRS", resources(&[memory32(mapped, 0x1000_0000)]))],
             ),
             isa(config),
             port_hotplug(&config.ports),

@@ -237,7 +237,9 @@ impl Port {
         let fits = lba.checked_add(count).is_some_and(|e| e <= size) && total(&command.pieces) >= bytes;
         let (Some(disk), true) = (disk, fits && tag < 32) else { return self.fail(ctx) };
         let op = match write {
-            true => DiskOp::Write { offset: 512 * lba, data: gather(ctx, &command.pieces, 0, bytes as usize) },
+            true => {
+                DiskOp::Write { offset: 512 * lba, data: gather(ctx, &command.pieces, 0, bytes as usize) }
+            }
             false => DiskOp::Read { offset: 512 * lba, len: bytes as u32 },
         };
         let pieces = if write { Vec::new() } else { command.pieces };

@@ -67,8 +67,7 @@ impl VirtioPci {
     pub fn new(b: &Build, model: Box<dyn Model>) -> Result<VirtioPci, DeviceError> {
         // The name says it, or the place does: there is no legacy interface behind a PCI Express port.
         let plain = !b.spec.driver.ends_with("-transitional");
-        let modern_only =
-            b.spec.driver.ends_with("-non-transitional") || b.behind_port() && plain;
+        let modern_only = b.spec.driver.ends_with("-non-transitional") || b.behind_port() && plain;
         let legacy = !b.flag("disable-legacy", modern_only);
         let modern = !b.flag("disable-modern", false);
         if !legacy && !modern {
