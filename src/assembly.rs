@@ -348,6 +348,10 @@ impl Blueprint {
             }
             devices.push(spec);
         }
+        if config.usb && q35 {
+            let text = "usb=on: a q35 has no USB controller of its own here; add -device qemu-xhci";
+            return Err(BuildError::Plain(text.into()));
+        }
         if config.usb {
             devices.push(DeviceSpec {
                 driver: "piix3-usb-uhci".into(),

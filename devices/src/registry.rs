@@ -9,6 +9,7 @@ use crate::ctx::{Device, DeviceError};
 use crate::net::e1000::E1000;
 use crate::pci::Place;
 use crate::rootport::RootPort;
+use crate::usb::hid;
 use crate::usb::uhci::Uhci;
 use crate::usb::xhci::Xhci;
 use crate::virtio::balloon::Balloon;
@@ -27,6 +28,8 @@ pub enum Attach {
     Ide,
     /// A port of a virtio-serial device; built by it.
     VirtioSerial,
+    /// A port of a USB controller; built by it.
+    Usb,
     /// Part of the board: always there, not to be named with `-device`.
     Board,
 }
@@ -79,6 +82,11 @@ const NIC: &[(&str, Kind, &str)] = &[
     ("bootindex", Kind::Number, "Place in the boot order"),
     ("romfile", Kind::Text, "Option ROM (none is loaded)"),
     ("rombar", Kind::Text, "Option ROM BAR (none is shown)"),
+];
+
+const USB: &[(&str, Kind, &str)] = &[
+    ("bus", Kind::Text, "ID.0 of a USB controller that takes devices (qemu-xhci)"),
+    ("port", Kind::Text, "Port, from 1"),
 ];
 
 const VIRTIO: &[(&str, Kind, &str)] = &[
@@ -213,7 +221,7 @@ pub static MODELS: &[Model] = &[
         name: "qemu-xhci",
         attach: Attach::Pci,
         category: "USB",
-        description: "USB 3 controller without devices",
+        description: "USB 3 controller",
         properties: &[
             ("p2", Kind::Number, "USB 2 ports, 1 to 15 (4)"),
             ("p3", Kind::Number, "USB 3 ports, 1 to 15 (4)"),
@@ -227,8 +235,32 @@ pub static MODELS: &[Model] = &[
                 }
                 *slot = n as u32;
             }
-            Ok(Box::new(Xhci::new(b, ports)))
+            Ok(Box::new(Xhci::new(b, ports)?))
         }),
+    },
+    Model {
+        name: "usb-kbd",
+        attach: Attach::Usb,
+        category: "Input",
+        description: "USB keyboard",
+        properties: USB,
+        build: None,
+    },
+    Model {
+        name: "usb-mouse",
+        attach: Attach::Usb,
+        category: "Input",
+        description: "USB mouse",
+        properties: USB,
+        build: None,
+    },
+    Model {
+        name: "usb-tablet",
+        attach: Attach::Usb,
+        category: "Input",
+        description: "USB tablet",
+        properties: USB,
+        build: None,
     },
     Model {
         name: "virtconsole",
@@ -321,7 +353,7 @@ impl Model {
         match self.attach {
             Attach::Pci => out.extend(PCI_PROPERTIES),
             Attach::Ide => out.push(("bus", Kind::Text, "ide.0 or ide.1, on a q35 up to ide.5")),
-            Attach::Isa | Attach::VirtioSerial | Attach::Board => {}
+            Attach::Isa | Attach::VirtioSerial | Attach::Usb | Attach::Board => {}
         }
         if self.category == "Storage" {
             out.extend(BLOCK);
@@ -343,6 +375,7 @@ impl Model {
             Attach::Pci => root,
             Attach::Ide => "ide.0",
             Attach::VirtioSerial => "virtio-serial0.0",
+            Attach::Usb => "usb.0",
             Attach::Board => "",
         }
         .to_owned()
@@ -355,6 +388,7 @@ impl Model {
             Attach::Pci => "PCI",
             Attach::Ide => "IDE",
             Attach::VirtioSerial => "virtio-serial-bus",
+            Attach::Usb => "usb-bus",
             Attach::Board => "none",
         }
     }
@@ -374,7 +408,14 @@ impl Model {
                 let text = format!("No 'virtio-serial-bus' bus found for device '{}'", self.name);
                 return Err(DeviceError::Config(text));
             }
+            (Attach::Usb, _) if bus.is_none() && usb_controller(config, spec).is_none() => {
+                return Err(DeviceError::Config(format!(
+                    "No 'usb-bus' bus found for device '{}'",
+                    self.name
+                )));
+            }
             (_, None) => true,
+            (Attach::Usb, Some(_)) => usb_controller(config, spec).is_some(),
             (Attach::Pci | Attach::Ide, Some(_)) => true,
             (Attach::Isa, Some(bus)) => bus == "isa.0",
             (Attach::VirtioSerial, Some(bus)) => all
@@ -426,6 +467,36 @@ impl Model {
         }
         Ok(())
     }
+}
+
+/// The USB devices of a machine.
+pub(crate) fn usb_devices(config: &PcConfig) -> impl Iterator<Item = (&DeviceSpec, hid::Kind)> {
+    config.devices.iter().filter_map(|d| {
+        let kind = match d.driver.as_str() {
+            "usb-kbd" => hid::Kind::Keyboard,
+            "usb-mouse" => hid::Kind::Mouse,
+            "usb-tablet" => hid::Kind::Tablet,
+            _ => return None,
+        };
+        Some((d, kind))
+    })
+}
+
+/// The controller that a USB device is plugged into: the one it names, or the first that takes devices.
+pub(crate) fn usb_controller<'a>(config: &'a PcConfig, spec: &DeviceSpec) -> Option<&'a DeviceSpec> {
+    let named = spec.properties.get("bus").map(String::as_str);
+    let mut unnamed = 0;
+    config.devices.iter().filter(|d| d.driver == "qemu-xhci").find(|d| {
+        // QEMU calls the buses of controllers without id usb-bus.N.
+        let name = match &d.id {
+            Some(id) => format!("{id}.0"),
+            None => {
+                unnamed += 1;
+                format!("usb-bus.{}", unnamed - 1)
+            }
+        };
+        named.is_none_or(|n| n == name)
+    })
 }
 
 /// A decimal or 0x number.

@@ -6,7 +6,7 @@ use ftvm_qmp::{Call, Fds, Handler, QmpError, Schema};
 use serde_json::{json, Map, Value};
 
 use super::qom::Object;
-use super::{machine, pci, qom, Control};
+use super::{input, pci, qom, Control};
 use crate::cli::config::format_uuid;
 use crate::cli::keyval::Params;
 use crate::host::keys;
@@ -148,7 +148,7 @@ impl Control {
                     };
                     pressed.push(key.ok_or_else(|| QmpError::generic(format!("invalid parameter: {name}")))?);
                 }
-                machine::press(self, pressed, Duration::from_millis(hold)).map(|_| String::new())
+                input::press(self, pressed, Duration::from_millis(hold)).map(|_| String::new())
             }
             "qom-list" => {
                 let list = self.ask("qom-list", json!({"path": need(0)?}), fds)?;

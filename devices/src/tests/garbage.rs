@@ -290,6 +290,53 @@ fn q35_step(r: &mut Rig, d: &mut Dice) {
             r.write32(port + 0x34, 1 << slot);
             r.write32(port + 0x38, 1 << slot);
         }
+        4 if d.below(2) == 0 => {
+            // The USB controller: rings and contexts anywhere, doorbells of slots, keys.
+            const USB: u64 = 0xE400_0000;
+            match d.below(6) {
+                0 => {
+                    for (offset, value) in [(0x10u8, USB as u32), (0x14, 0), (4, 6)] {
+                        r.config_write(0x18, offset, value);
+                    }
+                    for (at, value) in [(0x1028, 1), (0x1030, 0x1_1000), (0x78, 64), (0x40, 1)] {
+                        r.write32(USB + at, value);
+                    }
+                }
+                1 => {
+                    for at in [0x58, 0x70, 0x1030] {
+                        r.write32(USB + at, address(d) as u32);
+                    }
+                }
+                2 => {
+                    let kind = d.pick(&[9u32, 10, 11, 12, 13, 14, 15, 16, 17, 1, 2, 3, 4, 6]);
+                    let slot = d.pick(&[1u32, 1, 1, 2, 70]);
+                    let endpoint = d.pick(&[1u32, 3, 3, 31]);
+                    let at = 0x1000 * d.below(64);
+                    let words = [address(d) as u32, 0, d.below(600) as u32];
+                    let control = slot << 24 | endpoint << 16 | kind << 10 | d.below(0x200) as u32;
+                    for (i, w) in words.iter().chain([&control]).enumerate() {
+                        let _ = r.mem.write(at + 4 * i as u64, &w.to_le_bytes());
+                    }
+                    r.write32(USB + 0x58, at as u32 | control & 1);
+                    r.write32(USB + 0x2000, 0);
+                }
+                3 => r.write32(USB + 0x2000 + 4 * d.pick(&[0u64, 1, 1, 2, 60]), d.pick(&[1, 3, 5])),
+                4 => r.write32(USB + 0x440 + 16 * d.below(9), value(d) as u32),
+                _ => {
+                    r.input(Input::Key { number: d.next() as u8, down: d.below(2) == 0 });
+                    let [x, y] = [0, 1].map(|_| Some(d.next() as u16));
+                    r.input(Input::Pointer {
+                        x,
+                        y,
+                        dx: d.next() as i16,
+                        dy: 1,
+                        wheel: 1,
+                        press: 3,
+                        release: 1,
+                    });
+                }
+            }
+        }
         4 => r.outl(0xCC0 + 4 * d.below(6) as u16, value(d) as u32),
         5 => {
             let at = 0xB000_0000 + (d.below(4) << 20) + (d.pick(&[0u64, 0x10, 0x11, 0xF8, 0xFA]) << 12);

@@ -29,6 +29,8 @@ pub fn q35_config() -> PcConfig {
             port("two", "2.1"),
             blk,
             device("qemu-xhci", &[("addr", "3")]),
+            device("usb-kbd", &[]),
+            device("usb-tablet", &[("port", "3")]),
             device("virtio-rng-pci", &[("addr", "4")]),
         ],
         ..full_config()
@@ -270,6 +272,103 @@ fn a_device_comes_and_goes_behind_a_port_and_not_on_the_root_bus() {
     assert!(r.serve().iter().any(deleted));
     r.migrate();
     assert!(r.pc.check_plug(&spec("two")).is_ok());
+}
+
+#[test]
+fn a_usb_keyboard_is_addressed_asked_and_reports_its_keys() {
+    const BAR: u64 = 0xE400_0000;
+    let mut r = Rig::q35();
+    for (offset, value) in [(0x10u8, BAR as u32), (0x14, 0), (4, 6)] {
+        r.config_write(0x18, offset, value);
+    }
+    assert_eq!(r.read32(BAR + 0x440) & 3, 1, "something is in the first port");
+    assert_eq!(r.read32(BAR + 0x450) & 1, 0, "nothing in the second");
+    assert_eq!(r.read32(BAR + 0x460) & 1, 1, "the tablet in the third");
+    r.write32(BAR + 0x440, 0x210);
+    assert_eq!(r.read32(BAR + 0x440) & 0x20_0002, 0x20_0002, "enabled by a reset");
+    // Contexts' array at 0x10000, event ring at 0x12000 (table 0x11000), command ring at 0x13000.
+    r.put(0x11000, &0x12000u64.to_le_bytes());
+    r.put(0x11008, &64u32.to_le_bytes());
+    r.put(0x10008, &0x14000u64.to_le_bytes());
+    let registers = [
+        (0x1028, 1),
+        (0x1030, 0x11000),
+        (0x1034, 0),
+        (0x70, 0x10000),
+        (0x74, 0),
+        (0x78, 8),
+        (0x58, 0x13001),
+        (0x5C, 0),
+        (0x40, 1),
+    ];
+    registers.iter().for_each(|(at, value)| r.write32(BAR + at, *value));
+    let mut command = 0u64;
+    let mut event = 0u64;
+    let trb = |r: &mut Rig, ring: u64, n: u64, words: [u32; 4]| {
+        let bytes: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
+        r.put(ring + 16 * n, &bytes);
+    };
+    // The next event: its code, what was not moved, its type.
+    let mut next = |r: &mut Rig| {
+        let e: [u8; 16] = r.get(0x12000 + 16 * event);
+        event += 1;
+        assert_eq!(e[12] & 1, 1, "event {event} is there");
+        (e[11], e[8], e[13] >> 2)
+    };
+    let mut run = |r: &mut Rig, words: [u32; 4]| {
+        trb(r, 0x13000, command, words);
+        command += 1;
+        r.write32(BAR + 0x2000, 0);
+    };
+    run(&mut r, [0, 0, 0, 9 << 10 | 1]);
+    assert_eq!(next(&mut r), (1, 0, 33), "a slot");
+    // Input context: slot 1 at port 1, endpoint 0's ring at 0x16000, endpoint 1's at 0x17000.
+    for (at, value) in [
+        (0x15004, 3u32),
+        (0x15020, 1 << 27 | 3 << 20),
+        (0x15024, 1 << 16),
+        (0x15044, 64 << 16 | 4 << 3),
+        (0x15048, 0x16001),
+        (0x15084, 8 << 16 | 7 << 3),
+        (0x15088, 0x17001),
+    ] {
+        r.put(at, &value.to_le_bytes());
+    }
+    run(&mut r, [0x15000, 0, 0, 1 << 24 | 11 << 10 | 1]);
+    assert_eq!(next(&mut r), (1, 0, 33), "an address");
+    assert_eq!(r.get::<4>(0x1400C), (2u32 << 27 | 1).to_le_bytes());
+    // Asked for 64 bytes of its device descriptor, it has 18.
+    trb(&mut r, 0x16000, 0, [0x0100_0680, 0x0040_0000, 8, 3 << 16 | 2 << 10 | 0x41]);
+    trb(&mut r, 0x16000, 1, [0x18000, 0, 64, 1 << 16 | 3 << 10 | 5]);
+    trb(&mut r, 0x16000, 2, [0, 0, 0, 4 << 10 | 0x21]);
+    r.write32(BAR + 0x2004, 1);
+    assert_eq!(next(&mut r), (13, 46, 32), "a short packet");
+    assert_eq!(next(&mut r), (1, 0, 32));
+    assert_eq!(r.get::<12>(0x18000), [18, 1, 0, 2, 0, 0, 0, 64, 0x27, 6, 1, 0]);
+    // A request that it does not know stalls endpoint 0.
+    trb(&mut r, 0x16000, 3, [0x0600_0680, 0x0040_0000, 8, 3 << 16 | 2 << 10 | 0x41]);
+    trb(&mut r, 0x16000, 4, [0x18000, 0, 64, 1 << 16 | 3 << 10 | 5]);
+    trb(&mut r, 0x16000, 5, [0, 0, 0, 4 << 10 | 0x21]);
+    r.write32(BAR + 0x2004, 1);
+    assert_eq!(next(&mut r).0, 6);
+    run(&mut r, [0, 0, 0, 1 << 24 | 1 << 16 | 14 << 10 | 1]);
+    run(&mut r, [0x16060 | 1, 0, 0, 1 << 24 | 1 << 16 | 16 << 10 | 1]);
+    assert_eq!((next(&mut r).0, next(&mut r).0), (1, 1), "endpoint 0 goes on behind it");
+    r.put(0x15004, &9u32.to_le_bytes());
+    run(&mut r, [0x15000, 0, 0, 1 << 24 | 12 << 10 | 1]);
+    assert_eq!(next(&mut r), (1, 0, 33), "endpoint 1");
+    trb(&mut r, 0x16000, 6, [0x0001_0900, 0, 8, 2 << 10 | 0x41]);
+    trb(&mut r, 0x16000, 7, [0, 0, 0, 1 << 16 | 4 << 10 | 0x21]);
+    r.write32(BAR + 0x2004, 1);
+    assert_eq!(next(&mut r), (1, 0, 32), "configured");
+    // A transfer waits until a key is pressed; over a migration too.
+    trb(&mut r, 0x17000, 0, [0x19000, 0, 8, 1 << 10 | 0x21]);
+    r.write32(BAR + 0x2004, 3);
+    r.migrate();
+    r.input(Input::Key { number: 0x1E, down: true });
+    assert_eq!(next(&mut r), (1, 0, 32));
+    assert_eq!(r.get::<8>(0x19000), [0, 0, 4, 0, 0, 0, 0, 0]);
+    r.migrate();
 }
 
 #[test]
