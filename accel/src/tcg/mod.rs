@@ -154,6 +154,8 @@ pub struct SoftCpu {
     generation: u32,
     seen: u64,
     jit: jit::Jit,
+    /// More slots like those behind the registers in `gpr`.
+    more_slots: [u64; 9],
 }
 
 // SAFETY: the raw pointers `mem`, `bus`, `cur` and `end` mean something only within `run`; the others point
@@ -272,6 +274,7 @@ impl SoftCpu {
             generation: 0,
             seen: 0,
             jit: jit::Jit::new(),
+            more_slots: [0; 9],
         };
         c.reset_state(false);
         c

@@ -91,6 +91,7 @@ impl Compiler<'_> {
     /// Keep in sight what instruction `i` must not lose: the flags before it if it may leave to the
     /// interpreter or clobbers the host's flags on the way, those after it if it changes what they follow from.
     pub fn before(&mut self, i: usize, clobbers: bool) {
+        let clobbers = clobbers && !self.calm(i);
         let kind = self.trace.kinds[i];
         let e = kind.effects();
         let passes = e.writes != ALL && self.need[i + 1];
@@ -110,6 +111,7 @@ impl Compiler<'_> {
 
     /// After instruction `i`, which left the flags alone: a recipe may no longer hold.
     pub fn after(&mut self, i: usize, clobbers: bool) {
+        let clobbers = clobbers && !self.calm(i);
         let changed = self.trace.kinds[i].changes();
         if self.fl.recipe.is_some_and(|r| r.uses() & changed != 0) {
             self.fl.recipe = None;

@@ -1,6 +1,6 @@
 //! The host code of each kind of integer instruction.
 
-use super::super::op::{FLAGS, PAGE, RIP_OUT};
+use super::super::op::{FLAGS, PAGE, RBP as GUEST_BP, RIP_OUT, RSP as GUEST_SP};
 use super::asm::*;
 use super::block::{Access, Compiler};
 use super::flags::{keep_host, place, Flags, Overflow, Recipe};
@@ -9,10 +9,8 @@ use super::stubs::{mem, HOST, NONE};
 
 /// Where a few guest registers live.
 const AX: u8 = HOST[super::super::op::RAX];
-const SP: u8 = HOST[super::super::op::RSP];
-const BP: u8 = HOST[super::super::op::RBP];
-/// The memory operand, once its address is known.
-const AT: Rm = Rm::M(RDI, 0);
+const SP: u8 = HOST[GUEST_SP];
+const BP: u8 = HOST[GUEST_BP];
 
 impl Compiler<'_> {
     /// Emit instruction `i`.
@@ -40,7 +38,7 @@ impl Compiler<'_> {
             Kind::Extend { from, s: None, .. } => {
                 self.before(i, true);
                 let access = self.operand(i, from as u64, false);
-                self.extend(kind, AT);
+                self.extend(kind, self.place);
                 self.join(access);
                 self.after(i, true);
             }
@@ -49,10 +47,10 @@ impl Compiler<'_> {
                 let access = self.operand(i, size as u64, false);
                 match HOST[d as usize] {
                     NONE => {
-                        self.a.load(size, RAX, AT);
+                        self.a.load(size, RAX, self.place);
                         self.put(size, d);
                     }
-                    h => self.a.load(size, h, AT),
+                    h => self.a.load(size, h, self.place),
                 }
                 self.join(access);
                 self.after(i, true);
@@ -61,10 +59,10 @@ impl Compiler<'_> {
                 self.before(i, true);
                 let access = self.operand(i, size as u64, true);
                 match s {
-                    Val::Imm(v) => self.a.store_imm(size, AT, v),
+                    Val::Imm(v) => self.a.store_imm(size, self.place, v),
                     Val::Reg(r) => {
                         let r = self.reg(r, RAX);
-                        self.a.store(size, AT, r);
+                        self.a.store(size, self.place, r);
                     }
                 }
                 self.join(access);
@@ -75,11 +73,11 @@ impl Compiler<'_> {
                 let access = self.operand(i, size as u64, true);
                 let h = self.reg(r, RAX);
                 if h == RAX {
-                    self.a.sized(size, 0, 0x86, RAX, AT);
+                    self.a.sized(size, 0, 0x86, RAX, self.place);
                     self.put(size, r);
                 } else {
-                    self.a.load(size, RAX, AT);
-                    self.a.store(size, AT, h);
+                    self.a.load(size, RAX, self.place);
+                    self.a.store(size, self.place, h);
                     self.a.load(size, h, Rm::R(RAX));
                 }
                 self.join(access);
@@ -94,10 +92,10 @@ impl Compiler<'_> {
                 self.before(i, true);
                 let access = self.operand(i, size as u64, false);
                 match b {
-                    Val::Imm(v) => self.a.test_imm(size, AT, v),
+                    Val::Imm(v) => self.a.test_imm(size, self.place, v),
                     Val::Reg(r) => {
                         let r = self.reg(r, RAX);
-                        self.a.test(size, AT, r);
+                        self.a.test(size, self.place, r);
                     }
                 }
                 self.join(access);
@@ -123,7 +121,7 @@ impl Compiler<'_> {
                 self.before(i, true);
                 let access = self.operand(i, size as u64, true);
                 self.a.load(8, RAX, Rm::R(AX));
-                self.a.sized(size, 1, 0xB0, HOST[r as usize], AT);
+                self.a.sized(size, 1, 0xB0, HOST[r as usize], self.place);
                 // The accumulator changes only when they differed.
                 self.a.word(8, 1, 0x40 | cc::NE, AX, Rm::R(RAX));
                 self.join(access);
@@ -133,8 +131,8 @@ impl Compiler<'_> {
                 self.before(i, true);
                 let access = self.operand(i, size as u64, true);
                 let h = HOST[r as usize];
-                self.a.load(size, RAX, AT);
-                self.a.alu(size, 0, AT, h);
+                self.a.load(size, RAX, self.place);
+                self.a.alu(size, 0, self.place, h);
                 self.a.load(size, h, Rm::R(RAX));
                 self.join(access);
                 self.fl = Flags::HOST;
@@ -153,7 +151,7 @@ impl Compiler<'_> {
             Kind::Div { .. } => self.divide(i),
             Kind::Scan { reverse, size, d, s } => {
                 let access = self.source(i, s, size);
-                self.a.word(size, 1, 0xBC | reverse as u8, RDI, s.map_or(AT, place));
+                self.a.word(size, 1, 0xBC | reverse as u8, RDI, s.map_or(self.place, place));
                 // Of zero: the destination stays.
                 self.modify(d, |c, r| c.a.word(8, 1, 0x40 | cc::NE, r, Rm::R(RDI)));
                 if self.need[i + 1] {
@@ -168,7 +166,7 @@ impl Compiler<'_> {
             }
             Kind::Popcnt { size, d, s } => {
                 let access = self.source(i, s, size);
-                let from = s.map_or(AT, place);
+                let from = s.map_or(self.place, place);
                 self.modify(d, |c, r| {
                     let prefix = 0xF3;
                     if size == 2 {
@@ -183,7 +181,7 @@ impl Compiler<'_> {
                 self.before(i, true);
                 let access = self.operand(i, 1, true);
                 self.want(condition(cc));
-                self.a.setcc(cc, AT);
+                self.a.setcc(cc, self.place);
                 self.join(access);
                 self.after(i, false);
             }
@@ -230,7 +228,7 @@ impl Compiler<'_> {
                 self.before(i, s.is_none());
                 let access = s.is_none().then(|| self.operand(i, size as u64, false));
                 self.want(condition(cc));
-                let from = s.map_or(AT, place);
+                let from = s.map_or(self.place, place);
                 self.modify(d, |c, r| c.a.word(size, 1, 0x40 | cc, r, from));
                 if let Some(access) = access {
                     self.join(access);
@@ -294,7 +292,7 @@ impl Compiler<'_> {
         }
         match d {
             Some(d) => self.modify(d, |c, r| f(c, Rm::R(r))),
-            None => f(self, AT),
+            None => f(self, self.place),
         }
         if let Some(access) = access {
             self.join(access);
@@ -424,13 +422,13 @@ impl Compiler<'_> {
             }
             Kind::AluLoad { op: 7, d, .. } => {
                 let r = self.reg(d, RAX);
-                self.a.alu_load(size, 7, r, AT);
+                self.a.alu_load(size, 7, r, self.place);
             }
-            Kind::AluLoad { d, .. } => self.modify(d, |c, r| c.a.alu_load(size, op, r, AT)),
-            Kind::AluStore { s: Val::Imm(v), .. } => self.a.alu_imm(size, op, AT, v),
+            Kind::AluLoad { d, .. } => self.modify(d, |c, r| c.a.alu_load(size, op, r, c.place)),
+            Kind::AluStore { s: Val::Imm(v), .. } => self.a.alu_imm(size, op, self.place, v),
             Kind::AluStore { s: Val::Reg(r), .. } => {
                 let r = self.reg(r, RAX);
-                self.a.alu(size, op, AT, r);
+                self.a.alu(size, op, self.place, r);
             }
             _ => {}
         }
@@ -519,7 +517,7 @@ impl Compiler<'_> {
                 emit(self, Rm::R(r));
             }
             Some(d) => self.modify(d, |c, r| emit(c, Rm::R(r))),
-            None => emit(self, AT),
+            None => emit(self, self.place),
         }
         if needed {
             self.keep_carry();
@@ -534,7 +532,7 @@ impl Compiler<'_> {
         let mut access = match s {
             None => {
                 let access = self.operand(i, size as u64, false);
-                self.a.load(size, RDI, AT);
+                self.a.load(size, RDI, self.place);
                 access
             }
             Some(s) => {
@@ -567,7 +565,7 @@ impl Compiler<'_> {
         let (size, d) = match self.trace.kinds[i] {
             Kind::Imul { size, d, s, imm } => {
                 let access = self.source(i, s, size);
-                let from = s.map_or(AT, place);
+                let from = s.map_or(self.place, place);
                 self.modify(d, |c, r| match imm {
                     Some(v) => {
                         c.a.word(size, 0, 0x69, r, from);
@@ -582,7 +580,7 @@ impl Compiler<'_> {
             Kind::Mul { signed, size, s } => {
                 let access = self.source(i, s, size);
                 self.a.load(8, RAX, Rm::R(AX));
-                self.a.sized(size, 0, 0xF6, 4 | signed as u8, s.map_or(AT, place));
+                self.a.sized(size, 0, 0xF6, 4 | signed as u8, s.map_or(self.place, place));
                 self.a.load(size, AX, Rm::R(RAX));
                 self.overflow_only(i, size, 0);
                 self.close(access);
@@ -628,10 +626,10 @@ impl Compiler<'_> {
             Kind::Push(v) => {
                 let access = self.push_at(i);
                 match v {
-                    Val::Imm(v) => self.a.store_imm(8, AT, v),
+                    Val::Imm(v) => self.a.store_imm(8, self.place, v),
                     Val::Reg(r) => {
                         let r = self.reg(r, RAX);
-                        self.a.store(8, AT, r);
+                        self.a.store(8, self.place, r);
                     }
                 }
                 self.a.lea(8, SP, Rm::M(SP, -8));
@@ -639,26 +637,25 @@ impl Compiler<'_> {
             }
             Kind::PushMem => {
                 let mut access = self.operand(i, 8, false);
-                self.a.load(8, RAX, AT);
+                self.a.load(8, RAX, self.place);
                 self.a.store(8, mem(RIP_OUT), RAX);
                 access.slow.extend(self.push_at(i).slow);
                 self.a.load(8, RAX, mem(RIP_OUT));
-                self.a.store(8, AT, RAX);
+                self.a.store(8, self.place, RAX);
                 self.a.lea(8, SP, Rm::M(SP, -8));
                 access
             }
             Kind::Pop(d) => {
-                self.a.load(8, RDI, Rm::R(SP));
-                let access = self.translate(i, 8, false);
+                let access = self.stack_slot(i, GUEST_SP, SP, 0, false);
                 match HOST[d as usize] {
-                    SP => self.a.load(8, SP, AT),
+                    SP => self.a.load(8, SP, self.place),
                     NONE => {
-                        self.a.load(8, RAX, AT);
+                        self.a.load(8, RAX, self.place);
                         self.a.store(8, place(d), RAX);
                         self.a.lea(8, SP, Rm::M(SP, 8));
                     }
                     h => {
-                        self.a.load(8, h, AT);
+                        self.a.load(8, h, self.place);
                         self.a.lea(8, SP, Rm::M(SP, 8));
                     }
                 }
@@ -666,10 +663,9 @@ impl Compiler<'_> {
             }
             _ => {
                 // LEAVE
-                self.a.load(8, RDI, Rm::R(BP));
-                let access = self.translate(i, 8, false);
+                let access = self.stack_slot(i, GUEST_BP, BP, 0, false);
                 self.a.lea(8, SP, Rm::M(BP, 8));
-                self.a.load(8, BP, AT);
+                self.a.load(8, BP, self.place);
                 access
             }
         };
@@ -679,8 +675,7 @@ impl Compiler<'_> {
 
     /// The access to the stack slot below the top.
     fn push_at(&mut self, i: usize) -> Access {
-        self.a.lea(8, RDI, Rm::M(SP, -8));
-        self.translate(i, 8, true)
+        self.stack_slot(i, GUEST_SP, SP, -8, true)
     }
 
     /// Push the address of what follows instruction `i`.
@@ -688,7 +683,7 @@ impl Compiler<'_> {
         let access = self.push_at(i);
         self.a.load(8, RAX, mem(PAGE));
         self.a.lea(8, RAX, Rm::M(RAX, self.trace.next(i) as i32));
-        self.a.store(8, AT, RAX);
+        self.a.store(8, self.place, RAX);
         self.a.lea(8, SP, Rm::M(SP, -8));
         access
     }
@@ -710,9 +705,8 @@ impl Compiler<'_> {
             }
             Kind::Ret { extra } => {
                 self.keep();
-                self.a.load(8, RDI, Rm::R(SP));
-                let mut access = self.translate(i, 8, false);
-                self.a.load(8, RAX, AT);
+                let mut access = self.stack_slot(i, GUEST_SP, SP, 0, false);
+                self.a.load(8, RAX, self.place);
                 self.check_target(&mut access);
                 self.a.lea(8, SP, Rm::M(SP, 8 + extra));
                 self.join(access);
@@ -727,7 +721,7 @@ impl Compiler<'_> {
                     }
                     None => {
                         let access = self.operand(i, 8, false);
-                        self.a.load(8, RAX, AT);
+                        self.a.load(8, RAX, self.place);
                         access
                     }
                 };

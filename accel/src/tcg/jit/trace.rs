@@ -22,6 +22,7 @@ pub struct Part<'a> {
 }
 
 /// A block and what follows it.
+#[derive(Default)]
 pub struct Trace<'a> {
     pub parts: Vec<Part<'a>>,
     pub kinds: Vec<Kind>,
@@ -42,12 +43,24 @@ fn weight(block: &Block) -> u32 {
 
 impl<'a> Trace<'a> {
     pub fn new(first: &'a Block, cache: &'a Cache, alone: bool) -> Trace<'a> {
-        let mut t = Trace { parts: Vec::new(), kinds: Vec::new(), part_of: Vec::new(), count: 0 };
+        let mut t = Trace::default();
         t.add(first, alone);
         while let Some(next) = t.successor(cache) {
             t.add(next, alone);
         }
         t
+    }
+
+    /// The same trace again, by the keys of its blocks.
+    pub fn of(keys: &[u64], cache: &'a Cache, alone: bool) -> Option<Trace<'a>> {
+        let mut t = Trace::default();
+        for key in keys {
+            t.add(cache.blocks.get(key)?, alone);
+        }
+        (t.count > 0).then_some(t)
+    }
+    pub fn keys(&self) -> Vec<u64> {
+        self.parts.iter().map(|p| p.block.key).collect()
     }
 
     fn add(&mut self, block: &'a Block, alone: bool) {
