@@ -260,7 +260,7 @@ impl Board {
             25..=29 | 31 => (self.s.device_route[usize::from(slot - 25)] >> (4 * pin) & 7) as u8,
             // What is behind the DMI bridge, and all other slots: PIRQ E to H.
             30 => pin + 4,
-            _ => (slot + pin & 3) + 4,
+            _ => ((slot + pin) & 3) + 4,
         }
     }
 

@@ -232,7 +232,7 @@ impl Port {
             n => n,
         };
         let (bytes, spec) = (512 * count, self.channel.spec[0].as_ref());
-        let disk = spec.filter(|s| !s.cdrom && !(write && s.read_only)).map(|s| s.index);
+        let disk = spec.filter(|s| !(s.cdrom || write && s.read_only)).map(|s| s.index);
         let size = self.channel.s.drives[0].bytes / 512;
         let fits = lba.checked_add(count).is_some_and(|e| e <= size) && total(&command.pieces) >= bytes;
         let (Some(disk), true) = (disk, fits && tag < 32) else { return self.fail(ctx) };

@@ -369,6 +369,22 @@ fn a_usb_keyboard_is_addressed_asked_and_reports_its_keys() {
     assert_eq!(next(&mut r), (1, 0, 32));
     assert_eq!(r.get::<8>(0x19000), [0, 0, 4, 0, 0, 0, 0, 0]);
     r.migrate();
+    // Suspended, it wakes its port if it may.
+    trb(&mut r, 0x16000, 8, [0x0001_0300, 0, 8, 2 << 10 | 0x41]);
+    trb(&mut r, 0x16000, 9, [0, 0, 0, 1 << 16 | 4 << 10 | 0x21]);
+    r.write32(BAR + 0x2004, 1);
+    assert_eq!(next(&mut r).2, 32);
+    r.write32(BAR + 0x440, 0x1_0260);
+    r.input(Input::Key { number: 0x1E, down: false });
+    assert_eq!(next(&mut r).2, 34, "a change of the port");
+    assert_eq!(r.read32(BAR + 0x440) & 0x40_01E0, 0x40_01E0, "it resumes");
+    r.write32(BAR + 0x440, 0x41_0200);
+    assert_eq!(next(&mut r).2, 34);
+    assert_eq!(r.read32(BAR + 0x440) & 0x1E0, 0);
+    trb(&mut r, 0x17000, 1, [0x19000, 0, 8, 1 << 10 | 0x21]);
+    r.write32(BAR + 0x2004, 3);
+    assert_eq!(next(&mut r), (1, 0, 32), "the key that was let go");
+    assert_eq!(r.get::<8>(0x19000), [0; 8]);
 }
 
 #[test]

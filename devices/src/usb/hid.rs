@@ -142,6 +142,11 @@ impl Hid {
         self.s = State { protocol: 1, modifiers, keys, buttons, x, y, ..State::default() };
     }
 
+    /// Whether the guest lets the device wake it.
+    pub fn may_wake(&self) -> bool {
+        self.s.remote_wakeup
+    }
+
     fn report_descriptor(&self) -> &'static [u8] {
         match self.kind {
             Kind::Keyboard => KEYBOARD_REPORT,

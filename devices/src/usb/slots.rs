@@ -178,6 +178,11 @@ impl Slot {
         }
     }
 
+    /// Whether an endpoint takes transfers without being asked to.
+    pub fn is_running(&self, endpoint: u8) -> bool {
+        self.endpoints.get(&endpoint).is_some_and(|e| e.state == RUNNING)
+    }
+
     fn change(&mut self, ctx: &Ctx, endpoint: u8, f: impl FnOnce(&mut Endpoint) -> u32) -> u32 {
         let Some(e) = self.endpoints.get_mut(&endpoint) else { return PARAMETER_ERROR };
         let code = f(e);

@@ -33,12 +33,15 @@ const LINK: u32 = 0x1E0;
 const LINK_WRITE: u32 = 0x1_0000;
 const LINK_POLLING: u32 = 7 << 5;
 const LINK_EMPTY: u32 = 5 << 5;
+const LINK_SUSPENDED: u32 = 3 << 5;
+const LINK_RESUME: u32 = 15 << 5;
 const POWERED: u32 = 0x200;
 /// 480 Mbit/s.
 const HIGH_SPEED: u32 = 3 << 10;
 const CONNECT_CHANGED: u32 = 1 << 17;
 const ENABLE_CHANGED: u32 = 1 << 18;
 const RESET_CHANGED: u32 = 1 << 21;
+const LINK_CHANGED: u32 = 1 << 22;
 const CHANGES: u32 = 0x00FE_0000;
 const WAKE_ON: u32 = 0x0E00_0000;
 /// The interrupt is pending, and enabled (5.5.2.1).
@@ -254,11 +257,11 @@ impl Xhci {
                 set_low(&mut self.s.dequeue, value & !8 | busy);
             }
             0x103C => set_high(&mut self.s.dequeue, value),
-            PORTS..RUNTIME if (offset - PORTS) % 16 == 0 => {
+            PORTS..RUNTIME if (offset - PORTS).is_multiple_of(16) => {
                 self.write_port(ctx, (offset - PORTS) as usize / 16, value);
             }
             DOORBELLS => self.run_commands(ctx),
-            DOORBELLS.. => self.ring_doorbell(ctx, ((offset - DOORBELLS) / 4) as u8, value as u8),
+            0x2004.. => self.ring_doorbell(ctx, ((offset - DOORBELLS) / 4) as u8, value as u8),
             _ => {}
         }
     }
@@ -329,19 +332,48 @@ impl Xhci {
         let Some(port) = self.s.ports.get_mut(n) else { return };
         *port = *port & !(value & CHANGES) & !WAKE_ON | value & WAKE_ON;
         let connected = *port & CONNECTED != 0;
+        let (enabled, link) = (*port & PORT_ENABLED != 0, *port & LINK);
         if value & PORT_RESET != 0 && connected {
             // Done at once: enabled, link in U0.
-            *port = *port & !LINK | PORT_ENABLED | RESET_CHANGED;
+            *port = *port & !LINK | PORT_ENABLED;
             if let Some(d) = self.devices.get_mut(n).and_then(Option::as_mut) {
                 d.reset();
             }
-            let control = PORT_CHANGE << 10;
-            self.post(ctx, (n as u64 + 1) << 24, SUCCESS << 24, control);
-        } else if value & PORT_ENABLED != 0 && *port & PORT_ENABLED != 0 {
+            self.port_changed(ctx, n, RESET_CHANGED);
+        } else if value & PORT_ENABLED != 0 && enabled {
             *port = *port & !(PORT_ENABLED | LINK) | LINK_POLLING | ENABLE_CHANGED;
-        } else if value & LINK_WRITE != 0 && *port & PORT_ENABLED != 0 {
-            // Awake (U0) and suspended (U3); from resume (15) the guest goes to U0 itself.
-            *port = *port & !LINK | value & LINK;
+        } else if value & LINK_WRITE != 0 && enabled {
+            match value & LINK {
+                // U0: awake.
+                0 if link != 0 => {
+                    *port &= !LINK;
+                    self.port_changed(ctx, n, LINK_CHANGED);
+                }
+                LINK_SUSPENDED if link < LINK_SUSPENDED => *port = *port & !LINK | LINK_SUSPENDED,
+                _ => {}
+            }
+        }
+    }
+
+    fn port_changed(&mut self, ctx: &mut Ctx, n: usize, change: u32) {
+        self.s.ports[n] |= change;
+        self.post(ctx, (n as u64 + 1) << 24, SUCCESS << 24, PORT_CHANGE << 10);
+    }
+
+    /// The device in port `n` has something to say.
+    fn wake(&mut self, ctx: &mut Ctx, n: usize) {
+        if self.s.ports[n] & (LINK | PORT_ENABLED) == LINK_SUSPENDED | PORT_ENABLED {
+            // A suspended device that may do so wakes its port; the guest asks it when it is awake.
+            if self.devices[n].as_ref().is_some_and(Hid::may_wake) {
+                self.s.ports[n] = self.s.ports[n] & !LINK | LINK_RESUME;
+                self.port_changed(ctx, n, LINK_CHANGED);
+            }
+            return;
+        }
+        // The slot that the guest gave it; endpoint 1 IN is number 3.
+        let found = self.s.slots.iter().find(|(_, s)| usize::from(s.port) == n + 1 && s.is_running(3));
+        if let Some(slot) = found.map(|(n, _)| *n) {
+            self.ring_doorbell(ctx, slot, 3);
         }
     }
 
@@ -490,13 +522,8 @@ impl Device for Xhci {
             return;
         }
         for n in 0..self.devices.len() {
-            if !self.devices[n].as_mut().is_some_and(|d| d.input(input)) {
-                continue;
-            }
-            // The slot that the guest gave it; endpoint 1 IN is number 3.
-            let slot = self.s.slots.iter().find(|(_, s)| usize::from(s.port) == n + 1).map(|(n, _)| *n);
-            if let Some(slot) = slot {
-                self.ring_doorbell(ctx, slot, 3);
+            if self.devices[n].as_mut().is_some_and(|d| d.input(input)) {
+                self.wake(ctx, n);
             }
         }
     }
