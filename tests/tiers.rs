@@ -86,7 +86,7 @@ fn a_q35() -> Result<()> {
     let drive = format!("file={image},if=none,id=d");
     let ports = ["one,chassis=1,addr=1.0,multifunction=on", "two,chassis=2,addr=1.1"];
     let ports = ports.map(|p| format!("pcie-root-port,id={p}"));
-    let args = tiny_args("quiet halt")?;
+    let args = tiny_args("quiet spin halt")?;
     let more = ["-machine", "q35", "-smp", "2", "-no-reboot", "-nic", "none", "-drive", &drive, "-device"];
     let devices = [&ports[0], "-device", &ports[1], "-device", "virtio-blk-pci,bus=one,drive=d", "-device"];
     let usb = ["qemu-xhci,bus=two", "-device", "usb-tablet"];
