@@ -63,6 +63,9 @@ pub struct Blueprint {
 /// Nanoseconds per instruction before the host's speed is known: 100 million a second.
 const DEFAULT_RATE: f64 = 10.0;
 
+/// The option ROM of the standard VGA.
+const VIDEO_BIOS: &str = "vgabios-stdvga.bin";
+
 const FIRMWARE_DIRS: &[&str] = &["/usr/share/ftvm", "/usr/share/seabios", "/usr/share/qemu"];
 
 fn load(what: &'static str, path: &str) -> Result<Vec<u8>, BuildError> {
@@ -298,6 +301,9 @@ impl Blueprint {
         let mut nics = Vec::new();
         let mac =
             |given: Option<[u8; 6]>, n: usize| given.unwrap_or([0x52, 0x54, 0, 0x12, 0x34, 0x56 + n as u8]);
+        if config.vga == "std" {
+            devices.push(DeviceSpec { driver: "VGA".into(), ..DeviceSpec::default() });
+        }
         for nic in &config.nics {
             let index = nics.len();
             nics.push(NicSpec { index: index as u32, mac: mac(nic.mac, index) });
@@ -419,10 +425,15 @@ impl Blueprint {
                 })
             }
         };
+        let video_bios = match devices.iter().any(|d| d.driver == "VGA") {
+            true => firmware(VIDEO_BIOS, firmware_dirs)?,
+            false => Vec::new(),
+        };
         let pc = PcConfig {
             ram_size: config.memory,
             cpus: config.cpus,
             firmware: firmware(&config.bios, firmware_dirs)?,
+            video_bios,
             machine: config.machine_name().to_owned(),
             uuid: config.uuid,
             name: config.name.clone(),
@@ -716,6 +727,9 @@ impl Chipset for PcChipset {
     }
     fn inventory(&self) -> Vec<Inventory> {
         self.0.inventory()
+    }
+    fn screen(&self, id: Option<&str>) -> Option<&dyn ftvm_devices::Screen> {
+        self.0.screen(id)
     }
     fn pci_functions(&self) -> Vec<FunctionView> {
         self.0.pci_functions()

@@ -110,6 +110,10 @@ pub trait Device: Send {
     fn facts(&self) -> Vec<(String, i64)> {
         Vec::new()
     }
+    /// What the device shows, if it is a video card.
+    fn screen(&self) -> Option<&dyn crate::display::Screen> {
+        None
+    }
     /// The PCI function, for devices on the PCI bus.
     fn pci(&self) -> Option<&PciFunction> {
         None

@@ -200,7 +200,7 @@ impl Pc {
             buses,
             bridge,
             pm,
-            config: PcConfig { firmware: Vec::new(), kernel: None, ..config },
+            config: PcConfig { firmware: Vec::new(), video_bios: Vec::new(), kernel: None, ..config },
             users,
         };
         (0..pc.buses.len()).for_each(|bus| pc.note_presence(bus));
@@ -515,6 +515,13 @@ impl Pc {
         for i in 0..self.devices.len() {
             self.with(mem, now_ns, i as u16, |d, ctx| d.input(ctx, input));
         }
+    }
+
+    /// The screen of the first video card, or of the one with this id; none: there is no such card.
+    pub fn screen(&self, id: Option<&str>) -> Option<&dyn crate::display::Screen> {
+        let named = |u: &&User| id.is_none_or(|id| u.spec.id.as_deref() == Some(id));
+        let mut cards = self.users.iter().filter(named).filter_map(|u| u.device);
+        cards.find_map(|d| self.devices[usize::from(d)].screen())
     }
 
     /// The 8259 pair's INTR output.

@@ -10,6 +10,8 @@ pub const COMMAND: usize = 0x04;
 pub const STATUS: usize = 0x06;
 pub const INTERRUPT_LINE: usize = 0x3C;
 pub const INTERRUPT_PIN: usize = 0x3D;
+/// The option ROM's address; bit 0: it is decoded.
+const ROM: usize = 0x30;
 /// Command register: decode I/O, decode memory, bus master, INTx disable.
 pub const COMMAND_IO: u16 = 1;
 pub const COMMAND_MEMORY: u16 = 2;
@@ -22,6 +24,8 @@ pub enum Bar {
     None,
     Io(u32),
     Memory(u32),
+    /// 32-bit, prefetchable.
+    Prefetchable(u32),
     /// 64-bit, prefetchable; takes the next register too.
     Memory64(u64),
 }
@@ -71,6 +75,8 @@ pub struct PciFunction {
     /// Where a root port's Express capability lies; 0: there is none.
     express_cap: usize,
     place: Place,
+    /// Bytes of the option ROM; 0: there is none.
+    rom: u32,
 }
 
 /// Where a function is: which of the machine's buses, and the bridges between that and the root bus.
@@ -104,6 +110,9 @@ pub enum Express {
 }
 
 impl PciFunction {
+    /// The region of an option ROM's window.
+    pub const ROM_REGION: u8 = 6;
+
     /// A function at `devfn` with a type 0 header.
     pub fn new(devfn: u8, id: PciId) -> PciFunction {
         let mut f = PciFunction {
@@ -122,6 +131,7 @@ impl PciFunction {
             msi_cap: 0,
             express_cap: 0,
             place: Place::default(),
+            rom: 0,
         };
         f.set16(0, id.vendor);
         f.set16(2, id.device);
@@ -312,8 +322,8 @@ impl PciFunction {
                 self.set32(at, 1);
                 self.allow(at, &(!(size.max(4) - 1) & !3).to_le_bytes());
             }
-            Bar::Memory(size) => {
-                self.set32(at, 0);
+            Bar::Memory(size) | Bar::Prefetchable(size) => {
+                self.set32(at, if matches!(bar, Bar::Memory(_)) { 0 } else { 8 });
                 self.allow(at, &(!(size.max(16) - 1) & !15).to_le_bytes());
             }
             Bar::Memory64(size) => {
@@ -321,6 +331,12 @@ impl PciFunction {
                 self.allow(at, &(!(size.max(16) - 1) & !15).to_le_bytes());
             }
         }
+    }
+
+    /// An option ROM of `size` bytes (a power of two); its window is region [`Self::ROM_REGION`].
+    pub fn rom(&mut self, size: u32) {
+        self.rom = size;
+        self.allow(ROM, &(!(size.max(2048) - 1) | 1).to_le_bytes());
     }
 
     /// The interrupt pin: 1 = INTA.
@@ -473,8 +489,7 @@ impl PciFunction {
 
     /// Configuration write of 1, 2 or 4 bytes; true if BARs or decoding changed.
     pub fn config_write(&mut self, ctx: &mut Ctx, offset: u8, size: u8, value: u32) -> bool {
-        // A bridge has further address registers behind the BARs' place.
-        let header = if self.is_bridge() { 0x34 } else { 0x28 };
+        // A bridge has further address registers behind the BARs' place, others an option ROM's.
         let before: [u8; 0x34] = std::array::from_fn(|i| self.config[i]);
         for i in 0..size as usize {
             let at = offset as usize + i;
@@ -485,7 +500,7 @@ impl PciFunction {
         }
         self.drive_intx(ctx);
         self.msix_flush(ctx);
-        before[..header] != self.config[..header]
+        before != self.config[..0x34]
     }
 
     /// Reset: configuration space as at power-on.
@@ -528,13 +543,17 @@ impl PciFunction {
         for (n, bar) in self.bars.iter().enumerate() {
             let low = u64::from(self.get32(0x10 + 4 * n) & !15);
             let (base, len) = match bar {
-                Bar::Memory(size) => (low, u64::from(*size)),
+                Bar::Memory(size) | Bar::Prefetchable(size) => (low, u64::from(*size)),
                 Bar::Memory64(size) => (low | u64::from(self.get32(0x14 + 4 * n)) << 32, *size),
                 _ => continue,
             };
             if base != 0 && base.checked_add(len).is_some() {
                 out.push(Window::new(n as u8, base, len));
             }
+        }
+        let rom = self.get32(ROM);
+        if self.rom != 0 && rom & 1 != 0 && rom & !0x7FF != 0 {
+            out.push(Window::new(Self::ROM_REGION, u64::from(rom & !0x7FF), self.rom.into()));
         }
         out
     }

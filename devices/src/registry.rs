@@ -6,6 +6,7 @@ use crate::chipset::debug::{DebugCon, DebugExit, PvPanic};
 use crate::chipset::testdev::PcTestDev;
 use crate::config::{DeviceSpec, DriveSpec, NicSpec, PcConfig};
 use crate::ctx::{Device, DeviceError};
+use crate::display::Vga;
 use crate::net::e1000::E1000;
 use crate::pci::Place;
 use crate::rootport::RootPort;
@@ -124,6 +125,17 @@ pub static MODELS: &[Model] = &[
         description: "power management",
         properties: SLEEP,
         build: None,
+    },
+    Model {
+        name: "VGA",
+        attach: Attach::Pci,
+        category: "Display",
+        description: "standard VGA",
+        properties: &[
+            ("vgamem_mb", Kind::Number, "MiB of video memory, 1 to 256 (16)"),
+            ("rombar", Kind::Bool, "the video BIOS is shown to the firmware (on)"),
+        ],
+        build: Some(|b| Ok(Box::new(Vga::new(b)?))),
     },
     Model {
         name: "e1000",
@@ -533,7 +545,7 @@ impl Build<'_> {
         self.spec.properties.get(property).map(String::as_str)
     }
 
-    fn bad(&self, property: &str) -> DeviceError {
+    pub(crate) fn bad(&self, property: &str) -> DeviceError {
         DeviceError::BadValue {
             model: self.spec.driver.clone(),
             property: property.into(),

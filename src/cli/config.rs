@@ -626,10 +626,10 @@ impl Config {
                 }
                 "vga" => {
                     match v {
-                        "none" => {}
-                        "std" | "cirrus" | "vmware" | "qxl" | "virtio" => {
+                        "none" | "std" => {}
+                        "cirrus" | "vmware" | "qxl" | "virtio" => {
                             return Err(CliError::Plain(format!(
-                                "vga type '{v}' is not available: give -vga none"
+                                "vga type '{v}' is not available: give -vga std or -vga none"
                             )));
                         }
                         _ => return Err(CliError::Plain(format!("unknown vga type: {v}"))),

@@ -102,7 +102,7 @@ const DETAILS: &[(&str, &[&str])] = &[
     ("kernel", &["The kind of file is told by its contents."]),
     ("bios", &["Looked for in the directories of -L, then in /usr/share/ftvm, /usr/share/seabios and /usr/share/qemu."]),
     ("nographic", &["On the terminal C-a x ends ftvm, C-a c switches between serial line and monitor, C-a h shows the keys."]),
-    ("vga", &["There is no video card in this version: 'std' is accepted and adds none."]),
+    ("vga", &["std is QEMU's standard VGA, as -device VGA. Other than with QEMU there is no video card unless it is asked for."]),
     ("d", &["The environment variable RUST_LOG is read too."]),
     (
         "ft",

@@ -88,7 +88,7 @@ mod tests {
             ("-smp 0", "Invalid SMP CPUs 0"),
             ("-accel kvm", "kvm"),
             ("-vga nope", "unknown vga type: nope"),
-            ("-vga std", "not available"),
+            ("-vga cirrus", "not available"),
             ("-netdev wire,id=a", "does not accept value 'wire'"),
             ("-uuid x", "invalid UUID"),
             ("-append x", "-append only allowed with -kernel"),

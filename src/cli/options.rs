@@ -116,7 +116,7 @@ pub const OPTIONS: &[(&str, &str, &str, &str)] = &[
     ("L", "dir", "Boot images", "directory of firmware files"),
     ("nographic", "", "Display", "no graphics: serial line 0 and monitor on the terminal"),
     ("display", "none|...", "Display", "kind of display (none)"),
-    ("vga", "none", "Display", "kind of video card"),
+    ("vga", "std|none", "Display", "kind of video card (none)"),
     ("no-reboot", "", "Debug and expert", "exit instead of rebooting"),
     ("no-shutdown", "", "Debug and expert", "stop instead of exiting when the guest powers off"),
     ("S", "", "Debug and expert", "do not start the processors ('cont' does)"),

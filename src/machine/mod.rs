@@ -17,7 +17,7 @@ use std::collections::BTreeMap;
 
 use ftvm_accel::bus::Ipi;
 use ftvm_accel::{GuestMemory, Processor};
-use ftvm_devices::{FunctionView, Input, Inventory, MachineRequest, Output, Plug, WindowView};
+use ftvm_devices::{FunctionView, Input, Inventory, MachineRequest, Output, Plug, Screen, WindowView};
 use serde::{Deserialize, Serialize};
 
 /// What the machine asks of a chipset (the PC's devices and buses). See `ftvm_devices::Pc`.
@@ -45,6 +45,10 @@ pub trait Chipset: Send {
     /// The devices that users named.
     fn inventory(&self) -> Vec<Inventory> {
         Vec::new()
+    }
+    /// The screen of the first video card, or of the one with this id.
+    fn screen(&self, _id: Option<&str>) -> Option<&dyn Screen> {
+        None
     }
     fn pci_functions(&self) -> Vec<FunctionView> {
         Vec::new()

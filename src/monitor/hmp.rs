@@ -31,6 +31,7 @@ const HELP: &[(&str, &str)] = &[
     ("qom-get PATH PROPERTY", "show a property of an object"),
     ("qom-list PATH", "list the properties of an object"),
     ("qom-set PATH PROPERTY VALUE", "set a property of an object"),
+    ("screendump FILE [-f ppm|png] [DEVICE [HEAD]]", "a picture of the screen, in a file"),
     ("sendkey KEY[-KEY...] [HOLD_MS]", "press keys together"),
     ("set_link NAME on|off", "plug a network cable in or pull it"),
     ("stop|s", "stop the processors"),
@@ -134,6 +135,25 @@ impl Control {
                 let (val, size) = (number(need(0)?)?, number(need(1)?)?);
                 let filename = need(2)?.trim_matches('"');
                 self.run("pmemsave", json!({"val": val, "size": size, "filename": filename}), fds)
+            }
+            "screendump" => {
+                let mut arguments = Map::new();
+                let mut words = words.iter();
+                let mut places = ["filename", "device", "head"].iter();
+                while let Some(word) = words.next() {
+                    if *word == "-f" {
+                        let format = words.next().ok_or_else(|| QmpError::generic("-f needs a format"))?;
+                        arguments.insert("format".into(), json!(format));
+                        continue;
+                    }
+                    let name = places.next().ok_or_else(|| QmpError::generic("too many arguments"))?;
+                    let value = match *name {
+                        "head" => json!(number(word)?),
+                        _ => json!(word.trim_matches('"')),
+                    };
+                    arguments.insert((*name).into(), value);
+                }
+                self.run("screendump", Value::Object(arguments), fds)
             }
             "sendkey" => {
                 let hold = match words.get(1) {

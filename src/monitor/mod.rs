@@ -5,6 +5,7 @@ mod block;
 mod chars;
 mod cpu;
 pub mod devices;
+mod display;
 mod fdsets;
 mod ft;
 mod hmp;
@@ -72,6 +73,7 @@ const COMMANDS: &[(&str, Command)] = &[
     ("set-action", machine::set_action),
     ("send-key", input::send_key),
     ("input-send-event", input::send_event),
+    ("screendump", display::screendump),
     ("query-machines", machine::machines),
     ("query-current-machine", |_, _| Ok(json!({"wakeup-suspend-support": false}))),
     ("query-cpu-definitions", cpu::definitions),

@@ -54,7 +54,7 @@ take the commands that
 and
 .B info
 list: info status, block, blockstats, network, pci, qtree, qom\-tree, registers, mtree, chardev, cpus, balloon, ft and others; stop, cont,
-quit, system_reset, system_powerdown, nmi, sendkey, device_add, device_del, netdev_add, netdev_del, object_add, object_del, set_link,
+quit, system_reset, system_powerdown, nmi, sendkey, device_add, device_del, netdev_add, netdev_del, object_add, object_del, set_link, screendump,
 eject, balloon, pmemsave, qom\-get, qom\-set, qom\-list.
 "#;
 

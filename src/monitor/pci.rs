@@ -45,8 +45,9 @@ fn regions(f: &FunctionView) -> Vec<Value> {
         out.push(match bar {
             Bar::None => continue,
             Bar::Io(size) => json!({"bar": n, "type": "io", "address": low & !3, "size": size}),
-            Bar::Memory(size) => json!({
-                "bar": n, "type": "memory", "address": low & !15, "size": size, "prefetch": false, "mem_type_64": false,
+            Bar::Memory(size) | Bar::Prefetchable(size) => json!({
+                "bar": n, "type": "memory", "address": low & !15, "size": size,
+                "prefetch": matches!(bar, Bar::Prefetchable(_)), "mem_type_64": false,
             }),
             Bar::Memory64(size) => {
                 let address = low & !15 | dword(f, 0x14 + 4 * n) << 32;

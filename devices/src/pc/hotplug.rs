@@ -105,7 +105,7 @@ impl Pc {
         if !bus.hotplug {
             return Err(fixed(&bus.name));
         }
-        if model.category == "Bridge" {
+        if ["Bridge", "Display"].contains(&model.category) {
             return Err(DeviceError::Config(format!("Device '{}' does not support hotplugging", model.name)));
         }
         let place = bus.place.clone();
