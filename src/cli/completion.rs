@@ -27,7 +27,7 @@ pub fn bash() -> String {
          \x20       -accel) COMPREPLY=($(compgen -W 'tcg help' -- \"$cur\")) ;;\n\
          \x20       -cpu) COMPREPLY=($(compgen -W \"$(\"$1\" -cpu help 2>/dev/null | sed -n 's/^x86 \\([^ ]*\\).*/\\1/p') help\" -- \"$cur\")) ;;\n\
          \x20       -ft) COMPREPLY=($(compgen -W 'primary backup,peer=' -- \"$cur\")) ;;\n\
-         \x20       -display) COMPREPLY=($(compgen -W 'none' -- \"$cur\")) ;;\n\
+         \x20       -display) COMPREPLY=($(compgen -W 'none vnc=' -- \"$cur\")) ;;\n\
          \x20       -d) COMPREPLY=($(compgen -W 'ft disk net cpu all' -- \"$cur\")) ;;\n\
          \x20       {}) COMPREPLY=($(compgen -f -- \"$cur\")) ;;\n\
          \x20       {}) COMPREPLY=() ;;\n\

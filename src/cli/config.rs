@@ -7,6 +7,7 @@ use super::ft::FtConfig;
 use super::keys::keys;
 use super::keyval::{parse_number, KeyvalError, Params};
 use super::options::Given;
+use super::vnc::VncConfig;
 use super::{drive, net, CliError};
 
 /// A machine type.
@@ -222,6 +223,8 @@ pub struct HostConfig {
     pub firmware_dirs: Vec<String>,
     /// `-sandbox on`: system calls that are refused.
     pub sandbox: Option<crate::host::sandbox::Sandbox>,
+    /// The screen is shown to VNC clients.
+    pub vnc: Option<VncConfig>,
     /// `-overcommit mem-lock=on`: keep the program's memory in RAM.
     pub lock_memory: bool,
 }
@@ -252,6 +255,8 @@ pub const HOST_OPTIONS: &[&str] = &[
     "no-user-config",
     "sandbox",
     "overcommit",
+    "vnc",
+    "display",
 ];
 
 fn at(option: &str, value: &str) -> impl Fn(KeyvalError) -> CliError {
@@ -375,6 +380,7 @@ impl Config {
         let mut h = HostConfig::default();
         let mut nodefaults = false;
         let mut net_none = false;
+        let mut vnc: Option<String> = None;
         let mut secrets: Vec<(String, Vec<u8>)> = Vec::new();
         let mut monitor_given = false;
         let mut memory_objects: Vec<(String, u64)> = Vec::new();
@@ -619,9 +625,12 @@ impl Config {
                 "bios" => m.bios = v.to_owned(),
                 "L" => h.firmware_dirs.push(v.to_owned()),
                 "nographic" => m.nographic = true,
+                "vnc" => vnc = Some(v.to_owned()),
                 "display" => {
-                    if v != "none" {
-                        return Err(err(KeyvalError::Other("only 'none' is available".into())));
+                    if let Some(place) = v.strip_prefix("vnc=") {
+                        vnc = Some(place.to_owned());
+                    } else if v != "none" {
+                        return Err(err(KeyvalError::Other("only 'none' and 'vnc=' are available".into())));
                     }
                 }
                 "vga" => {
@@ -654,6 +663,9 @@ impl Config {
                 "ft" => h.ft = Some(FtConfig::parse(v).map_err(&err)?),
                 other => return Err(CliError::Plain(format!("-{other}: invalid option"))),
             }
+        }
+        if let Some(text) = vnc {
+            h.vnc = VncConfig::parse(&text, &secrets).map_err(at("vnc", &text))?;
         }
         if !nodefaults {
             let stdio_free = !m.serials.iter().flatten().any(|c| matches!(c, Char::Stdio { .. }));

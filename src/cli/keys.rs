@@ -95,6 +95,17 @@ pub const KEYS: &[(&str, &[(&str, Value)])] = &[
             ("maxcpus", Number),
         ],
     ),
+    (
+        "vnc",
+        &[
+            ("vnc", Text),
+            ("to", Number),
+            ("password", Bool),
+            ("password-secret", Text),
+            ("share", Text),
+            ("audiodev", Text),
+        ],
+    ),
 ];
 
 /// The keys of `option`.

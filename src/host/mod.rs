@@ -8,6 +8,7 @@ pub mod disk;
 pub mod keys;
 pub mod sandbox;
 pub mod signals;
+pub mod vnc;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;

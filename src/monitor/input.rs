@@ -60,6 +60,33 @@ pub fn press(c: &Control, keys: Vec<Key>, hold: Duration) -> Reply {
     done()
 }
 
+/// Press keys or let them go, one after the other.
+pub fn keys(c: &Control, list: Vec<(Key, bool)>) -> Result<(), QmpError> {
+    c.change(move |rt| {
+        let usb = takers(rt).usb_keyboard;
+        for (key, down) in list {
+            rt.input(MachineInput::Device(key_input(usb, key, down)));
+        }
+        Ok(())
+    })
+}
+
+/// Move the pointer to a place if there is a tablet, else by a way.
+pub fn point(c: &Control, mut pointer: Pointer) -> Result<(), QmpError> {
+    c.change(move |rt| {
+        let takers = takers(rt);
+        if takers.tablet {
+            (pointer.dx, pointer.dy) = (0, 0);
+        } else {
+            (pointer.x, pointer.y) = (None, None);
+        }
+        if takers.tablet || takers.mouse {
+            pointer.take().into_iter().for_each(|i| rt.input(MachineInput::Device(i)));
+        }
+        Ok(())
+    })
+}
+
 /// The key that a QMP `KeyValue` names.
 fn key_of(value: &Value) -> Result<Key, QmpError> {
     let data = &value["data"];
@@ -79,14 +106,14 @@ pub fn send_key(c: &Control, call: &mut Call) -> Reply {
 
 /// The pointer's part of a list of events, gathered until it changes a button twice.
 #[derive(Default)]
-struct Pointer {
-    x: Option<u16>,
-    y: Option<u16>,
-    dx: i16,
-    dy: i16,
-    wheel: i8,
-    press: u8,
-    release: u8,
+pub struct Pointer {
+    pub x: Option<u16>,
+    pub y: Option<u16>,
+    pub dx: i16,
+    pub dy: i16,
+    pub wheel: i8,
+    pub press: u8,
+    pub release: u8,
 }
 
 impl Pointer {

@@ -17,9 +17,10 @@ pub mod page;
 mod pci;
 mod qom;
 mod types;
+mod vnc;
 
 use std::sync::mpsc::channel;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use ftvm_qmp::{Call, Handler, QmpError};
 use serde_json::{json, Value};
@@ -45,6 +46,8 @@ pub struct Control {
     /// The character devices, the monitors' own among them.
     pub chars: Mutex<Vec<CharView>>,
     pub fdsets: fdsets::FdSets,
+    /// The VNC server, if there is one.
+    pub vnc: OnceLock<Arc<crate::host::vnc::Vnc>>,
     /// The machine thread's id.
     pub machine_thread: i32,
 }
@@ -74,6 +77,9 @@ const COMMANDS: &[(&str, Command)] = &[
     ("send-key", input::send_key),
     ("input-send-event", input::send_event),
     ("screendump", display::screendump),
+    ("query-vnc", vnc::query),
+    ("change-vnc-password", vnc::change_password),
+    ("set_password", vnc::set_password),
     ("query-machines", machine::machines),
     ("query-current-machine", |_, _| Ok(json!({"wakeup-suspend-support": false}))),
     ("query-cpu-definitions", cpu::definitions),
@@ -164,6 +170,7 @@ impl Control {
             outside: Arc::default(),
             chars: Mutex::default(),
             fdsets: Default::default(),
+            vnc: OnceLock::new(),
             machine_thread: 0,
         }
     }

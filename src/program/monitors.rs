@@ -10,9 +10,11 @@ use ftvm_qmp::{serve_listener, Fds, Hub, Listener};
 
 use crate::assembly::Blueprint;
 use crate::cli::config::Monitor;
+use crate::cli::vnc::{VncAddress, VncConfig};
 use crate::cli::{Char, Config};
 use crate::host::backends::Backends;
 use crate::host::chars::{self, CharSink, Escape, EscapeFilter, Opened};
+use crate::host::vnc::{Access, Vnc};
 use crate::host::Outside;
 use crate::machine::MachineInput;
 use crate::monitor::{CharView, Control};
@@ -32,6 +34,7 @@ pub fn control(
         outside,
         chars: Mutex::default(),
         fdsets: Default::default(),
+        vnc: Default::default(),
         machine_thread: nix::unistd::gettid().as_raw(),
     })
 }
@@ -182,6 +185,25 @@ pub fn start_monitors(config: &Config, control: &Arc<Control>) -> Result<(), Str
             start_human(&dev, &label, control)?;
         }
     }
+    match &config.host.vnc {
+        Some(vnc) => start_vnc(vnc, control),
+        None => Ok(()),
+    }
+}
+
+fn start_vnc(config: &VncConfig, control: &Arc<Control>) -> Result<(), String> {
+    let access = match config.password {
+        true => Access::Password(config.secret.clone()),
+        false => Access::Everybody,
+    };
+    let server = Vnc::new(access);
+    let console = Arc::clone(control) as _;
+    let listens = match &config.address {
+        VncAddress::Tcp { host, first, last } => server.listen_tcp(host, *first..=*last, console),
+        VncAddress::Unix(path) => server.listen_unix(path, console),
+    };
+    listens.map_err(|e| format!("-vnc: cannot listen on {}: {e}", config.address))?;
+    let _ = control.vnc.set(server);
     Ok(())
 }
 

@@ -136,7 +136,7 @@ impl Dispi {
         r[VIRT_WIDTH] = (r[VIRT_WIDTH] & !7).clamp(r[XRES], MAX_X);
         let rows = memory / self.pitch().max(1);
         let r = &mut self.regs;
-        r[YRES] = r[YRES].clamp(1, MAX_Y.min(rows.max(1) as u16));
+        r[YRES] = r[YRES].clamp(1, rows.clamp(1, MAX_Y.into()) as u16);
         r[VIRT_HEIGHT] = rows.min(0xFFFF) as u16;
         r[X_OFFSET] = r[X_OFFSET].min(MAX_X);
         r[Y_OFFSET] = r[Y_OFFSET].min(MAX_Y);

@@ -84,6 +84,7 @@ pub fn full_config() -> PcConfig {
             device("virtio-serial-pci", &[("addr", "8")]),
             port,
             device("qemu-xhci", &[("addr", "9")]),
+            device("VGA", &[("addr", "a"), ("vgamem_mb", "1")]),
             device("piix3-usb-uhci", &[("addr", "1.2")]),
             device("pvpanic", &[]),
             device("isa-debug-exit", &[]),
