@@ -28,11 +28,11 @@ impl Vga {
         let wide = self.r.dispi.wide_dac();
         let part = |i: usize| {
             let v = u32::from(self.r.palette[(index & 0xFF) * 3 + i]);
-            // Six bits become eight so that the brightest stays the brightest.
+            // Six bits become eight as QEMU makes them: the lowest one is repeated.
             if wide {
                 v
             } else {
-                (v & 63) << 2 | (v & 63) >> 4
+                (v & 63) << 2 | (v & 1) * 3
             }
         };
         part(0) << 16 | part(1) << 8 | part(2)
