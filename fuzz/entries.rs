@@ -42,6 +42,7 @@ pub const ALL: &[(&str, Entry)] = &[
     ("processor", processor),
     ("iscsi", iscsi),
     ("nfs", nfs),
+    ("rfb", rfb),
 ];
 
 /// What a target sends while a command is under way.
@@ -52,6 +53,25 @@ pub fn iscsi(data: &[u8]) {
 /// What an NFS server answers.
 pub fn nfs(data: &[u8]) {
     ftvm_block::nfs::fuzz(data);
+}
+
+/// What a VNC client sends.
+pub fn rfb(mut data: &[u8]) {
+    use ftvm::host::vnc::rfb;
+    while let Ok(Some((message, used))) = rfb::parse(data) {
+        assert!(used > 0 && used <= data.len());
+        data = &data[used..];
+        match message {
+            rfb::Message::SetPixelFormat(format) => {
+                let picture = rfb::Picture { width: 2, height: 1, pixels: vec![0, 0xFF_FFFF] };
+                rfb::raw(&mut Vec::new(), &picture, 0, 1, &format);
+            }
+            rfb::Message::Key { symbol, .. } => {
+                rfb::key_name(symbol);
+            }
+            _ => {}
+        }
+    }
 }
 
 /// The lockstep log, alone and through a backup's state machine.

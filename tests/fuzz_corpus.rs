@@ -126,4 +126,5 @@ entry_points! {
     processor 4000
     iscsi 2000
     nfs 5000
+    rfb 5000
 }

@@ -25,13 +25,14 @@ fn replays(scratch: &Scratch, words: &str, more: &str, recorded: &str) -> Result
 }
 
 #[test]
-fn a_boot_replays_with_equal_hashes() -> Result<()> {
+fn a_boot_with_a_screen_replays_with_equal_hashes() -> Result<()> {
     let scratch = Scratch::new("rrboot")?;
     let file = scratch.path("boot.rr");
-    let more = format!("-net none -smp 2 {}", icount("record", &file));
-    let mut vm = start_tiny(&scratch, "record", "halt", &more)?;
+    let words = "console=tty0 console=ttyS0 halt";
+    let more = format!("-net none -vga std -smp 2 {}", icount("record", &file));
+    let mut vm = start_tiny(&scratch, "record", words, &more)?;
     ends_well(&mut vm)?;
-    replays(&scratch, "halt", &more.replace("rr=record", "rr=replay"), &vm.text())
+    replays(&scratch, words, &more.replace("rr=record", "rr=replay"), &vm.text())
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! The RFB protocol (RFC 6143): what clients send, and what they are sent. Pure functions of bytes.
 
-use ftvm_devices::Picture;
+pub use ftvm_devices::Picture;
 
 /// Encodings and pseudo-encodings.
 pub const RAW: i32 = 0;
