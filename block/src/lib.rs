@@ -8,6 +8,7 @@ pub mod buffers;
 mod error;
 mod file;
 pub mod files;
+mod info;
 pub mod iscsi;
 mod lock;
 pub mod nfs;
@@ -21,6 +22,7 @@ pub mod throttle;
 pub mod track;
 
 pub use error::BlockError;
+pub use info::{ImageInfo, Qcow2Info, Snapshot, SnapshotChange};
 pub use queue::{Queue, Request};
 use std::path::Path;
 pub use store::Store;
@@ -47,6 +49,19 @@ pub trait Image: Send + Sync {
     /// is more of it.
     fn background(&self) -> bool {
         false
+    }
+    /// Change the size (a multiple of 512): new bytes read as zero, what is cut off is gone. Durable when it returns.
+    fn resize(&self, _size: u64) -> Result<(), BlockError> {
+        Err(BlockError::Unsupported(format!("a {} image cannot change its size here", self.format())))
+    }
+    /// Make, apply or delete an internal snapshot: all of it has happened and is durable when this returns, or
+    /// (whenever the program or the host ends) nothing has. Returns the snapshot.
+    fn snapshot(&self, _change: &SnapshotChange) -> Result<Snapshot, BlockError> {
+        Err(BlockError::Unsupported(format!("a {} image has no internal snapshots", self.format())))
+    }
+    /// What the image says of itself.
+    fn info(&self) -> ImageInfo {
+        ImageInfo::default()
     }
 }
 
@@ -127,6 +142,22 @@ fn open_depth(path: &Path, options: &OpenOptions, depth: u32) -> Result<Box<dyn 
         None if is_qcow2 => Ok(Box::new(qcow2::Qcow2::over(file, options, depth)?)),
         _ => Ok(Box::new(raw::Raw::over(file, options))),
     }
+}
+
+/// Check a new size.
+fn check_resize(image: &dyn Image, size: u64) -> Result<(), BlockError> {
+    if image.read_only() {
+        return Err(BlockError::ReadOnly);
+    }
+    if !size.is_multiple_of(512) {
+        return Err(BlockError::Unsupported("The new size must be a multiple of 512".into()));
+    }
+    if size > i64::MAX as u64 {
+        return Err(BlockError::Unsupported(
+            "Required too big image size, it must be not greater than 9223372036854775807".into(),
+        ));
+    }
+    Ok(())
 }
 
 /// Check a request against an image's size and mode.
