@@ -53,6 +53,8 @@ pub struct ImageInfo {
     pub snapshots: Vec<Snapshot>,
     /// Name of the backing file, its whole path, and its format.
     pub backing: Option<(String, String, Option<String>)>,
+    /// Images below this one.
+    pub depth: u32,
     pub qcow2: Option<Qcow2Info>,
 }
 

@@ -103,7 +103,7 @@ struct State {
 
 struct Inner {
     name: String,
-    image: Box<dyn Image>,
+    image: Arc<dyn Image>,
     durable: AtomicBool,
     abandoned: AtomicBool,
     state: Mutex<State>,
@@ -273,7 +273,7 @@ impl Queue {
         let state = State { throttle: Throttle::new(settings.limits), ..State::default() };
         let inner = Arc::new(Inner {
             name: name.to_owned(),
-            image,
+            image: Arc::from(image),
             durable: AtomicBool::new(settings.durable),
             abandoned: AtomicBool::new(false),
             state: Mutex::new(state),
@@ -325,6 +325,11 @@ impl Queue {
             self.inner.image.flush()?;
         }
         Ok(())
+    }
+
+    /// The image, for what is asked of it beside the requests.
+    pub fn image(&self) -> Arc<dyn Image> {
+        Arc::clone(&self.inner.image)
     }
 
     /// Throw away what is queued and everything submitted from now on.

@@ -91,6 +91,18 @@ impl DiskWorker {
         self.account.lock().map_or_else(|_| Counters::default(), |a| a.counters)
     }
 
+    /// The image, for what is asked of it beside the requests.
+    pub fn image(&self) -> Arc<dyn Image> {
+        self.queue.image()
+    }
+
+    /// The image has another size now.
+    pub fn resized(&self, size: u64) {
+        if let Ok(mut a) = self.account.lock() {
+            a.counters.size = size;
+        }
+    }
+
     /// Queue a request.
     pub fn submit(&self, id: u64, op: DiskOp) {
         if let Ok(mut a) = self.account.lock() {

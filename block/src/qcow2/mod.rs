@@ -502,6 +502,7 @@ impl Image for Qcow2 {
                 .clone()
                 .zip(h.backing.as_ref())
                 .map(|(name, path)| (name, path.to_string_lossy().into_owned(), h.backing_format.clone())),
+            depth: self.backing.as_ref().map_or(0, |b| b.info().depth + 1),
             qcow2: Some(Qcow2Info {
                 version: h.version,
                 refcount_bits: 1 << h.refcount_order,

@@ -30,7 +30,9 @@ impl Qcow2 {
                 }
             }
             if self.external {
-                self.data.grow(size)?;
+                // An interrupted cut may have left something behind the end.
+                self.data.set_length(old)?;
+                self.data.set_length(size)?;
             }
             // The tables reach the new end already, the header does not.
             self.size.store(size, Ordering::Relaxed);
