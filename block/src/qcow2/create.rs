@@ -134,7 +134,7 @@ impl Layout {
         let l1 = (options.l1_entries() * 8).div_ceil(cluster);
         let (mut table, mut blocks) = (1, 1);
         loop {
-            let wanted = (1 + table + l1 + blocks as u64).div_ceil(per_block);
+            let wanted = (1 + table + l1 + blocks).div_ceil(per_block);
             let wide = (wanted * 8).div_ceil(cluster);
             if (wide, wanted) == (table, blocks) {
                 return Layout { table, l1, blocks };
