@@ -251,6 +251,7 @@ fn images() -> Result<()> {
             return Err(format!("{command} on the backup: {error:?}"));
         }
     }
+    drop(backup);
     let mut qmp = pair.qmp()?;
     qmp.command("blockdev-snapshot-internal-sync", named("before"))?;
     qmp.command("block_resize", size(96))?;
@@ -259,6 +260,7 @@ fn images() -> Result<()> {
     if ft["state"] != "protected" {
         return Err(format!("after the new size: {ft}"));
     }
+    drop(qmp);
     pair.kill_primary()?;
     clients.wait_progress(20, WAIT)?;
     pair.protect()?;
