@@ -50,6 +50,11 @@ impl Refcounts {
         if let Some(bad) = table.iter().find(|e| !e.is_multiple_of(cluster) || **e >= 1 << 56) {
             return Err(BlockError::Corrupt(format!("reference count block at {bad:#x} is not aligned")));
         }
+        let mut blocks: Vec<u64> = table.iter().copied().filter(|e| *e != 0).collect();
+        blocks.sort_unstable();
+        if let Some(twice) = blocks.windows(2).find(|w| w[0] == w[1]) {
+            return Err(BlockError::Corrupt(format!("reference count block {:#x} is used twice", twice[0])));
+        }
         Ok(Refcounts {
             cluster_bits,
             order,

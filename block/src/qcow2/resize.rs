@@ -22,6 +22,9 @@ impl Qcow2 {
         if size > old {
             {
                 let mut state = self.lock()?;
+                if self.l1_entries(size) > super::switch::MAX_L1 {
+                    return Err(BlockError::Unsupported("Image is too big".into()));
+                }
                 if self.l1_entries(size) > state.l1.len() {
                     let mut l1 = state.l1.clone();
                     l1.resize(self.l1_entries(size), 0);

@@ -10,7 +10,7 @@ use super::{to_u64, Qcow2, State, COMPRESSED, COPIED, OFFSET};
 use crate::BlockError;
 
 /// The largest L1 table: 32 MiB, as QEMU's.
-const MAX_L1: usize = 4 << 20;
+pub(super) const MAX_L1: usize = 4 << 20;
 
 /// What the image is to be.
 #[derive(Default)]
@@ -116,7 +116,7 @@ impl Qcow2 {
     /// Write the image that is to be beside the one that is, and switch. Everything in memory must be stored, and no
     /// request be under way. After an error the image is what it was, unless the switch itself failed.
     pub(super) fn switch(&self, state: &mut State, mut next: Next) -> Result<(), BlockError> {
-        if next.l1.len() > MAX_L1 {
+        if next.l1.len().max(self.l1_entries(next.size)) > MAX_L1 {
             return Err(BlockError::Unsupported("Image is too big".into()));
         }
         let file = self.file.as_ref();
