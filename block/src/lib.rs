@@ -131,16 +131,27 @@ fn open_depth(path: &Path, options: &OpenOptions, depth: u32) -> Result<Box<dyn 
     }
     match options.format.as_deref() {
         None | Some("raw" | "qcow2") => {}
+        Some("luks") => return Err(encrypted(path)),
         Some(other) => return Err(BlockError::UnknownFormat(other.to_owned())),
     }
     let file = store::open(path, options)?;
     let mut magic = [0; 4];
     file.read_at(0, &mut magic)?;
     let is_qcow2 = &magic == qcow2::MAGIC;
+    if options.format.is_none() && &magic == b"LUKS" {
+        return Err(encrypted(path));
+    }
     match options.format.as_deref() {
         Some("qcow2") => Ok(Box::new(qcow2::Qcow2::over(file, options, depth)?)),
         None if is_qcow2 => Ok(Box::new(qcow2::Qcow2::over(file, options, depth)?)),
         _ => Ok(Box::new(raw::Raw::over(file, options))),
+    }
+}
+
+fn encrypted(path: &Path) -> BlockError {
+    BlockError::Format {
+        path: path.to_owned(),
+        reason: "the image is encrypted (LUKS), which is not served".into(),
     }
 }
 
