@@ -154,6 +154,8 @@ pub struct SoftCpu {
     generation: u32,
     seen: u64,
     jit: jit::Jit,
+    /// More slots like those behind the registers in `gpr`.
+    more_slots: [u64; 9],
 }
 
 // SAFETY: the raw pointers `mem`, `bus`, `cur` and `end` mean something only within `run`; the others point
@@ -272,6 +274,7 @@ impl SoftCpu {
             generation: 0,
             seen: 0,
             jit: jit::Jit::new(),
+            more_slots: [0; 9],
         };
         c.reset_state(false);
         c
@@ -758,7 +761,8 @@ impl Processor for SoftCpu {
         // SAFETY: the pointer is used under this call only; `NoBus` replaces it before the return.
         self.bus = unsafe { std::mem::transmute::<*mut (dyn Bus + '_), *mut (dyn Bus + 'static)>(p) };
         self.pos = position;
-        self.limit = position.saturating_add(budget);
+        // Compiled code takes what is left of it for a signed number.
+        self.limit = position.saturating_add(budget.min(1 << 62));
         let r = self.run_loop(position);
         self.bus = std::ptr::NonNull::<NoBus>::dangling().as_ptr();
         r

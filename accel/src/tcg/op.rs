@@ -28,8 +28,9 @@ pub const NOREG: u8 = 16;
 pub const BLOCKIP: u8 = 17;
 /// Slots behind the registers that compiled code uses (see `jit`): instructions left of the budget, flags,
 /// the TLB and the table by linear address, the linear page that runs, the table's key, RIP on the way out,
-/// whether the host's vector registers hold the guest's (1 XMM, 2 YMM), the host's MXCSR, and
-/// what the address space adds to places in the table.
+/// whether the host's vector registers hold the guest's (1 XMM, 2 YMM), the host's MXCSR,
+/// what the address space adds to places in the table, and two for `touch`; between and behind them the host
+/// addresses of groups.
 pub const LEFT: usize = 18;
 pub const FLAGS: usize = 19;
 pub const TLB: usize = 20;
@@ -40,6 +41,8 @@ pub const RIP_OUT: usize = 24;
 pub const XMM_LIVE: usize = 25;
 pub const HOST_CSR: usize = 26;
 pub const SALT: usize = 27;
+pub const TOUCHED: usize = 31;
+pub const LEVEL: usize = 40;
 /// Marks the high-byte registers AH, CH, DH, BH (numbers 0..3).
 pub const HIGH: u8 = 0x80;
 
@@ -112,6 +115,8 @@ pub struct Block {
     pub links: [Cell<Link>; 2],
     /// Compiled code, or null.
     pub code: Cell<*const u8>,
+    /// Instructions of that code, which may run on into other blocks.
+    pub code_count: Cell<u32>,
     /// Instructions, once complete.
     pub count: u32,
     /// How often it was interpreted; `NEVER`: it is not to be compiled.
@@ -141,6 +146,7 @@ impl Block {
             vecs: Vec::new(),
             links,
             code: Cell::new(std::ptr::null()),
+            code_count: Cell::new(0),
             count: 0,
             runs: Cell::new(0),
         }

@@ -305,7 +305,8 @@ impl SoftCpu {
         for (tlb, filled) in spaces.chain([(&mut self.tlb, &self.filled)]) {
             for (mmu, slot) in filled {
                 let e = &mut tlb[*mmu as usize][*slot as usize];
-                if e.phys == page {
+                if e.phys == page && e.wtag != no_tag(*slot as usize) {
+                    self.changes += 1;
                     e.wtag = no_tag(*slot as usize);
                 }
             }

@@ -35,6 +35,7 @@ pub mod cc {
     pub const NE: u8 = 5;
     pub const BE: u8 = 6;
     pub const A: u8 = 7;
+    pub const S: u8 = 8;
 }
 
 /// Code under construction for a known address.

@@ -7,8 +7,10 @@ use super::super::paging::{TlbEntry, TLB_SIZE};
 use super::super::SoftCpu;
 use super::asm::*;
 use super::flags::{place, Flags};
+use super::groups::{Plan, Role, Values};
 use super::kind::{classify, leaves_flags, Kind, ALL};
 use super::stubs::{mem, Stubs, HOST, NONE};
+use super::trace::Trace;
 use super::*;
 use crate::state::Segment;
 
@@ -20,35 +22,61 @@ enum Cold {
     Load { from: Fix, i: usize, flags: Flags, back: Fix, level: u8 },
     /// An edge without a link, and without budget.
     Edge { n: u32, link: Option<Fix>, budget: Fix, flags: Flags, target: i32 },
+    /// Fill the TLB for the group of leader `n`, and try `again`.
+    Touch { from: Fix, again: Fix, n: usize, flags: Flags, tag: i32 },
+    /// Out of the trace, which instruction `i` ends here.
+    Side { from: Fix, i: usize, flags: Flags, target: i64 },
 }
 
 /// What is known while a block is compiled.
 pub struct Compiler<'a> {
     pub a: Asm,
-    pub kinds: Vec<Kind>,
+    pub trace: Trace<'a>,
     /// Whether somebody may look at the flags as they are before instruction i (and at the end).
     pub need: Vec<bool>,
     pub fl: Flags,
     /// The vector registers are in the host's: 1 XMM, 2 YMM.
     loaded: u8,
-    block: &'a Block,
-    /// The block's offset in its page.
-    at: u64,
+    /// Where the memory operand in hand is, once its address is known.
+    pub place: Rm,
+    values: Values,
+    plan: Plan,
+    /// Accesses compiled so far.
+    asked: usize,
     alone: bool,
     cache: &'a Cache,
     stubs: Stubs,
     cold: Vec<Cold>,
     edges: Vec<Edge>,
     first_edge: usize,
+    leaders: Vec<Leader>,
+    first_leader: usize,
+    /// Its number among the traces with groups, should it have any.
+    grouped: u32,
+    /// Where the trace's start is: here, but for a trace without groups.
+    home: u64,
+    /// Instructions that are entered from the other code of the trace, and where.
+    entries: Vec<(usize, u64)>,
 }
 
-fn classes(block: &Block, alone: bool) -> Vec<Kind> {
+/// Whether `block` may need the flags as they are before it.
+fn needs_flags(block: &Block, alone: bool) -> bool {
     let at = block.key & 0xFFF;
-    block.ops.iter().map(|op| classify(op, at, alone)).collect()
+    for op in &block.ops {
+        let kind = classify(op, at, alone);
+        let e = kind.effects();
+        if e.exits || e.reads != 0 || matches!(kind, Kind::Vector { .. }) {
+            return true;
+        }
+        if e.writes == ALL {
+            return false;
+        }
+    }
+    true
 }
 
 /// See [`Compiler::need`].
-fn needs(kinds: &[Kind]) -> Vec<bool> {
+fn needs(kinds: &[Kind], calm: &[bool]) -> Vec<bool> {
     let mut need = vec![true; kinds.len() + 1];
     // The first vector instruction may leave to the interpreter.
     let mut loaded = 0;
@@ -63,7 +91,8 @@ fn needs(kinds: &[Kind]) -> Vec<bool> {
     }
     for (i, k) in kinds.iter().enumerate().rev() {
         let e = k.effects();
-        need[i] = e.exits || first[i] || e.reads != 0 || need[i + 1] && e.writes != ALL;
+        let exits = e.exits && !calm.get(i).copied().unwrap_or_default();
+        need[i] = exits || first[i] || e.reads != 0 || need[i + 1] && e.writes != ALL;
     }
     need
 }
@@ -84,77 +113,161 @@ impl SoftCpu {
             self.jit.memory = Some(memory);
         }
         for _ in 0..2 {
-            let Some(memory) = &mut self.jit.memory else { return false };
-            let base = memory.next();
-            let mut c = Compiler {
-                a: Asm::new(base),
-                kinds: classes(block, self.cpus == 1),
-                alone: self.cpus == 1,
-                need: Vec::new(),
-                fl: Flags::KEPT,
-                loaded: 0,
-                block,
-                at: block.key & 0xFFF,
-                cache: &self.cache,
-                stubs: self.jit.stubs,
-                cold: Vec::new(),
-                edges: Vec::new(),
-                first_edge: self.jit.edges.len(),
-            };
-            c.need = needs(&c.kinds);
+            let Some(base) = self.jit.memory.as_ref().map(CodeMemory::next) else { return false };
+            let trace = Trace::new(block, &self.cache, self.cpus == 1);
+            let (count, keys) = (trace.count, trace.keys());
+            let mut c = Compiler::new(trace, base, &self.cache, &self.jit, self.cpus == 1);
             c.body();
+            let plan = Plan::new(&c.trace, &c.values.requests);
+            if plan.grouped {
+                c.again(plan);
+            }
             c.out_of_line();
-            let (code, edges) = (c.a.buf, c.edges);
-            if memory.push(&code) {
+            let (code, edges, leaders) = (c.a.buf, c.edges, c.leaders);
+            if self.jit.memory.as_mut().is_some_and(|m| m.push(&code)) {
                 self.jit.edges.extend(edges);
+                if !leaders.is_empty() {
+                    self.jit.grouped.push(Grouped { keys, code: base, failures: 0 });
+                    self.jit.leaders.extend(leaders);
+                }
                 block.code.set(base as *const u8);
+                block.code_count.set(count);
                 return true;
             }
             self.drop_compiled();
         }
         false
     }
+
+    /// Compile a trace with groups once more without them, for the times when a group fails.
+    pub(super) fn compile_plainly(&mut self, number: u32) {
+        let Jit { memory: Some(memory), grouped, leaders, .. } = &self.jit else { return };
+        let grouped = &grouped[number as usize];
+        let mine = |l: &Leader| l.grouped == number;
+        let entries = leaders.iter().filter(|l| mine(l)).map(|l| (l.i, 0)).collect();
+        let Some(trace) = Trace::of(&grouped.keys, &self.cache, self.cpus == 1) else { return };
+        let (base, home) = (memory.next(), grouped.code);
+        let jit = &self.jit;
+        let mut c = Compiler::new(trace, base, &self.cache, jit, self.cpus == 1);
+        (c.home, c.entries) = (home, entries);
+        c.body();
+        c.out_of_line();
+        let (code, edges, entries) = (c.a.buf, c.edges, c.entries);
+        let Jit { memory: Some(memory), leaders, .. } = &mut self.jit else { return };
+        if !memory.push(&code) {
+            self.drop_compiled();
+            return;
+        }
+        for l in leaders.iter().filter(|l| mine(l)) {
+            if let Some((_, at)) = entries.iter().find(|e| e.0 == l.i) {
+                memory.patch(l.jump_at, at.wrapping_sub(l.jump_at + 4) as i32);
+            }
+        }
+        self.jit.edges.extend(edges);
+    }
 }
 
-impl Compiler<'_> {
+impl<'a> Compiler<'a> {
+    fn new(trace: Trace<'a>, base: u64, cache: &'a Cache, jit: &Jit, alone: bool) -> Compiler<'a> {
+        Compiler {
+            a: Asm::new(base),
+            need: needs(&trace.kinds, &[]),
+            trace,
+            fl: Flags::KEPT,
+            loaded: 0,
+            place: Rm::M(RDI, 0),
+            values: Values::new(),
+            plan: Plan::default(),
+            asked: 0,
+            alone,
+            cache,
+            stubs: jit.stubs,
+            cold: Vec::new(),
+            edges: Vec::new(),
+            first_edge: jit.edges.len(),
+            leaders: Vec::new(),
+            first_leader: jit.leaders.len(),
+            grouped: jit.grouped.len() as u32,
+            home: base,
+            entries: Vec::new(),
+        }
+    }
+
+    /// Start anew, now that the accesses are known.
+    fn again(&mut self, plan: Plan) {
+        self.a.buf.clear();
+        self.need = needs(&self.trace.kinds, &plan.calm);
+        self.plan = plan;
+        self.fl = Flags::KEPT;
+        self.loaded = 0;
+        self.values = Values::new();
+        self.asked = 0;
+        self.cold.clear();
+        self.edges.clear();
+        self.body();
+    }
+
     fn body(&mut self) {
-        let n = self.kinds.len();
+        let n = self.trace.len();
         for i in 0..n {
+            if let Some(e) = self.entries.iter().position(|e| e.0 == i) {
+                self.keep();
+                (self.fl, self.loaded) = (Flags::KEPT, 0);
+                self.entries[e].1 = self.a.base + self.a.at() as u64;
+            }
             self.instruction(i);
+            self.values.follow(&self.trace.kinds[i], self.op(i));
         }
-        let last = self.kinds[n - 1];
-        if !last.branches() {
-            self.edge(self.at as i64 + self.block.bytes as i64);
+        if !self.trace.kinds[n - 1].branches() {
+            self.edge(n - 1, self.trace.next(n - 1));
         }
     }
 
-    pub fn op(&self, i: usize) -> &'static Op {
-        // SAFETY: the reference does not outlive the compiler, which borrows the block.
-        unsafe { &*(&self.block.ops[i] as *const Op) }
+    pub fn op(&self, i: usize) -> &'a Op {
+        self.trace.op(i)
     }
 
-    /// The offset, from the page's start, of what follows instruction `i`.
-    pub fn next(&self, i: usize) -> i64 {
-        let op = &self.block.ops[i];
-        self.at as i64 + op.off as i64 + op.len as i64
+    /// Instruction `i`, which ends its part, goes to `target`: on in the trace, or out of it.
+    pub fn go(&mut self, i: usize, target: i64) {
+        if self.trace.onward(i).is_none_or(|at| at as i64 != target) {
+            self.edge(i, target);
+        }
+    }
+
+    /// To `taken` if `cc` holds, or else to `next`.
+    pub fn choose(&mut self, i: usize, cc: u8, taken: i64, next: i64) {
+        let on = self.trace.onward(i).map(|at| at as i64);
+        // At the trace's end the way back is the more likely one.
+        let taken_first = on.map_or(taken < next, |on| on == taken);
+        let (cc, out, stay) = if taken_first { (cc ^ 1, next, taken) } else { (cc, taken, next) };
+        let from = self.a.jcc(cc);
+        self.cold.push(Cold::Side { from, i, flags: self.fl, target: out });
+        self.go(i, stay);
     }
 
     // ---- handlers
 
     fn call_step(&mut self, i: usize, loaded: u8) {
-        let neutral = match self.kinds[i] {
+        let neutral = match self.trace.kinds[i] {
             Kind::Handler => leaves_flags(self.op(i)),
             k => k.effects().reads | k.effects().writes == 0,
         };
         let neutral = if neutral { NEUTRAL } else { 0 };
+        let grouped = if self.plan.grouped { GROUPED } else { 0 };
         // What follows in the code of these jumps, wherever they lead.
-        let jumps = matches!(self.kinds[i], Kind::Ret { .. } | Kind::Indirect { .. });
+        let jumps = matches!(self.trace.kinds[i], Kind::Ret { .. } | Kind::Indirect { .. });
         let jumps = if jumps { JUMPS } else { 0 };
-        let place = (self.at as u32) | neutral | jumps | self.block.count << 16;
-        let op = &self.block.ops[i] as *const Op as u64;
+        let place = self.place_of(i) | neutral | jumps | grouped;
+        let op = self.op(i) as *const Op as u64;
         self.a.constant(RAX, op);
         self.a.constant(RDI, place as u64);
         self.a.call_abs(self.stubs.step[loaded as usize]);
+    }
+
+    /// See [`step`].
+    fn place_of(&self, i: usize) -> u32 {
+        let part = self.trace.part(i);
+        part.at as u32 | (self.trace.count - part.before) << 16
     }
 
     /// Instruction `i` by its handler.
@@ -175,7 +288,7 @@ impl Compiler<'_> {
         let (base, index) = (op.base as usize, op.index as usize);
         if op.base == BLOCKIP {
             self.a.load(8, RDI, mem(PAGE));
-            return Some(Rm::M(RDI, (op.disp + self.at as i64) as i32));
+            return Some(Rm::M(RDI, (op.disp + self.trace.part(i).at as i64) as i32));
         }
         if index >= 16 {
             return (base < 16).then(|| Rm::M(self.reg(op.base, RDI), disp));
@@ -187,8 +300,60 @@ impl Compiler<'_> {
         Some(Rm::X(self.reg(op.base, RAX), x, op.scale & 3, disp))
     }
 
-    /// The host address of instruction `i`'s memory operand of `size` bytes into RDI. Uses RAX and the flags.
+    /// Whether instruction `i` cannot fail and leaves the host's flags alone on its way to memory.
+    pub fn calm(&self, i: usize) -> bool {
+        self.plan.calm.get(i).copied().unwrap_or_default()
+    }
+
+    fn role(&mut self) -> Role {
+        let role = self.plan.roles.get(self.asked).copied().unwrap_or(Role::Alone);
+        self.asked += 1;
+        role
+    }
+
+    /// Make [`Compiler::place`] the host address of instruction `i`'s memory operand of `size` bytes. Uses RDI,
+    /// RAX and the flags.
     pub fn operand(&mut self, i: usize, size: u64, write: bool) -> Access {
+        let op = self.op(i);
+        let mut role = Role::Alone;
+        if op.asz == 8 {
+            let at = self.trace.part(i).at;
+            self.values.operand(i, op, at, size, write);
+            role = self.role();
+        }
+        if let Role::Member { slot, at } = role {
+            return self.member(i, slot, at);
+        }
+        self.linear(i);
+        self.translate(i, role, size, write)
+    }
+
+    /// The same for an operand whose host address is looked at itself.
+    pub fn operand_alone(&mut self, i: usize, size: u64, write: bool) -> Access {
+        self.linear(i);
+        self.translate(i, Role::Alone, size, write)
+    }
+
+    /// The same for 8 bytes of memory `disp` above guest register `r`, which lives in the host's `h`.
+    pub fn stack_slot(&mut self, i: usize, r: usize, h: u8, disp: i32, write: bool) -> Access {
+        self.values.at_register(i, r, disp, 8, write);
+        let role = self.role();
+        match role {
+            Role::Member { slot, at } => return self.member(i, slot, at),
+            _ if disp == 0 => self.a.load(8, RDI, Rm::R(h)),
+            _ => self.a.lea(8, RDI, Rm::M(h, disp)),
+        }
+        self.translate(i, role, 8, write)
+    }
+
+    fn member(&mut self, i: usize, slot: usize, at: i32) -> Access {
+        self.a.load(8, RDI, mem(slot));
+        self.place = Rm::M(RDI, at);
+        Access { slow: Vec::new(), i, flags: self.fl }
+    }
+
+    /// The linear address of instruction `i`'s memory operand into RDI. Uses RAX and the flags.
+    fn linear(&mut self, i: usize) {
         let op = self.op(i);
         match self.offset(i) {
             Some(Rm::M(RDI, 0)) => {}
@@ -202,25 +367,41 @@ impl Compiler<'_> {
             let base = offset_of!(SoftCpu, segs) + op.seg as usize * size_of::<Segment>();
             self.a.alu_load(8, 0, RDI, Rm::M(RBP, at(base + offset_of!(Segment, base))));
         }
-        self.translate(i, size, write)
     }
 
     /// The host address of linear address RDI into RDI. Uses RAX and the flags.
-    pub fn translate(&mut self, i: usize, size: u64, write: bool) -> Access {
+    fn translate(&mut self, i: usize, role: Role, size: u64, write: bool) -> Access {
         const SHIFT: u8 = 12 - size_of::<TlbEntry>().trailing_zeros() as u8;
-        let tag = if write { offset_of!(TlbEntry, wtag) } else { offset_of!(TlbEntry, rtag) };
+        let (lead, len, plainly) = match role {
+            Role::Leader { lead, len, write, .. } => (lead, len, write),
+            _ => (0, size as u32, write),
+        };
+        let tag = if plainly { offset_of!(TlbEntry, wtag) } else { offset_of!(TlbEntry, rtag) } as i32;
         let a = &mut self.a;
+        if lead != 0 {
+            a.lea(8, RDI, Rm::M(RDI, -lead));
+        }
+        let again = Fix::at(a.at());
         a.load(4, RAX, Rm::R(RDI));
         a.shift(4, 5, Rm::R(RAX), SHIFT);
         a.alu_imm(4, 4, Rm::R(RAX), ((TLB_SIZE - 1) * size_of::<TlbEntry>()) as i32);
         a.alu_load(8, 0, RAX, mem(TLB));
-        a.alu_load(8, 6, RDI, Rm::M(RAX, tag as i32));
-        a.alu_imm(8, 7, Rm::R(RDI), 4096 - size as i32);
-        let slow = a.jcc(cc::A);
+        a.alu_load(8, 6, RDI, Rm::M(RAX, tag));
+        a.alu_imm(8, 7, Rm::R(RDI), 4096 - len as i32);
+        let from = a.jcc(cc::A);
         a.alu_load(8, 0, RDI, Rm::M(RAX, offset_of!(TlbEntry, host) as i32));
         let flags = self.fl;
         self.fl.host = 0;
-        Access { slow: vec![slow], i, flags }
+        self.place = Rm::M(RDI, lead);
+        let Role::Leader { slot, .. } = role else {
+            return Access { slow: vec![from], i, flags };
+        };
+        a.store(8, mem(slot), RDI);
+        let n = self.leaders.len();
+        let (op, place) = (self.op(i) as *const Op, self.place_of(i));
+        self.leaders.push(Leader { grouped: self.grouped, i, op, place, len, write, plainly, jump_at: 0 });
+        self.cold.push(Cold::Touch { from, again, n, flags, tag });
+        Access { slow: Vec::new(), i, flags }
     }
 
     /// The instruction with this access is complete: slow ones come back here.
@@ -249,23 +430,28 @@ impl Compiler<'_> {
 
     // ---- ways out
 
-    /// On at an offset from the page's start.
-    pub fn edge(&mut self, target: i64) {
+    /// On at an offset from the page's start, after instruction `i`.
+    pub fn edge(&mut self, i: usize, target: i64) {
+        let back = self.trace.rest(i + 1) as i32;
         if !(0..4096).contains(&target) {
             self.keep();
+            if back != 0 {
+                self.a.alu_imm(8, 0, mem(LEFT), back);
+            }
             self.a.load(8, RAX, mem(PAGE));
             self.a.lea(8, RAX, Rm::M(RAX, target as i32));
             self.a.jmp_abs(self.stubs.lookup);
             return;
         }
-        let key = self.block.key & !0xFFF | target as u64;
+        let first = self.trace.parts[0].block;
+        let key = first.key & !0xFFF | target as u64;
         let (mut count, mut code, mut need) = (0, 0, true);
-        if key == self.block.key {
-            (count, code, need) = (self.block.count, self.a.base, self.need[0]);
+        if key == first.key {
+            (count, code, need) = (self.trace.count, self.home, self.need[0]);
         } else if let Some(b) = self.cache.blocks.get(&key) {
-            need = needs(&classes(b, self.alone))[0];
+            need = needs_flags(b, self.alone);
             if !b.code.get().is_null() {
-                (count, code) = (b.count, b.code.get() as u64);
+                (count, code) = (b.code_count.get(), b.code.get() as u64);
             }
         }
         if need || self.fl.recipe.is_none() {
@@ -273,9 +459,9 @@ impl Compiler<'_> {
         }
         let n = (self.first_edge + self.edges.len()) as u32;
         self.a.word(8, 0, 0x81, 5, mem(LEFT)); // sub
-        self.a.d32(count as i32);
+        self.a.d32(count as i32 - back);
         let count_at = self.a.base + self.a.at() as u64 - 4;
-        let budget = self.a.jcc(cc::B);
+        let budget = self.a.jcc(cc::S);
         let link = if code != 0 {
             self.a.jmp_abs(code);
             None
@@ -283,7 +469,7 @@ impl Compiler<'_> {
             Some(self.a.jmp())
         };
         let jump_at = self.a.base + self.a.at() as u64 - 4;
-        self.edges.push(Edge { count_at, jump_at, count });
+        self.edges.push(Edge { count_at, jump_at, count, back: back as u32 });
         self.cold.push(Cold::Edge { n, link, budget, flags: self.fl, target: target as i32 });
     }
 
@@ -302,8 +488,13 @@ impl Compiler<'_> {
     }
 
     fn out_of_line(&mut self) {
-        for c in std::mem::take(&mut self.cold) {
+        while let Some(c) = self.cold.pop() {
             match c {
+                Cold::Side { from, i, flags, target } => {
+                    self.a.here(from);
+                    self.fl = flags;
+                    self.edge(i, target);
+                }
                 Cold::Step { from, i, flags, join, loaded } => {
                     self.a.here(from);
                     self.fl = Flags { host: 0, ..flags };
@@ -314,6 +505,22 @@ impl Compiler<'_> {
                     let back = self.a.jmp();
                     self.a.to(back, join.end());
                 }
+                Cold::Touch { from, again, n, flags, tag } => {
+                    self.a.here(from);
+                    // The linear address again.
+                    self.a.alu_load(8, 6, RDI, Rm::M(RAX, tag));
+                    self.a.store(8, mem(TOUCHED), RDI);
+                    self.fl = Flags { host: 0, ..flags };
+                    self.keep();
+                    let plainly = self.a.jmp();
+                    self.a.here(plainly);
+                    self.leaders[n].jump_at = self.a.base + plainly.end() as u64 - 4;
+                    self.a.constant(RAX, (self.first_leader + n) as u64);
+                    self.a.call_abs(self.stubs.touch);
+                    self.a.load(8, RDI, mem(TOUCHED));
+                    let back = self.a.jmp();
+                    self.a.to(back, again.end());
+                }
                 Cold::Load { from, i, flags, back, level } => {
                     self.a.here(from);
                     self.fl = Flags { host: 0, ..flags };
@@ -323,9 +530,10 @@ impl Compiler<'_> {
                     self.a.to(ok, back.end());
                     let op = self.op(i);
                     self.a.word(8, 0, 0x81, 0, mem(LEFT)); // add
-                    self.a.d32((self.block.count as usize - i) as i32);
+                    self.a.d32(self.trace.rest(i) as i32);
                     self.a.load(8, RDI, mem(PAGE));
-                    self.a.lea(8, RDI, Rm::M(RDI, self.at as i32 + op.off as i32));
+                    let at = self.trace.part(i).at as i32;
+                    self.a.lea(8, RDI, Rm::M(RDI, at + op.off as i32));
                     self.a.store(8, mem(RIP_OUT), RDI);
                     self.a.constant(RAX, INTERPRET as u64);
                     self.a.jmp_abs(self.stubs.exit);

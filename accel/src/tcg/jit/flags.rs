@@ -8,7 +8,6 @@ use super::super::op::FLAGS;
 use super::asm::*;
 use super::block::Compiler;
 use super::kind::*;
-use super::slot;
 use super::stubs::{self, mem, HOST, NONE};
 
 /// How to compute flags again.
@@ -92,7 +91,8 @@ impl Compiler<'_> {
     /// Keep in sight what instruction `i` must not lose: the flags before it if it may leave to the
     /// interpreter or clobbers the host's flags on the way, those after it if it changes what they follow from.
     pub fn before(&mut self, i: usize, clobbers: bool) {
-        let kind = self.kinds[i];
+        let clobbers = clobbers && !self.calm(i);
+        let kind = self.trace.kinds[i];
         let e = kind.effects();
         let passes = e.writes != ALL && self.need[i + 1];
         if let Some(r) = self.fl.recipe {
@@ -111,7 +111,8 @@ impl Compiler<'_> {
 
     /// After instruction `i`, which left the flags alone: a recipe may no longer hold.
     pub fn after(&mut self, i: usize, clobbers: bool) {
-        let changed = self.kinds[i].changes();
+        let clobbers = clobbers && !self.calm(i);
+        let changed = self.trace.kinds[i].changes();
         if self.fl.recipe.is_some_and(|r| r.uses() & changed != 0) {
             self.fl.recipe = None;
         }
@@ -178,7 +179,7 @@ impl Compiler<'_> {
             self.keep();
         }
         if mask == CF {
-            self.a.word(4, 1, 0xBA, 4, mem(FLAGS)); // bt
+            self.a.word(2, 1, 0xBA, 4, mem(FLAGS)); // bt
             self.a.b(&[8]);
             self.fl.host = CF;
         } else {
@@ -234,12 +235,11 @@ pub fn place(g: u8) -> Rm {
     }
 }
 
-/// Store the host's flags into the slot.
+/// Store the host's flags into the slot, as one word: what reads them back as a word must not wait. Uses RAX.
 pub fn keep_host(a: &mut Asm, clear_af: bool, overflow: Overflow) {
-    let byte = |n: i32| Rm::M(RBP, slot(FLAGS) + n);
     match overflow {
-        Overflow::Host => a.setcc(cc::O, byte(0)),
-        Overflow::Clear => a.store_imm(1, byte(0), 0),
+        Overflow::Host => a.setcc(cc::O, Rm::R(RAX)),
+        Overflow::Clear => a.b(&[0xB0, 0]), // mov al, 0
         Overflow::Shl => {}
     }
     a.b(&[0x9F]); // lahf
@@ -249,11 +249,9 @@ pub fn keep_host(a: &mut Asm, clear_af: bool, overflow: Overflow) {
         a.b(&[0xD0, 0xC0]); // rol al, 1
         a.b(&[0x30, 0xE0]); // xor al, ah
         a.b(&[0x24, 0x01]); // and al, 1
-        a.store(1, byte(0), RAX);
     }
     if clear_af {
         a.b(&[0x80, 0xE4, 0xEF]); // and ah, ~AF
     }
-    // mov [slot + 1], ah
-    a.enc(0, false, 0, 0x88, 4, byte(1), false);
+    a.store(2, mem(FLAGS), RAX);
 }

@@ -1,24 +1,21 @@
 //! The host code of each kind of integer instruction.
 
-use super::super::op::{FLAGS, PAGE, RIP_OUT};
+use super::super::op::{FLAGS, PAGE, RBP as GUEST_BP, RIP_OUT, RSP as GUEST_SP};
 use super::asm::*;
 use super::block::{Access, Compiler};
 use super::flags::{keep_host, place, Flags, Overflow, Recipe};
 use super::kind::*;
-use super::slot;
 use super::stubs::{mem, HOST, NONE};
 
 /// Where a few guest registers live.
 const AX: u8 = HOST[super::super::op::RAX];
-const SP: u8 = HOST[super::super::op::RSP];
-const BP: u8 = HOST[super::super::op::RBP];
-/// The memory operand, once its address is known.
-const AT: Rm = Rm::M(RDI, 0);
+const SP: u8 = HOST[GUEST_SP];
+const BP: u8 = HOST[GUEST_BP];
 
 impl Compiler<'_> {
     /// Emit instruction `i`.
     pub fn instruction(&mut self, i: usize) {
-        let kind = self.kinds[i];
+        let kind = self.trace.kinds[i];
         match kind {
             Kind::Handler => self.handler(i),
             Kind::Nop => {}
@@ -41,7 +38,7 @@ impl Compiler<'_> {
             Kind::Extend { from, s: None, .. } => {
                 self.before(i, true);
                 let access = self.operand(i, from as u64, false);
-                self.extend(kind, AT);
+                self.extend(kind, self.place);
                 self.join(access);
                 self.after(i, true);
             }
@@ -50,10 +47,10 @@ impl Compiler<'_> {
                 let access = self.operand(i, size as u64, false);
                 match HOST[d as usize] {
                     NONE => {
-                        self.a.load(size, RAX, AT);
-                        self.a.store(if size == 4 { 8 } else { size }, place(d), RAX);
+                        self.a.load(size, RAX, self.place);
+                        self.put(size, d);
                     }
-                    h => self.a.load(size, h, AT),
+                    h => self.a.load(size, h, self.place),
                 }
                 self.join(access);
                 self.after(i, true);
@@ -62,10 +59,10 @@ impl Compiler<'_> {
                 self.before(i, true);
                 let access = self.operand(i, size as u64, true);
                 match s {
-                    Val::Imm(v) => self.a.store_imm(size, AT, v),
+                    Val::Imm(v) => self.a.store_imm(size, self.place, v),
                     Val::Reg(r) => {
                         let r = self.reg(r, RAX);
-                        self.a.store(size, AT, r);
+                        self.a.store(size, self.place, r);
                     }
                 }
                 self.join(access);
@@ -76,11 +73,11 @@ impl Compiler<'_> {
                 let access = self.operand(i, size as u64, true);
                 let h = self.reg(r, RAX);
                 if h == RAX {
-                    self.a.sized(size, 0, 0x86, RAX, AT);
-                    self.a.store(if size == 4 { 8 } else { size }, place(r), RAX);
+                    self.a.sized(size, 0, 0x86, RAX, self.place);
+                    self.put(size, r);
                 } else {
-                    self.a.load(size, RAX, AT);
-                    self.a.store(size, AT, h);
+                    self.a.load(size, RAX, self.place);
+                    self.a.store(size, self.place, h);
                     self.a.load(size, h, Rm::R(RAX));
                 }
                 self.join(access);
@@ -95,10 +92,10 @@ impl Compiler<'_> {
                 self.before(i, true);
                 let access = self.operand(i, size as u64, false);
                 match b {
-                    Val::Imm(v) => self.a.test_imm(size, AT, v),
+                    Val::Imm(v) => self.a.test_imm(size, self.place, v),
                     Val::Reg(r) => {
                         let r = self.reg(r, RAX);
-                        self.a.test(size, AT, r);
+                        self.a.test(size, self.place, r);
                     }
                 }
                 self.join(access);
@@ -124,7 +121,7 @@ impl Compiler<'_> {
                 self.before(i, true);
                 let access = self.operand(i, size as u64, true);
                 self.a.load(8, RAX, Rm::R(AX));
-                self.a.sized(size, 1, 0xB0, HOST[r as usize], AT);
+                self.a.sized(size, 1, 0xB0, HOST[r as usize], self.place);
                 // The accumulator changes only when they differed.
                 self.a.word(8, 1, 0x40 | cc::NE, AX, Rm::R(RAX));
                 self.join(access);
@@ -134,8 +131,8 @@ impl Compiler<'_> {
                 self.before(i, true);
                 let access = self.operand(i, size as u64, true);
                 let h = HOST[r as usize];
-                self.a.load(size, RAX, AT);
-                self.a.alu(size, 0, AT, h);
+                self.a.load(size, RAX, self.place);
+                self.a.alu(size, 0, self.place, h);
                 self.a.load(size, h, Rm::R(RAX));
                 self.join(access);
                 self.fl = Flags::HOST;
@@ -154,22 +151,22 @@ impl Compiler<'_> {
             Kind::Div { .. } => self.divide(i),
             Kind::Scan { reverse, size, d, s } => {
                 let access = self.source(i, s, size);
-                self.a.word(size, 1, 0xBC | reverse as u8, RDI, s.map_or(AT, place));
+                self.a.word(size, 1, 0xBC | reverse as u8, RDI, s.map_or(self.place, place));
                 // Of zero: the destination stays.
                 self.modify(d, |c, r| c.a.word(8, 1, 0x40 | cc::NE, r, Rm::R(RDI)));
                 if self.need[i + 1] {
                     self.a.setcc(cc::E, Rm::R(RAX));
                     self.a.b(&[0xF6, 0xD8]); // neg al
-                    self.a.b(&[0x24, 0x44]); // and al, ZF | PF
-                    self.a.store(1, Rm::M(RBP, slot(FLAGS) + 1), RAX);
-                    self.a.store_imm(1, mem(FLAGS), 0);
+                    self.a.alu_imm(4, 4, Rm::R(RAX), 0x44); // ZF and PF
+                    self.a.shift(4, 4, Rm::R(RAX), 8);
+                    self.a.store(2, mem(FLAGS), RAX);
                 }
                 self.close(access);
                 self.fl = Flags::KEPT;
             }
             Kind::Popcnt { size, d, s } => {
                 let access = self.source(i, s, size);
-                let from = s.map_or(AT, place);
+                let from = s.map_or(self.place, place);
                 self.modify(d, |c, r| {
                     let prefix = 0xF3;
                     if size == 2 {
@@ -184,7 +181,7 @@ impl Compiler<'_> {
                 self.before(i, true);
                 let access = self.operand(i, 1, true);
                 self.want(condition(cc));
-                self.a.setcc(cc, AT);
+                self.a.setcc(cc, self.place);
                 self.join(access);
                 self.after(i, false);
             }
@@ -197,7 +194,7 @@ impl Compiler<'_> {
                     self.a.word(8, 0, 0x63, RAX, Rm::R(RAX));
                 }
                 match HOST[d as usize] {
-                    NONE => self.a.store(if size == 2 { 2 } else { 8 }, place(d), RAX),
+                    NONE => self.put(size, d),
                     h => self.a.load(size, h, Rm::R(RAX)),
                 }
                 self.after(i, false);
@@ -224,14 +221,14 @@ impl Compiler<'_> {
             Kind::Setcc { cc, d } => {
                 self.before(i, false);
                 self.want(condition(cc));
-                self.a.setcc(cc, place(d));
+                self.modify(d, |c, r| c.a.setcc(cc, Rm::R(r)));
                 self.after(i, false);
             }
             Kind::Cmov { cc, size, d, s } => {
                 self.before(i, s.is_none());
                 let access = s.is_none().then(|| self.operand(i, size as u64, false));
                 self.want(condition(cc));
-                let from = s.map_or(AT, place);
+                let from = s.map_or(self.place, place);
                 self.modify(d, |c, r| c.a.word(size, 1, 0x40 | cc, r, from));
                 if let Some(access) = access {
                     self.join(access);
@@ -255,16 +252,47 @@ impl Compiler<'_> {
         }
     }
 
+    /// The low `size` bytes of RAX into guest register `d`, which lives in its slot. Always writes all of it: a read
+    /// that is wider than the write before it has to wait for that. Uses RDI.
+    fn put(&mut self, size: u8, d: u8) {
+        if size < 4 {
+            self.a.load(8, RDI, place(d));
+            self.a.load(size, RDI, Rm::R(RAX));
+            self.a.store(8, place(d), RDI);
+        } else {
+            self.a.store(8, place(d), RAX);
+        }
+    }
+
+    /// The host's CF into the kept flags. Uses RAX and RDI.
+    fn keep_carry(&mut self) {
+        self.a.setcc(cc::B, Rm::R(RAX));
+        self.a.word(4, 1, 0xB7, RDI, mem(FLAGS)); // movzx
+        self.a.word(4, 1, 0xB6, RAX, Rm::R(RAX)); // movzx
+        self.a.shift(4, 4, Rm::R(RAX), 8);
+        self.a.alu_imm(4, 4, Rm::R(RDI), !0x100);
+        self.a.alu(4, 1, Rm::R(RDI), RAX);
+        self.a.store(2, mem(FLAGS), RDI);
+    }
+
+    /// The host's condition `cc` into the kept OF. Uses RAX.
+    fn keep_overflow(&mut self, cc: u8) {
+        self.a.setcc(cc, Rm::R(RDI));
+        self.a.word(4, 1, 0xB7, RAX, mem(FLAGS)); // movzx
+        self.a.load(1, RAX, Rm::R(RDI));
+        self.a.store(2, mem(FLAGS), RAX);
+    }
+
     /// INC, DEC, NOT, NEG of a register or memory.
     fn change(&mut self, i: usize, size: u8, d: Option<u8>, f: impl FnOnce(&mut Self, Rm)) {
         self.before(i, d.is_none());
         let access = d.is_none().then(|| self.operand(i, size as u64, true));
-        if matches!(self.kinds[i], Kind::Inc { .. }) && self.need[i + 1] {
+        if matches!(self.trace.kinds[i], Kind::Inc { .. }) && self.need[i + 1] {
             self.want(CF);
         }
         match d {
             Some(d) => self.modify(d, |c, r| f(c, Rm::R(r))),
-            None => f(self, AT),
+            None => f(self, self.place),
         }
         if let Some(access) = access {
             self.join(access);
@@ -273,20 +301,21 @@ impl Compiler<'_> {
     }
 
     fn move_registers(&mut self, i: usize) {
-        match self.kinds[i] {
+        match self.trace.kinds[i] {
             Kind::Mov { size, d, s } => {
                 let s = self.reg(s, RAX);
                 match HOST[d as usize] {
-                    NONE if size == 4 => {
-                        self.a.load(4, RAX, Rm::R(s));
-                        self.a.store(8, place(d), RAX);
+                    NONE => {
+                        if s != RAX || size == 4 {
+                            self.a.load(size.max(4), RAX, Rm::R(s));
+                        }
+                        self.put(size, d);
                     }
-                    NONE => self.a.store(size, place(d), s),
                     h => self.a.load(size, h, Rm::R(s)),
                 }
             }
             Kind::MovImm { size, d, imm } => match HOST[d as usize] {
-                _ if size < 4 => self.a.store_imm(size, place(d), imm as i32),
+                _ if size < 4 => self.modify(d, |c, r| c.a.store_imm(size, Rm::R(r), imm as i32)),
                 NONE if imm as i64 == imm as i32 as i64 => self.a.store_imm(8, place(d), imm as i32),
                 NONE => {
                     self.a.constant(RAX, imm);
@@ -312,7 +341,7 @@ impl Compiler<'_> {
                     }
                 }
                 if h == NONE {
-                    self.a.store(if size == 4 { 8 } else { size }, place(d), RAX);
+                    self.put(size, d);
                 }
             }
             Kind::Xchg { size, a, b } => {
@@ -352,12 +381,12 @@ impl Compiler<'_> {
             self.a.enc(prefix, size == 8, 1, opcode, to, from_rm, low8);
         }
         if h == NONE {
-            self.a.store(if size == 2 { 2 } else { 8 }, place(d), RAX);
+            self.put(size, d);
         }
     }
 
     fn arithmetic(&mut self, i: usize) {
-        let kind = self.kinds[i];
+        let kind = self.trace.kinds[i];
         let (op, size, access) = match kind {
             Kind::Alu { op, size, .. } => {
                 if op == 2 || op == 3 {
@@ -393,13 +422,13 @@ impl Compiler<'_> {
             }
             Kind::AluLoad { op: 7, d, .. } => {
                 let r = self.reg(d, RAX);
-                self.a.alu_load(size, 7, r, AT);
+                self.a.alu_load(size, 7, r, self.place);
             }
-            Kind::AluLoad { d, .. } => self.modify(d, |c, r| c.a.alu_load(size, op, r, AT)),
-            Kind::AluStore { s: Val::Imm(v), .. } => self.a.alu_imm(size, op, AT, v),
+            Kind::AluLoad { d, .. } => self.modify(d, |c, r| c.a.alu_load(size, op, r, c.place)),
+            Kind::AluStore { s: Val::Imm(v), .. } => self.a.alu_imm(size, op, self.place, v),
             Kind::AluStore { s: Val::Reg(r), .. } => {
                 let r = self.reg(r, RAX);
-                self.a.alu(size, op, AT, r);
+                self.a.alu(size, op, self.place, r);
             }
             _ => {}
         }
@@ -430,12 +459,10 @@ impl Compiler<'_> {
         }
         if needed {
             // CF as it came out; OF as for a count of one applied to the result.
-            self.a.setcc(cc::B, Rm::R(RAX));
-            self.a.alu_imm(1, 4, Rm::M(RBP, slot(FLAGS) + 1), !1);
-            self.a.alu(1, 1, Rm::M(RBP, slot(FLAGS) + 1), RAX);
+            self.keep_carry();
             self.a.load(8, RAX, place(d));
             self.a.shift(size, op ^ 1, Rm::R(RAX), 1);
-            self.a.setcc(cc::O, mem(FLAGS));
+            self.keep_overflow(cc::O);
         }
         self.fl = Flags::KEPT;
     }
@@ -459,7 +486,7 @@ impl Compiler<'_> {
                 // The top bit before the last step is the second from the top now.
                 self.a.word(size, 1, 0xBA, 4, place(d));
                 self.a.b(&[8 * size - 2]);
-                self.a.setcc(cc::B, mem(FLAGS));
+                self.keep_overflow(cc::B);
             }
             self.a.short_here(skip);
         }
@@ -467,7 +494,7 @@ impl Compiler<'_> {
     }
 
     fn bit(&mut self, i: usize) {
-        let Kind::Bit { op, size, d, n } = self.kinds[i] else { return };
+        let Kind::Bit { op, size, d, n } = self.trace.kinds[i] else { return };
         let needed = self.need[i + 1];
         self.before(i, d.is_none());
         if needed {
@@ -490,24 +517,22 @@ impl Compiler<'_> {
                 emit(self, Rm::R(r));
             }
             Some(d) => self.modify(d, |c, r| emit(c, Rm::R(r))),
-            None => emit(self, AT),
+            None => emit(self, self.place),
         }
         if needed {
-            self.a.setcc(cc::B, Rm::R(RAX));
-            self.a.alu_imm(1, 4, Rm::M(RBP, slot(FLAGS) + 1), !1);
-            self.a.alu(1, 1, Rm::M(RBP, slot(FLAGS) + 1), RAX);
+            self.keep_carry();
         }
         self.close(access);
         self.fl = Flags::KEPT;
     }
 
     fn divide(&mut self, i: usize) {
-        let Kind::Div { signed, size, s } = self.kinds[i] else { return };
+        let Kind::Div { signed, size, s } = self.trace.kinds[i] else { return };
         self.before(i, true);
         let mut access = match s {
             None => {
                 let access = self.operand(i, size as u64, false);
-                self.a.load(size, RDI, AT);
+                self.a.load(size, RDI, self.place);
                 access
             }
             Some(s) => {
@@ -537,10 +562,10 @@ impl Compiler<'_> {
     }
 
     fn multiply(&mut self, i: usize) {
-        let (size, d) = match self.kinds[i] {
+        let (size, d) = match self.trace.kinds[i] {
             Kind::Imul { size, d, s, imm } => {
                 let access = self.source(i, s, size);
-                let from = s.map_or(AT, place);
+                let from = s.map_or(self.place, place);
                 self.modify(d, |c, r| match imm {
                     Some(v) => {
                         c.a.word(size, 0, 0x69, r, from);
@@ -555,7 +580,7 @@ impl Compiler<'_> {
             Kind::Mul { signed, size, s } => {
                 let access = self.source(i, s, size);
                 self.a.load(8, RAX, Rm::R(AX));
-                self.a.sized(size, 0, 0xF6, 4 | signed as u8, s.map_or(AT, place));
+                self.a.sized(size, 0, 0xF6, 4 | signed as u8, s.map_or(self.place, place));
                 self.a.load(size, AX, Rm::R(RAX));
                 self.overflow_only(i, size, 0);
                 self.close(access);
@@ -586,24 +611,25 @@ impl Compiler<'_> {
         if !self.need[i + 1] {
             return;
         }
-        self.a.setcc(cc::O, mem(FLAGS));
+        self.a.setcc(cc::O, Rm::R(RDI));
         self.compare(8, size, d, Val::Reg(d));
         self.a.b(&[0x9F]); // lahf
         self.a.b(&[0x80, 0xE4, 0xEE]); // and ah, ~(AF | CF)
-        self.a.enc(0, false, 0, 0x0A, 4, mem(FLAGS), false); // or ah, [flags]
-        self.a.enc(0, false, 0, 0x88, 4, Rm::M(RBP, slot(FLAGS) + 1), false); // mov [flags + 1], ah
+        self.a.load(1, RAX, Rm::R(RDI));
+        self.a.b(&[0x08, 0xC4]); // or ah, al
+        self.a.store(2, mem(FLAGS), RAX);
     }
 
     fn stack(&mut self, i: usize) {
         self.before(i, true);
-        let access = match self.kinds[i] {
+        let access = match self.trace.kinds[i] {
             Kind::Push(v) => {
                 let access = self.push_at(i);
                 match v {
-                    Val::Imm(v) => self.a.store_imm(8, AT, v),
+                    Val::Imm(v) => self.a.store_imm(8, self.place, v),
                     Val::Reg(r) => {
                         let r = self.reg(r, RAX);
-                        self.a.store(8, AT, r);
+                        self.a.store(8, self.place, r);
                     }
                 }
                 self.a.lea(8, SP, Rm::M(SP, -8));
@@ -611,26 +637,25 @@ impl Compiler<'_> {
             }
             Kind::PushMem => {
                 let mut access = self.operand(i, 8, false);
-                self.a.load(8, RAX, AT);
+                self.a.load(8, RAX, self.place);
                 self.a.store(8, mem(RIP_OUT), RAX);
                 access.slow.extend(self.push_at(i).slow);
                 self.a.load(8, RAX, mem(RIP_OUT));
-                self.a.store(8, AT, RAX);
+                self.a.store(8, self.place, RAX);
                 self.a.lea(8, SP, Rm::M(SP, -8));
                 access
             }
             Kind::Pop(d) => {
-                self.a.load(8, RDI, Rm::R(SP));
-                let access = self.translate(i, 8, false);
+                let access = self.stack_slot(i, GUEST_SP, SP, 0, false);
                 match HOST[d as usize] {
-                    SP => self.a.load(8, SP, AT),
+                    SP => self.a.load(8, SP, self.place),
                     NONE => {
-                        self.a.load(8, RAX, AT);
+                        self.a.load(8, RAX, self.place);
                         self.a.store(8, place(d), RAX);
                         self.a.lea(8, SP, Rm::M(SP, 8));
                     }
                     h => {
-                        self.a.load(8, h, AT);
+                        self.a.load(8, h, self.place);
                         self.a.lea(8, SP, Rm::M(SP, 8));
                     }
                 }
@@ -638,10 +663,9 @@ impl Compiler<'_> {
             }
             _ => {
                 // LEAVE
-                self.a.load(8, RDI, Rm::R(BP));
-                let access = self.translate(i, 8, false);
+                let access = self.stack_slot(i, GUEST_BP, BP, 0, false);
                 self.a.lea(8, SP, Rm::M(BP, 8));
-                self.a.load(8, BP, AT);
+                self.a.load(8, BP, self.place);
                 access
             }
         };
@@ -651,45 +675,38 @@ impl Compiler<'_> {
 
     /// The access to the stack slot below the top.
     fn push_at(&mut self, i: usize) -> Access {
-        self.a.lea(8, RDI, Rm::M(SP, -8));
-        self.translate(i, 8, true)
+        self.stack_slot(i, GUEST_SP, SP, -8, true)
     }
 
     /// Push the address of what follows instruction `i`.
     fn push_return(&mut self, i: usize) -> Access {
         let access = self.push_at(i);
         self.a.load(8, RAX, mem(PAGE));
-        self.a.lea(8, RAX, Rm::M(RAX, self.next(i) as i32));
-        self.a.store(8, AT, RAX);
+        self.a.lea(8, RAX, Rm::M(RAX, self.trace.next(i) as i32));
+        self.a.store(8, self.place, RAX);
         self.a.lea(8, SP, Rm::M(SP, -8));
         access
     }
 
     fn branch(&mut self, i: usize) {
-        let next = self.next(i);
-        match self.kinds[i] {
+        let next = self.trace.next(i);
+        match self.trace.kinds[i] {
             Kind::Jcc { cc, rel } => {
                 self.want(condition(cc));
-                let taken = self.a.jcc(cc);
-                let fl = self.fl;
-                self.edge(next);
-                self.a.here(taken);
-                self.fl = fl;
-                self.edge(next + rel);
+                self.choose(i, cc, next + rel, next);
             }
-            Kind::Jmp { rel } => self.edge(next + rel),
+            Kind::Jmp { rel } => self.go(i, next + rel),
             Kind::Call { rel } => {
                 self.before(i, true);
                 let access = self.push_return(i);
                 self.join(access);
                 self.after(i, true);
-                self.edge(next + rel);
+                self.go(i, next + rel);
             }
             Kind::Ret { extra } => {
                 self.keep();
-                self.a.load(8, RDI, Rm::R(SP));
-                let mut access = self.translate(i, 8, false);
-                self.a.load(8, RAX, AT);
+                let mut access = self.stack_slot(i, GUEST_SP, SP, 0, false);
+                self.a.load(8, RAX, self.place);
                 self.check_target(&mut access);
                 self.a.lea(8, SP, Rm::M(SP, 8 + extra));
                 self.join(access);
@@ -704,7 +721,7 @@ impl Compiler<'_> {
                     }
                     None => {
                         let access = self.operand(i, 8, false);
-                        self.a.load(8, RAX, AT);
+                        self.a.load(8, RAX, self.place);
                         access
                     }
                 };

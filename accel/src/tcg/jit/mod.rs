@@ -9,7 +9,8 @@
 //! - Whatever cannot be done in a few host instructions (a TLB miss, a page crossing, a device, a fault, an
 //!   instruction that is not compiled) is done by the interpreter's handler for that instruction, with the
 //!   whole state in place ([`step`]).
-//! - Blocks of one guest page are linked directly; they are dropped together. Everything else goes through
+//! - A hot block is compiled together with what mostly follows it in its page, as one trace.
+//! - Traces of one guest page are linked directly; they are dropped together. Everything else goes through
 //!   the table by linear address, whose key changes whenever a translation may have changed.
 //!
 //! [`CpuState::gpr`]: crate::state::CpuState::gpr
@@ -17,17 +18,22 @@
 mod asm;
 mod block;
 mod flags;
+mod groups;
 mod int;
 mod kind;
 mod memory;
 mod stubs;
+mod trace;
 mod vector;
 
+use super::access::canonical;
 use super::decode::MODE64;
 use super::flags::{IF, TF};
 use super::op::{
-    Block, Op, BLOCKIP, FLAGS, HOST_CSR, JUMP_TABLE, KEY, LEFT, NEVER, PAGE, RIP_OUT, SALT, TLB, XMM_LIVE,
+    Block, Op, BLOCKIP, FLAGS, HOST_CSR, JUMP_TABLE, KEY, LEFT, LEVEL, NEVER, PAGE, RIP_OUT, SALT, TLB,
+    TOUCHED, XMM_LIVE,
 };
+use super::paging::{Access, TLB_SIZE};
 use super::SoftCpu;
 use memory::CodeMemory;
 use std::mem::offset_of;
@@ -44,6 +50,9 @@ pub enum Tier {
     /// Choose at random by this seed, block by block and run by run (for tests).
     Random(u64),
 }
+
+/// So often may a trace's groups fail before the trace is compiled without them too.
+const FAILURES: u32 = 4;
 
 /// Interpreted runs before a block is compiled.
 const HOT: u32 = 30;
@@ -80,8 +89,39 @@ struct Edge {
     count_at: u64,
     /// Of the jump's displacement.
     jump_at: u64,
-    /// Instructions of the block that it leads to; 0: not linked.
+    /// Instructions of the trace that it leads to; 0: not linked.
     count: u32,
+    /// Instructions that the trace it leaves was charged for and does not run.
+    back: u32,
+}
+
+/// The first access of a group, which looks up the page for all of them.
+#[derive(Clone, Copy)]
+struct Leader {
+    /// The trace it is in.
+    grouped: u32,
+    /// The instruction of that trace.
+    i: usize,
+    op: *const Op,
+    /// See [`step`].
+    place: u32,
+    /// Bytes that the group reaches over.
+    len: u32,
+    /// It is a write.
+    write: bool,
+    /// The page must be plainly writable.
+    plainly: bool,
+    /// Of the displacement of a jump to the same instruction in the trace without groups.
+    jump_at: u64,
+}
+
+/// A trace with groups.
+struct Grouped {
+    /// Its blocks.
+    keys: Vec<u64>,
+    code: u64,
+    /// How often a group could not be translated as one.
+    failures: u32,
 }
 
 /// What a return from compiled code asks for.
@@ -102,6 +142,8 @@ pub(super) struct Jit {
     memory: Option<CodeMemory>,
     stubs: stubs::Stubs,
     edges: Vec<Edge>,
+    grouped: Vec<Grouped>,
+    leaders: Vec<Leader>,
     random: u64,
 }
 
@@ -112,6 +154,8 @@ impl Jit {
             memory: None,
             stubs: stubs::Stubs::default(),
             edges: Vec::new(),
+            grouped: Vec::new(),
+            leaders: Vec::new(),
             random: 0,
         }
     }
@@ -160,7 +204,7 @@ impl SoftCpu {
         if matches!(self.jit.tier, Tier::Random(_)) && self.jit.draw() & 3 == 0 {
             return false;
         }
-        block.count as u64 <= self.limit - self.pos && !self.single && !near_hole(self.rip)
+        block.code_count.get() as u64 <= self.limit - self.pos && !self.single && !near_hole(self.rip)
     }
 
     #[cold]
@@ -182,7 +226,7 @@ impl SoftCpu {
     pub(super) fn run_code(&mut self, block: &Block) -> Left {
         let f = self.arith_flags();
         let g = &mut self.st.gpr;
-        g[LEFT] = self.limit - self.pos - block.count as u64;
+        g[LEFT] = self.limit - self.pos - block.code_count.get() as u64;
         g[FLAGS] = raw_flags(f);
         g[TLB] = self.tlb[self.mmu].as_ptr() as u64;
         g[JUMP_TABLE] = self.jumps.as_ptr() as u64;
@@ -222,9 +266,18 @@ impl SoftCpu {
         // Compiling may have emptied the code memory, and the edges with it.
         let Some(e) = self.jit.edges.get_mut(edge as usize) else { return };
         let Some(memory) = &mut self.jit.memory else { return };
-        e.count = block.count;
-        memory.patch(e.count_at, block.count as i32);
+        e.count = block.code_count.get();
+        memory.patch(e.count_at, e.count as i32 - e.back as i32);
         memory.patch(e.jump_at, (code as u64).wrapping_sub(e.jump_at + 4) as i32);
+    }
+
+    /// A group of a trace could not be translated as one.
+    fn group_failed(&mut self, number: u32) {
+        let g = &mut self.jit.grouped[number as usize];
+        g.failures += 1;
+        if g.failures == FAILURES {
+            self.compile_plainly(number);
+        }
     }
 
     /// Forget all compiled code.
@@ -237,6 +290,8 @@ impl SoftCpu {
             m.truncate(self.jit.stubs.size());
         }
         self.jit.edges.clear();
+        self.jit.grouped.clear();
+        self.jit.leaders.clear();
     }
 }
 
@@ -253,6 +308,9 @@ const NEUTRAL: u32 = 1 << 15;
 /// `place` of [`step`]: an indirect jump; even one to the next instruction does not just go on.
 const JUMPS: u32 = 1 << 14;
 
+/// `place` of [`step`]: the trace has groups, which hold only while no translation is dropped.
+const GROUPED: u32 = 1 << 13;
+
 /// Run one instruction by its handler. `place`: the offset of its block in its page (bits 0..11), [`NEUTRAL`], [`JUMPS`],
 /// and the number of the block's instructions (from bit 16). Returns 0 to go on, or why to leave.
 unsafe extern "sysv64" fn step(c: *mut SoftCpu, op: *const Op, place: u32) -> u32 {
@@ -266,6 +324,7 @@ unsafe extern "sysv64" fn step(c: *mut SoftCpu, op: *const Op, place: u32) -> u3
     c.cur = op;
     c.end = op;
     c.rip = start.wrapping_add(op.off as u64 + op.len as u64);
+    let changes = c.changes;
     let neutral = place & NEUTRAL != 0;
     if !neutral {
         c.set_arith_flags(flags_from_raw(c.st.gpr[FLAGS]));
@@ -316,8 +375,47 @@ unsafe extern "sysv64" fn step(c: *mut SoftCpu, op: *const Op, place: u32) -> u3
         settle(c);
         return LEAVE;
     }
+    if place & GROUPED != 0 && changes != c.changes {
+        c.pos += op.idx as u64 + 1;
+        settle(c);
+        return LEAVE;
+    }
     keep(c);
     0
+}
+
+/// Fill the TLB for the group of leader `n`: TOUCHED is the group's first linear address. Returns 0 to try again,
+/// or why to leave.
+unsafe extern "sysv64" fn touch(c: *mut SoftCpu, n: u32) -> u32 {
+    // SAFETY: as in `step`.
+    let c = unsafe { &mut *c };
+    let l = c.jit.leaders[n as usize];
+    // SAFETY: as in `step`: the leader's trace runs.
+    let op = unsafe { &*l.op };
+    let count = (l.place >> 16) as u64;
+    let lin = c.st.gpr[TOUCHED];
+    c.pos = c.limit - c.st.gpr[LEFT] - count;
+    c.cur = op;
+    let changes = c.changes;
+    let mut good = false;
+    if (lin & 0xFFF) + l.len as u64 <= 4096 && canonical(lin) {
+        let access = if l.write { Access::Write } else { Access::Read };
+        if let Ok(w) = c.walk(lin, access, c.mmu) {
+            c.fill(lin, &w, c.mmu);
+            let e = &c.tlb[c.mmu][(lin >> 12) as usize & (TLB_SIZE - 1)];
+            good = if l.plainly { e.wtag } else { e.rtag } == lin & !0xFFF && changes == c.changes;
+        }
+    }
+    c.cur = &super::IDLE;
+    if good {
+        return 0;
+    }
+    c.group_failed(l.grouped);
+    let g = &mut c.st.gpr;
+    let start = g[PAGE].wrapping_add((l.place & 0xFFF) as u64);
+    g[LEFT] += count - op.idx as u64;
+    g[RIP_OUT] = start.wrapping_add(op.off as u64);
+    INTERPRET
 }
 
 impl SoftCpu {

@@ -12,9 +12,12 @@ use super::*;
 pub const HOST: [u8; 16] = [14, RCX, RDX, RBX, 15, 13, RSI, 11, 8, 9, 10, NONE, 12, NONE, NONE, NONE];
 pub const NONE: u8 = 0xFF;
 
-/// A slot of `gpr` as an operand.
+/// A slot of `gpr` as an operand; from 32 on, of those that it has no room for.
 pub fn mem(n: usize) -> Rm {
-    Rm::M(RBP, slot(n))
+    match n.checked_sub(32) {
+        None => Rm::M(RBP, slot(n)),
+        Some(more) => Rm::M(RBP, at(offset_of!(SoftCpu, more_slots)) + 8 * more as i32),
+    }
 }
 const CSR: Rm = Rm::M(RBP, at(offset_of!(SoftCpu, st.vector.mxcsr)));
 fn vector_slot(i: u8) -> Rm {
@@ -34,6 +37,8 @@ pub struct Stubs {
     /// with the guest's flags in the host's.
     /// The vector registers are loaded again: none, XMM, YMM.
     pub step: [u64; 3],
+    /// Call [`touch`] for leader number EAX; returns when it is to be tried again.
+    pub touch: u64,
     /// Load the XMM registers (1), or the YMM registers (2) of which the XMM registers may be loaded already;
     /// returns with ZF clear when the interpreter must have a look.
     pub load: [u64; 3],
@@ -149,6 +154,34 @@ impl Stubs {
         }
         a.b(&[0xC3]);
 
+        s.touch = address(&a);
+        a.alu_imm(8, 5, Rm::R(RSP), 8);
+        spill(&mut a);
+        a.store(4, Rm::R(RSI), RAX);
+        a.load(1, RAX, mem(XMM_LIVE));
+        a.store(1, mem(LEVEL), RAX);
+        a.alu_imm(1, 7, mem(XMM_LIVE), 0);
+        let none = a.jcc_short(cc::E);
+        a.call_abs(save_xmm);
+        a.short_here(none);
+        a.lea(8, RDI, Rm::M(RBP, -(ORIGIN as i32)));
+        a.constant(RAX, touch as *const () as u64);
+        a.b(&[0xFF, 0xD0]); // call rax
+        a.test(4, Rm::R(RAX), RAX);
+        let bail = a.jcc(cc::NE);
+        reload(&mut a);
+        for level in [1, 2] {
+            a.alu_imm(1, 7, mem(LEVEL), level as i32);
+            let other = a.jcc(cc::NE);
+            a.call_abs(s.load[level]);
+            a.here(other);
+        }
+        a.lea(8, RSP, Rm::M(RSP, 8));
+        a.b(&[0xC3]);
+        a.here(bail);
+        a.alu_imm(8, 0, Rm::R(RSP), 16);
+        a.jmp_abs(exit2);
+
         let mut jumps = Vec::new();
         for level in 0..3 {
             s.step[level] = address(&a);
@@ -203,7 +236,7 @@ impl Stubs {
         a.load(8, RAX, Rm::M(RDI, offset_of!(Block, code) as i32));
         a.test(8, Rm::R(RAX), RAX);
         let m3 = a.jcc(cc::E);
-        a.load(4, RDI, Rm::M(RDI, offset_of!(Block, count) as i32));
+        a.load(4, RDI, Rm::M(RDI, offset_of!(Block, code_count) as i32));
         a.alu(8, 5, mem(LEFT), RDI);
         let short = a.jcc(cc::B);
         a.load(8, RDI, mem(RIP_OUT));

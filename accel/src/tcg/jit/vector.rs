@@ -18,7 +18,12 @@ impl Compiler<'_> {
         self.load_vectors(i, level);
         let mut access = None;
         if mem {
-            let mut open = self.operand(i, native.size as u64, native.write);
+            let size = native.size as u64;
+            let mut open = if native.align {
+                self.operand_alone(i, size, native.write)
+            } else {
+                self.operand(i, size, native.write)
+            };
             if native.align {
                 self.a.test_imm(1, Rm::R(RDI), native.size as i32 - 1);
                 open.slow.push(self.a.jcc(cc::NE));
@@ -38,7 +43,7 @@ impl Compiler<'_> {
         };
         let general = matches!(native.form, Form::FromRm | Form::ToRm);
         let from = match insn.rm {
-            simd::Rm::Mem => Rm::M(RDI, 0),
+            simd::Rm::Mem => self.place,
             simd::Rm::Reg(r) if general => place(r),
             simd::Rm::Reg(r) => Rm::R(r),
         };
