@@ -45,7 +45,11 @@ impl Qcow2 {
             .and_then(|()| self.settle())
             .and_then(|()| {
                 self.file.write_at(24, &size.to_be_bytes())?;
-                Ok(self.file.sync()?)
+                self.file.sync()?;
+                if self.external && size < old {
+                    self.data.set_length(size)?;
+                }
+                Ok(())
             });
         self.size.store(if done.is_ok() { size } else { old }, Ordering::Relaxed);
         done
