@@ -27,7 +27,7 @@ impl Hasher for KeyHasher {
 pub type KeyMap<V> = HashMap<u64, V, BuildHasherDefault<KeyHasher>>;
 
 /// Entries of the table by linear address.
-pub const JUMPS: usize = 1 << 14;
+pub const JUMPS: usize = 1 << 16;
 /// Blocks kept before all are dropped.
 const MAX_BLOCKS: usize = 200_000;
 
