@@ -12,12 +12,13 @@ use std::time::Duration;
 use ftvm::cli::keyval::Params;
 use ftvm::lockstep::backup::Backup;
 use ftvm::lockstep::heartbeat::{Heartbeat, Listener};
-use ftvm::lockstep::log::{Decoder, Encoder};
+use ftvm::lockstep::log::{self, Decoder, Encoder};
 use ftvm::lockstep::primary::Timing;
 use ftvm::lockstep::wire::{self, Epoch, Message};
 use ftvm::lockstep::Side;
 use ftvm::machine::Stamp;
 use ftvm::monitor::Control;
+use ftvm::runtime::ft::Fetch;
 use ftvm::runtime::record::Player;
 use ftvm_accel::bus::Ipi;
 use ftvm_accel::state::Segment;
@@ -80,6 +81,9 @@ pub fn log(data: &[u8]) {
             while let Some(entry) = backup.done() {
                 assert!(entry.stamp() >= last, "the log never goes back");
                 last = entry.stamp();
+                if let log::Entry::Fetch { payload, .. } = entry {
+                    let _ = Fetch::from_bytes(&payload);
+                }
             }
         }
     }

@@ -9,6 +9,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use ftvm_accel::model::CpuModel;
 use ftvm_accel::tcg::SoftCpu;
 use ftvm_accel::{ApicMessage, GuestMemory, Processor};
+use ftvm_block::iscsi::{is_device, is_lun, LunLock};
 use ftvm_block::{Image, OpenOptions, Reserve};
 use ftvm_devices::registry::Attach;
 use ftvm_devices::{
@@ -168,6 +169,15 @@ pub fn open_live(
 ) -> Result<Option<Box<dyn Image>>, BuildError> {
     let mut options = open_options(drive);
     let Some(path) = drive.file.as_deref().map(Path::new) else { return Ok(None) };
+    if pair && !drive.read_only && is_device(path) {
+        if let Err(e) = LunLock::open(&path.to_string_lossy()) {
+            log::warn!(
+                "drive '{}': {e}; with a lock elsewhere nothing keeps what a paused primary still writes from the device",
+                drive.id
+            );
+            return open_drive(drive, &options);
+        }
+    }
     if pair && is_lun(path) {
         // The target refuses everybody else's writes from here on.
         let mut random = [0u8; 8];
@@ -194,19 +204,19 @@ pub fn open_live(
         .map_err(|source| BuildError::Drive { path: path.display().to_string(), source })
 }
 
-fn is_lun(path: &Path) -> bool {
-    path.to_str().is_some_and(|p| p.starts_with("iscsi://"))
-}
-
 /// A backup must see the primary's byte locks on a writable image: they tell, after a takeover, whether the
 /// old primary is gone or only stalled.
 pub fn check_shared(drive: &DriveConfig) -> Result<(), String> {
     let Some(path) = drive.file.as_deref().filter(|_| !drive.read_only && drive.locking) else {
         return Ok(());
     };
+    if is_device(Path::new(path)) && LunLock::open(path).is_err() {
+        // That it is the same device is not to be seen.
+        return Ok(());
+    }
     if is_lun(Path::new(path)) {
         let fail = |e| format!("drive '{}': {e}", drive.id);
-        let held = ftvm_block::iscsi::LunLock::open(path).and_then(|l| l.holder()).map_err(fail)?;
+        let held = LunLock::open(path).and_then(|l| l.holder()).map_err(fail)?;
         return held.map(|_| ()).ok_or_else(|| {
             format!(
                 "drive '{}': the primary's reservation of the LUN is not seen here: it is another LUN",

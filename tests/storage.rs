@@ -9,7 +9,8 @@ use std::time::Duration;
 use ftvm::lockstep::{lun_lock, Arbiter, Epoch, FileLock, LunArbiter, Side, Verdict};
 use ftvm_block::takeover::Takeover;
 use ftvm_block::{BlockError, Image, OpenOptions, Reserve};
-use ftvm_harness::hosts::{become_root, Network};
+use ftvm_harness::client::Line;
+use ftvm_harness::hosts::{become_root, Network, GUEST};
 use ftvm_harness::pair::{Clients, Guest, Pair};
 use ftvm_harness::storage::{qemu_img, Kind, Server, CHAP};
 use ftvm_harness::vm::Vm;
@@ -320,6 +321,152 @@ fn long_outage() -> Result<()> {
     pair.finish(false)
 }
 
+/// The guest's shell, from the client's host.
+fn in_guest(pair: &Pair, commands: &[&str]) -> Result<f64> {
+    let net = pair.net.client();
+    std::thread::scope(|s| {
+        let run = s.spawn(|| {
+            net.enter()?;
+            let address = (GUEST.parse::<std::net::Ipv4Addr>().map_err(text)?, 7000);
+            let mut line = Line::connect(address.into())?;
+            let mut took = 0.0;
+            for command in commands {
+                let answer = line.ask(&format!("run {command}"))?.0;
+                let (status, seconds) = answer.split_once(' ').unwrap_or_default();
+                ensure(&format!("'{command}' in the guest: {answer}"), status == "0")?;
+                took += seconds.parse().unwrap_or(0.0);
+            }
+            Ok(took)
+        });
+        run.join().map_err(|_| "panicked".to_owned())?
+    })
+}
+
+const FORGET: &str = "echo 3 > /proc/sys/vm/drop_caches";
+
+/// What a read of 192 MB costs: seconds, bytes that the guest read, bytes of log.
+fn reading(pair: &mut Pair) -> Result<(f64, f64, f64)> {
+    let read = |pair: &mut Pair| -> Result<f64> {
+        let stats = pair.qmp()?.command("query-blockstats", Value::Null)?;
+        Ok(stats[0]["stats"]["rd_bytes"].as_f64().unwrap_or(0.0))
+    };
+    let log = |pair: &mut Pair| -> Result<f64> { Ok(pair.qmp()?.ft()?["log-bytes"].as_f64().unwrap_or(0.0)) };
+    let (bytes, logged) = (read(pair)?, log(pair)?);
+    let took = in_guest(pair, &[FORGET, "cat /mnt/f > /dev/null"].repeat(8))?;
+    std::thread::sleep(Duration::from_millis(300));
+    Ok((took, read(pair)? - bytes, log(pair)? - logged))
+}
+
+/// The backup reads the shared disk itself; the primary is killed while the guest reads and writes all it can.
+fn disk_reads(kind: Kind) -> Result<()> {
+    let mut cost = Vec::new();
+    for option in ["", ",reads=disk"] {
+        let mut pair = Pair::start_on("reads", Guest::Tiny, option, kind, "")?;
+        in_guest(
+            &pair,
+            &["dd if=/dev/urandom of=/mnt/f bs=1M count=24", "sync", "sha256sum /mnt/f > /tmp/sum"],
+        )?;
+        pair.protect()?;
+        let (took, read, logged) = reading(&mut pair)?;
+        println!(
+            "{kind:?} '{option}': {:.0} MB read in {took:.2} s, {:.2} MB of log, {:.1} Mbit/s",
+            read / 1e6,
+            logged / 1e6,
+            logged * 8.0 / took / 1e6
+        );
+        cost.push((read, logged));
+        if option.is_empty() {
+            pair.finish(false)?;
+            continue;
+        }
+        ensure(&format!("the reads are not in the log: {cost:?}"), read > 150e6 && logged < read / 20.0)?;
+        pair.may_leak = true;
+        let clients = clients(&pair, "reads");
+        // Reads race with writes of the same blocks (the file system's, and a raw one in their midst).
+        let load = "(while true; do echo 3 > /proc/sys/vm/drop_caches; cat /mnt/f > /dev/null; \
+                    dd if=/mnt/f of=/mnt/g bs=256k count=16; sync; cp /mnt/g /mnt/h; rm /mnt/h; done) &";
+        in_guest(&pair, &[load])?;
+        for round in 0..2 {
+            clients.wait_progress(60, WAIT).map_err(|e| format!("{e}\n{}", pair.logs()))?;
+            std::thread::sleep(Duration::from_secs(1));
+            let logs = pair.logs();
+            ensure(&logs, !logs.contains("state differs") && !logs.contains("other data"))?;
+            let ft =
+                if round == 1 { pair.stall_primary(Duration::from_secs(1))? } else { pair.kill_primary()? };
+            println!("{kind:?}: failover {}", ft["last-failover"]);
+            clients.wait_progress(20, WAIT).map_err(|e| format!("{e}\n{}", pair.logs()))?;
+            in_guest(&pair, &[FORGET, "sha256sum -c /tmp/sum"])?;
+            pair.settle()?;
+            pair.protect()?;
+        }
+        pair.kill_backup()?;
+        clients.finish()?;
+        in_guest(&pair, &[FORGET, "sha256sum -c /tmp/sum"])?;
+        pair.finish(false)?;
+    }
+    Ok(())
+}
+
+fn path_disk_reads() -> Result<()> {
+    disk_reads(Kind::Path)
+}
+
+fn nfs_disk_reads() -> Result<()> {
+    disk_reads(Kind::Nfs)
+}
+
+/// Raw images: a file and a LUN live through kills and pauses; on nfs://, where a takeover makes a new file, they
+/// are refused.
+fn raw(kind: Kind) -> Result<()> {
+    let mut pair = match Pair::start_on("raw", Guest::Tiny, "", kind, ",format=raw") {
+        Err(e) if kind == Kind::Nfs => return ensure(&e, e.contains("a raw image (only qcow2)")),
+        Ok(_) if kind == Kind::Nfs => return Err("a raw image on nfs:// was taken".into()),
+        other => other?,
+    };
+    let clients = clients(&pair, "raw");
+    in_guest(&pair, &["dd if=/dev/urandom of=/mnt/f bs=1M count=8", "sync", "sha256sum /mnt/f > /tmp/sum"])?;
+    for pause in [false, true] {
+        pair.protect()?;
+        clients.wait_progress(20, WAIT).map_err(|e| format!("{e}\n{}", pair.logs()))?;
+        let ft = if pause { pair.stall_primary(Duration::from_secs(1))? } else { pair.kill_primary()? };
+        println!("raw {kind:?}: failover {}", ft["last-failover"]);
+        clients.wait_progress(20, WAIT).map_err(|e| format!("{e}\n{}", pair.logs()))?;
+        in_guest(&pair, &[FORGET, "sha256sum -c /tmp/sum"])?;
+        pair.settle()?;
+    }
+    clients.finish()?;
+    in_guest(&pair, &["sync", "umount -l /mnt", "sync"])?;
+    pair.finish(false)
+}
+
+fn raw_images() -> Result<()> {
+    raw(Kind::Path)?;
+    raw(Kind::Iscsi)?;
+    raw(Kind::Nfs)
+}
+
+/// A block device that is no SCSI disk cannot hold the pair's lock, and the program says what to do.
+fn other_device() -> Result<()> {
+    let scratch = Scratch::new("device")?;
+    let file = scratch.path("disk");
+    guests::run("truncate", &["-s", "8M", &file])?;
+    let device = guests::run("losetup", &["--find", "--show", &file])?.trim().to_owned();
+    let result = (|| {
+        let drive = format!("file={device},format=raw,if=virtio");
+        let mut vm = Vm::start(
+            std::process::Command::new(guests::ftvm()?),
+            &scratch,
+            "vm",
+            &["-drive", &drive, "-ft", "primary,listen=127.0.0.1:18123"],
+        )?;
+        let status = vm.wait_exit(WAIT)?;
+        let log = vm.log();
+        ensure(&log, status != 0 && log.contains("give lock=PATH on storage that both hosts see"))
+    })();
+    guests::run("losetup", &["-d", &device])?;
+    result
+}
+
 /// No space: the machine stops and goes on when there is; `bps=` keeps it slow enough to see.
 fn no_space() -> Result<()> {
     let scratch = Scratch::new("nospace")?;
@@ -372,7 +519,7 @@ fn main() {
         return;
     }
     let wanted: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
-    let tests: [Test; 8] = [
+    let tests: [Test; 12] = [
         ("no_space", Kind::Path, no_space),
         ("iscsi_reservations", Kind::Iscsi, iscsi_reservations),
         ("iscsi_late_write", Kind::Iscsi, iscsi_late_write),
@@ -381,6 +528,10 @@ fn main() {
         ("nfs_late_write", Kind::Nfs, nfs_late_write),
         ("nfs_failovers", Kind::Nfs, nfs_failovers),
         ("long_outage", Kind::Nfs, long_outage),
+        ("raw_images", Kind::Nfs, raw_images),
+        ("other_device", Kind::Path, other_device),
+        ("path_disk_reads", Kind::Path, path_disk_reads),
+        ("nfs_disk_reads", Kind::Nfs, nfs_disk_reads),
     ];
     let (mut passed, mut failed) = (0, 0);
     for (name, kind, test) in tests {

@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::Mutex;
 
+use crate::iscsi::LunLock;
 use crate::store::Store;
-use crate::{lock, BlockError, OpenOptions};
+use crate::{lock, BlockError, OpenOptions, Reserve};
 
 /// Alignment of buffers and requests with O_DIRECT.
 const ALIGN: u64 = 4096;
@@ -27,6 +28,8 @@ pub struct HostFile {
     device: bool,
     /// Held while the rest of a block is read and written back around a part of it (O_DIRECT).
     patching: Mutex<()>,
+    /// The reservation of a LUN, given back when nothing here has it open any more.
+    _lun: Option<LunLock>,
 }
 
 impl Drop for HostFile {
@@ -64,6 +67,14 @@ impl HostFile {
         } else if !meta.is_file() {
             direct = false;
         }
+        let mut lun = None;
+        if meta.file_type().is_block_device() && !options.read_only && options.reserve != Reserve::No {
+            let lock = path.to_str().map(LunLock::open).transpose().map_err(fail)?;
+            if let Some(lock) = &lock {
+                lock.reserve(path, options.reserve)?;
+            }
+            lun = lock;
+        }
         let locked = options.locking && !options.force_share && meta.is_file();
         if locked {
             lock::acquire(&file, path, !options.read_only)?;
@@ -77,6 +88,7 @@ impl HostFile {
             locked,
             device: !meta.is_file(),
             patching: Mutex::new(()),
+            _lun: lun,
             unsafe_cache: AtomicBool::new(false),
         })
     }

@@ -23,6 +23,7 @@ pub mod track;
 pub use error::BlockError;
 pub use queue::{Queue, Request};
 use std::path::Path;
+use std::sync::Arc;
 pub use store::Store;
 
 /// A disk image. Offsets and lengths are in bytes.
@@ -47,6 +48,51 @@ pub trait Image: Send + Sync {
     /// is more of it.
     fn background(&self) -> bool {
         false
+    }
+    /// Where in the image's own file the bytes of a range lie, as (offset, length) in order, if all of them lie there as they
+    /// are read, and will until something that overlaps them is written; `None`: they do not, or it is not known.
+    fn extents(&self, _offset: u64, _len: u64) -> Option<Vec<(u64, u64)>> {
+        None
+    }
+    /// Bytes that a write of a part of them may move as a whole (a power of two).
+    fn grain(&self) -> u64 {
+        512
+    }
+}
+
+impl<T: Image + ?Sized> Image for Arc<T> {
+    fn size(&self) -> u64 {
+        (**self).size()
+    }
+    fn read_only(&self) -> bool {
+        (**self).read_only()
+    }
+    fn format(&self) -> &'static str {
+        (**self).format()
+    }
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), BlockError> {
+        (**self).read_at(offset, buf)
+    }
+    fn write_at(&self, offset: u64, data: &[u8]) -> Result<(), BlockError> {
+        (**self).write_at(offset, data)
+    }
+    fn write_zeroes(&self, offset: u64, len: u64, may_unmap: bool) -> Result<(), BlockError> {
+        (**self).write_zeroes(offset, len, may_unmap)
+    }
+    fn discard(&self, offset: u64, len: u64) -> Result<(), BlockError> {
+        (**self).discard(offset, len)
+    }
+    fn flush(&self) -> Result<(), BlockError> {
+        (**self).flush()
+    }
+    fn background(&self) -> bool {
+        (**self).background()
+    }
+    fn extents(&self, offset: u64, len: u64) -> Option<Vec<(u64, u64)>> {
+        (**self).extents(offset, len)
+    }
+    fn grain(&self) -> u64 {
+        (**self).grain()
     }
 }
 
@@ -97,6 +143,11 @@ impl Default for OpenOptions {
             reserve: Reserve::No,
         }
     }
+}
+
+/// Open what `path` names, without looking at a format: for bytes whose places another host knows.
+pub fn open_store(path: &Path, options: &OpenOptions) -> Result<Arc<dyn Store>, BlockError> {
+    store::open(path, options)
 }
 
 /// Open an image. Without a format the file is looked at: qcow2 by its magic number, else raw.

@@ -42,6 +42,10 @@ impl Image for Raw {
         check_range(self, offset, buf.len() as u64, false)?;
         Ok(self.file.read_at(offset, buf)?)
     }
+    fn extents(&self, offset: u64, len: u64) -> Option<Vec<(u64, u64)>> {
+        check_range(self, offset, len, false).ok()?;
+        Some(vec![(offset, len)])
+    }
     fn write_at(&self, offset: u64, data: &[u8]) -> Result<(), BlockError> {
         check_range(self, offset, data.len() as u64, true)?;
         if self.detect_zeroes && data.iter().all(|b| *b == 0) {

@@ -437,6 +437,20 @@ impl Image for Takeover {
             Mode::Broken => Err(broken()),
         })
     }
+    fn extents(&self, offset: u64, len: u64) -> Option<Vec<(u64, u64)>> {
+        // Only of the file that keeps the image's name from now on.
+        match &*self.mode.read().ok()? {
+            Mode::Top { top: Layer::Image(image), rest: Rest::Nothing } => image.extents(offset, len),
+            _ => None,
+        }
+    }
+    fn grain(&self) -> u64 {
+        match self.mode.read().as_deref() {
+            Ok(Mode::Top { top: Layer::Image(image), rest: Rest::Nothing }) => image.grain(),
+            // Whatever becomes of the layers: that of the largest clusters.
+            _ => 1 << 21,
+        }
+    }
     fn write_at(&self, offset: u64, data: &[u8]) -> Result<(), BlockError> {
         self.with(|mode| match mode {
             Mode::Top { top, .. } => top.image().write_at(offset, data),

@@ -129,7 +129,7 @@ impl Tracked {
     }
 }
 
-impl Image for Arc<Tracked> {
+impl Image for Tracked {
     fn size(&self) -> u64 {
         self.image.size()
     }

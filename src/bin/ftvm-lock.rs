@@ -4,12 +4,12 @@ use std::path::Path;
 
 use ftvm::lockstep::lun_lock::describe;
 use ftvm_block::files::{beside, beside_path, is_nfs};
-use ftvm_block::iscsi::{hide_secret, LunLock};
+use ftvm_block::iscsi::{hide_secret, is_lun, LunLock};
 use ftvm_block::takeover::{has_overlays, is_held};
 
 const USAGE: &str = "usage: ftvm-lock show IMAGE
        ftvm-lock clear [--sure] IMAGE
-IMAGE: a path, nfs://HOST/PATH or iscsi://HOST/IQN/LUN, as ftvm's -drive file= has it (or -ft lock=)";
+IMAGE: a path, a device (/dev/sdX), nfs://HOST/PATH or iscsi://HOST/IQN/LUN, as ftvm's -drive file= has it (or -ft lock=)";
 
 fn text(e: impl std::fmt::Display) -> String {
     e.to_string()
@@ -41,7 +41,7 @@ fn lock_files(path: &Path) -> Result<Vec<(String, String)>, String> {
 }
 
 fn show(image: &str) -> Result<(), String> {
-    if image.starts_with("iscsi://") {
+    if is_lun(Path::new(image)) {
         return show_lun(image);
     }
     let path = Path::new(image);
@@ -70,8 +70,8 @@ fn show(image: &str) -> Result<(), String> {
 }
 
 fn clear(image: &str, sure: bool) -> Result<(), String> {
-    let lun = image.starts_with("iscsi://");
     let path = Path::new(image);
+    let lun = is_lun(path);
     if !lun && !is_nfs(path) && path.exists() && is_held(path).map_err(text)? {
         return Err(format!("{image} is in use: end the program that has it open first"));
     }

@@ -88,6 +88,15 @@ impl FtConfig {
                     .into(),
             ));
         }
+        let reads = match p.choice("reads", &["log", "disk"])? {
+            Some("disk") if separate => {
+                return Err(KeyvalError::Other(
+                    "reads=disk is for an image that both hosts see, not for disks=separate".into(),
+                ))
+            }
+            Some("disk") => Reads::Disk,
+            _ => Reads::Log,
+        };
         Ok(FtConfig {
             peer,
             listen,
@@ -95,14 +104,7 @@ impl FtConfig {
             heartbeat,
             timeout,
             max_lag: ms("max-lag", 1000, 10)?,
-            reads: match p.choice("reads", &["log", "disk"])? {
-                Some("disk") => {
-                    return Err(KeyvalError::Other(
-                        "reads=disk is not available yet: reads travel in the log".into(),
-                    ))
-                }
-                _ => Reads::Log,
-            },
+            reads,
             separate,
         })
     }
@@ -148,6 +150,7 @@ mod tests {
             ("primary,timeout=soon", "timeout"),
             ("primary,heartbeat=900", "twice"),
             ("backup,peer=h:port", "peer"),
+            ("primary,disks=separate,lock=/x,reads=disk", "that both hosts see"),
         ] {
             let e = FtConfig::parse(text).unwrap_err().to_string();
             assert!(e.contains(part), "{text}: {e}");

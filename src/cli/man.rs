@@ -115,7 +115,8 @@ const DETAILS: &[(&str, &[&str])] = &[
              suspect the peer. timeout must be at least twice heartbeat. A backup uses the primary's values.",
             "max-lag=MS (1000): how far the backup's execution may fall behind before the primary is slowed.",
             "disks=separate: each host has images of its own (a backup is given its -drive options), and lock= names a place that both see.",
-            "reads=log: data of disk reads travels in the log. reads=disk is refused in this version.",
+            "reads=log (the default): data of disk reads travels in the log. reads=disk: the backup reads the shared disk itself, \
+             where it may (see ftvm-ft(7)); a backup does as its primary says. Not with disks=separate.",
         ],
     ),
 ];

@@ -1,6 +1,7 @@
 //! A drive's queue: requests that have left the machine, and their ends on the way back to it.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -9,6 +10,7 @@ use ftvm_block::queue::{Done, Settings};
 use ftvm_block::{Image, Queue, Request};
 use ftvm_devices::{DiskOp, Input};
 
+use crate::lockstep::reads::{Reads, Span};
 use crate::machine::MachineInput;
 use crate::runtime::Event;
 
@@ -46,6 +48,10 @@ struct Account {
 pub struct DiskWorker {
     queue: Queue,
     account: Arc<Mutex<Account>>,
+    /// Which reads a backup does itself, and what waits for it.
+    reads: Mutex<Reads<DiskOp>>,
+    /// Whether there is such a backup.
+    shares_reads: Arc<AtomicBool>,
 }
 
 impl DiskWorker {
@@ -61,6 +67,10 @@ impl DiskWorker {
         let counters = Counters { size: image.size(), ..Counters::default() };
         let account = Arc::new(Mutex::new(Account { counters, since: HashMap::new() }));
         let count = Arc::clone(&account);
+        let image: Arc<dyn Image> = Arc::from(image);
+        let reads = Mutex::new(Reads::new(image.grain()));
+        let shares_reads = Arc::new(AtomicBool::new(false));
+        let (shares, places) = (Arc::clone(&shares_reads), Arc::clone(&image));
         let done = move |done: Done| {
             let Done { id, mut request, result } = done;
             if let Ok(mut a) = count.lock() {
@@ -71,6 +81,13 @@ impl DiskWorker {
                 ftvm_block::buffers::give(std::mem::take(data));
             }
             let event = match result {
+                Ok(data) if request.is_read() && shares.load(Ordering::Relaxed) => {
+                    let extents = match &request {
+                        Request::Read { offset, len } => places.extents(*offset, u64::from(*len)),
+                        _ => None,
+                    };
+                    Event::DiskRead { drive, id, data, extents }
+                }
                 Ok(data) => Event::Input(MachineInput::Device(Input::DiskDone { id, result: Ok(data) })),
                 Err(e) => Event::DiskFailed(DiskFailure {
                     drive,
@@ -82,8 +99,8 @@ impl DiskWorker {
             };
             let _ = events.send(event);
         };
-        let queue = Queue::start(name, image, settings, Box::new(done))?;
-        Ok(DiskWorker { queue, account })
+        let queue = Queue::start(name, Box::new(image), settings, Box::new(done))?;
+        Ok(DiskWorker { queue, account, reads, shares_reads })
     }
 
     /// What it has done so far.
@@ -91,8 +108,62 @@ impl DiskWorker {
         self.account.lock().map_or_else(|_| Counters::default(), |a| a.counters)
     }
 
-    /// Queue a request.
+    /// Queue a request, or let it wait for a backup.
     pub fn submit(&self, id: u64, op: DiskOp) {
+        if !self.shares_reads.load(Ordering::Relaxed) {
+            return self.enqueue(id, op);
+        }
+        let (span, writes) = span(&op);
+        self.with_reads(|reads| reads.submit(id, span, writes, op).map(|op| (id, op)).into_iter().collect());
+    }
+
+    /// Change the book of reads, and queue what may be done now: in order, so under its lock.
+    fn with_reads(&self, change: impl FnOnce(&mut Reads<DiskOp>) -> Vec<(u64, DiskOp)>) {
+        let Ok(mut reads) = self.reads.lock() else { return };
+        for (id, op) in change(&mut reads) {
+            self.enqueue(id, op);
+        }
+    }
+
+    /// From here on a backup does reads itself; `pending`: the machine's requests under way.
+    pub fn share_reads(&self, pending: impl Iterator<Item = (u64, DiskOp)>) {
+        let writes = pending.filter_map(|(id, op)| Some((id, span(&op).0)).filter(|_| span(&op).1));
+        let Ok(mut reads) = self.reads.lock() else { return };
+        reads.open(writes);
+        self.shares_reads.store(true, Ordering::Relaxed);
+    }
+
+    /// There is no such backup any more.
+    pub fn keep_reads(&self) {
+        self.with_reads(|reads| {
+            self.shares_reads.store(false, Ordering::Relaxed);
+            reads.close()
+        });
+    }
+
+    /// See [`Reads::may_share`].
+    pub fn may_share(&self, id: u64) -> bool {
+        self.reads.lock().is_ok_and(|reads| reads.may_share(id))
+    }
+
+    /// See [`Reads::logged`].
+    pub fn read_logged(&self, id: u64, number: u64) {
+        if let Ok(mut reads) = self.reads.lock() {
+            reads.logged(id, number);
+        }
+    }
+
+    /// See [`Reads::ended`].
+    pub fn ended(&self, id: u64) {
+        self.with_reads(|reads| reads.ended(id));
+    }
+
+    /// See [`Reads::executed`].
+    pub fn backup_executed(&self, entries: u64) {
+        self.with_reads(|reads| reads.executed(entries));
+    }
+
+    fn enqueue(&self, id: u64, op: DiskOp) {
         if let Ok(mut a) = self.account.lock() {
             a.since.insert(id, Instant::now());
         }
@@ -128,6 +199,16 @@ impl Counters {
         self.bytes[kind] += bytes;
         self.operations[kind] += 1;
         self.nanoseconds[kind] += took.as_nanos() as u64;
+    }
+}
+
+/// What a request touches, and whether it changes it.
+fn span(op: &DiskOp) -> (Span, bool) {
+    match op {
+        DiskOp::Read { offset, len } => ((*offset, u64::from(*len)), false),
+        DiskOp::Write { offset, data } => ((*offset, data.len() as u64), true),
+        DiskOp::Flush => ((0, 0), false),
+        DiskOp::Discard { offset, len } | DiskOp::WriteZeroes { offset, len, .. } => ((*offset, *len), true),
     }
 }
 

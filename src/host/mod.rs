@@ -9,6 +9,7 @@ pub mod keys;
 pub mod sandbox;
 pub mod signals;
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Mutex, OnceLock};
 
@@ -23,6 +24,8 @@ pub struct Outside {
     disks: Mutex<Vec<Option<disk::DiskWorker>>>,
     nets: Mutex<Vec<Option<Box<dyn ftvm_net::Backend>>>>,
     chars: OnceLock<Vec<chars::CharSink>>,
+    /// A backup does reads itself.
+    shares_reads: AtomicBool,
 }
 
 impl Outside {
@@ -101,6 +104,60 @@ impl Outside {
             .iter()
             .enumerate()
             .try_for_each(|(i, d)| d.as_ref().map_or(Ok(()), |d| d.set_durable(durable(i))))
+    }
+
+    /// From here on a backup does the reads of the drives for which `shared` is true; `pending`: requests under way.
+    pub fn share_reads(&self, pending: &[Output], shared: impl Fn(usize) -> bool) {
+        self.shares_reads.store(true, Ordering::Relaxed);
+        self.each_disk(|i, worker| {
+            let own = pending.iter().filter_map(|output| match output {
+                Output::Disk { id, drive, op } if *drive as usize == i => Some((*id, op.clone())),
+                _ => None,
+            });
+            if shared(i) {
+                worker.share_reads(own);
+            }
+        });
+    }
+
+    /// There is no such backup any more: what waited for it is done.
+    pub fn keep_reads(&self) {
+        if self.shares_reads.swap(false, Ordering::Relaxed) {
+            self.each_disk(|_, worker| worker.keep_reads());
+        }
+    }
+
+    /// Whether a backup may do the read `id` itself, which was done here.
+    pub fn may_share(&self, drive: u32, id: u64) -> bool {
+        let Ok(disks) = self.disks.lock() else { return false };
+        disks.get(drive as usize).is_some_and(|d| d.as_ref().is_some_and(|d| d.may_share(id)))
+    }
+
+    /// The log's entry `number` ends the read `id`, which the backup does itself.
+    pub fn read_logged(&self, drive: u32, id: u64, number: u64) {
+        if let Some(Some(worker)) = self.disks.lock().ok().as_ref().and_then(|d| d.get(drive as usize)) {
+            worker.read_logged(id, number);
+        }
+    }
+
+    /// The request `id` ended here, and the log says all of it.
+    pub fn disk_ended(&self, id: u64) {
+        if self.shares_reads.load(Ordering::Relaxed) {
+            self.each_disk(|_, worker| worker.ended(id));
+        }
+    }
+
+    /// The backup has executed so many entries of the log.
+    pub fn backup_executed(&self, entries: u64) {
+        if self.shares_reads.load(Ordering::Relaxed) {
+            self.each_disk(|_, worker| worker.backup_executed(entries));
+        }
+    }
+
+    fn each_disk(&self, f: impl Fn(usize, &disk::DiskWorker)) {
+        if let Ok(disks) = self.disks.lock() {
+            disks.iter().enumerate().filter_map(|(i, d)| Some((i, d.as_ref()?))).for_each(|(i, d)| f(i, d));
+        }
     }
 
     /// Wait until every disk has served what was submitted, and close them.

@@ -64,6 +64,9 @@ pub struct Backup {
     decoder: Decoder,
     entries: VecDeque<Entry>,
     received: u64,
+    applied: u64,
+    /// What is to be taken from the shared storage, as received.
+    fetches: Vec<Vec<u8>>,
     horizon: Stamp,
     executed: Stamp,
     released: u64,
@@ -83,6 +86,8 @@ impl Backup {
             decoder: Decoder::new(start),
             entries: VecDeque::new(),
             received: 0,
+            applied: 0,
+            fetches: Vec::new(),
             horizon: start,
             executed: start,
             released: 0,
@@ -139,9 +144,20 @@ impl Backup {
         self.executed = stamp;
     }
 
+    /// The entry that [`Self::done`] gave was executed.
+    pub fn applied(&mut self) {
+        self.applied += 1;
+    }
+
+    /// Payloads of the entries received since the last call whose contents are on the shared storage. The storage holds them
+    /// from now until they are acknowledged as executed.
+    pub fn take_fetches(&mut self) -> Vec<Vec<u8>> {
+        std::mem::take(&mut self.fetches)
+    }
+
     /// The acknowledgement to send now.
     pub fn ack(&self) -> Message {
-        Message::Ack { received: self.received, executed: self.executed }
+        Message::Ack { received: self.received, applied: self.applied, executed: self.executed }
     }
 
     /// The peer showed a sign of life.
@@ -182,6 +198,11 @@ impl Backup {
         self.horizon = horizon;
         if new.iter().any(|e| matches!(e, Entry::Protected { .. })) {
             self.phase = Phase::Following;
+        }
+        for entry in &new {
+            if let Entry::Fetch { payload, .. } = entry {
+                self.fetches.push(payload.clone());
+            }
         }
         self.received += count;
         self.entries.extend(new);

@@ -22,6 +22,9 @@ pub enum Entry {
     End { stamp: Stamp, payload: Vec<u8> },
     /// The first `count` outputs of this pairing have left for good.
     Released { stamp: Stamp, count: u64 },
+    /// An input at the stamp whose contents the backup takes from the shared storage itself (section 4.2 of the paper):
+    /// the payload says where they are.
+    Fetch { stamp: Stamp, payload: Vec<u8> },
 }
 
 impl Entry {
@@ -33,7 +36,8 @@ impl Entry {
             | Entry::Protected { stamp }
             | Entry::Hash { stamp, .. }
             | Entry::End { stamp, .. }
-            | Entry::Released { stamp, .. } => *stamp,
+            | Entry::Released { stamp, .. }
+            | Entry::Fetch { stamp, .. } => *stamp,
         }
     }
 }
@@ -103,6 +107,7 @@ impl Encoder {
             Entry::Hash { payload, .. } => (3, Some(payload)),
             Entry::End { payload, .. } => (4, Some(payload)),
             Entry::Released { .. } => (5, None),
+            Entry::Fetch { payload, .. } => (6, Some(payload)),
         };
         out.push(tag);
         put_varint(out, stamp.position.wrapping_sub(self.last.position));
@@ -159,7 +164,7 @@ impl Decoder {
     /// Read one entry at `*at`.
     pub fn take(&mut self, data: &[u8], at: &mut usize) -> Result<Entry, LogError> {
         let tag = *data.get(*at).ok_or(LogError::Truncated)?;
-        if tag > 5 {
+        if tag > 6 {
             return Err(LogError::Kind(tag));
         }
         *at += 1;
@@ -182,7 +187,8 @@ impl Decoder {
             2 => Entry::Protected { stamp },
             3 => Entry::Hash { stamp, payload: payload()? },
             4 => Entry::End { stamp, payload: payload()? },
-            _ => Entry::Released { stamp, count: take_varint(data, at)? },
+            5 => Entry::Released { stamp, count: take_varint(data, at)? },
+            _ => Entry::Fetch { stamp, payload: payload()? },
         };
         self.last = stamp;
         Ok(entry)
@@ -201,6 +207,7 @@ mod tests {
             Entry::Horizon { stamp: at(1 << 40, 1 << 41) },
             Entry::Protected { stamp: at(1 << 40, 1 << 42) },
             Entry::Released { stamp: at(1 << 40, 1 << 42), count: 77 },
+            Entry::Fetch { stamp: at(1 << 40, 1 << 42), payload: vec![4; 20] },
             Entry::Hash { stamp: at(1 << 41, 1 << 42), payload: vec![] },
             Entry::End { stamp: at(1 << 41, 1 << 42), payload: vec![9; 300] },
         ];
@@ -218,7 +225,7 @@ mod tests {
                 }
             }
         }
-        assert!(all(&bytes, 5).is_err(), "more than announced");
+        assert!(all(&bytes, 6).is_err(), "more than announced");
         assert_eq!(all(&[99], 1), Err(LogError::Kind(99)));
         assert!(all(&[0, 0, 0, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 1], 1).is_err());
     }
@@ -234,7 +241,7 @@ mod tests {
             let len = usize::from(random()) % 64;
             // Small bytes make valid tags and short numbers likely.
             let data: Vec<u8> =
-                (0..len).map(|_| if round % 2 == 0 { random() % 7 } else { random() }).collect();
+                (0..len).map(|_| if round % 2 == 0 { random() % 8 } else { random() }).collect();
             for n in [0, 1, 2, 7, u64::MAX] {
                 if let Ok(entries) = Decoder::default().take_batch(&data, n) {
                     assert!(entries.len() * 3 <= data.len());

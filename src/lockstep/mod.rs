@@ -8,6 +8,7 @@
 //! | [`backup`] | 2.1 replay, 2.3 go-live |
 //! | [`heartbeat`] | 2.3 Detecting failure |
 //! | [`arbitration`] | 2.3 The atomic test-and-set on shared storage |
+//! | [`reads`] | 4.2 Disk reads on the backup |
 //! | [`lag`] | 3.2 How far the backup is behind, and slowing the primary |
 //!
 //! The two sides, [`primary::Primary`] and [`backup::Backup`], are state machines without threads,
@@ -21,6 +22,7 @@ pub mod lag;
 pub mod log;
 pub mod lun_lock;
 pub mod primary;
+pub mod reads;
 pub mod wire;
 
 pub use arbitration::{Arbiter, FileLock, Verdict};

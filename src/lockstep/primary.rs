@@ -70,6 +70,8 @@ pub struct Primary<T> {
     /// Entries written so far in this pairing.
     written: u64,
     acked: u64,
+    /// Entries that the backup has executed.
+    applied: u64,
     last_entry_horizon: Option<Stamp>,
     batch: Vec<u8>,
     /// Full batches: how many entries were written in all when each was closed.
@@ -118,6 +120,7 @@ impl<T> Primary<T> {
             encoder: Encoder::default(),
             written: 0,
             acked: 0,
+            applied: 0,
             last_entry_horizon: None,
             batch: Vec::new(),
             full: VecDeque::new(),
@@ -211,6 +214,7 @@ impl<T> Primary<T> {
         self.encoder = Encoder::new(start);
         self.written = 0;
         self.acked = 0;
+        self.applied = 0;
         self.batch.clear();
         self.full.clear();
         self.batch_first = 0;
@@ -248,6 +252,17 @@ impl<T> Primary<T> {
         if self.is_logging() {
             self.write(&Entry::Input { stamp, payload });
         }
+    }
+
+    /// Log an input whose contents the backup takes from the shared storage: the entry's number, from 1 on.
+    pub fn fetch(&mut self, stamp: Stamp, payload: Vec<u8>) -> u64 {
+        self.write(&Entry::Fetch { stamp, payload });
+        self.written
+    }
+
+    /// Entries that the backup has executed.
+    pub fn applied(&self) -> u64 {
+        self.applied
     }
 
     /// Tell the backup that it may execute up to `stamp`.
@@ -323,10 +338,11 @@ impl<T> Primary<T> {
                 self.protected_at = Some(self.written);
                 Vec::new()
             }
-            Message::Ack { received, executed } if self.is_logging() => {
+            Message::Ack { received, applied, executed } if self.is_logging() => {
                 self.lag.executed(*executed, now);
                 // An acknowledgement of what was never sent is a liar's: ignore what exceeds it.
                 self.acked = self.acked.max((*received).min(self.batch_first));
+                self.applied = self.applied.max((*applied).min(self.batch_first));
                 while let Some((seq, size)) = self.unacked.front().copied() {
                     if seq > self.acked {
                         break;

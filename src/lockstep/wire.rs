@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::machine::Stamp;
 
 /// Version of the protocol; both sides must have the same.
-pub const PROTOCOL: u32 = 2;
+pub const PROTOCOL: u32 = 3;
 /// What a peer sends first, so that a stranger is recognised at once.
 pub const MAGIC: &[u8; 8] = b"ftvm-ft1";
 /// The largest frame in bytes after decompression.
@@ -39,7 +39,15 @@ pub enum Message {
     /// Either way: no, and why.
     Refuse { reason: String },
     /// Primary to backup: the machine's configuration and images, and the pairing.
-    Config { epoch: Epoch, config: Vec<u8>, heartbeat_ms: u64, timeout_ms: u64, separate_disks: bool },
+    Config {
+        epoch: Epoch,
+        config: Vec<u8>,
+        heartbeat_ms: u64,
+        timeout_ms: u64,
+        separate_disks: bool,
+        /// The backup does disk reads itself; so it will ask of a backup of its own when it is live.
+        reads_disk: bool,
+    },
     /// Backup to primary: the machine is built and the lock reachable; send memory.
     Ready,
     /// Primary to backup: RAM pages: guest physical address and contents (empty: all zero).
@@ -50,8 +58,8 @@ pub enum Message {
     Loaded,
     /// Primary to backup: log entries from number `first` on.
     Log { first: u64, count: u64, entries: Vec<u8> },
-    /// Backup to primary: entries received, and how far execution is.
-    Ack { received: u64, executed: Stamp },
+    /// Backup to primary: entries received, entries executed, and how far execution is.
+    Ack { received: u64, applied: u64, executed: Stamp },
     /// Either way on the channel, when there is nothing else to say.
     Alive,
     /// Backup to primary: I give up and shall never go live (divergence, user's wish).

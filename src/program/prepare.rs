@@ -12,6 +12,7 @@ use crate::assembly::{
     check_shared, open_drive, open_live, open_net, open_options, queue_settings, Blueprint,
 };
 use crate::cli::drive::{Cache, DriveConfig, ErrorPolicy};
+use crate::cli::ft::Reads;
 use crate::cli::Config;
 use crate::host::disk::DiskWorker;
 use crate::host::{net_receiver, Outside};
@@ -19,7 +20,7 @@ use crate::lockstep::{Arbiter, FileLock, LunArbiter};
 use crate::machine::MachineInput;
 use crate::runtime::control::{RunState, Shared};
 use crate::runtime::ft::disks::{Disks, Generations};
-use crate::runtime::ft::{begin_own_writes, join, Common, FtSide, HostSide};
+use crate::runtime::ft::{begin_own_writes, join, BackupReads, Common, FtSide, HostSide};
 use crate::runtime::live::{RunOptions, Runtime, Sink, TurnOn};
 use crate::runtime::record::{Header, Player, Recorder};
 use crate::runtime::{Event, Events};
@@ -178,7 +179,7 @@ fn lock_path(ft: &crate::cli::ft::FtConfig, blueprint: &Blueprint) -> Result<Str
         .and_then(|d| d.file.as_ref())
         // A LUN's lock is its own reservation.
         .map(|f| {
-            if f.starts_with("iscsi://") {
+            if ftvm_block::iscsi::is_lun(std::path::Path::new(f)) {
                 f.clone()
             } else {
                 ftvm_block::files::beside_path(std::path::Path::new(f), ".ftlock")
@@ -212,7 +213,7 @@ fn common(
 ) -> Result<Arc<Common>, String> {
     let path = lock_path(&ft, blueprint)?;
     let fail = |e: std::io::Error| format!("-ft: the lock '{}': {e}", ftvm_block::iscsi::hide_secret(&path));
-    let lock: Arc<dyn Arbiter> = if path.starts_with("iscsi://") {
+    let lock: Arc<dyn Arbiter> = if ftvm_block::iscsi::is_lun(std::path::Path::new(&path)) {
         Arc::new(LunArbiter::open(&path, ftvm_block::iscsi::hide_secret(&path)).map_err(fail)?)
     } else {
         Arc::new(FileLock::new(&path).map_err(fail)?)
@@ -221,8 +222,8 @@ fn common(
         disk.as_ref().and(drive.file.as_ref()).filter(|f| !f.contains("://")).map(std::path::PathBuf::from)
     };
     let images: Vec<_> = blueprint.config.drives.iter().zip(&disks).filter_map(file).collect();
-    let generations = (ft.separate && !path.contains("://"))
-        .then(|| Generations::new(std::path::Path::new(&path), &images));
+    let generations = (ft.separate && !ftvm_block::iscsi::is_lun(std::path::Path::new(&path)))
+        .then(|| Arc::new(Generations::new(std::path::Path::new(&path), &images)));
     Ok(Arc::new(Common {
         config: ft,
         disks,
@@ -257,13 +258,19 @@ fn prepare_backup(
         return Err(text(&joined.refuse(difference)));
     }
     let separate = joined.separate;
+    let reads = if joined.reads_disk { Reads::Disk } else { Reads::Log };
     if separate && ft.lock.is_none() {
         let reason =
             "the primary has disks=separate: the backup needs lock=PATH, where the primary's lock is";
         return Err(text(&joined.refuse(reason.into())));
     }
-    let ft =
-        crate::cli::ft::FtConfig { heartbeat: joined.timing.0, timeout: joined.timing.1, separate, ..ft };
+    let ft = crate::cli::ft::FtConfig {
+        heartbeat: joined.timing.0,
+        timeout: joined.timing.1,
+        separate,
+        reads,
+        ..ft
+    };
     let prepared = (|| {
         let machine = blueprint.build().map_err(|e| e.to_string())?;
         let (outside, control) = open_outside(&blueprint, shared, &events)?;
@@ -335,7 +342,11 @@ fn prepare_backup(
         }
         Ok(())
     };
-    let host = HostSide { attach: Box::new(attach), macs: blueprint.pc.nics.iter().map(|n| n.mac).collect() };
+    let macs = blueprint.pc.nics.iter().map(|n| n.mac).collect();
+    let backends_of = Arc::clone(shared);
+    let open = Box::new(move |drive| open_shared(&backends_of, drive));
+    let reads = Arc::new(BackupReads::new(open, events.clone()));
+    let host = HostSide { attach: Box::new(attach), macs, reads };
     let side = received.follow(common, host).map_err(|e| text(&e))?;
     let options = RunOptions {
         no_reboot: config.host.no_reboot,
@@ -349,6 +360,20 @@ fn prepare_backup(
     runtime.ft = Some(side);
     begin_own_writes(&mut runtime);
     Ok(Prepared::Live(Box::new(runtime)))
+}
+
+/// The file of a drive's image, for a backup's reads.
+fn open_shared(shared: &Shared, drive: u32) -> Result<Arc<dyn ftvm_block::Store>, String> {
+    let drives = shared.backends().drives.clone();
+    let file = drives.get(drive as usize).and_then(|d| d.as_ref()?.file.clone());
+    let file = file.ok_or_else(|| format!("drive {drive} has no image here"))?;
+    let look = ftvm_block::OpenOptions { read_only: true, force_share: true, ..Default::default() };
+    let direct = ftvm_block::OpenOptions { direct: true, ..look.clone() };
+    let path = std::path::Path::new(&file);
+    // What this host's cache holds may be old. Where it cannot be avoided, the checksum finds it.
+    ftvm_block::open_store(path, &direct)
+        .or_else(|_| ftvm_block::open_store(path, &look))
+        .map_err(|e| e.to_string())
 }
 
 fn attach_nets(blueprint: &Blueprint, outside: &Outside, events: &Events) -> Result<(), String> {

@@ -30,6 +30,8 @@ impl DiskErrors {
 impl Runtime {
     /// Decide what the guest sees of a failed request.
     pub fn disk_failed(&mut self, failure: DiskFailure) {
+        // Tried again, it is a new request; a backup never does what failed.
+        self.outside.disk_ended(failure.id);
         let read = matches!(failure.op, DiskOp::Read { .. });
         let known = self.errors.drives.get(failure.drive as usize);
         let (name, policy) = known.cloned().unwrap_or_default();

@@ -10,7 +10,7 @@ use serde_json::{json, Value};
 
 use super::control::{RunState, Shared};
 use super::disk_errors::DiskErrors;
-use super::ft::FtSide;
+use super::ft::{Fetch, FtSide};
 use super::pace::Pacer;
 use super::record::{Player, Recorder};
 use super::{Event, Events, Outcome, Quit};
@@ -153,18 +153,46 @@ impl Runtime {
 
     /// Apply an input now, through the door.
     pub fn input(&mut self, input: MachineInput) {
+        self.apply(input, None);
+    }
+
+    /// As [`Self::input`]; a backup takes the data of the read `fetch` from the shared storage itself.
+    fn apply(&mut self, input: MachineInput, fetch: Option<(u32, Fetch)>) {
         if self.options.sleep && !self.machine.is_paused() && self.machine.is_idle() {
             let now = self.pacer.host_ns();
             self.machine.skip_to(now);
             self.route_outputs();
         }
         let stamp = self.machine.stamp();
-        self.log_input(stamp, &input);
+        let fetched = fetch.is_some_and(|(drive, fetch)| self.log_fetch(stamp, drive, &fetch));
+        if !fetched {
+            self.log_input(stamp, &input);
+        }
         self.machine.apply(&input);
-        if let MachineInput::Device(Input::DiskDone { result: Ok(data), .. }) = input {
-            ftvm_block::buffers::give(data);
+        if let MachineInput::Device(Input::DiskDone { id, result }) = input {
+            if !fetched {
+                self.outside.disk_ended(id);
+            }
+            if let Ok(data) = result {
+                ftvm_block::buffers::give(data);
+            }
         }
         self.route_outputs();
+    }
+
+    /// A read is done, and its bytes lie at these places in the image's file.
+    fn disk_read(&mut self, drive: u32, id: u64, data: Vec<u8>, extents: Option<Vec<(u64, u64)>>) {
+        let shared = extents.filter(|_| self.outside.may_share(drive, id));
+        let fetch = shared.map(|extents| (drive, Fetch::new(id, drive, &data, extents)));
+        self.apply(MachineInput::Device(Input::DiskDone { id, result: Ok(data) }), fetch);
+    }
+
+    fn log_fetch(&mut self, stamp: Stamp, drive: u32, fetch: &Fetch) -> bool {
+        let number = self.ft.as_mut().and_then(|ft| ft.log_fetch(stamp, fetch));
+        if let Some(number) = number {
+            self.outside.read_logged(drive, fetch.id, number);
+        }
+        number.is_some()
     }
 
     fn log_input(&mut self, stamp: Stamp, input: &MachineInput) {
@@ -243,6 +271,10 @@ impl Runtime {
                     return None;
                 }
                 self.input(input);
+                None
+            }
+            Event::DiskRead { drive, id, data, extents } => {
+                self.disk_read(drive, id, data, extents);
                 None
             }
             Event::DiskFailed(failure) => {
@@ -486,7 +518,7 @@ impl Runtime {
             Event::Input(MachineInput::Device(Input::DiskDone { id, .. })) => {
                 super::ft::own_write_ended(self, id, None)
             }
-            Event::Input(_) => None,
+            Event::Input(_) | Event::DiskRead { .. } => None,
             Event::Call(call) => {
                 self.shared.backends().take_note(self.machine.note());
                 call(self);
@@ -560,6 +592,9 @@ pub fn follow_entry(
                 return Followed::End(Outcome::Failed(format!("an input in the log is not readable: {e}")))
             }
         },
+        Entry::Fetch { .. } => {
+            return Followed::End(Outcome::Failed("the log has a disk read without its data".into()))
+        }
         Entry::Hash { payload, .. } | Entry::End { payload, .. } if !payload.is_empty() => {
             let Ok(theirs) = postcard::from_bytes::<StateHash>(payload) else {
                 return Followed::End(Outcome::Failed("a hash in the log is not readable".into()));

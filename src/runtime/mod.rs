@@ -18,6 +18,8 @@ use crate::machine::MachineInput;
 pub enum Event {
     /// Something for the input door.
     Input(MachineInput),
+    /// A read of the disk was done, and these are its bytes' places in the image's file, if a backup may use them.
+    DiskRead { drive: u32, id: u64, data: Vec<u8>, extents: Option<Vec<(u64, u64)>> },
     /// A disk request failed.
     DiskFailed(crate::host::disk::DiskFailure),
     /// Work of a monitor that needs the machine.

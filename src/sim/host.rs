@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use ftvm_accel::mem::DIRTY_MIGRATION;
-use ftvm_devices::{DiskOp, Output};
+use ftvm_devices::{DiskOp, Input, Output};
 
 use super::guest;
 use super::world::{World, MS};
@@ -13,9 +13,11 @@ use crate::lockstep::backup::{self, Backup};
 use crate::lockstep::heartbeat::{Heartbeat, Listener};
 use crate::lockstep::log::Entry;
 use crate::lockstep::primary::{self, Primary, Timing};
+use crate::lockstep::reads::Reads;
 use crate::lockstep::wire::{Epoch, Message};
 use crate::lockstep::{Side, Verdict};
 use crate::machine::{Machine, MachineInput, MachineState, Stamp, Stop};
+use crate::runtime::ft::disks::OwnWrites;
 use crate::runtime::live::{follow_entry, is_held, Followed};
 
 pub const TIMING: Timing = Timing {
@@ -48,6 +50,8 @@ pub struct BackupRole {
     made: u64,
     counting: bool,
     last_ack: u64,
+    /// Writes of its own disk.
+    own: Option<OwnWrites>,
 }
 
 pub enum Role {
@@ -75,6 +79,10 @@ pub struct Proc {
     pub serving: bool,
     pub abandoned: bool,
     pub clock: u64,
+    /// Reads that the backup does itself.
+    pub reads: Reads<DiskOp>,
+    /// The number of the primary's disk when this host began to copy it.
+    pub joined_generation: i64,
 }
 
 impl PrimaryRole {
@@ -123,7 +131,8 @@ impl World {
     /// `FtSide::output`
     fn output(&mut self, p: usize, stamp: Stamp, output: Output) {
         let now = self.local(p);
-        if !is_held(&output) {
+        let own = self.options.separate && matches!(output, Output::Disk { .. });
+        if own || !is_held(&output) {
             return self.perform(p, output);
         }
         let early = self.options.mutation == Some(Mutation::ReleaseEarly);
@@ -156,11 +165,25 @@ impl World {
             self.route_outputs(p);
         }
         let stamp = self.procs[p].machine.stamp();
+        let shared = self.is_shared_read(p, &input);
         let payload = postcard::to_stdvec(&input).unwrap_or_default();
-        if let Some(r) = self.primary(p) {
-            r.core.input(stamp, payload);
-        }
+        let Some(r) = self.primary(p) else { return };
+        let number = match &shared {
+            Some((_, fetch)) => r.core.fetch(stamp, fetch.clone()),
+            None => {
+                r.core.input(stamp, payload);
+                0
+            }
+        };
         self.procs[p].machine.apply(&input);
+        match (&shared, &input) {
+            (Some((id, _)), _) => self.procs[p].reads.logged(*id, number),
+            (None, MachineInput::Device(Input::DiskDone { id, .. })) => {
+                let ready = self.procs[p].reads.ended(*id);
+                self.enqueue(p, ready);
+            }
+            _ => {}
+        }
         self.route_outputs(p);
     }
 
@@ -250,6 +273,7 @@ impl World {
             r.epoch = Some(epoch);
         }
         let chain = postcard::to_stdvec(&self.procs[p].chain).unwrap_or_default();
+        self.clear_dirty(p);
         self.send(
             p,
             Message::Config {
@@ -257,7 +281,8 @@ impl World {
                 config: chain,
                 heartbeat_ms: 10,
                 timeout_ms: 50,
-                separate_disks: false,
+                separate_disks: self.options.separate,
+                reads_disk: self.options.reads_disk,
             },
         );
     }
@@ -272,6 +297,7 @@ impl World {
         if !ended {
             self.send(p, Message::Pages { pages });
         }
+        let near = !self.options.separate || self.send_sectors(p, 2);
         let dirty = self.procs[p].machine.memory().count_dirty(DIRTY_MIGRATION);
         let Some(copy) = self.primary(p).and_then(|r| r.copy.as_mut()) else { return };
         copy.cursor = cursor;
@@ -280,7 +306,7 @@ impl World {
         }
         copy.round += 1;
         copy.cursor = 0;
-        if copy.round < 3 && dirty > 2 && !quick {
+        if copy.round < 3 && dirty > 2 && !quick || !near && copy.round < 6 {
             return;
         }
         // The final stop.
@@ -289,8 +315,12 @@ impl World {
             let pages = self.pages(p, &mut cursor, usize::MAX);
             self.send(p, Message::Pages { pages });
         }
+        if self.options.separate {
+            self.send_sectors(p, usize::MAX);
+        }
         let stamp = self.procs[p].machine.stamp();
         let state = self.procs[p].machine.save().to_bytes();
+        self.share_reads(p);
         let now = self.local(p);
         self.send(p, Message::State { stamp, state });
         let Some(r) = self.primary(p) else { return };
@@ -328,9 +358,13 @@ impl World {
                         self.procs[p].machine.memory().set_all_dirty(DIRTY_MIGRATION);
                     }
                 }
+                Message::DiskDigests { digests, .. } => self.compare_digests(p, &digests),
                 m => {
                     let actions = r.core.on_message(&m, stamp, now);
+                    let applied = r.core.applied();
                     self.primary_actions(p, actions);
+                    let ready = self.procs[p].reads.executed(applied);
+                    self.enqueue(p, ready);
                 }
             },
             Role::Backup(r) => {
@@ -347,7 +381,10 @@ impl World {
                 }
                 if late && self.options.mutation == Some(Mutation::AckAfterArbitration) {
                     if let Message::Log { first, count, .. } = message {
-                        self.send(p, Message::Ack { received: first + count, executed: Stamp::default() });
+                        self.send(
+                            p,
+                            Message::Ack { received: first + count, applied: 0, executed: Stamp::default() },
+                        );
                     }
                 }
             }
@@ -360,6 +397,9 @@ impl World {
                         return self.end(p, "the lock is not visible");
                     }
                     self.locks.claim(&e, Side::Backup);
+                    if self.options.separate {
+                        self.send_digests(p);
+                    }
                     self.send(p, Message::Ready);
                 }
                 Message::Pages { pages } => {
@@ -368,6 +408,7 @@ impl World {
                     }
                     self.send(p, Message::Alive);
                 }
+                Message::DiskChunks { chunks, .. } => self.store_sectors(p, &chunks),
                 Message::State { stamp, state } => {
                     let Some(epoch) = epoch.take() else { return };
                     let loaded = MachineState::from_bytes(&state)
@@ -386,7 +427,9 @@ impl World {
                         made: 0,
                         counting: false,
                         last_ack: 0,
+                        own: self.options.separate.then(OwnWrites::default),
                     }));
+                    self.begin_own_writes(p);
                     self.send(p, Message::Loaded);
                 }
                 _ => {}
@@ -483,7 +526,13 @@ impl World {
                     if let Some(e) = epoch {
                         self.claim_machine(p, &e.token);
                     }
+                    let copying = self.primary(p).is_some_and(|r| r.copy.is_some());
                     self.drop_pair(p);
+                    let ready = self.procs[p].reads.close();
+                    self.enqueue(p, ready);
+                    if !copying {
+                        self.alone(p);
+                    }
                 }
                 Action::Send(m) => self.send(p, m),
                 Action::Halt { reason, .. } => {
@@ -594,11 +643,28 @@ impl World {
             f.current = next;
         }
         let Some(entry) = f.current.take() else { return false };
+        let done = disk_done(&entry).filter(|_| f.own.is_some());
+        let busy = done.is_some_and(|id| f.own.as_ref().is_some_and(|o| o.is_busy(id)));
+        let Some(mut entry) = self.fetched(p, entry) else { return false };
+        let mut later = None;
+        if busy && mutation != Some(Mutation::NoOwnWait) {
+            let stamp = entry.stamp();
+            later = Some(std::mem::replace(&mut entry, Entry::Horizon { stamp }));
+        }
         let mut outputs = Vec::new();
         let followed = follow_entry(&mut self.procs[p].machine, &entry, chunk, &mut outputs);
+        let waits = later.is_some() && matches!(followed, Followed::Done);
+        if let Some(later) = later {
+            entry = later;
+        }
         let stamp = self.procs[p].machine.stamp();
         let Some(f) = self.backup(p) else { return false };
+        let mut own_writes = Vec::new();
         for (_, output) in outputs {
+            if let (Some(own), Output::Disk { .. }) = (&mut f.own, &output) {
+                own_writes.extend(own.begin(output));
+                continue;
+            }
             if f.counting && is_held(&output) {
                 f.made += 1;
                 if !matches!(output, Output::Disk { .. }) {
@@ -607,18 +673,26 @@ impl World {
             }
         }
         match followed {
+            Followed::Done if waits => f.current = Some(entry),
             Followed::NotYet | Followed::Asked(_) => {
                 f.core.executed(stamp);
                 f.current = Some(entry);
             }
             Followed::Done => {
                 f.core.executed(stamp);
+                f.core.applied();
+                if let (Some(own), Some(id)) = (&mut f.own, done) {
+                    own.forget(id);
+                }
                 let released = f.core.released();
                 while f.outputs.front().is_some_and(|(n, _)| *n <= released) {
                     f.outputs.pop_front();
                 }
                 match entry {
-                    Entry::Protected { .. } => f.counting = true,
+                    Entry::Protected { .. } => {
+                        f.counting = true;
+                        self.adopt(p);
+                    }
                     Entry::Hash { stamp, .. } => self.send(p, Message::HashAgrees { stamp }),
                     _ => {}
                 }
@@ -628,12 +702,13 @@ impl World {
                 self.violation(format!("the replicas differ at {stamp:?}: {}", parts.join(", ")));
             }
         }
+        own_writes.into_iter().for_each(|o| self.perform(p, o));
         if let Some(f) = self.backup(p) {
             if now >= f.last_ack + 10 * MS {
                 self.report_executed(p);
             }
         }
-        true
+        !waits
     }
 
     fn report_executed(&mut self, p: usize) {
@@ -649,7 +724,7 @@ impl World {
     }
 
     fn go_live(&mut self, p: usize) {
-        if !self.storage_ok(p) {
+        if !self.options.separate && !self.storage_ok(p) {
             // The images cannot be opened: try again.
             return;
         }
@@ -658,13 +733,14 @@ impl World {
         let mut unsent: Vec<Output> = f.outputs.drain(..).map(|(_, o)| o).collect();
         f.core.live();
         let epoch = f.epoch.clone();
+        let mut own = f.own.take();
         self.procs[p].beats = None;
         if let Some(conn) = self.procs[p].conn.take() {
             self.close(conn, p);
         }
         self.locks.retire(&epoch);
         self.claim_machine(p, &epoch.token);
-        if self.options.overlay {
+        if self.options.overlay && !self.options.separate {
             let layer = self.disk.overlay();
             self.procs[p].chain.push(layer);
         }
@@ -677,10 +753,49 @@ impl World {
             unsent.clear();
         }
         self.procs[p].role = Role::Primary(Box::new(PrimaryRole::new(epoch.number)));
+        self.alone(p);
         for output in pending.into_iter().chain(unsent) {
-            self.perform(p, output);
+            match (&mut own, &output) {
+                (Some(own), Output::Disk { id, op, .. }) if !matches!(op, DiskOp::Read { .. }) => {
+                    let id = *id;
+                    if own.take_ended(id).is_some() {
+                        let done = Input::DiskDone { id, result: Ok(Vec::new()) };
+                        self.input(p, MachineInput::Device(done));
+                    } else if !own.is_busy(id) {
+                        self.perform(p, output);
+                    }
+                }
+                _ => self.perform(p, output),
+            }
         }
         self.report.failovers += 1;
+    }
+
+    /// `begin_own_writes`
+    fn begin_own_writes(&mut self, p: usize) {
+        let pending = self.procs[p].machine.pending_disk();
+        let Some(BackupRole { own: Some(own), .. }) = self.backup(p) else { return };
+        let begun: Vec<Output> = pending.into_iter().filter_map(|o| own.begin(o)).collect();
+        begun.into_iter().for_each(|o| self.perform(p, o));
+    }
+
+    /// A request of a backup's own disk ended.
+    pub(super) fn own_write_ended(&mut self, p: usize, id: u64) {
+        if let Some(BackupRole { own: Some(own), .. }) = self.backup(p) {
+            own.ended(id, None);
+        }
+    }
+
+    /// An entry whose contents are on the storage, with them; `None`: later. (Ahead of the execution, as the real one.)
+    fn fetched(&mut self, p: usize, entry: Entry) -> Option<Entry> {
+        if !matches!(entry, Entry::Fetch { .. }) {
+            return Some(entry);
+        }
+        let read = self.fetch(p, entry.clone());
+        if read.is_none() {
+            self.backup(p)?.current = Some(entry);
+        }
+        read
     }
 
     /// The process ends.
@@ -692,6 +807,15 @@ impl World {
         if let Some(conn) = self.procs[p].conn.take() {
             self.close(conn, p);
         }
+    }
+}
+
+/// The request that an entry completes.
+fn disk_done(entry: &Entry) -> Option<u64> {
+    let Entry::Input { payload, .. } = entry else { return None };
+    match postcard::from_bytes(payload) {
+        Ok(MachineInput::Device(Input::DiskDone { id, .. })) => Some(id),
+        _ => None,
     }
 }
 
@@ -710,5 +834,7 @@ pub fn spawn(host: usize, clock: u64, role: Role) -> Option<Proc> {
         serving: false,
         abandoned: false,
         clock,
+        reads: Reads::new(512),
+        joined_generation: -1,
     })
 }

@@ -4,6 +4,7 @@
 //! ([`crate::runtime::ft`]) is mirrored in [`host`], call for call. Faults are injected while a client
 //! uses the guest's service; [`run`] reports the first broken promise.
 
+mod disks;
 mod guest;
 mod host;
 mod world;
@@ -34,6 +35,16 @@ pub enum Mutation {
     NoDirtyPages,
     /// A lost side goes on releasing.
     IgnoreLoss,
+    /// A write does not wait for the backup's read of what it overlaps.
+    NoHold,
+    /// A backup does not wait for its own disk when the log says that a write has ended.
+    NoOwnWait,
+    /// What is written while a disk is copied is not copied again.
+    NoDirtySectors,
+    /// A side that goes on alone does not say so beside the lock.
+    NoGeneration,
+    /// A backup takes the lock's number when it is ready, not when it began.
+    AdoptLate,
 }
 
 /// What is simulated.
@@ -42,6 +53,10 @@ pub struct Options {
     pub seed: u64,
     /// Go-live makes an overlay, so that late writes of the old primary stay below.
     pub overlay: bool,
+    /// The backup does disk reads itself (`reads=disk`).
+    pub reads_disk: bool,
+    /// Each host has a disk of its own (`disks=separate`); the shared storage has the lock only.
+    pub separate: bool,
     pub mutation: Option<Mutation>,
     /// Print every step.
     pub trace: bool,
@@ -50,6 +65,6 @@ pub struct Options {
 impl Options {
     /// A faithful run of `seed`.
     pub fn new(seed: u64) -> Self {
-        Options { seed, overlay: true, mutation: None, trace: false }
+        Options { seed, overlay: true, reads_disk: false, separate: false, mutation: None, trace: false }
     }
 }

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use ftvm_devices::{DiskOp, Input, Output};
 
+use super::disks::OwnDisks;
 use super::guest::{value, Frame};
 use super::host::{spawn, PrimaryRole, Proc, Role};
 use super::{Mutation, Options};
@@ -13,7 +14,7 @@ use crate::machine::MachineInput;
 
 /// Simulated time is in microseconds.
 pub const MS: u64 = 1000;
-const HOSTS: usize = 3;
+pub const HOSTS: usize = 3;
 /// Faults stop here, and everything is healed.
 const HEALED: u64 = 1200 * MS;
 /// Everything must be well here.
@@ -51,6 +52,8 @@ pub struct Report {
     pub faults: u64,
     pub replies: u64,
     pub hashes: u64,
+    /// Disk reads that a backup did itself.
+    pub fetches: u64,
     pub trace: Vec<String>,
 }
 
@@ -88,7 +91,7 @@ impl Locks {
         }
         self.winners.remove(&epoch.token);
     }
-    fn could_win(&self, epoch: &Epoch, side: Side) -> bool {
+    pub fn could_win(&self, epoch: &Epoch, side: Side) -> bool {
         match self.winners.get(&epoch.token) {
             Some(winner) => *winner == side,
             None => self.claims.contains(&key(epoch, side)),
@@ -106,7 +109,7 @@ impl Disk {
         self.layers.push(BTreeMap::new());
         self.layers.len() - 1
     }
-    fn read(&self, chain: &[usize], sector: u64) -> u64 {
+    pub fn read(&self, chain: &[usize], sector: u64) -> u64 {
         chain.iter().rev().find_map(|l| self.layers[*l].get(&sector)).copied().unwrap_or(0)
     }
 }
@@ -129,6 +132,7 @@ enum Event {
     Land(usize, u64, DiskOp, bool),
     Done(usize, u64, Result<Vec<u8>, i32>),
     Lock(usize, Epoch, Side),
+    Alone(usize),
     Verdict(usize, String, Verdict),
     JoinTimeout(usize),
     AcceptTimeout(usize, String),
@@ -152,6 +156,7 @@ impl Event {
             | Event::Datagram(_, p, _)
             | Event::Done(p, ..)
             | Event::Lock(p, ..)
+            | Event::Alone(p)
             | Event::Verdict(p, ..)
             | Event::JoinTimeout(p)
             | Event::AcceptTimeout(p, _)
@@ -180,6 +185,9 @@ pub struct World {
     pub procs: Vec<Proc>,
     pub locks: Locks,
     pub disk: Disk,
+    pub own: OwnDisks,
+    /// The only host whose own disk has everything.
+    pub newest: Option<usize>,
     pub report: Report,
     conns: Vec<Conn>,
     events: BTreeMap<(u64, u64), Event>,
@@ -204,6 +212,8 @@ pub fn run(options: Options) -> Result<Report, (String, Report)> {
         procs: Vec::new(),
         locks: Locks::default(),
         disk: Disk { layers: vec![BTreeMap::new()] },
+        own: OwnDisks::default(),
+        newest: None,
         report: Report::default(),
         conns: Vec::new(),
         events: BTreeMap::new(),
@@ -216,6 +226,7 @@ pub fn run(options: Options) -> Result<Report, (String, Report)> {
         dismissed: BTreeSet::new(),
     };
     w.start(0, Role::Primary(Box::new(PrimaryRole::new(0))));
+    w.alone(0);
     w.at(0, Event::Operator);
     w.at(MS, Event::Client);
     w.at(30 * MS, Event::Fault);
@@ -374,8 +385,7 @@ impl World {
         match output {
             Output::Disk { id, op, .. } => {
                 if !self.procs[p].abandoned {
-                    self.procs[p].queue.push_back((id, op));
-                    self.serve(p);
+                    self.submit(p, id, op);
                 }
             }
             Output::NetTx { frame, .. } => {
@@ -390,7 +400,12 @@ impl World {
         }
     }
 
-    fn serve(&mut self, p: usize) {
+    /// Say later that this side goes on alone.
+    pub fn again_alone(&mut self, p: usize, delay: u64) {
+        self.at(delay, Event::Alone(p));
+    }
+
+    pub fn serve(&mut self, p: usize) {
         if self.procs[p].serving {
             return;
         }
@@ -408,6 +423,16 @@ impl World {
 
     /// A request reaches the storage; a stopped or dead process does not prevent it.
     fn land(&mut self, p: usize, id: u64, op: DiskOp, tell: bool) {
+        if self.options.separate {
+            // The image's lock is gone only when nothing of a dead process is under way.
+            if self.procs[p].alive {
+                let result = self.land_own(p, &op);
+                if tell {
+                    self.at(0, Event::Done(p, id, Ok(result)));
+                }
+            }
+            return;
+        }
         if !self.storage_ok(p) {
             return self.at(MS, Event::Land(p, id, op, tell));
         }
@@ -495,9 +520,11 @@ impl World {
             Event::Land(p, id, op, tell) => self.land(p, id, op, tell),
             Event::Done(p, id, result) => {
                 self.procs[p].serving = false;
+                self.own_write_ended(p, id);
                 self.input(p, MachineInput::Device(Input::DiskDone { id, result }));
                 self.serve(p);
             }
+            Event::Alone(p) => self.alone(p),
             Event::Lock(p, epoch, side) => self.ask_lock(p, epoch, side),
             Event::Verdict(p, token, verdict) => self.verdict(p, &token, verdict),
             Event::AcceptTimeout(p, token) => self.accept_timeout(p, &token),
@@ -583,7 +610,9 @@ impl World {
             let free =
                 self.primary(p).is_some_and(|r| !r.busy && r.core.phase() == primary::Phase::Unprotected);
             let host = (self.procs[p].host + 1 + self.rng.below(HOSTS as u64 - 1) as usize) % HOSTS;
-            if !free || self.cut(self.procs[p].host, host) || self.rng.chance(30) {
+            // An image on a host of its own is locked as long as a process there lives.
+            let held = self.options.separate && self.procs.iter().any(|q| q.alive && q.host == host);
+            if !free || held || self.cut(self.procs[p].host, host) || self.rng.chance(30) {
                 continue;
             }
             let Some(q) = self.start(host, Role::Joining { epoch: None }) else { return };

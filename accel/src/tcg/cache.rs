@@ -31,14 +31,15 @@ pub const JUMPS: usize = 1 << 14;
 /// Blocks kept before all are dropped.
 const MAX_BLOCKS: usize = 200_000;
 
+/// Aligned, so that compiled code touches one cache line.
 #[derive(Clone, Copy)]
-#[repr(C)]
+#[repr(C, align(32))]
 pub struct Jump {
     pub lin: u64,
     pub key: u64,
-    /// `code_epoch` when the entry was made.
-    pub made: u64,
     pub block: *const Block,
+    /// Where compiled code goes on (see `jit`).
+    pub code: u64,
 }
 
 /// Instructions that cross a page, kept by page.

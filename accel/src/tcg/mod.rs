@@ -133,6 +133,8 @@ pub struct SoftCpu {
     code_filled: Vec<(u8, u16)>,
     cache: Cache,
     jumps: Box<[Jump]>,
+    /// `code_epoch` when each entry was made.
+    jumps_made: Box<[u64]>,
     jump_key: u64,
     epoch: u64,
     /// The last epoch that was given.
@@ -258,8 +260,9 @@ impl SoftCpu {
             filled: Vec::new(),
             code_filled: Vec::new(),
             cache: Cache::default(),
-            jumps: vec![Jump { lin: 0, key: u64::MAX, made: 0, block: std::ptr::null() }; JUMPS]
+            jumps: vec![Jump { lin: 0, key: u64::MAX, block: std::ptr::null(), code: 0 }; JUMPS]
                 .into_boxed_slice(),
+            jumps_made: vec![0; JUMPS].into_boxed_slice(),
             jump_key: 0,
             epoch: 1,
             epochs: 1,
@@ -490,11 +493,14 @@ impl SoftCpu {
     #[inline(always)]
     fn find_block(&mut self) -> R<*const Block> {
         let lin = if self.long { self.rip } else { self.segs[CS].base.wrapping_add(self.rip) & 0xFFFF_FFFF };
-        let j = &self.jumps[self.place(lin)];
+        let place = self.place(lin);
+        let j = self.jumps[place];
         if j.lin == lin && j.key == self.jump_key {
             // SAFETY: a block of the current epoch is in the cache.
-            let bytes = unsafe { (*j.block).bytes } as u64;
-            if self.long || self.rip + bytes - 1 <= self.segs[CS].limit as u64 {
+            let block = unsafe { &*j.block };
+            if self.long || self.rip + block.bytes as u64 - 1 <= self.segs[CS].limit as u64 {
+                // It may have been compiled since.
+                self.jumps[place].code = self.far_entry(block);
                 return Ok(j.block);
             }
         }
@@ -538,9 +544,13 @@ impl SoftCpu {
         let phys = e.phys | lin & 0xFFF;
         let key = phys | (self.code_mode as u64) << 60;
         let mut block: *const Block = std::ptr::null();
-        let j = self.jumps[self.place(lin)];
+        let place = self.place(lin);
+        let j = self.jumps[place];
         // SAFETY: no code was dropped since the entry was made, so its block is in the cache.
-        if !e.host.is_null() && j.lin == lin && j.made == self.code_epoch && unsafe { (*j.block).key } == key
+        if !e.host.is_null()
+            && j.lin == lin
+            && self.jumps_made[place] == self.code_epoch
+            && unsafe { (*j.block).key } == key
         {
             // Only the TLB was flushed since.
             block = j.block;
@@ -561,8 +571,10 @@ impl SoftCpu {
             // Compiled code finds only what is in the table.
             return Ok(block);
         }
-        let place = self.place(lin);
-        self.jumps[place] = Jump { lin, key: self.jump_key, made: self.code_epoch, block };
+        // SAFETY: as above.
+        let code = self.far_entry(unsafe { &*block });
+        self.jumps[place] = Jump { lin, key: self.jump_key, block, code };
+        self.jumps_made[place] = self.code_epoch;
         Ok(block)
     }
 

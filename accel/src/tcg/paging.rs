@@ -301,12 +301,12 @@ impl SoftCpu {
 
     /// Drop direct write access to one physical page.
     pub(crate) fn drop_writes(&mut self, page: u64) {
+        self.changes += 1;
         let spaces = self.spaces.iter_mut().map(|s| (&mut s.tlb, &s.filled));
         for (tlb, filled) in spaces.chain([(&mut self.tlb, &self.filled)]) {
             for (mmu, slot) in filled {
                 let e = &mut tlb[*mmu as usize][*slot as usize];
-                if e.phys == page && e.wtag != no_tag(*slot as usize) {
-                    self.changes += 1;
+                if e.phys == page {
                     e.wtag = no_tag(*slot as usize);
                 }
             }

@@ -2,6 +2,7 @@
 //! and arbitration and fencing need a say in what happens when a connection is made again.
 
 mod conn;
+mod device;
 mod login;
 mod pdu;
 mod reserve;
@@ -9,6 +10,7 @@ mod session;
 mod url;
 
 pub use conn::fuzz;
+pub use device::is_device;
 pub use reserve::{key, phase, LunLock, ENDED};
 pub use session::{forget_sessions, release_all};
 pub use url::{escape, host_port, unescape, Target};
@@ -19,9 +21,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use crate::store::Store;
-use crate::{BlockError, OpenOptions, Reserve};
+use crate::{BlockError, OpenOptions};
 use conn::{Command, Reply};
 use session::{failure, Session, GOOD};
+
+/// Whether an image's name is that of a LUN: a URL, or a block device of this host (which may be one).
+pub fn is_lun(path: &Path) -> bool {
+    path.to_str().is_some_and(|p| p.starts_with("iscsi://")) || is_device(path)
+}
 
 /// Bytes in one command at the most.
 const MAX_TRANSFER: usize = 1 << 20;
@@ -92,44 +99,9 @@ impl Lun {
             patching: Mutex::new(()),
         };
         if !options.read_only {
-            lun.reserve(options.reserve)?;
+            LunLock::of(&lun.session).reserve(&path, options.reserve)?;
         }
         Ok(lun)
-    }
-
-    fn reserve(&self, how: Reserve) -> Result<(), BlockError> {
-        let lock = LunLock::of(&self.session);
-        let fail = |source: io::Error| match source.kind() {
-            io::ErrorKind::Other => BlockError::Format {
-                path: self.path.clone(),
-                reason: format!("the LUN cannot be reserved, which a pair needs ({source})"),
-            },
-            _ => BlockError::Open { path: self.path.clone(), source },
-        };
-        match how {
-            Reserve::No => match lock.holder() {
-                Ok(Some(holder)) if phase(holder) == Some(ENDED) => {
-                    lock.take_from(holder, key(ENDED, std::process::id())).map_err(fail)?;
-                }
-                Ok(Some(holder)) => return Err(self.is_held(holder)),
-                // A target without reservations is used without.
-                Ok(None) | Err(_) => {}
-            },
-            Reserve::Free(key) => {
-                if !lock.take_free(key).map_err(fail)? {
-                    return Err(self.is_held(lock.holder().map_err(fail)?.unwrap_or(0)));
-                }
-            }
-            Reserve::Seize(key) => lock.seize(key).map_err(fail)?,
-        }
-        Ok(())
-    }
-
-    fn is_held(&self, holder: u64) -> BlockError {
-        let reason = format!(
-            "another host holds the reservation of the LUN (key {holder:#018x}); if it is gone for good: ftvm-lock clear"
-        );
-        BlockError::Format { path: self.path.clone(), reason }
     }
 
     fn send(&self, cdb: [u8; 16], data_out: &[u8], read: usize) -> io::Result<Reply> {

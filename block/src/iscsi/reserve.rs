@@ -11,15 +11,18 @@
 //! harmless: it gives nothing but the right to try.
 
 use std::io;
-use std::sync::atomic::Ordering;
-use std::sync::{Arc, PoisonError};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::conn::{Command, Conn, Reply};
+use super::device::Device;
 use super::session::{failure, retry_attention, sense, Session, CHECK_CONDITION, GOOD, RESERVATION_CONFLICT};
+use crate::{BlockError, Reserve};
 
 /// How long a question about the reservation may take.
-const LIMIT: Duration = Duration::from_secs(3);
+pub(super) const LIMIT: Duration = Duration::from_secs(3);
 /// Write exclusive.
 const WRITE_EXCLUSIVE: u8 = 1;
 
@@ -31,8 +34,8 @@ const PREEMPT: u8 = 4;
 const PREEMPT_AND_ABORT: u8 = 5;
 const REGISTER_AND_IGNORE: u8 = 6;
 
-/// What sends commands: a session (on whatever connection) or one connection.
-trait Sender {
+/// What sends commands: a session (on whatever connection), one connection, or a device of this host.
+pub(super) trait Sender {
     fn send(&self, command: &Command<'_>) -> io::Result<Reply>;
 }
 
@@ -48,8 +51,29 @@ impl Sender for Conn {
     }
 }
 
+/// A LUN, and what this process has of its reservation.
+pub(super) trait Unit: Send + Sync {
+    fn sender(&self) -> &dyn Sender;
+    /// The key under which it is held.
+    fn holding(&self) -> &Mutex<Option<u64>>;
+    /// Whether it was taken from another host.
+    fn took(&self) -> &AtomicBool;
+}
+
+impl Unit for Session {
+    fn sender(&self) -> &dyn Sender {
+        self
+    }
+    fn holding(&self) -> &Mutex<Option<u64>> {
+        &self.holding
+    }
+    fn took(&self) -> &AtomicBool {
+        &self.took
+    }
+}
+
 /// The key of the reservation's holder.
-fn holder(sender: &dyn Sender) -> io::Result<Option<u64>> {
+pub(super) fn holder(sender: &dyn Sender) -> io::Result<Option<u64>> {
     let mut cdb = [0; 16];
     cdb[0] = 0x5E;
     cdb[1] = 1;
@@ -168,15 +192,14 @@ pub(super) fn recover(session: &Session, conn: &Conn) -> io::Result<()> {
     Err(super::pdu::bad("the reservation does not settle"))
 }
 
-/// In order: let the LUN go.
-pub(super) fn give_back(session: &Session, conn: &Conn) {
-    let key = session.holding.lock().unwrap_or_else(PoisonError::into_inner).take();
-    let Some(mine) = key.filter(|_| !session.lost.load(Ordering::SeqCst)) else { return };
-    if session.took.load(Ordering::SeqCst) {
-        let _ = out(conn, REGISTER, mine, key_of_end(mine));
+/// In order: let the LUN go, by `sender`.
+pub(super) fn give_back(unit: &dyn Unit, sender: &dyn Sender) {
+    let Some(mine) = unit.holding().lock().unwrap_or_else(PoisonError::into_inner).take() else { return };
+    if unit.took().load(Ordering::SeqCst) {
+        let _ = out(sender, REGISTER, mine, key_of_end(mine));
     } else {
-        let _ = out(conn, RELEASE, mine, 0);
-        let _ = out(conn, REGISTER, mine, 0);
+        let _ = out(sender, RELEASE, mine, 0);
+        let _ = out(sender, REGISTER, mine, 0);
     }
 }
 
@@ -186,37 +209,40 @@ fn key_of_end(mine: u64) -> u64 {
 
 /// The lock that a LUN's reservation is.
 #[derive(Clone)]
-pub struct LunLock(Arc<Session>);
+pub struct LunLock(Arc<dyn Unit>);
 
 impl LunLock {
-    /// The lock of the LUN that `url` names.
+    /// The lock of the LUN that `url` names, or of the device of this host at that path.
     pub fn open(url: &str) -> io::Result<LunLock> {
+        if !url.starts_with("iscsi://") {
+            return Ok(LunLock(Device::open(Path::new(url))?));
+        }
         let target =
             super::url::Target::parse(url).map_err(|e| io::Error::new(io::ErrorKind::InvalidInput, e))?;
         Ok(LunLock(Session::open(&target)?))
     }
 
     pub(super) fn of(session: &Arc<Session>) -> LunLock {
-        LunLock(Arc::clone(session))
+        LunLock(Arc::clone(session) as _)
     }
 
     /// The key of the reservation's holder.
     pub fn holder(&self) -> io::Result<Option<u64>> {
-        holder(self.0.as_ref())
+        holder(self.0.sender())
     }
 
     /// The key under which this process holds the LUN.
     pub fn held(&self) -> Option<u64> {
-        *self.0.holding.lock().unwrap_or_else(PoisonError::into_inner)
+        *self.0.holding().lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn set_held(&self, key: u64) {
-        *self.0.holding.lock().unwrap_or_else(PoisonError::into_inner) = Some(key);
+        *self.0.holding().lock().unwrap_or_else(PoisonError::into_inner) = Some(key);
     }
 
     /// Take a LUN that nobody holds (or whose owner has ended); false: somebody does.
     pub fn take_free(&self, key: u64) -> io::Result<bool> {
-        let session = self.0.as_ref();
+        let session = self.0.sender();
         if self.held().is_some() {
             return Ok(true);
         }
@@ -235,9 +261,9 @@ impl LunLock {
     /// The holder changes its own key; false: it is not the holder any more.
     pub fn change(&self, to: u64) -> io::Result<bool> {
         let Some(from) = self.held() else { return Ok(false) };
-        let answer = out(self.0.as_ref(), REGISTER, from, to);
+        let answer = out(self.0.sender(), REGISTER, from, to);
         // Whatever the answer was (it may be lost, or be that of a repetition): what counts is what is there.
-        match holder(self.0.as_ref())? {
+        match holder(self.0.sender())? {
             Some(found) if found == to => {
                 self.set_held(to);
                 Ok(true)
@@ -253,7 +279,7 @@ impl LunLock {
 
     /// Take the LUN from the holder `theirs`; false: the holder is not (any more) `theirs`.
     pub fn take_from(&self, theirs: u64, mine: u64) -> io::Result<bool> {
-        let session = self.0.as_ref();
+        let session = self.0.sender();
         if holder(session)? == Some(mine) {
             self.set_held(mine);
             return Ok(true);
@@ -263,7 +289,7 @@ impl LunLock {
         if holder(session)? == Some(mine) {
             // Also after a lost answer nothing of the old holder may be under way.
             barrier(session)?;
-            session.took.store(true, Ordering::SeqCst);
+            self.0.took().store(true, Ordering::SeqCst);
             self.set_held(mine);
             return Ok(true);
         }
@@ -272,7 +298,7 @@ impl LunLock {
 
     /// Let the LUN go, whoever holds it: for a person who knows that nobody writes it any more.
     pub fn clear(&self) -> io::Result<()> {
-        let session = self.0.as_ref();
+        let session = self.0.sender();
         let mine = key(ENDED, 0);
         out(session, REGISTER_AND_IGNORE, 0, mine)?;
         out(session, CLEAR, mine, 0)?;
@@ -297,5 +323,41 @@ impl LunLock {
             }
         }
         Err(super::pdu::bad("the reservation does not settle"))
+    }
+
+    /// Reserve the LUN that is opened for writing as `path`.
+    pub(crate) fn reserve(&self, path: &Path, how: Reserve) -> Result<(), BlockError> {
+        let fail = |source: io::Error| match source.kind() {
+            io::ErrorKind::Other => BlockError::Format {
+                path: path.to_owned(),
+                reason: format!("the LUN cannot be reserved, which a pair needs ({source})"),
+            },
+            _ => BlockError::Open { path: path.to_owned(), source },
+        };
+        let is_held = |holder: u64| {
+            BlockError::Format {
+            path: path.to_owned(),
+            reason: format!(
+                "another host holds the reservation of the LUN (key {holder:#018x}); if it is gone for good: ftvm-lock clear"
+            ),
+        }
+        };
+        match how {
+            Reserve::No => match self.holder() {
+                Ok(Some(holder)) if phase(holder) == Some(ENDED) => {
+                    self.take_from(holder, key(ENDED, std::process::id())).map_err(fail)?;
+                }
+                Ok(Some(holder)) => return Err(is_held(holder)),
+                // A target without reservations is used without.
+                Ok(None) | Err(_) => {}
+            },
+            Reserve::Free(key) => {
+                if !self.take_free(key).map_err(fail)? {
+                    return Err(is_held(self.holder().map_err(fail)?.unwrap_or(0)));
+                }
+            }
+            Reserve::Seize(key) => self.seize(key).map_err(fail)?,
+        }
+        Ok(())
     }
 }

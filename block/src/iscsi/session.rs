@@ -205,9 +205,18 @@ pub fn release_all() {
     for session in sessions {
         let conn = session.lock().conn.clone().filter(|c| !c.is_dead());
         if let Some(conn) = conn {
-            super::reserve::give_back(&session, &conn);
+            give_back(session.as_ref(), &conn);
         }
     }
+    super::device::release_devices();
+}
+
+/// Let the LUN go, if it has not gone to another host.
+fn give_back(session: &Session, conn: &Arc<Conn>) {
+    if session.lost.load(Ordering::SeqCst) {
+        *session.holding.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+    super::reserve::give_back(session, conn.as_ref());
 }
 
 /// Do a command on one connection; unit attentions and a busy target are waited out.
@@ -229,7 +238,7 @@ impl Drop for Session {
     fn drop(&mut self) {
         let conn = self.lock().conn.take().filter(|c| !c.is_dead());
         if let Some(conn) = conn {
-            super::reserve::give_back(self, &conn);
+            give_back(self, &conn);
             conn.logout();
         }
     }

@@ -123,6 +123,24 @@ impl Qcow2 {
         })
     }
 
+    /// Where a range lies in the file, if all of it is in clusters that are this image's own ([`crate::Image::extents`]).
+    pub(super) fn own_extents(&self, offset: u64, len: u64) -> Option<Vec<(u64, u64)>> {
+        crate::check_range(self, offset, len, false).ok()?;
+        if self.external {
+            return None;
+        }
+        let mut runs: Vec<(u64, u64)> = Vec::new();
+        let mut state = self.lock().ok()?;
+        for (at, len) in self.pieces(offset, len) {
+            let host = self.own(&mut state, at).ok()?? + (at & (self.cluster() - 1));
+            match runs.last_mut() {
+                Some((start, have)) if *start + *have == host => *have += len,
+                _ => runs.push((host, len)),
+            }
+        }
+        Some(runs)
+    }
+
     /// Whether the host cluster of a data place may be overwritten (no snapshot shares it).
     pub(super) fn is_own(&self, state: &State, guest: u64) -> bool {
         let (l1, l2) = self.indices(guest);

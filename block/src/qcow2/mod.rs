@@ -382,6 +382,13 @@ impl Image for Qcow2 {
         Ok(())
     }
 
+    fn extents(&self, offset: u64, len: u64) -> Option<Vec<(u64, u64)>> {
+        self.own_extents(offset, len)
+    }
+    fn grain(&self) -> u64 {
+        self.cluster()
+    }
+
     fn write_at(&self, offset: u64, data: &[u8]) -> Result<(), BlockError> {
         check_range(self, offset, data.len() as u64, true)?;
         self.relieve()?;

@@ -4,16 +4,16 @@
 
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicUsize, Ordering};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use ftvm_block::files::{beside, beside_path};
 use ftvm_block::track::{Digest, Tracked};
 use ftvm_block::BlockError;
 use ftvm_devices::{DiskOp, Output};
 
-use crate::host::Outside;
 use crate::lockstep::wire::Message;
 
 /// The images of a side; `None`: a drive without a medium, or one that is not written.
@@ -128,13 +128,15 @@ pub struct OwnWrites {
 }
 
 impl OwnWrites {
-    /// The machine made a request: writes are done here too, reads' data comes in the log.
-    pub fn perform(&mut self, output: Output, outside: &Outside) {
-        if let Output::Disk { id, op, .. } = &output {
-            if !matches!(op, DiskOp::Read { .. }) {
+    /// The machine made a request: what is to be done here too. Reads' data comes in the log.
+    pub fn begin(&mut self, output: Output) -> Option<Output> {
+        match &output {
+            Output::Disk { op: DiskOp::Read { .. }, .. } => None,
+            Output::Disk { id, .. } => {
                 self.begun.insert(*id);
-                outside.perform(output);
+                Some(output)
             }
+            _ => None,
         }
     }
 
@@ -166,20 +168,18 @@ impl OwnWrites {
 pub struct Generations {
     lock: PathBuf,
     images: Vec<PathBuf>,
+    /// The lock's number when this side began to take a primary's images over. Not that of the moment when it has them: the
+    /// primary may have gone on alone meanwhile.
+    joined: AtomicI64,
 }
 
 /// An image that is just being written over.
 const HALF: i64 = -1;
 
-fn beside(path: &Path, suffix: &str) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(suffix);
-    name.into()
-}
-
 fn read(path: &Path) -> std::io::Result<i64> {
-    match std::fs::read_to_string(path) {
-        Ok(text) => text.trim().parse().map_err(|_| {
+    let (files, name) = beside(path)?;
+    match files.read(&name) {
+        Ok(text) => String::from_utf8_lossy(&text).trim().parse().map_err(|_| {
             std::io::Error::new(
                 std::io::ErrorKind::InvalidData,
                 format!("{} is not a number", path.display()),
@@ -192,19 +192,23 @@ fn read(path: &Path) -> std::io::Result<i64> {
 
 /// Replace a number so that it is the old one or the new one, whatever happens.
 fn write(path: &Path, number: i64) -> std::io::Result<()> {
-    let new = beside(path, ".new");
-    let mut file = std::fs::File::create(&new)?;
-    std::io::Write::write_all(&mut file, format!("{number}\n").as_bytes())?;
-    file.sync_all()?;
-    std::fs::rename(&new, path)
+    let (files, name) = beside(path)?;
+    let new = format!("{name}.new");
+    match files.remove(&new) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e),
+        _ => {}
+    }
+    files.create(&new, format!("{number}\n").as_bytes())?;
+    files.rename(&new, &name)
 }
 
 impl Generations {
     /// Of these images under this lock.
     pub fn new(lock: &Path, images: &[PathBuf]) -> Self {
         Generations {
-            lock: beside(lock, ".generation"),
-            images: images.iter().map(|i| beside(i, ".ftgen")).collect(),
+            lock: beside_path(lock, ".generation"),
+            images: images.iter().map(|i| beside_path(i, ".ftgen")).collect(),
+            joined: AtomicI64::new(HALF),
         }
     }
 
@@ -240,13 +244,14 @@ impl Generations {
 
     /// This side's images are about to be written over by a primary's.
     pub fn invalidate(&self) -> std::io::Result<()> {
+        self.joined.store(read(&self.lock)?, Ordering::SeqCst);
         self.images.iter().try_for_each(|image| write(image, HALF))
     }
 
     /// This side's images are the primary's now.
     pub fn adopt(&self) -> std::io::Result<()> {
-        let last = read(&self.lock)?;
-        self.images.iter().try_for_each(|image| write(image, last))
+        let number = self.joined.load(Ordering::SeqCst);
+        self.images.iter().try_for_each(|image| write(image, number))
     }
 }
 
@@ -263,6 +268,12 @@ mod tests {
         a.check().unwrap();
         a.advance().unwrap();
         assert!(b.check().unwrap_err().contains("older than the machine's last state"));
+        b.invalidate().unwrap();
+        b.adopt().unwrap();
+        // A slow backup that finishes when the primary has given it up.
+        a.advance().unwrap();
+        b.adopt().unwrap();
+        assert!(b.check().is_err());
         b.invalidate().unwrap();
         b.adopt().unwrap();
         // While both are equal either may start; then the other has missed something.

@@ -10,6 +10,7 @@ use ftvm_devices::{DiskOp, Input, MachineRequest, Output};
 use super::disks::OwnWrites;
 use super::link::{Link, Pulse};
 use super::primary::PrimaryRole;
+use super::reads::{BackupReads, Fetch};
 use super::{Common, FtEvent, FtSide, Role};
 use crate::host::disk::DiskFailure;
 use crate::host::Outside;
@@ -26,6 +27,10 @@ use crate::runtime::{Event, Events, Outcome};
 const CHUNK: u64 = 100_000;
 /// How often the primary is told how far execution is.
 const ACK_EVERY: Duration = Duration::from_millis(10);
+/// As often where a write of the primary may wait for it.
+const ACK_READS_EVERY: Duration = Duration::from_millis(1);
+/// A backup that cannot read the shared disk for so long is of no use to its primary, whose writes wait for it.
+const READ_PATIENCE: Duration = Duration::from_secs(10);
 /// How long MAC addresses are announced after go-live: rounds and the pause between them.
 const ANNOUNCE: (u32, Duration) = (6, Duration::from_millis(150));
 
@@ -38,6 +43,8 @@ pub struct HostSide {
     pub attach: Attach,
     /// MAC address of each network card.
     pub macs: Vec<[u8; 6]>,
+    /// Disk reads that this side does before.
+    pub reads: Arc<BackupReads>,
 }
 
 /// The backup's part of [`FtSide`].
@@ -63,6 +70,10 @@ pub struct Follow {
     addresses: Vec<Option<[u8; 4]>>,
     /// This side's writes to its own disks, where they are separate.
     own: Option<OwnWrites>,
+    /// Since when the execution waits for a disk read of this side.
+    reading_since: Option<Instant>,
+    /// The current entry's data was read by this side.
+    fetched: bool,
 }
 
 impl Follow {
@@ -94,6 +105,8 @@ impl Follow {
             reason: String::new(),
             addresses: vec![None; cards],
             own: separate.then(OwnWrites::default),
+            reading_since: None,
+            fetched: false,
         }
     }
 
@@ -119,7 +132,7 @@ impl Follow {
     fn keep(&mut self, outputs: Vec<(Stamp, Output)>, outside: &Outside) {
         for (_, output) in outputs {
             if let (Some(own), Output::Disk { .. }) = (&mut self.own, &output) {
-                own.perform(output, outside);
+                own.begin(output).into_iter().for_each(|o| outside.perform(o));
                 continue;
             }
             if let Output::NetTx { nic, frame } = &output {
@@ -175,7 +188,7 @@ pub fn begin_own_writes(rt: &mut Runtime) {
     let pending = rt.machine.pending_disk();
     let outside = Arc::clone(&rt.outside);
     let Some((Follow { own: Some(own), .. }, _)) = role(rt) else { return };
-    pending.into_iter().for_each(|output| own.perform(output, &outside));
+    pending.into_iter().filter_map(|o| own.begin(o)).for_each(|o| outside.perform(o));
 }
 
 /// The sender's IPv4 address in a frame (ARP or IPv4).
@@ -269,24 +282,49 @@ pub fn follow(rt: &mut Runtime) -> Option<Outcome> {
         }
         f.current = next;
     }
-    let entry = f.current.take()?;
+    let mut entry = f.current.take()?;
+    let stamp = entry.stamp();
     // A completion is applied when this side's own disk has done the same.
     let done = f.own.is_some().then(|| disk_done(&entry)).flatten();
-    let target = entry.stamp().position;
-    if let (Some(own), Some((id, _))) = (&f.own, &done) {
-        if own.is_busy(*id) && target == rt.machine.stamp().position {
-            let (f, common) = role(rt)?;
-            f.current = Some(entry);
-            report(f, &common, None);
-            return wait(rt);
+    let mut waits = matches!((&f.own, &done), (Some(own), Some((id, _))) if own.is_busy(*id));
+    if let Entry::Fetch { payload, .. } = &entry {
+        let Some(fetch) = Fetch::from_bytes(payload) else {
+            return Some(Outcome::Failed("a disk read in the log is not readable".into()));
+        };
+        match f.host.reads.take(fetch.id) {
+            Some(data) => {
+                f.reading_since = None;
+                f.fetched = true;
+                let done = MachineInput::Device(Input::DiskDone { id: fetch.id, result: Ok(data) });
+                let payload = postcard::to_stdvec(&done).unwrap_or_default();
+                entry = Entry::Input { stamp, payload };
+            }
+            None => waits = true,
         }
     }
+    // What the entry brings is not here yet: up to there meanwhile.
+    let later = waits.then(|| std::mem::replace(&mut entry, Entry::Horizon { stamp }));
     let outside = Arc::clone(&rt.outside);
     let mut outputs = Vec::new();
     let followed = follow_entry(&mut rt.machine, &entry, CHUNK, &mut outputs);
     let stamp = rt.machine.stamp();
     let (f, common) = role(rt)?;
     f.keep(outputs, &outside);
+    if let Some(later) = later {
+        entry = later;
+        if matches!(followed, Followed::Done) {
+            if let Ok(mut core) = f.core.lock() {
+                core.executed(stamp);
+            }
+            let reads = matches!(entry, Entry::Fetch { .. });
+            f.current = Some(entry);
+            if reads {
+                return wait_for_read(rt);
+            }
+            report(f, &common, None);
+            return wait(rt);
+        }
+    }
     match followed {
         Followed::NotYet | Followed::Asked(_) => {
             if let Followed::Asked(request) = followed {
@@ -302,8 +340,12 @@ pub fn follow(rt: &mut Runtime) -> Option<Outcome> {
         Followed::Done => {
             let released = f.core.lock().map_or(0, |mut c| {
                 c.executed(stamp);
+                c.applied();
                 c.released()
             });
+            if std::mem::take(&mut f.fetched) && f.last_ack.elapsed() >= ACK_READS_EVERY {
+                report_now(f);
+            }
             f.forget_released(released);
             if let (Some(own), Some((id, failed))) = (&mut f.own, done) {
                 own.forget(id);
@@ -359,6 +401,20 @@ pub fn follow(rt: &mut Runtime) -> Option<Outcome> {
     }
 }
 
+/// The log's next entry needs a disk read of this side, which is not done yet.
+fn wait_for_read(rt: &mut Runtime) -> Option<Outcome> {
+    let (f, common) = role(rt)?;
+    let since = *f.reading_since.get_or_insert_with(Instant::now);
+    let following = f.core.lock().is_ok_and(|c| matches!(c.phase(), Phase::Synchronizing | Phase::Following));
+    if following && since.elapsed() >= READ_PATIENCE {
+        let what = format!("it cannot read the shared disk: {}", f.host.reads.error());
+        f.resign(&what);
+        return Some(Outcome::Failed(format!("this backup ends: {what}")));
+    }
+    report(f, &common, None);
+    wait(rt)
+}
+
 fn report_now(f: &mut Follow) {
     f.last_ack = Instant::now();
     if let (Some(link), Ok(core)) = (&f.link, f.core.lock()) {
@@ -397,10 +453,12 @@ fn go_live(rt: &mut Runtime) -> Option<Outcome> {
     rt.shared.backends().take_note(rt.machine.note());
     let (f, common) = role(rt)?;
     let (heard, asked) = f.asked_at.take().unwrap_or_else(|| (common.now(), common.now()));
+    let opening = Instant::now();
     while let Err(e) = (f.host.attach)(&outside, &events) {
         log::error!("ft: cannot go live yet: {e}; trying again");
         std::thread::sleep(Duration::from_millis(200));
     }
+    log::info!("ft: images and networks opened in {:.1?}", opening.elapsed());
     let mut own = f.own.take();
     let unsent: Vec<Output> = f.outputs.drain(..).map(|(_, o)| o).collect();
     let (mut macs, addresses) = (f.host.macs.clone(), f.addresses.clone());
@@ -490,6 +548,7 @@ fn announce(outside: &Arc<Outside>, macs: &[[u8; 6]], addresses: &[Option<[u8; 4
 pub fn reader(
     core: Arc<Mutex<Backup>>,
     common: Arc<Common>,
+    reads: Arc<BackupReads>,
     send: impl Fn(Message) + Send + 'static,
     close: impl Fn(String) + Send + 'static,
 ) -> impl FnMut(Message) + Send + 'static {
@@ -497,7 +556,9 @@ pub fn reader(
         let Ok(mut c) = core.lock() else { return };
         match c.on_message(&message, common.now()) {
             Ok(actions) => {
+                let fetches = c.take_fetches();
                 drop(c);
+                fetches.iter().for_each(|f| reads.begin(f));
                 for action in actions {
                     if let Action::Send(m) = action {
                         send(m);

@@ -44,6 +44,8 @@ pub struct Joined {
     pub timing: (Duration, Duration),
     /// Each side has disks of its own.
     pub separate: bool,
+    /// Disk reads are done by the backup itself.
+    pub reads_disk: bool,
 }
 
 /// Connect to a primary and take its configuration.
@@ -65,14 +67,17 @@ pub fn join(peer: &str, listen: &str) -> Result<Joined, JoinError> {
     let frame = wire::encode(&hello).map_err(wire)?;
     std::io::Write::write_all(&mut stream, &frame).map_err(|e| wire(e.into()))?;
     match wire::read(&mut stream).map_err(wire)?.0 {
-        Message::Config { epoch, config, heartbeat_ms, timeout_ms, separate_disks } => Ok(Joined {
-            stream,
-            peer: peer.to_owned(),
-            epoch,
-            config,
-            timing: (Duration::from_millis(heartbeat_ms), Duration::from_millis(timeout_ms)),
-            separate: separate_disks,
-        }),
+        Message::Config { epoch, config, heartbeat_ms, timeout_ms, separate_disks, reads_disk } => {
+            Ok(Joined {
+                stream,
+                peer: peer.to_owned(),
+                epoch,
+                config,
+                timing: (Duration::from_millis(heartbeat_ms), Duration::from_millis(timeout_ms)),
+                separate: separate_disks,
+                reads_disk,
+            })
+        }
         Message::Refuse { reason } => Err(JoinError::Refused(peer.to_owned(), reason)),
         _ => Err(wire(WireError::Format("an unexpected message instead of the configuration".into()))),
     }
@@ -113,7 +118,7 @@ impl Joined {
         }
         let peer = self.peer.clone();
         let wire = |e| JoinError::Wire(peer.clone(), e);
-        if let Some(Err(e)) = common.generations.as_ref().map(disks::Generations::invalidate) {
+        if let Some(Err(e)) = common.generations.as_ref().map(|g| g.invalidate()) {
             return Err(self.refuse(format!("the backup cannot mark its disks: {e}")));
         }
         for message in disks::digests(&common.disks) {
@@ -198,6 +203,7 @@ impl Received {
             timeout: self.joined.timing.1,
             max_lag: common.config.max_lag,
         };
+        let reads = Arc::clone(&host.reads);
         let core = Arc::new(Mutex::new(Backup::new(timing, epoch.clone(), self.start, common.now())));
         let link = Link::start(self.joined.stream).map_err(wire)?;
         link.send(Message::Loaded);
@@ -209,7 +215,7 @@ impl Received {
         let bad = move |reason| {
             let _ = c2.events.send(Event::Ft(FtEvent::Disconnected(id, reason)));
         };
-        let on_message = reader(Arc::clone(&core), Arc::clone(&common), link.sender(), bad);
+        let on_message = reader(Arc::clone(&core), Arc::clone(&common), reads, link.sender(), bad);
         link.read_after(self.rest, on_message, end).map_err(wire)?;
         let pulse = {
             let local = if link.peer.is_ipv6() { "[::]:0" } else { "0.0.0.0:0" };

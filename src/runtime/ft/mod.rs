@@ -6,10 +6,12 @@ mod follow;
 mod join;
 mod link;
 mod primary;
+mod reads;
 
 pub use follow::{begin_own_writes, follow, own_write_ended, Follow, HostSide};
 pub use join::{join, JoinError, Joined};
 pub use link::{Link, Pulse};
+pub use reads::{BackupReads, Fetch};
 
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -53,7 +55,7 @@ pub struct Common {
     pub start: Instant,
     /// This side's own images, where disks are separate.
     pub disks: disks::Disks,
-    pub generations: Option<disks::Generations>,
+    pub generations: Option<Arc<disks::Generations>>,
 }
 
 impl Common {
@@ -64,8 +66,17 @@ impl Common {
 
     /// This side goes on alone: with separate disks only its own are up to date from here on.
     pub fn alone(&self) {
-        if let Some(Err(e)) = self.generations.as_ref().map(disks::Generations::advance) {
-            log::error!("ft: cannot note that only this host's disks are up to date: {e}");
+        let Some(generations) = self.generations.clone() else { return };
+        let Err(e) = generations.advance() else { return };
+        log::error!("ft: cannot note that only this host's disks are up to date: {e}; trying again");
+        let spawned = std::thread::Builder::new().name("ft-number".into()).spawn(move || {
+            while generations.advance().is_err() {
+                std::thread::sleep(Duration::from_millis(500));
+            }
+            log::info!("ft: noted that only this host's disks are up to date");
+        });
+        if let Err(e) = spawned {
+            log::error!("ft: no thread for it: {e}");
         }
     }
 
@@ -81,11 +92,12 @@ impl Common {
     /// Ask the lock on a thread of its own until it answers.
     pub fn arbitrate(&self, epoch: Epoch, side: Side) {
         let (lock, events) = (Arc::clone(&self.lock), self.events.clone());
+        let asked = Instant::now();
         log::warn!("ft: the peer is suspected; asking the lock {}", lock.describe());
         let spawned = std::thread::Builder::new().name("ft-lock".into()).spawn(move || loop {
             match lock.try_win(&epoch, side) {
                 Ok(verdict) => {
-                    log::warn!("ft: the lock says {verdict:?}");
+                    log::warn!("ft: the lock says {verdict:?} after {:.1?}", asked.elapsed());
                     let _ = events.send(super::Event::Ft(FtEvent::Verdict(epoch.token.clone(), verdict)));
                     return;
                 }
@@ -152,6 +164,13 @@ impl FtSide {
         if let Some(mut core) = self.core().and_then(|c| c.lock().ok()) {
             core.input(stamp, payload);
         }
+    }
+
+    /// Log the end of a read that the backup does itself; the entry's number, or `None` if there is no backup.
+    pub fn log_fetch(&mut self, stamp: Stamp, fetch: &Fetch) -> Option<u64> {
+        let payload = postcard::to_stdvec(fetch).ok()?;
+        let mut core = self.core()?.lock().ok()?;
+        core.is_logging().then(|| core.fetch(stamp, payload))
     }
 
     /// Log a state hash.

@@ -11,6 +11,7 @@ use ftvm_devices::Output;
 use super::disks::{self, Copier};
 use super::link::{Link, Pulse};
 use super::{Common, FtEvent, Role};
+use crate::cli::ft::Reads;
 use crate::lockstep::primary::{Action, Phase, Primary};
 use crate::lockstep::wire::{self, Epoch, Message, WireError, PROTOCOL};
 use crate::lockstep::{Side, Verdict};
@@ -304,6 +305,7 @@ fn prepare(
             heartbeat_ms: common.config.heartbeat.as_millis() as u64,
             timeout_ms: common.config.timeout.as_millis() as u64,
             separate_disks: common.config.separate,
+            reads_disk: common.config.reads == Reads::Disk,
         };
         std::io::Write::write_all(&mut stream, &wire::encode(&config)?)?;
         stream.set_read_timeout(Some(Duration::from_secs(60)))?;
@@ -439,6 +441,7 @@ fn start_reader(p: &mut PrimaryRole, common: &Arc<Common>, link: &Link, outside:
                         }
                     }
                 }
+                outside.backup_executed(core.applied());
             }
         } else {
             if let Ok(mut core) = core.lock() {
@@ -489,6 +492,7 @@ fn act(rt: &mut Runtime, action: Action<Output>) -> Option<Outcome> {
                 common.alone();
             }
             drop_pair(p, &common);
+            outside.keep_reads();
             None
         }
         Action::Halt { reason, planned } => {
@@ -643,6 +647,12 @@ fn finish_copy(rt: &mut Runtime) -> Option<()> {
     }
     let stamp = rt.machine.stamp();
     let state = rt.machine.save().to_bytes();
+    if role(rt)?.1.config.reads == Reads::Disk {
+        let drives = rt.shared.backends().drives.clone();
+        // What a snapshot's overlay holds is on this host only.
+        let shared = |i: usize| drives.get(i).is_some_and(|d| d.as_ref().is_some_and(|d| !d.snapshot));
+        rt.outside.share_reads(&rt.machine.pending_disk(), shared);
+    }
     let (p, common) = role(rt)?;
     let copy = p.copy.take()?;
     let link = p.link.as_ref()?;

@@ -18,6 +18,8 @@ pub enum Kind {
     Path,
     Nfs,
     Iscsi,
+    /// Each host has a disk of its own; the lock lies on the NFS server of a third host.
+    Separate,
 }
 
 impl Kind {
@@ -27,7 +29,8 @@ impl Kind {
             "path" => Ok(Kind::Path),
             "nfs" => Ok(Kind::Nfs),
             "iscsi" => Ok(Kind::Iscsi),
-            other => Err(format!("'{other}' is none of path, nfs, iscsi")),
+            "separate" => Ok(Kind::Separate),
+            other => Err(format!("'{other}' is none of path, nfs, iscsi, separate")),
         }
     }
 }
@@ -57,13 +60,13 @@ impl Server {
     pub fn unavailable(kind: Kind) -> Option<String> {
         let need: &[&str] = match kind {
             Kind::Path => &[],
-            Kind::Nfs => &["ganesha.nfsd", "rpcbind"],
+            Kind::Nfs | Kind::Separate => &["ganesha.nfsd", "rpcbind"],
             Kind::Iscsi => &["tgtd", "tgtadm"],
         };
         if let Some(program) = need.iter().find(|p| missing(p)) {
             return Some(format!("{program} is not installed (packaging/setup.sh)"));
         }
-        if kind == Kind::Nfs && std::env::var_os("FTVM_UNSHARED").is_some() {
+        if matches!(kind, Kind::Nfs | Kind::Separate) && std::env::var_os("FTVM_UNSHARED").is_some() {
             return Some("nfs-ganesha needs real root".into());
         }
         None
@@ -144,7 +147,7 @@ impl Server {
             c.stdin(Stdio::null()).stdout(out).stderr(err).spawn().map_err(|e| e.to_string())
         };
         match self.kind {
-            Kind::Path => Ok(()),
+            Kind::Path | Kind::Separate => Ok(()),
             Kind::Iscsi => {
                 let portal = format!("portal={}:3260", Network::storage_address());
                 self.daemon =
@@ -223,7 +226,7 @@ impl Server {
     pub fn url(&self, name: &str) -> String {
         let host = Network::storage_address();
         match self.kind {
-            Kind::Path => name.to_owned(),
+            Kind::Path | Kind::Separate => name.to_owned(),
             Kind::Nfs => format!("nfs://{host}{}/export/{name}", self.dir),
             Kind::Iscsi => format!("iscsi://{host}/{IQN}/1"),
         }

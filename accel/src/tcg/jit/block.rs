@@ -24,6 +24,8 @@ enum Cold {
     Edge { n: u32, link: Option<Fix>, budget: Fix, flags: Flags, target: i32 },
     /// Fill the TLB for the group of leader `n`, and try `again`.
     Touch { from: Fix, again: Fix, n: usize, flags: Flags, tag: i32 },
+    /// The budget has no room for a trace that was found in the table.
+    Short { from: Fix },
     /// Out of the trace, which instruction `i` ends here.
     Side { from: Fix, i: usize, flags: Flags, target: i64 },
 }
@@ -123,14 +125,14 @@ impl SoftCpu {
                 c.again(plan);
             }
             c.out_of_line();
-            let (code, edges, leaders) = (c.a.buf, c.edges, c.leaders);
+            let (code, edges, leaders, home) = (c.a.buf, c.edges, c.leaders, c.home);
             if self.jit.memory.as_mut().is_some_and(|m| m.push(&code)) {
                 self.jit.edges.extend(edges);
                 if !leaders.is_empty() {
-                    self.jit.grouped.push(Grouped { keys, code: base, failures: 0 });
+                    self.jit.grouped.push(Grouped { keys, code: home, failures: 0 });
                     self.jit.leaders.extend(leaders);
                 }
-                block.code.set(base as *const u8);
+                block.code.set(home as *const u8);
                 block.code_count.set(count);
                 return true;
             }
@@ -208,6 +210,16 @@ impl<'a> Compiler<'a> {
     }
 
     fn body(&mut self) {
+        if self.entries.is_empty() {
+            self.a.b(&[0x66, 0x90]); // nop: the code proper is aligned
+            let far = self.a.at();
+            self.a.word(8, 0, 0x81, 5, mem(LEFT)); // sub
+            self.a.d32(self.trace.count as i32);
+            let from = self.a.jcc(cc::S);
+            debug_assert_eq!(self.a.at() - far, FAR as usize);
+            self.home = self.a.base + self.a.at() as u64;
+            self.cold.push(Cold::Short { from });
+        }
         let n = self.trace.len();
         for i in 0..n {
             if let Some(e) = self.entries.iter().position(|e| e.0 == i) {
@@ -490,6 +502,11 @@ impl<'a> Compiler<'a> {
     fn out_of_line(&mut self) {
         while let Some(c) = self.cold.pop() {
             match c {
+                Cold::Short { from } => {
+                    self.a.here(from);
+                    self.a.alu_imm(8, 0, mem(LEFT), self.trace.count as i32);
+                    self.a.jmp_abs(self.stubs.miss);
+                }
                 Cold::Side { from, i, flags, target } => {
                     self.a.here(from);
                     self.fl = flags;

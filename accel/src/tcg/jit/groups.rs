@@ -165,6 +165,8 @@ impl Plan {
                     g.high = g.high.max(end);
                     g.write |= r.write;
                 }
+                // The handler may do all of an instruction, should its first access go the slow way.
+                None if n > 0 && requests[n - 1].i == r.i => {}
                 None => groups.push(Group {
                     base: r.base,
                     era: r.era,

@@ -51,6 +51,8 @@ pub enum Tier {
     Random(u64),
 }
 
+/// Bytes before a trace's code that charge the budget for it.
+const FAR: u64 = 14;
 /// So often may a trace's groups fail before the trace is compiled without them too.
 const FAILURES: u32 = 4;
 
@@ -257,6 +259,16 @@ impl SoftCpu {
         Left::Link(n)
     }
 
+    /// Where compiled code enters a block that it found in the table: for a compiled one, just before its code,
+    /// where the budget is charged.
+    #[inline(always)]
+    pub(super) fn far_entry(&self, block: &Block) -> u64 {
+        match block.code.get() as u64 {
+            0 => self.jit.stubs.miss,
+            code => code - FAR,
+        }
+    }
+
     /// Let an edge lead to `block` from now on.
     pub(super) fn link(&mut self, edge: u32, block: &Block) {
         let code = block.code.get();
@@ -285,6 +297,9 @@ impl SoftCpu {
         for b in self.cache.blocks.values() {
             b.code.set(std::ptr::null());
             b.runs.set(0);
+        }
+        for j in &mut self.jumps {
+            j.code = self.jit.stubs.miss;
         }
         if let Some(m) = &mut self.jit.memory {
             m.truncate(self.jit.stubs.size());
@@ -396,6 +411,7 @@ unsafe extern "sysv64" fn touch(c: *mut SoftCpu, n: u32) -> u32 {
     let lin = c.st.gpr[TOUCHED];
     c.pos = c.limit - c.st.gpr[LEFT] - count;
     c.cur = op;
+    c.end = op;
     let changes = c.changes;
     let mut good = false;
     if (lin & 0xFFF) + l.len as u64 <= 4096 && canonical(lin) {
@@ -403,7 +419,9 @@ unsafe extern "sysv64" fn touch(c: *mut SoftCpu, n: u32) -> u32 {
         if let Ok(w) = c.walk(lin, access, c.mmu) {
             c.fill(lin, &w, c.mmu);
             let e = &c.tlb[c.mmu][(lin >> 12) as usize & (TLB_SIZE - 1)];
-            good = if l.plainly { e.wtag } else { e.rtag } == lin & !0xFFF && changes == c.changes;
+            good = if l.plainly { e.wtag } else { e.rtag } == lin & !0xFFF
+                && changes == c.changes
+                && !c.end.is_null();
         }
     }
     c.cur = &super::IDLE;

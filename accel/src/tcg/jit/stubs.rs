@@ -44,6 +44,8 @@ pub struct Stubs {
     pub load: [u64; 3],
     /// Jump to the guest address in RAX.
     pub lookup: u64,
+    /// Leave; RIP_OUT says where to go on.
+    pub miss: u64,
 }
 
 impl Stubs {
@@ -232,22 +234,14 @@ impl Stubs {
         a.load(8, RAX, mem(KEY));
         a.alu_load(8, 7, RAX, Rm::M(RDI, offset_of!(Jump, key) as i32));
         let m2 = a.jcc(cc::NE);
-        a.load(8, RDI, Rm::M(RDI, offset_of!(Jump, block) as i32));
-        a.load(8, RAX, Rm::M(RDI, offset_of!(Block, code) as i32));
-        a.test(8, Rm::R(RAX), RAX);
-        let m3 = a.jcc(cc::E);
-        a.load(4, RDI, Rm::M(RDI, offset_of!(Block, code_count) as i32));
-        a.alu(8, 5, mem(LEFT), RDI);
-        let short = a.jcc(cc::B);
-        a.load(8, RDI, mem(RIP_OUT));
-        a.alu_imm(8, 4, Rm::R(RDI), -4096);
-        a.store(8, mem(PAGE), RDI);
-        a.b(&[0xFF, 0xE0]); // jmp rax
-        a.here(short);
-        a.alu(8, 0, mem(LEFT), RDI);
-        for m in [m1, m2, m3] {
+        a.load(8, RAX, mem(RIP_OUT));
+        a.alu_imm(8, 4, Rm::R(RAX), -4096);
+        a.store(8, mem(PAGE), RAX);
+        a.word(4, 0, 0xFF, 4, Rm::M(RDI, offset_of!(Jump, code) as i32)); // jmp
+        for m in [m1, m2] {
             a.here(m);
         }
+        s.miss = address(&a);
         a.constant(RAX, NEXT as u64);
         a.jmp_abs(s.exit);
 
