@@ -6,7 +6,7 @@ use ftvm_qmp::{Call, Fds, Handler, QmpError, Schema};
 use serde_json::{json, Map, Value};
 
 use super::qom::Object;
-use super::{machine, pci, qom, snapshots, Control};
+use super::{input, pci, qom, snapshots, Control};
 use crate::cli::config::format_uuid;
 use crate::cli::keyval::Params;
 use crate::host::keys;
@@ -168,7 +168,7 @@ impl Control {
                     };
                     pressed.push(key.ok_or_else(|| QmpError::generic(format!("invalid parameter: {name}")))?);
                 }
-                machine::press(self, pressed, Duration::from_millis(hold)).map(|_| String::new())
+                input::press(self, pressed, Duration::from_millis(hold)).map(|_| String::new())
             }
             "qom-list" => {
                 let list = self.ask("qom-list", json!({"path": need(0)?}), fds)?;
@@ -385,10 +385,16 @@ fn network(c: &Control) -> Result<String, QmpError> {
 
 fn pci_text(c: &Control) -> Result<String, QmpError> {
     let mut out = String::new();
-    for f in pci::functions(c)? {
+    pci_lines(pci::functions(c)?.iter(), &mut out);
+    Ok(out)
+}
+
+fn pci_lines<'a>(functions: impl Iterator<Item = &'a Value>, out: &mut String) {
+    for f in functions {
         let (class, id) = (&f["class_info"], &f["id"]);
         out.push_str(&format!(
-            "  Bus  0, device {:3}, function {}:\n",
+            "  Bus {:2}, device {:3}, function {}:\n",
+            f["bus"].as_u64().unwrap_or(0),
             f["slot"].as_u64().unwrap_or(0),
             f["function"]
         ));
@@ -396,10 +402,33 @@ fn pci_text(c: &Control) -> Result<String, QmpError> {
         let what = class["desc"].as_str().map_or(format!("Class {code:04x}"), str::to_owned);
         let n = |key: &str| id[key].as_u64().unwrap_or(0);
         out.push_str(&format!("    {what}: PCI device {:04x}:{:04x}\n", n("vendor"), n("device")));
-        out.push_str(&format!("      PCI subsystem {:04x}:{:04x}\n", n("subsystem-vendor"), n("subsystem")));
+        if id.get("subsystem").is_some() {
+            out.push_str(&format!(
+                "      PCI subsystem {:04x}:{:04x}\n",
+                n("subsystem-vendor"),
+                n("subsystem")
+            ));
+        }
         if let Some(irq) = f.get("irq") {
             let pin = (b'A' + f["irq_pin"].as_u64().unwrap_or(1).clamp(1, 4) as u8 - 1) as char;
             out.push_str(&format!("      IRQ {irq}, pin {pin}\n"));
+        }
+        if let Some(bridge) = f.get("pci_bridge") {
+            let bus = &bridge["bus"];
+            let range = |name: &str, width: usize| {
+                let end = |key: &str| bus[name][key].as_u64().unwrap_or(0);
+                format!("[{:#0width$x}, {:#0width$x}]", end("base"), end("limit"))
+            };
+            out.push_str(&format!(
+                "      BUS {}.\n      secondary bus {}.\n      subordinate bus {}.\n      IO range {}\n      \
+                 memory range {}\n      prefetchable memory range {}\n",
+                bus["number"],
+                bus["secondary"],
+                bus["subordinate"],
+                range("io_range", 6),
+                range("memory_range", 10),
+                range("prefetchable_range", 10)
+            ));
         }
         for r in items(&f["regions"]) {
             let (address, size) = (r["address"].as_u64().unwrap_or(0), r["size"].as_u64().unwrap_or(0));
@@ -408,14 +437,18 @@ fn pci_text(c: &Control) -> Result<String, QmpError> {
                 true => format!("I/O at {address:#06x} [{end:#06x}]"),
                 false => {
                     let bits = if r["mem_type_64"] == true { 64 } else { 32 };
-                    format!("{bits} bit memory at {address:#010x} [{end:#010x}]")
+                    let kind = if r["prefetch"] == true { " prefetchable" } else { "" };
+                    format!("{bits} bit{kind} memory at {address:#010x} [{end:#010x}]")
                 }
             };
             out.push_str(&format!("      BAR{}: {line}.\n", r["bar"]));
         }
-        out.push_str(&format!("      id \"{}\"\n", text(&f, "qdev_id")));
+        out.push_str(&format!("      id \"{}\"\n", text(f, "qdev_id")));
+        if let Some(behind) = f["pci_bridge"].get("devices") {
+            let behind: Vec<&Value> = items(behind).collect();
+            pci_lines(&mut behind.into_iter() as &mut dyn Iterator<Item = &Value>, out);
+        }
     }
-    Ok(out)
 }
 
 fn qom_tree(object: &Object) -> String {

@@ -8,6 +8,7 @@ pub mod devices;
 mod fdsets;
 mod ft;
 mod hmp;
+mod input;
 mod machine;
 mod net;
 mod options;
@@ -70,7 +71,8 @@ const COMMANDS: &[(&str, Command)] = &[
     ("system_powerdown", machine::powerdown),
     ("inject-nmi", machine::nmi),
     ("set-action", machine::set_action),
-    ("send-key", machine::send_key),
+    ("send-key", input::send_key),
+    ("input-send-event", input::send_event),
     ("query-machines", machine::machines),
     ("query-current-machine", |_, _| Ok(json!({"wakeup-suspend-support": false}))),
     ("query-cpu-definitions", cpu::definitions),
