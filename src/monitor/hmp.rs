@@ -6,7 +6,7 @@ use ftvm_qmp::{Call, Fds, Handler, QmpError, Schema};
 use serde_json::{json, Map, Value};
 
 use super::qom::Object;
-use super::{input, pci, qom, Control};
+use super::{input, pci, qom, snapshots, Control};
 use crate::cli::config::format_uuid;
 use crate::cli::keyval::Params;
 use crate::host::keys;
@@ -15,6 +15,7 @@ use crate::runtime::control::RunState;
 /// What `help` and `info` show.
 const HELP: &[(&str, &str)] = &[
     ("balloon MB", "how much memory the guest is to have"),
+    ("block_resize DEVICE SIZE", "change the size of an image (MiB without a suffix)"),
     ("c|cont", "let the processors run"),
     ("device_add DRIVER[,prop=value]", "plug a device in"),
     ("device_del ID", "ask the guest to let go of a device"),
@@ -34,6 +35,8 @@ const HELP: &[(&str, &str)] = &[
     ("screendump FILE [-f ppm|png] [DEVICE [HEAD]]", "a picture of the screen, in a file"),
     ("sendkey KEY[-KEY...] [HOLD_MS]", "press keys together"),
     ("set_link NAME on|off", "plug a network cable in or pull it"),
+    ("snapshot_blkdev_internal DEVICE NAME", "make an internal snapshot of an image"),
+    ("snapshot_delete_blkdev_internal DEVICE NAME [ID]", "delete an internal snapshot"),
     ("stop|s", "stop the processors"),
     ("system_powerdown", "press the power button"),
     ("system_reset", "press the reset button"),
@@ -58,6 +61,7 @@ const INFO: &[(&str, &str, Info)] = &[
     ("qom-tree", "the tree of objects", |c| Ok(qom_tree(&qom::tree(c)))),
     ("qtree", "the devices", qtree),
     ("registers", "registers of the processors when they last stopped", |c| Ok(c.shared.registers() + "\n")),
+    ("snapshots", "internal snapshots of the images", snapshots::list),
     ("status", "whether the machine runs", status),
     ("uuid", "the machine's UUID", |c| Ok(format!("{}\n", format_uuid(&c.config.uuid)))),
     ("version", "the program's version", |_| Ok(format!("7.2.0 (ftvm {})\n", env!("CARGO_PKG_VERSION")))),
@@ -114,6 +118,22 @@ impl Control {
             "nmi" => self.run("inject-nmi", json!({}), fds),
             "system_reset" | "system_powerdown" => self.run(verb, json!({}), fds),
             "balloon" => self.run("balloon", json!({"value": number(need(0)?)? << 20}), fds),
+            "block_resize" => {
+                let size = crate::cli::keyval::parse_size(need(1)?, 1 << 20);
+                let size = size.ok_or_else(|| QmpError::generic("invalid size"))?;
+                self.run("block_resize", json!({"device": need(0)?, "size": size}), fds)
+            }
+            "snapshot_blkdev_internal" => {
+                let arguments = json!({"device": need(0)?, "name": need(1)?});
+                self.run("blockdev-snapshot-internal-sync", arguments, fds)
+            }
+            "snapshot_delete_blkdev_internal" => {
+                let mut arguments = json!({"device": need(0)?, "name": need(1)?});
+                if let Some(id) = words.get(2) {
+                    arguments["id"] = json!(id);
+                }
+                self.run("blockdev-snapshot-delete-internal-sync", arguments, fds)
+            }
             "device_del" | "netdev_del" => self.run(verb, json!({"id": need(0)?}), fds),
             "object_del" => self.run("object-del", json!({"id": need(0)?}), fds),
             "eject" => {

@@ -16,6 +16,7 @@ mod options;
 pub mod page;
 mod pci;
 mod qom;
+mod snapshots;
 mod types;
 mod vnc;
 
@@ -115,8 +116,10 @@ const COMMANDS: &[(&str, Command)] = &[
     ("query-block-jobs", |_, _| Ok(json!([]))),
     ("blockdev-add", block::add),
     ("blockdev-del", block::del),
-    ("block_resize", block::resize),
+    ("block_resize", snapshots::resize),
     ("eject", block::eject),
+    ("blockdev-snapshot-internal-sync", snapshots::create),
+    ("blockdev-snapshot-delete-internal-sync", snapshots::delete),
     ("blockdev-open-tray", block::open_tray),
     ("blockdev-close-tray", block::close_tray),
     ("blockdev-insert-medium", block::insert_medium),
