@@ -32,7 +32,7 @@ impl Vga {
             if wide {
                 v
             } else {
-                (v & 63) << 2 | (v & 1) * 3
+                ((v & 63) << 2) | ((v & 1) * 3)
             }
         };
         part(0) << 16 | part(1) << 8 | part(2)

@@ -86,7 +86,7 @@ fn text_is_drawn_with_the_font_in_plane_2() {
     assert_eq!((picture.width, picture.height), (720, 400));
     let at = |x: u32, y: u32| picture.pixels[(y * 720 + x) as usize];
     let colour = |c: u32| {
-        let wide = |v: u32| v << 2 | (v & 1) * 3;
+        let wide = |v: u32| (v << 2) | ((v & 1) * 3);
         wide(c) << 16 | wide(63 - c) << 8 | wide(63 - c)
     };
     let row: Vec<u32> = (18..27).map(|x| at(x, 16 + 3)).collect();

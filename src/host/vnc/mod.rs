@@ -156,7 +156,7 @@ impl Vnc {
                 log::debug!("vnc: {e}");
             }
             // Nobody is left to let these go.
-            pressed.into_iter().filter_map(|n| keys::by_number(n)).for_each(|k| console.key(k, false));
+            pressed.into_iter().filter_map(keys::by_number).for_each(|k| console.key(k, false));
             server.forget(number);
         });
         if served.is_err() {
