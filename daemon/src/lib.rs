@@ -10,6 +10,7 @@ pub mod ctl;
 pub mod definition;
 pub mod machine;
 
+pub mod page;
 pub mod qmp;
 pub mod registry;
 pub mod service;

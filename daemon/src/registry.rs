@@ -39,7 +39,12 @@ impl Registry {
         for dir in [&dirs.config, &dirs.run] {
             std::fs::create_dir_all(dir).map_err(|e| Error::File(dir.display().to_string(), e))?;
         }
-        Ok(Registry { dirs, machines: Mutex::default(), notices })
+        Ok(Self::unread(dirs, notices))
+    }
+
+    /// A registry that has not looked into its directories.
+    pub fn unread(dirs: Dirs, notices: Sender<(Arc<Machine>, Notice)>) -> Registry {
+        Registry { dirs, machines: Mutex::default(), notices }
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Machine>>> {

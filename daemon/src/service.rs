@@ -118,3 +118,41 @@ async fn tell_one(connection: &Connection, machine: &Machine, notice: Notice) ->
         Notice::Diverged(position, parts) => FaultTolerance::diverged(&emitter, position, parts).await,
     }
 }
+
+/// The command line of `ftvmd`.
+pub fn command() -> clap::Command {
+    let option = |name: &'static str, value: &'static str, default: &'static str, help: &'static str| {
+        clap::Arg::new(name).long(name).value_name(value).default_value(default).help(help)
+    };
+    clap::Command::new("ftvmd")
+        .version(env!("CARGO_PKG_VERSION"))
+        .about("The D-Bus service of the ftvm machines of this host")
+        .arg(
+            clap::Arg::new("session")
+                .long("session")
+                .action(clap::ArgAction::SetTrue)
+                .help("Serve on the session bus instead of the system bus"),
+        )
+        .arg(option("config-dir", "DIR", "/etc/ftvm/machines", "Where the definitions are"))
+        .arg(option("run-dir", "DIR", "/run/ftvm", "Where sockets, pidfiles and logs go"))
+        .arg(option("ftvm", "PROGRAM", "ftvm", "The program that runs a machine"))
+}
+
+/// The objects' interfaces, as they are introspected: name and XML.
+pub fn interfaces() -> Vec<(&'static str, String)> {
+    let (sender, _) = channel();
+    let nowhere = std::path::PathBuf::from("/nonexistent");
+    let dirs = Dirs { config: nowhere.clone(), run: nowhere, ftvm: "ftvm".into() };
+    let bus = Bus::Session;
+    let machine = Machine::new("name", &dirs, &sender);
+    machine.remove();
+    let registry = Arc::new(Registry::unread(dirs, sender));
+    let publisher =
+        Arc::new(Publisher { registry: Arc::clone(&registry), bus, connection: Mutex::default() });
+    let xml = crate::page::interface_xml;
+    vec![
+        ("org.ftvm.Manager1", xml(&Manager { registry, publisher, bus })),
+        ("org.ftvm.Machine1", xml(&MachineObject { machine: Arc::clone(&machine), bus })),
+        ("org.ftvm.FaultTolerance1", xml(&FaultTolerance { machine, bus })),
+    ]
+}
