@@ -24,6 +24,7 @@ test: setup
 	$(CARGO) clippy --release --workspace --all-targets -- -D warnings
 	$(CARGO) build --release --workspace --bins
 	tests/guests/build.sh build/guests all
+	$(CARGO) build --release --manifest-path tests/second-reader/Cargo.toml --target-dir build/second-reader
 	$(CARGO) test --release --workspace --no-fail-fast
 
 # 100 failovers under load (FTVM_SOAK_ROUNDS to change).

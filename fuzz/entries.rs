@@ -24,7 +24,7 @@ use ftvm_accel::bus::Ipi;
 use ftvm_accel::state::Segment;
 use ftvm_accel::tcg::{Registers, SoftCpu};
 use ftvm_accel::{Bus, CpuModel, Exit, GuestMemory, Processor};
-use ftvm_block::OpenOptions;
+use ftvm_block::{OpenOptions, Snapshot, SnapshotChange};
 use ftvm_qmp::{Session, Step};
 
 /// An entry point for bytes.
@@ -37,6 +37,7 @@ pub const ALL: &[(&str, Entry)] = &[
     ("heartbeat", heartbeat),
     ("qmp", qmp),
     ("qcow2", qcow2),
+    ("snapshots", snapshots),
     ("command_line", command_line),
     ("recording", recording),
     ("processor", processor),
@@ -148,6 +149,38 @@ fn memory_file(data: &[u8]) -> Option<(OwnedFd, PathBuf)> {
     let path = PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()));
     std::fs::File::options().write(true).open(&path).ok()?.write_all(data).ok()?;
     Some((fd, path))
+}
+
+/// A qcow2 image whose internal snapshots and size change.
+pub fn snapshots(data: &[u8]) {
+    if data.len() > 1 << 20 || data.get(8..16).is_some_and(|offset| offset != [0; 8]) {
+        return;
+    }
+    let Some((_fd, path)) = memory_file(data) else { return };
+    let options = OpenOptions { format: Some("qcow2".into()), discard: true, ..OpenOptions::default() };
+    let Ok(image) = ftvm_block::open(&path, &options) else { return };
+    // A large size in a small file: its tables are made as large when it changes.
+    if image.size() > 1 << 30 {
+        return;
+    }
+    let before = image.info().snapshots;
+    for snapshot in before.iter().take(4) {
+        let _ = image.snapshot(&SnapshotChange::Apply(snapshot.id.clone()));
+    }
+    if image.snapshot(&SnapshotChange::Create(Snapshot::new("fuzz", 1))).is_ok() {
+        assert_eq!(image.info().snapshots.len(), before.len() + 1);
+        let _ = image.write_at(0, &[0x5A; 512]);
+        let _ = image.flush();
+        let delete = SnapshotChange::Delete { id: None, name: Some("fuzz".into()) };
+        if !before.iter().any(|s| s.name == "fuzz") && image.snapshot(&delete).is_ok() {
+            assert_eq!(image.info().snapshots, before);
+        }
+    }
+    for size in [4 << 20, 64 << 10, 1 << 20] {
+        if image.size() <= 1 << 30 && image.resize(size).is_ok() {
+            assert_eq!(image.size(), size);
+        }
+    }
 }
 
 /// A qcow2 image: opened, read, written.

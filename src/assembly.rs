@@ -255,6 +255,7 @@ impl Blueprint {
             }
         }
         let given = config;
+        let q35 = ftvm_devices::config::is_q35(given.machine_name());
         let mut config = given.clone();
         let mut drives = Vec::new();
         let mut devices: Vec<DeviceSpec> = Vec::new();
@@ -275,8 +276,10 @@ impl Blueprint {
                 Interface::None => continue,
                 Interface::Virtio => "virtio-blk-pci",
                 Interface::Ide => {
-                    properties.insert("bus".to_owned(), format!("ide.{}", d.index / 2));
-                    properties.insert("unit".to_owned(), (d.index % 2).to_string());
+                    // AHCI has one drive on each bus.
+                    let units = if q35 { 1 } else { 2 };
+                    properties.insert("bus".to_owned(), format!("ide.{}", d.index / units));
+                    properties.insert("unit".to_owned(), (d.index % units).to_string());
                     if d.cdrom {
                         "ide-cd"
                     } else {
@@ -354,6 +357,10 @@ impl Blueprint {
                 }
             }
             devices.push(spec);
+        }
+        if config.usb && q35 {
+            let text = "usb=on: a q35 has no USB controller of its own here; add -device qemu-xhci";
+            return Err(BuildError::Plain(text.into()));
         }
         if config.usb {
             devices.push(DeviceSpec {
@@ -456,7 +463,7 @@ impl Blueprint {
     pub fn build_with(&self, prepare: impl Fn(&mut SoftCpu)) -> Result<Machine, BuildError> {
         let model = &self.cpu_model;
         model.check_host().map_err(|e| BuildError::Cpu(model.name().to_owned(), e.to_string()))?;
-        let mem = GuestMemory::new(self.pc.ram_size)?;
+        let mem = GuestMemory::split(self.pc.ram_size, self.pc.low_ram())?;
         mem.set_firmware(self.pc.firmware.clone())?;
         let pc = Pc::new(self.pc.clone(), &mem)?;
         let cpus = (0..self.pc.cpus)

@@ -147,6 +147,16 @@ fn the_generic_kernel_on_the_ide_disk_with_the_default_network_card() -> Result<
 }
 
 #[test]
+fn the_generic_kernel_on_the_ahci_disk_of_a_q35() -> Result<()> {
+    if !long("the generic kernel's boot from the AHCI disk of a q35") {
+        return Ok(());
+    }
+    let marks = ["SeaBIOS (version", "Debian 12 (generic kernel)", "ahci 0000:00:1f.2", "QEMU USB Tablet"];
+    let more = ["-machine", "q35", "-device", "qemu-xhci", "-device", "usb-tablet"];
+    story("debian-ahci", "if=ide", "model=virtio,", &more, true, &marks)
+}
+
+#[test]
 fn with_kernel_and_initrd_given() -> Result<()> {
     if !long("the boot with -kernel and -initrd") {
         return Ok(());

@@ -121,6 +121,7 @@ entry_points! {
     heartbeat 5000
     qmp 4000
     qcow2 3000
+    snapshots 2000
     command_line 5000
     recording 3000
     processor 4000

@@ -233,6 +233,50 @@ fn refusals() -> Result<()> {
     pair.finish(false)
 }
 
+/// The image gets a snapshot and another size while it is protected; the backup refuses both, takes over, and knows the
+/// size, and so does a new backup.
+fn images() -> Result<()> {
+    let mut pair = Pair::start("images", Guest::Tiny, "")?;
+    let clients = clients(&pair, "images");
+    pair.protect()?;
+    clients.wait_progress(20, WAIT)?;
+    let mut backup = pair.hosts[pair.other()].as_ref().ok_or("no backup")?.qmp()?;
+    let size = |mib: u64| serde_json::json!({"device": "virtio0", "size": mib << 20});
+    let named = |name: &str| serde_json::json!({"device": "virtio0", "name": name});
+    for (command, arguments) in
+        [("block_resize", size(96)), ("blockdev-snapshot-internal-sync", named("never"))]
+    {
+        let error = backup.command(command, arguments).err().unwrap_or_default();
+        if !error.contains("give the command to the primary") {
+            return Err(format!("{command} on the backup: {error:?}"));
+        }
+    }
+    drop(backup);
+    let mut qmp = pair.qmp()?;
+    qmp.command("blockdev-snapshot-internal-sync", named("before"))?;
+    qmp.command("block_resize", size(96))?;
+    clients.wait_progress(20, WAIT)?;
+    let ft = qmp.ft()?;
+    if ft["state"] != "protected" {
+        return Err(format!("after the new size: {ft}"));
+    }
+    drop(qmp);
+    pair.kill_primary()?;
+    clients.wait_progress(20, WAIT)?;
+    pair.protect()?;
+    clients.wait_progress(20, WAIT)?;
+    let block = pair.qmp()?.command("query-block", serde_json::Value::Null)?;
+    let image = &block[0]["inserted"]["image"];
+    if image["virtual-size"] != 96u64 << 20 || image["snapshots"][0]["name"] != "before" {
+        return Err(format!("the new primary says {image}"));
+    }
+    pair.qmp()?.command("blockdev-snapshot-delete-internal-sync", named("before"))?;
+    pair.kill_primary()?;
+    clients.wait_progress(20, WAIT)?;
+    clients.finish()?;
+    pair.finish(false)
+}
+
 type Test = fn() -> Result<()>;
 
 /// All in one process and one after the other: hosts have fixed addresses, and entering namespaces needs root.
@@ -243,7 +287,7 @@ fn main() {
         return;
     }
     let wanted: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
-    let tests: [(&str, Test); 8] = [
+    let tests: [(&str, Test); 9] = [
         ("kills", kills),
         ("stall", stall),
         ("cut", cut),
@@ -251,6 +295,7 @@ fn main() {
         ("operations", operations),
         ("separate_disks", separate_disks),
         ("turned_on_and_off", turned_on_and_off),
+        ("images", images),
         ("refusals", refusals),
     ];
     let (mut passed, mut failed) = (0, 0);

@@ -77,6 +77,23 @@ fn benchmarks_and_processes_of_every_kind() -> Result<()> {
     story(&args, None, &[(Tier::AtOnce, 1 << 22), (Tier::Random(1), 30_000)])
 }
 
+/// Messages, memory-mapped configuration space, devices behind ports.
+#[test]
+fn a_q35() -> Result<()> {
+    let scratch = Scratch::new("tiers-q35")?;
+    let image = scratch.path("vm.qcow2");
+    run("qemu-img", &["create", "-q", "-f", "qcow2", &image, "64M"])?;
+    let drive = format!("file={image},if=none,id=d");
+    let ports = ["one,chassis=1,addr=1.0,multifunction=on", "two,chassis=2,addr=1.1"];
+    let ports = ports.map(|p| format!("pcie-root-port,id={p}"));
+    let args = tiny_args("quiet spin halt")?;
+    let more = ["-machine", "q35", "-smp", "2", "-no-reboot", "-nic", "none", "-drive", &drive, "-device"];
+    let devices = [&ports[0], "-device", &ports[1], "-device", "virtio-blk-pci,bus=one,drive=d", "-device"];
+    let usb = ["qemu-xhci,bus=two", "-device", "usb-tablet"];
+    let args: Vec<&str> = args.iter().map(String::as_str).chain(more).chain(devices).chain(usb).collect();
+    story(&args, None, &[(Tier::AtOnce, 1 << 22), (Tier::Random(1), 30_000)])
+}
+
 /// With `max` the C library takes its AVX2 routines.
 #[test]
 fn a_boot_of_debian() -> Result<()> {

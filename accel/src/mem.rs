@@ -218,10 +218,14 @@ impl GuestMemory {
     /// RAM of `size` bytes: up to 3 GiB below the PCI hole, the rest from 4 GiB on (QEMU's `pc`
     /// rule: a machine with less than 3.5 GiB keeps all of it below).
     pub fn new(size: u64) -> Result<Self, MemError> {
-        if size == 0 || !size.is_multiple_of(PAGE_SIZE) {
+        GuestMemory::split(size, if size >= 0xE000_0000 { 0xC000_0000 } else { size })
+    }
+
+    /// RAM of `size` bytes, `low` of them below the PCI hole, the rest from 4 GiB on.
+    pub fn split(size: u64, low: u64) -> Result<Self, MemError> {
+        if size == 0 || !size.is_multiple_of(PAGE_SIZE) || low == 0 || low > size.min(HIGH_RAM_START) {
             return Err(MemError::Size(size));
         }
-        let low = if size >= 0xE000_0000 { 0xC000_0000 } else { size };
         let mut parts = vec![(0u64, low)];
         if size > low {
             parts.push((HIGH_RAM_START, size - low));

@@ -19,6 +19,8 @@ pub enum BlockError {
     Locked { lock: &'static str, shared: bool, path: PathBuf },
     #[error("Could not open '{}': {reason}", path.display())]
     Format { path: PathBuf, reason: String },
+    #[error("{0}")]
+    Unsupported(String),
     #[error("the image is damaged: {0}")]
     Corrupt(String),
 }
@@ -60,6 +62,7 @@ impl BlockError {
             }),
             BlockError::ReadOnly => libc::EROFS,
             BlockError::OutOfRange { .. } => libc::EINVAL,
+            BlockError::Unsupported(_) => libc::ENOTSUP,
             _ => libc::EIO,
         }
     }

@@ -173,6 +173,29 @@ impl Store for HostFile {
         Ok(())
     }
 
+    fn set_length(&self, length: u64) -> std::io::Result<()> {
+        if self.device {
+            if length > self.length() {
+                return Err(std::io::Error::other("Cannot grow device files"));
+            }
+            return Ok(());
+        }
+        self.file.set_len(length)?;
+        self.length.store(length, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn set_aside(&self, offset: u64, len: u64) -> std::io::Result<()> {
+        // SAFETY: posix_fallocate on our own descriptor takes no pointers.
+        match unsafe { libc::posix_fallocate(self.file.as_raw_fd(), offset as i64, len as i64) } {
+            0 => {
+                self.length.fetch_max(offset + len, Ordering::Relaxed);
+                Ok(())
+            }
+            errno => Err(std::io::Error::from_raw_os_error(errno)),
+        }
+    }
+
     fn grows_with_zeroes(&self) -> bool {
         !self.device
     }

@@ -8,6 +8,7 @@ pub mod buffers;
 mod error;
 mod file;
 pub mod files;
+mod info;
 pub mod iscsi;
 mod lock;
 pub mod nfs;
@@ -21,6 +22,7 @@ pub mod throttle;
 pub mod track;
 
 pub use error::BlockError;
+pub use info::{ImageInfo, Qcow2Info, Snapshot, SnapshotChange};
 pub use queue::{Queue, Request};
 use std::path::Path;
 use std::sync::Arc;
@@ -58,6 +60,19 @@ pub trait Image: Send + Sync {
     fn grain(&self) -> u64 {
         512
     }
+    /// Change the size (a multiple of 512): new bytes read as zero, what is cut off is gone. Durable when it returns.
+    fn resize(&self, _size: u64) -> Result<(), BlockError> {
+        Err(BlockError::Unsupported(format!("a {} image cannot change its size here", self.format())))
+    }
+    /// Make, apply or delete an internal snapshot: all of it has happened and is durable when this returns, or
+    /// (whenever the program or the host ends) nothing has. Returns the snapshot.
+    fn snapshot(&self, _change: &SnapshotChange) -> Result<Snapshot, BlockError> {
+        Err(BlockError::Unsupported(format!("a {} image has no internal snapshots", self.format())))
+    }
+    /// What the image says of itself.
+    fn info(&self) -> ImageInfo {
+        ImageInfo::default()
+    }
 }
 
 impl<T: Image + ?Sized> Image for Arc<T> {
@@ -93,6 +108,15 @@ impl<T: Image + ?Sized> Image for Arc<T> {
     }
     fn grain(&self) -> u64 {
         (**self).grain()
+    }
+    fn resize(&self, size: u64) -> Result<(), BlockError> {
+        (**self).resize(size)
+    }
+    fn snapshot(&self, change: &SnapshotChange) -> Result<Snapshot, BlockError> {
+        (**self).snapshot(change)
+    }
+    fn info(&self) -> ImageInfo {
+        (**self).info()
     }
 }
 
@@ -167,17 +191,44 @@ fn open_depth(path: &Path, options: &OpenOptions, depth: u32) -> Result<Box<dyn 
     }
     match options.format.as_deref() {
         None | Some("raw" | "qcow2") => {}
+        Some("luks") => return Err(encrypted(path)),
         Some(other) => return Err(BlockError::UnknownFormat(other.to_owned())),
     }
     let file = store::open(path, options)?;
     let mut magic = [0; 4];
     file.read_at(0, &mut magic)?;
     let is_qcow2 = &magic == qcow2::MAGIC;
+    if options.format.is_none() && &magic == b"LUKS" {
+        return Err(encrypted(path));
+    }
     match options.format.as_deref() {
         Some("qcow2") => Ok(Box::new(qcow2::Qcow2::over(file, options, depth)?)),
         None if is_qcow2 => Ok(Box::new(qcow2::Qcow2::over(file, options, depth)?)),
         _ => Ok(Box::new(raw::Raw::over(file, options))),
     }
+}
+
+fn encrypted(path: &Path) -> BlockError {
+    BlockError::Format {
+        path: path.to_owned(),
+        reason: "the image is encrypted (LUKS), which is not served".into(),
+    }
+}
+
+/// Check a new size.
+fn check_resize(image: &dyn Image, size: u64) -> Result<(), BlockError> {
+    if image.read_only() {
+        return Err(BlockError::ReadOnly);
+    }
+    if !size.is_multiple_of(512) {
+        return Err(BlockError::Unsupported("The new size must be a multiple of 512".into()));
+    }
+    if size > i64::MAX as u64 {
+        return Err(BlockError::Unsupported(
+            "Required too big image size, it must be not greater than 9223372036854775807".into(),
+        ));
+    }
+    Ok(())
 }
 
 /// Check a request against an image's size and mode.

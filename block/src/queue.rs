@@ -6,8 +6,8 @@
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
-use std::thread::JoinHandle;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread::{JoinHandle, Thread};
 use std::time::{Duration, Instant};
 
 use crate::throttle::{Limits, Throttle};
@@ -95,7 +95,10 @@ struct State {
     committing: bool,
     /// Something was written since the last flush began.
     dirty: bool,
-    idle: usize,
+    /// Threads with nothing to do; the last one went to sleep last, and its caches are warm.
+    idle: Vec<Thread>,
+    /// Threads that are telling of an end and look for work right after.
+    ending: usize,
     threads: Vec<JoinHandle<()>>,
     closing: bool,
     throttle: Throttle,
@@ -103,11 +106,10 @@ struct State {
 
 struct Inner {
     name: String,
-    image: Box<dyn Image>,
+    image: Arc<dyn Image>,
     durable: AtomicBool,
     abandoned: AtomicBool,
     state: Mutex<State>,
-    work: Condvar,
     done: OnDone,
 }
 
@@ -125,6 +127,10 @@ enum Next {
 }
 
 impl State {
+    fn wake_all(&mut self) {
+        self.idle.drain(..).for_each(|thread| thread.unpark());
+    }
+
     /// The first request that nothing before it is in the way of.
     fn next(&mut self) -> Next {
         let mut before: Vec<(u64, u64, bool)> = Vec::new();
@@ -185,34 +191,36 @@ impl Inner {
                 Next::Job(id, request) => (id, request),
                 Next::Nothing if state.closing && state.waiting.is_empty() => return,
                 other => {
-                    state.idle += 1;
-                    state = match other {
-                        Next::Later(time) => {
-                            self.work
-                                .wait_timeout(state, time)
-                                .unwrap_or_else(std::sync::PoisonError::into_inner)
-                                .0
-                        }
-                        _ => self.work.wait(state).unwrap_or_else(std::sync::PoisonError::into_inner),
-                    };
-                    state.idle -= 1;
+                    let own = std::thread::current();
+                    let id = own.id();
+                    state.idle.push(own);
+                    drop(state);
+                    match other {
+                        Next::Later(time) => std::thread::park_timeout(time),
+                        _ => std::thread::park(),
+                    }
+                    state = self.lock();
+                    state.idle.retain(|t| t.id() != id);
                     continue;
                 }
             };
             drop(state);
             let result = request.perform(self.image.as_ref());
-            let (writes, flush) = (request.span().2, request == Request::Flush);
+            let (span, flush) = (request.span(), request == Request::Flush);
+            let writes = span.2;
             state = self.lock();
             state.running.retain(|(r, _)| *r != id);
             state.dirty |= writes;
-            if !state.waiting.is_empty() && writes {
-                // Something may have waited for these bytes.
-                self.work.notify_all();
+            if state.waiting.iter().any(|(_, waits)| conflict(span, waits.span())) {
+                // It may have waited for these bytes.
+                state.wake_all();
             }
             if result.is_err() || !(flush || writes && self.durable.load(Ordering::SeqCst)) {
+                state.ending += 1;
                 drop(state);
                 self.finish(id, request, result);
                 state = self.lock();
+                state.ending -= 1;
                 continue;
             }
             state.commit.push((id, request));
@@ -273,11 +281,10 @@ impl Queue {
         let state = State { throttle: Throttle::new(settings.limits), ..State::default() };
         let inner = Arc::new(Inner {
             name: name.to_owned(),
-            image,
+            image: Arc::from(image),
             durable: AtomicBool::new(settings.durable),
             abandoned: AtomicBool::new(false),
             state: Mutex::new(state),
-            work: Condvar::new(),
             done,
         });
         let behind = Arc::clone(&inner);
@@ -294,7 +301,10 @@ impl Queue {
             return;
         }
         state.waiting.push_back((id, request));
-        if state.waiting.len() > state.idle && state.threads.len() < THREADS {
+        if state.waiting.len() <= state.ending {
+            return;
+        }
+        if state.waiting.len() > state.idle.len() + state.ending && state.threads.len() < THREADS {
             let worker = Arc::clone(inner);
             let spawned = std::thread::Builder::new()
                 .name(format!("disk-{}", inner.name))
@@ -311,9 +321,9 @@ impl Queue {
                 // Those that there are will get to it.
                 Err(_) => {}
             }
-        } else {
+        } else if let Some(thread) = state.idle.pop() {
             drop(state);
-            inner.work.notify_one();
+            thread.unpark();
         }
     }
 
@@ -327,10 +337,15 @@ impl Queue {
         Ok(())
     }
 
+    /// The image, for what is asked of it beside the requests.
+    pub fn image(&self) -> Arc<dyn Image> {
+        Arc::clone(&self.inner.image)
+    }
+
     /// Throw away what is queued and everything submitted from now on.
     pub fn abandon(&self) {
         self.inner.abandoned.store(true, Ordering::SeqCst);
-        self.inner.work.notify_all();
+        self.inner.lock().wake_all();
     }
 }
 
@@ -340,9 +355,9 @@ impl Drop for Queue {
         let threads = {
             let mut state = self.inner.lock();
             state.closing = true;
+            state.wake_all();
             std::mem::take(&mut state.threads)
         };
-        self.inner.work.notify_all();
         for thread in threads {
             let _ = thread.join();
         }

@@ -1,14 +1,15 @@
 //! The raw format: the file is the disk.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 
 use crate::store::Store;
-use crate::{check_range, BlockError, Image, OpenOptions};
+use crate::{check_range, check_resize, BlockError, Image, OpenOptions};
 
 /// A raw image on a file or block device.
 pub struct Raw {
     file: Arc<dyn Store>,
-    size: u64,
+    size: AtomicU64,
     read_only: bool,
     discard: bool,
     detect_zeroes: bool,
@@ -20,7 +21,7 @@ impl Raw {
         let size = file.length() / 512 * 512;
         Raw {
             file,
-            size,
+            size: AtomicU64::new(size),
             read_only: options.read_only,
             discard: options.discard,
             detect_zeroes: options.detect_zeroes,
@@ -30,7 +31,7 @@ impl Raw {
 
 impl Image for Raw {
     fn size(&self) -> u64 {
-        self.size
+        self.size.load(Ordering::Relaxed)
     }
     fn read_only(&self) -> bool {
         self.read_only
@@ -76,5 +77,12 @@ impl Image for Raw {
     }
     fn flush(&self) -> Result<(), BlockError> {
         Ok(self.file.sync()?)
+    }
+    fn resize(&self, size: u64) -> Result<(), BlockError> {
+        check_resize(self, size)?;
+        self.file.set_length(size)?;
+        self.file.sync()?;
+        self.size.store(size, Ordering::Relaxed);
+        Ok(())
     }
 }

@@ -20,6 +20,12 @@ pub trait Store: Send + Sync {
     fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()>;
     /// Grow so that there are at least `length` bytes; the new ones read as zero.
     fn grow(&self, length: u64) -> io::Result<()>;
+    /// Make it `length` bytes long; new ones read as zero. A store of a fixed size says so.
+    fn set_length(&self, length: u64) -> io::Result<()>;
+    /// Have the space of a range set aside, where the store knows how.
+    fn set_aside(&self, _offset: u64, _len: u64) -> io::Result<()> {
+        Ok(())
+    }
     /// Whether bytes past the end, once written around, read as zero (a file; not a LUN).
     fn grows_with_zeroes(&self) -> bool;
     /// Make a range read as zero by the store's own means; false if it has none.

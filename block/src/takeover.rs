@@ -20,11 +20,12 @@
 //! is complete, and layers are looked for by their numbers, with gaps.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, RwLock};
 
 use crate::files::{beside, beside_path, is_nfs, Files};
 use crate::qcow2::{create_overlay, Qcow2};
-use crate::{BlockError, Image, OpenOptions};
+use crate::{BlockError, Image, ImageInfo, OpenOptions, Snapshot, SnapshotChange};
 
 /// Clusters merged in one step.
 const BATCH: usize = 16;
@@ -71,7 +72,7 @@ impl Layer {
 pub struct Takeover {
     options: OpenOptions,
     base: PathBuf,
-    size: u64,
+    size: AtomicU64,
     format: &'static str,
     mode: RwLock<Mode>,
 }
@@ -187,7 +188,7 @@ impl Takeover {
             Mode::Top { top, .. } => (top.image().size(), top.image().format()),
             _ => return Err(broken()),
         };
-        let (options, base) = (options.clone(), path.to_owned());
+        let (options, base, size) = (options.clone(), path.to_owned(), AtomicU64::new(size));
         Ok(Takeover { options, base, size, format, mode: RwLock::new(mode) })
     }
 
@@ -272,6 +273,18 @@ impl Takeover {
         }
     }
 
+    /// Change the image as a whole, which no overlay may lie on.
+    fn alone<R>(&self, f: impl Fn(&dyn Image) -> Result<R, BlockError>) -> Result<R, BlockError> {
+        self.with(|mode| match mode {
+            Mode::Top { top: Layer::Image(image), rest: Rest::Nothing } => f(image.as_ref()),
+            Mode::Broken => Err(broken()),
+            _ => Err(BlockError::Unsupported(
+                "a takeover has left an overlay on the image, which is still being merged: try again later"
+                    .into(),
+            )),
+        })
+    }
+
     /// Open the layers below the top anew.
     fn look_again(&self) -> Result<(), BlockError> {
         let mut mode = self.mode.write().map_err(|_| failed())?;
@@ -294,7 +307,7 @@ impl Takeover {
         let mode = &mut *mode;
         match mode {
             Mode::Top { top: Layer::Overlay(overlay), rest: Rest::Below { n, lower, next } } => {
-                if !copy_up(overlay, lower, next, self.size)? {
+                if !copy_up(overlay, lower, next, self.size())? {
                     return Ok(true);
                 }
                 let n = *n;
@@ -322,9 +335,9 @@ impl Takeover {
             Mode::Merging { overlay, base, base_path, next } => {
                 let cluster = overlay.cluster();
                 let mut batch = Vec::new();
-                while *next < self.size && batch.len() < BATCH {
+                while *next < self.size() && batch.len() < BATCH {
                     if overlay.holds(*next)? {
-                        let mut data = vec![0u8; cluster.min(self.size - *next) as usize];
+                        let mut data = vec![0u8; cluster.min(self.size() - *next) as usize];
                         overlay.read_at(*next, &mut data)?;
                         base.write_at(*next, &data)?;
                         batch.push(*next);
@@ -336,7 +349,7 @@ impl Takeover {
                     overlay.forget(*guest)?;
                 }
                 overlay.flush()?;
-                if *next < self.size {
+                if *next < self.size() {
                     return Ok(true);
                 }
                 // Everything is below; the overlay holds nothing any more.
@@ -421,7 +434,7 @@ fn copy_up(overlay: &Qcow2, lower: &[Arc<Qcow2>], next: &mut u64, size: u64) -> 
 
 impl Image for Takeover {
     fn size(&self) -> u64 {
-        self.size
+        self.size.load(Ordering::Relaxed)
     }
     fn read_only(&self) -> bool {
         false
@@ -509,6 +522,25 @@ impl Image for Takeover {
             }
             Mode::Broken => Err(broken()),
         })
+    }
+    fn resize(&self, size: u64) -> Result<(), BlockError> {
+        self.alone(|image| image.resize(size).map(|()| self.size.store(size, Ordering::Relaxed)))
+    }
+    fn snapshot(&self, change: &SnapshotChange) -> Result<Snapshot, BlockError> {
+        if is_nfs(&self.base) {
+            return Err(BlockError::Unsupported(
+                "a pair on nfs:// cannot have internal snapshots, because a takeover moves the image to a new file".into(),
+            ));
+        }
+        self.alone(|image| image.snapshot(change))
+    }
+    fn info(&self) -> ImageInfo {
+        self.with(|mode| match mode {
+            Mode::Top { top, .. } => Ok(top.image().info()),
+            Mode::Merging { base, .. } => Ok(base.info()),
+            Mode::Broken => Err(broken()),
+        })
+        .unwrap_or_default()
     }
     fn background(&self) -> bool {
         self.step().unwrap_or_else(|e| {

@@ -157,6 +157,9 @@ impl Image for Tracked {
     fn background(&self) -> bool {
         self.image.background()
     }
+    fn info(&self) -> crate::ImageInfo {
+        self.image.info()
+    }
 }
 
 #[cfg(test)]

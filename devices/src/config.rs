@@ -12,7 +12,7 @@ pub struct PcConfig {
     pub cpus: u32,
     /// The firmware image; the machine puts it into guest memory.
     pub firmware: Vec<u8>,
-    /// The machine's versioned name, for SMBIOS.
+    /// The machine's versioned name; it says which chipset it has.
     pub machine: String,
     pub uuid: [u8; 16],
     pub name: Option<String>,
@@ -34,6 +34,36 @@ pub struct PcConfig {
     pub devices: Vec<DeviceSpec>,
     /// Seeds the machine's random numbers.
     pub random_seed: [u8; 32],
+}
+
+impl PcConfig {
+    /// Whether this is Intel's Q35 with ICH9, not the i440FX with PIIX.
+    pub fn is_q35(&self) -> bool {
+        is_q35(&self.machine)
+    }
+
+    /// The name of the root PCI bus.
+    pub fn root_bus(&self) -> &'static str {
+        if self.is_q35() {
+            "pcie.0"
+        } else {
+            "pci.0"
+        }
+    }
+
+    /// RAM below 4 GiB: QEMU leaves more room for PCI on a q35.
+    pub fn low_ram(&self) -> u64 {
+        match (self.is_q35(), self.ram_size) {
+            (true, size) if size >= 0xB000_0000 => 0x8000_0000,
+            (false, size) if size >= 0xE000_0000 => 0xC000_0000,
+            (_, size) => size,
+        }
+    }
+}
+
+/// Whether a machine of this name has Intel's Q35 chipset.
+pub fn is_q35(machine: &str) -> bool {
+    machine == "q35" || machine.starts_with("pc-q35-")
 }
 
 /// What `-kernel`, `-append` and `-initrd` gave.

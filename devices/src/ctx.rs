@@ -102,8 +102,10 @@ pub trait Device: Send {
     fn input(&mut self, ctx: &mut Ctx, input: &Input) {}
     /// A disk request of this device ended.
     fn disk_done(&mut self, ctx: &mut Ctx, id: u64, op: DiskOp, result: Result<Vec<u8>, i32>) {}
-    /// The guest is to be asked to let go of PCI slot `slot` (only the power management function can).
-    fn ask_to_eject(&mut self, ctx: &mut Ctx, slot: u8) {}
+    /// The guest is to be asked to let go of slot `slot` of bus `bus` (only the power management function can).
+    fn ask_to_eject(&mut self, ctx: &mut Ctx, bus: u8, slot: u8) {}
+    /// Something was put into slot `slot` of bus `bus`; the guest is to be told (as above).
+    fn announce(&mut self, ctx: &mut Ctx, bus: u8, slot: u8) {}
     /// Facts for people and management, by name (`guest-stats`, `actual`).
     fn facts(&self) -> Vec<(String, i64)> {
         Vec::new()
@@ -125,9 +127,10 @@ pub trait Device: Send {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Source {
     Isa = 1,
-    PirqA = 2,
-    Sci = 32,
-    Hpet = 64,
+    Sci = 2,
+    Hpet = 4,
+    /// The first of eight.
+    PirqA = 0x100,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -143,11 +146,14 @@ pub(crate) struct BoardState {
     pub pic: PicPair,
     pub ioapic: IoApic,
     /// Bit mask of sources that drive each global system interrupt.
-    pub lines: [u8; 24],
-    /// PCI functions that assert INTx, with the PIRQ (0..3) they reach.
-    pub intx: BTreeMap<u8, u8>,
-    /// PIIX3 PIRQ route control registers (0x60..0x63).
-    pub pirq_route: [u8; 4],
+    pub lines: [u16; 24],
+    /// PCI functions (bus, device and function number) that assert INTx, with the device and function number and the
+    /// pin at the root bus.
+    pub intx: BTreeMap<u16, (u8, u8)>,
+    /// The ISA bridge's PIRQ route control registers; PIIX3 has four.
+    pub pirq_route: [u8; 8],
+    /// ICH9's device interrupt route registers, for slots 25 to 31: a nibble for each pin.
+    pub device_route: [u16; 7],
     /// HPET's legacy replacement route is on: IRQ 0 and 8 belong to it.
     pub hpet_legacy: bool,
     pub a20: bool,
@@ -165,22 +171,28 @@ pub(crate) struct BoardState {
 pub(crate) struct Board {
     pub s: BoardState,
     pub remap: bool,
-    /// PCI slots whose devices are to be removed when the call in hand is over.
-    pub ejected: Vec<u8>,
+    /// Buses and slots whose devices are to be removed when the call in hand is over.
+    pub ejected: Vec<(u8, u8)>,
     pub deadline: Option<u64>,
     pub changed: Cell<bool>,
     intr: bool,
+    /// The interrupts of PCI go by ICH9's rules, not by PIIX3's.
+    ich9: bool,
 }
 
+/// What ICH9's device interrupt route registers start with: each pin has its own PIRQ.
+pub const DEVICE_ROUTE: u16 = 0x3210;
+
 impl Board {
-    pub fn new(seed: [u8; 32]) -> Board {
+    pub fn new(seed: [u8; 32], ich9: bool) -> Board {
         Board {
             s: BoardState {
                 pic: PicPair::default(),
                 ioapic: IoApic::default(),
                 lines: [0; 24],
                 intx: BTreeMap::new(),
-                pirq_route: [0x80; 4],
+                pirq_route: [0x80; 8],
+                device_route: [DEVICE_ROUTE; 7],
                 hpet_legacy: false,
                 a20: true,
                 timers: BTreeMap::new(),
@@ -197,6 +209,7 @@ impl Board {
             deadline: None,
             changed: Cell::new(false),
             intr: false,
+            ich9,
         }
     }
 
@@ -219,7 +232,7 @@ impl Board {
         self.deadline = next;
     }
 
-    pub fn set_line(&mut self, gsi: u8, source: u8, level: bool) {
+    pub fn set_line(&mut self, gsi: u8, source: u16, level: bool) {
         let Some(mask) = self.s.lines.get_mut(gsi as usize) else { return };
         let old = *mask;
         *mask = if level { old | source } else { old & !source };
@@ -236,21 +249,41 @@ impl Board {
         self.settle();
     }
 
+    /// The PIRQ that a pin (1..4) of a function on the root bus reaches.
+    fn pirq(&self, devfn: u8, pin: u8) -> u8 {
+        let (slot, pin) = (devfn >> 3, pin.wrapping_sub(1) & 3);
+        if !self.ich9 {
+            // PIIX: device 0's pin A reaches PIRQ D, device 1's pin A PIRQ A, and so on round.
+            return slot.wrapping_add(pin).wrapping_sub(1) & 3;
+        }
+        match slot {
+            25..=29 | 31 => (self.s.device_route[usize::from(slot - 25)] >> (4 * pin) & 7) as u8,
+            // What is behind the DMI bridge, and all other slots: PIRQ E to H.
+            30 => pin + 4,
+            _ => ((slot + pin) & 3) + 4,
+        }
+    }
+
     /// Drive the lines that the PIRQs reach by the routing registers.
     pub fn route_pirqs(&mut self) {
-        let mut wanted = [0u8; 16];
-        for &pirq in self.s.intx.values() {
-            let route = self.s.pirq_route[(pirq & 3) as usize];
+        let mut wanted = [0u16; 24];
+        for &(devfn, pin) in self.s.intx.values() {
+            let pirq = self.pirq(devfn, pin);
+            let bit = (Source::PirqA as u16) << pirq;
+            let route = self.s.pirq_route[usize::from(pirq)];
             if route & 0x80 == 0 && route & 15 > 2 {
-                wanted[(route & 15) as usize] |= (Source::PirqA as u8) << (pirq & 3);
+                wanted[usize::from(route & 15)] |= bit;
+            }
+            if self.ich9 {
+                // Pins 16 to 23 of the I/O APIC are the PIRQs' own.
+                wanted[16 + usize::from(pirq)] |= bit;
             }
         }
-        const PIRQ_BITS: u8 = (Source::PirqA as u8) * 15;
-        for (irq, want) in wanted.iter().enumerate() {
-            for bit in 0..4 {
-                let source = (Source::PirqA as u8) << bit;
-                if (self.s.lines[irq] & PIRQ_BITS & source) != (want & source) {
-                    self.set_line(irq as u8, source, want & source != 0);
+        for (gsi, want) in wanted.iter().enumerate() {
+            for pirq in 0..8 {
+                let source = (Source::PirqA as u16) << pirq;
+                if (self.s.lines[gsi] ^ want) & source != 0 {
+                    self.set_line(gsi as u8, source, want & source != 0);
                 }
             }
         }
@@ -270,32 +303,28 @@ pub struct Ctx<'a> {
 impl Ctx<'_> {
     /// Drive ISA interrupt line `irq` (0..15).
     pub fn set_irq(&mut self, irq: u8, level: bool) {
-        self.board.set_line(irq, Source::Isa as u8, level);
+        self.board.set_line(irq, Source::Isa as u16, level);
     }
 
     /// Drive a line as a particular source.
     pub fn set_line(&mut self, gsi: u8, source: Source, level: bool) {
-        self.board.set_line(gsi, source as u8, level);
+        self.board.set_line(gsi, source as u16, level);
     }
 
     /// Give line `gsi` one rising edge and leave it high.
     pub fn pulse(&mut self, gsi: u8, source: Source) {
-        self.board.set_line(gsi, source as u8, false);
-        self.board.set_line(gsi, source as u8, true);
+        self.board.set_line(gsi, source as u16, false);
+        self.board.set_line(gsi, source as u16, true);
     }
 
-    /// Drive the INTx pin (1..4 as configuration register 0x3D has it) of PCI function `devfn`.
-    pub fn set_intx(&mut self, devfn: u8, pin: u8, level: bool) {
-        if pin == 0 {
-            return;
-        }
+    /// Drive the INTx pin of the PCI function that `key` names; `devfn` and `pin` (1..4 as configuration register
+    /// 0x3D has it) say where it arrives at the root bus.
+    pub(crate) fn set_intx(&mut self, key: u16, devfn: u8, pin: u8, level: bool) {
         if level {
-            // PIIX: device 0's pin A reaches PIRQ D, device 1's pin A PIRQ A, and so on round.
-            let pirq = ((devfn >> 3).wrapping_add(pin - 1).wrapping_sub(1)) & 3;
-            if self.board.s.intx.insert(devfn, pirq).is_none() {
+            if self.board.s.intx.insert(key, (devfn, pin)).is_none() {
                 self.board.route_pirqs();
             }
-        } else if self.board.s.intx.remove(&devfn).is_some() {
+        } else if self.board.s.intx.remove(&key).is_some() {
             self.board.route_pirqs();
         }
     }
@@ -320,9 +349,9 @@ impl Ctx<'_> {
         self.board.remap = true;
     }
 
-    /// Remove what is in PCI slot `slot`, when the call in hand is over.
-    pub(crate) fn eject(&mut self, slot: u8) {
-        self.board.ejected.push(slot);
+    /// Remove what is in slot `slot` of bus `bus`, when the call in hand is over.
+    pub(crate) fn eject(&mut self, bus: u8, slot: u8) {
+        self.board.ejected.push((bus, slot));
     }
 
     /// Issue a disk request; [`Device::disk_done`] is called when it ends.

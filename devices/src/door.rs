@@ -41,6 +41,11 @@ pub enum Input {
     BalloonStats { seconds: u64 },
     /// Whether somebody outside holds the other end of character device `port`.
     CharOpen { port: u32, open: bool },
+    /// A key of a USB keyboard, by QEMU's number for it.
+    Key { number: u8, down: bool },
+    /// A USB pointer goes to a place (0 to 0x7FFF) or by a way, turns its wheel, presses and lets go of buttons (a
+    /// bit each: left, right, middle, side, extra).
+    Pointer { x: Option<u16>, y: Option<u16>, dx: i16, dy: i16, wheel: i8, press: u8, release: u8 },
 }
 
 /// A device to be plugged in, with what is behind it.

@@ -13,6 +13,7 @@ pub mod pc;
 pub mod pci;
 mod random;
 pub mod registry;
+mod rootport;
 mod smbios;
 mod usb;
 mod virtio;

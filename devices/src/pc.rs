@@ -1,4 +1,4 @@
-//! QEMU's `pc` machine as one deterministic object.
+//! QEMU's `pc` and `q35` machines as one deterministic object.
 
 mod hotplug;
 
@@ -12,16 +12,20 @@ use crate::chipset::debug::Post;
 use crate::chipset::fwcfg::{self, FwCfg};
 use crate::chipset::hpet::Hpet;
 use crate::chipset::i8042::I8042;
-use crate::chipset::northbridge::HostBridge;
+use crate::chipset::ich9::Ich9Lpc;
+use crate::chipset::northbridge::{HostBridge, CONFIG_REGION};
 use crate::chipset::pit::Pit;
 use crate::chipset::pm::Pm;
 use crate::chipset::rtc::Rtc;
 use crate::chipset::serial::Serial;
+use crate::chipset::smbus::Ich9Smbus;
 use crate::chipset::southbridge::IsaBridge;
 use crate::config::{DeviceSpec, DriveSpec, PcConfig};
 use crate::ctx::{pack, unpack, Board, BoardState, Ctx, Device, DeviceError};
 use crate::door::{Input, MachineRequest, Output};
+use crate::ide::ahci::{self, Ahci};
 use crate::ide::Ide;
+use crate::pci::{PciFunction, Place};
 use crate::registry::{self, Attach, Build};
 use crate::smbios;
 
@@ -46,6 +50,20 @@ struct Mapped {
     width: u8,
 }
 
+/// A PCI bus. A machine's buses are those of its configuration, in that order; no bus comes or goes.
+struct Bus {
+    name: String,
+    /// Where its functions are.
+    place: Place,
+    /// The bus above it.
+    parent: usize,
+    /// The bridge in front of it; the root bus has none.
+    bridge: Option<u16>,
+    hotplug: bool,
+    /// The device at each device and function number, or [`NONE`].
+    functions: Vec<u16>,
+}
+
 /// The machine without its processors and memory.
 pub struct Pc {
     board: Board,
@@ -54,8 +72,8 @@ pub struct Pc {
     ports: Vec<u16>,
     port_maps: Vec<Mapped>,
     memory_maps: Vec<Mapped>,
-    /// Device at each PCI device and function number.
-    functions: Vec<u16>,
+    /// The PCI buses, the root bus first.
+    buses: Vec<Bus>,
     bridge: u16,
     /// Where the power management function is among the devices.
     pm: u16,
@@ -72,7 +90,7 @@ struct Section {
 }
 
 const BOARD_SECTION: &str = "board";
-const BOARD_VERSION: u32 = 1;
+const BOARD_VERSION: u32 = 2;
 const CHANGES_SECTION: &str = "hotplug";
 /// Devices at most, those that are gone counted.
 const MAX_DEVICES: usize = 4096;
@@ -86,18 +104,28 @@ impl Pc {
                 config.cpus
             )));
         }
+        let q35 = config.is_q35();
         let mut order = BootOrder::default();
         let disks = ide_drives(&config, &mut order)?;
+        let (host, isa): (_, Box<dyn Device>) = match q35 {
+            true => (HostBridge::mch(), Box::<Ich9Lpc>::default()),
+            false => (HostBridge::i440fx(), Box::<IsaBridge>::default()),
+        };
         let mut devices: Vec<Box<dyn Device>> = vec![
-            Box::<HostBridge>::default(),
-            Box::<IsaBridge>::default(),
+            Box::new(host),
+            isa,
             Box::<Pit>::default(),
             Box::new(Rtc::new(config.rtc_base_unix, &cmos(&config, mem, &disks))),
             Box::<I8042>::default(),
             Box::<Post>::default(),
-            Box::<Pm>::default(),
         ];
-        let pm = devices.len() as u16 - 1;
+        let bridge = 1;
+        // ICH9's power management is in its ISA bridge.
+        let mut pm = bridge;
+        if !q35 {
+            pm = devices.len() as u16;
+            devices.push(Box::<Pm>::default());
+        }
         if config.hpet {
             devices.push(Box::<Hpet>::default());
         }
@@ -107,50 +135,75 @@ impl Pc {
             }
             devices.push(Box::new(Serial::new(s.index, s.port)));
         }
-        devices.push(Box::new(Ide::new(disks)));
-        let mut slots = Slots::new(&config)?;
+        let mut disks = disks.into_iter();
+        let mut next = || disks.next().flatten();
+        if q35 {
+            devices.push(Box::new(Ahci::new(std::array::from_fn(|_| next()))));
+            devices.push(Box::<Ich9Smbus>::default());
+        } else {
+            devices.push(Box::new(Ide::new(std::array::from_fn(|_| next()))));
+        }
+        let root = Bus {
+            name: config.root_bus().into(),
+            place: Place::default(),
+            parent: 0,
+            bridge: None,
+            hotplug: !q35,
+            functions: vec![NONE; 256],
+        };
+        let mut buses = vec![root];
+        let mut slots = vec![Slots::root(&config)?];
         let mut users = Vec::new();
         for spec in &config.devices {
             let model = registry::model(&spec.driver)?;
             model.check(spec)?;
-            model.check_bus(spec, &config.devices)?;
-            let mut user = User { spec: spec.clone(), devfn: None, device: None, plug: None };
+            model.check_bus(spec, &config)?;
+            let mut user = User { spec: spec.clone(), bus: 0, devfn: None, device: None, plug: None };
             if let Some(build) = model.build {
                 if model.attach == Attach::Pci {
-                    user.devfn = Some(slots.take(spec)?);
+                    user.bus = find_bus(&buses, spec)?;
+                    user.devfn = Some(slots[user.bus].take(spec)?);
                 }
-                let b = Build { config: &config, spec, devfn: user.devfn.unwrap_or(0) };
+                let place = buses[user.bus].place.clone();
+                let b = Build { config: &config, spec, devfn: user.devfn.unwrap_or(0), place };
                 order.add(&b)?;
-                user.device = Some(devices.len() as u16);
-                devices.push(b.finish(build(&b)?));
+                let at = devices.len() as u16;
+                user.device = Some(at);
+                let device = b.finish(build(&b)?);
+                if device.pci().is_some_and(PciFunction::is_bridge) {
+                    let bus = behind(&buses, &b, at)?;
+                    buses.push(bus);
+                    slots.push(Slots::port());
+                }
+                devices.push(device);
             }
             users.push(user);
         }
-        devices.push(Box::new(firmware_config(&config, mem, order)?));
+        devices.push(Box::new(firmware_config(&config, mem, order, &buses)?));
 
         let mut names: Vec<&str> = devices.iter().map(|d| d.name()).collect();
         names.sort_unstable();
         if let Some(w) = names.windows(2).find(|w| w[0] == w[1]) {
             return Err(DeviceError::Config(format!("there can be only one device '{}'", w[0])));
         }
-        let mut functions = vec![NONE; 256];
         for (i, d) in devices.iter().enumerate() {
             if let Some(pci) = d.pci() {
-                functions[usize::from(pci.devfn)] = i as u16;
+                buses[usize::from(pci.place().bus)].functions[usize::from(pci.devfn)] = i as u16;
             }
         }
         let mut pc = Pc {
-            board: Board::new(config.random_seed),
+            board: Board::new(config.random_seed, q35),
             devices,
             ports: vec![NONE; 0x1_0000],
             port_maps: Vec::new(),
             memory_maps: Vec::new(),
-            functions,
-            bridge: 1,
+            buses,
+            bridge,
             pm,
             config: PcConfig { firmware: Vec::new(), kernel: None, ..config },
             users,
         };
+        (0..pc.buses.len()).for_each(|bus| pc.note_presence(bus));
         pc.reset(mem, 0);
         Ok(pc)
     }
@@ -184,8 +237,8 @@ impl Pc {
     ) -> R {
         let mut ctx = Ctx { now, mem, board: &mut self.board, device };
         let r = f(&mut *self.devices[usize::from(device)], &mut ctx);
-        for slot in std::mem::take(&mut self.board.ejected) {
-            self.eject(mem, now, slot);
+        for (bus, slot) in std::mem::take(&mut self.board.ejected) {
+            self.eject(mem, now, bus.into(), slot);
         }
         if self.board.remap {
             self.remap();
@@ -208,7 +261,15 @@ impl Pc {
                 region: w.region,
                 width: w.width,
             };
-            for w in d.ports().iter().chain(&pci.map_or(Vec::new(), |p| p.io_windows())) {
+            let mut io = pci.map_or(Vec::new(), |p| p.io_windows());
+            let mut memory = pci.map_or(Vec::new(), |p| p.memory_windows());
+            if let Some(pci) = pci.filter(|p| p.place().bus != 0) {
+                // The bridges above must pass it on.
+                let bus = usize::from(pci.place().bus);
+                io.retain(|w| self.forwarded(bus, |b| b.forwards_io(w.start, w.len)));
+                memory.retain(|w| self.forwarded(bus, |b| b.forwards_memory(w.start, w.len)));
+            }
+            for w in d.ports().iter().chain(&io) {
                 let index = self.port_maps.len() as u16;
                 self.port_maps.push(mapped(w));
                 let end = (w.start + w.len).min(0x1_0000);
@@ -219,7 +280,7 @@ impl Pc {
                     }
                 }
             }
-            for w in d.windows().iter().chain(&pci.map_or(Vec::new(), |p| p.memory_windows())) {
+            for w in d.windows().iter().chain(&memory) {
                 self.memory_maps.push(mapped(w));
             }
         }
@@ -229,7 +290,8 @@ impl Pc {
     pub fn io_read(&mut self, mem: &GuestMemory, now_ns: u64, port: u16, size: u8) -> u32 {
         let ones = u32::MAX >> (32 - 8 * u32::from(size.clamp(1, 4)));
         if port & !3 == CONFIG_DATA {
-            return self.config_read(mem, now_ns, port, size) & ones;
+            let target = self.config_target(port);
+            return self.config_read(mem, now_ns, target, size) & ones;
         }
         if port == CONFIG_ADDRESS && size == 4 {
             return self.board.s.config_address;
@@ -260,7 +322,8 @@ impl Pc {
     pub fn io_write(&mut self, mem: &GuestMemory, now_ns: u64, port: u16, size: u8, value: u32) {
         let value = value & (u32::MAX >> (32 - 8 * u32::from(size.clamp(1, 4))));
         if port & !3 == CONFIG_DATA {
-            return self.config_write(mem, now_ns, port, size, value);
+            let target = self.config_target(port);
+            return self.config_write(mem, now_ns, target, size, value);
         }
         if port == CONFIG_ADDRESS && size == 4 {
             self.board.s.config_address = value;
@@ -288,26 +351,79 @@ impl Pc {
         self.with(mem, now_ns, m.device, |d, ctx| d.pio_write(ctx, m.region, offset as u16, size, value));
     }
 
-    /// The function and register that CONFIG_ADDRESS names, if there is one.
-    fn config_target(&self, port: u16) -> Option<(u16, u8)> {
-        let a = self.board.s.config_address;
-        if a & 0x8000_0000 == 0 || a >> 16 & 0xFF != 0 {
-            return None;
+    /// Whether all bridges above a bus pass something on.
+    fn forwarded(&self, bus: usize, passes: impl Fn(&PciFunction) -> bool) -> bool {
+        let mut at = bus;
+        while let Some(bridge) = self.buses[at].bridge {
+            if !self.devices[usize::from(bridge)].pci().is_some_and(&passes) {
+                return false;
+            }
+            at = self.buses[at].parent;
         }
-        let device = self.functions[(a >> 8 & 0xFF) as usize];
-        (device != NONE).then_some((device, (a & 0xFC) as u8 | (port & 3) as u8))
+        true
     }
 
-    fn config_read(&mut self, mem: &GuestMemory, now: u64, port: u16, size: u8) -> u32 {
-        let Some((device, offset)) = self.config_target(port) else { return u32::MAX };
+    /// The bus that has this number by what the guest wrote into the bridges.
+    fn numbered(&self, number: u8) -> Option<usize> {
+        let mut at = 0;
+        if number == 0 {
+            return Some(at);
+        }
+        loop {
+            let (child, numbers) = self.buses.iter().enumerate().skip(1).find_map(|(i, b)| {
+                let bridge = self.devices[usize::from(b.bridge?)].pci()?;
+                let numbers = bridge.bus_numbers().filter(|n| n.contains(&number))?;
+                (b.parent == at).then_some((i, numbers))
+            })?;
+            if *numbers.start() == number {
+                return Some(child);
+            }
+            at = child;
+        }
+    }
+
+    /// The device at a bus number and a device and function number, if there is one.
+    fn function(&self, number: u8, devfn: u8) -> Option<u16> {
+        let device = self.buses[self.numbered(number)?].functions[usize::from(devfn)];
+        (device != NONE).then_some(device)
+    }
+
+    /// The function and register that CONFIG_ADDRESS names, if there is one.
+    fn config_target(&self, port: u16) -> Option<(u16, u16)> {
+        let a = self.board.s.config_address;
+        if a & 0x8000_0000 == 0 {
+            return None;
+        }
+        let device = self.function((a >> 16) as u8, (a >> 8) as u8)?;
+        Some((device, (a & 0xFC) as u16 | (port & 3)))
+    }
+
+    /// The function and register at an offset of memory-mapped configuration space (PCI Express 3.0, 7.2.2).
+    fn mapped_target(&self, offset: u64) -> Option<(u16, u16)> {
+        let device = self.function((offset >> 20) as u8, (offset >> 12) as u8)?;
+        Some((device, offset as u16 & 0xFFF))
+    }
+
+    fn config_read(&mut self, mem: &GuestMemory, now: u64, target: Option<(u16, u16)>, size: u8) -> u32 {
+        let Some((device, offset)) = target else { return u32::MAX };
+        // No function has extended capabilities.
+        let Ok(offset) = u8::try_from(offset) else { return 0 };
         self.with(mem, now, device, |d, ctx| {
             d.config_reading(ctx, offset, size);
             d.pci().map_or(u32::MAX, |p| p.config_read(offset, size))
         })
     }
 
-    fn config_write(&mut self, mem: &GuestMemory, now: u64, port: u16, size: u8, value: u32) {
-        let Some((device, offset)) = self.config_target(port) else { return };
+    fn config_write(
+        &mut self,
+        mem: &GuestMemory,
+        now: u64,
+        target: Option<(u16, u16)>,
+        size: u8,
+        value: u32,
+    ) {
+        let Some((device, offset)) = target else { return };
+        let Ok(offset) = u8::try_from(offset) else { return };
         // An access does not reach over the register's dword.
         let size = size.min(4 - (offset & 3));
         self.with(mem, now, device, |d, ctx| {
@@ -327,6 +443,14 @@ impl Pc {
         let ones = u64::MAX >> (64 - 8 * u32::from(size.clamp(1, 8)));
         match self.memory_target(addr) {
             None => ones,
+            Some(m) if m.region == CONFIG_REGION => {
+                let mut part = |addr: u64, size: u8| {
+                    let target = self.mapped_target(addr - m.start);
+                    u64::from(self.config_read(mem, now_ns, target, size))
+                };
+                let low = part(addr, size.min(4));
+                (if size > 4 { low | part(addr + 4, 4) << 32 } else { low }) & ones
+            }
             Some(m) => {
                 let offset = addr - m.start;
                 self.with(mem, now_ns, m.device, |d, ctx| d.mmio_read(ctx, m.region, offset, size)) & ones
@@ -339,6 +463,13 @@ impl Pc {
         let value = value & (u64::MAX >> (64 - 8 * u32::from(size.clamp(1, 8))));
         if let Some(m) = self.memory_target(addr) {
             let offset = addr - m.start;
+            if m.region == CONFIG_REGION {
+                for i in 0..u64::from(size).div_ceil(4) {
+                    let target = self.mapped_target(offset + 4 * i);
+                    self.config_write(mem, now_ns, target, size.min(4), (value >> (32 * i)) as u32);
+                }
+                return;
+            }
             self.with(mem, now_ns, m.device, |d, ctx| d.mmio_write(ctx, m.region, offset, size, value));
         }
     }
@@ -374,8 +505,8 @@ impl Pc {
             Input::Plug(plug) => return self.plug(mem, now_ns, plug),
             Input::Unplug { id } => {
                 let user = self.users.iter().find(|u| u.spec.id.as_deref() == Some(id));
-                if let Some(devfn) = user.and_then(|u| u.devfn) {
-                    self.with(mem, now_ns, self.pm, |d, ctx| d.ask_to_eject(ctx, devfn >> 3));
+                if let Some((bus, devfn)) = user.and_then(|u| Some((u.bus as u8, u.devfn?))) {
+                    self.with(mem, now_ns, self.pm, |d, ctx| d.ask_to_eject(ctx, bus, devfn >> 3));
                 }
                 return;
             }
@@ -533,14 +664,19 @@ fn in_use(devfn: u8, driver: &str) -> DeviceError {
 /// PCI slots handed out.
 struct Slots {
     used: [bool; 256],
+    /// This is the bus behind a port, which has one slot.
+    port: bool,
+    /// The display's slot.
+    display: usize,
 }
 
 impl Slots {
-    fn new(config: &PcConfig) -> Result<Slots, DeviceError> {
-        let mut slots = Slots { used: [false; 256] };
-        slots.take_board();
+    /// The root bus's, with what is taken by address.
+    fn root(config: &PcConfig) -> Result<Slots, DeviceError> {
+        let mut slots = Slots::board(config);
         for spec in &config.devices {
-            if registry::model(&spec.driver)?.attach == Attach::Pci {
+            let on_root = spec.properties.get("bus").is_none_or(|b| b == config.root_bus());
+            if on_root && registry::model(&spec.driver)?.attach == Attach::Pci {
                 if let Some(devfn) = address(spec)? {
                     if std::mem::replace(&mut slots.used[usize::from(devfn)], true) {
                         return Err(in_use(devfn, &spec.driver));
@@ -551,20 +687,44 @@ impl Slots {
         Ok(slots)
     }
 
-    /// The chipset's own functions.
-    fn take_board(&mut self) {
-        for devfn in [0x00, 0x08, 0x09, 0x0B] {
-            self.used[devfn] = true;
-        }
+    /// The root bus's, with the chipset's own functions.
+    fn board(config: &PcConfig) -> Slots {
+        let mut slots =
+            Slots { used: [false; 256], port: false, display: if config.is_q35() { 1 } else { 2 } };
+        let own: &[usize] =
+            if config.is_q35() { &[0x00, 0xF8, 0xFA, 0xFB] } else { &[0x00, 0x08, 0x09, 0x0B] };
+        own.iter().for_each(|devfn| slots.used[*devfn] = true);
+        slots
+    }
+
+    /// The one slot behind a port.
+    fn port() -> Slots {
+        Slots { used: [false; 256], port: true, display: 0 }
     }
 
     fn take(&mut self, spec: &DeviceSpec) -> Result<u8, DeviceError> {
         if let Some(devfn) = address(spec)? {
+            if self.port {
+                if devfn >> 3 != 0 {
+                    return Err(DeviceError::Config(format!(
+                        "PCI: slot {} is not valid for {}, parent device only allows plugging into slot 0.",
+                        devfn >> 3,
+                        spec.driver
+                    )));
+                }
+                if std::mem::replace(&mut self.used[usize::from(devfn)], true) {
+                    return Err(in_use(devfn, &spec.driver));
+                }
+            }
             return Ok(devfn);
         }
-        // Slot 2 is the display's, even on a machine without one, so that a slot does not depend on it.
-        let first = if spec.driver == "VGA" { 2 } else { 3 };
-        let free = (first..32usize).find(|s| self.used[8 * s..8 * s + 8].iter().all(|u| !u));
+        // The display's slot stays its own even on a machine without one, so that a slot does not depend on it.
+        let range = match (self.port, spec.driver == "VGA") {
+            (true, _) => 0..1,
+            (false, true) => self.display..32,
+            (false, false) => self.display + 1..32,
+        };
+        let free = range.into_iter().find(|s| self.used[8 * s..8 * s + 8].iter().all(|u| !u));
         let slot = free.ok_or_else(|| {
             DeviceError::Config(format!("PCI: no slot/function available for {}, all in use", spec.driver))
         })?;
@@ -573,9 +733,35 @@ impl Slots {
     }
 }
 
-/// The drives of the IDE controller, by channel and unit.
-fn ide_drives(config: &PcConfig, order: &mut BootOrder) -> Result<[Option<DriveSpec>; 4], DeviceError> {
-    let mut places = [None, None, None, None];
+/// The bus that a device names, or the root bus.
+fn find_bus(buses: &[Bus], spec: &DeviceSpec) -> Result<usize, DeviceError> {
+    let Some(name) = spec.properties.get("bus") else { return Ok(0) };
+    let found = buses.iter().position(|b| b.name == *name);
+    found.ok_or_else(|| DeviceError::Config(format!("Bus '{name}' not found")))
+}
+
+/// The bus behind a bridge that is built at place `at` of the devices.
+fn behind(buses: &[Bus], b: &Build, at: u16) -> Result<Bus, DeviceError> {
+    let name = b.spec.id.clone().unwrap_or_else(|| format!("pcie-port.{}", buses.len()));
+    if buses.iter().any(|other| other.name == name) {
+        return Err(DeviceError::Config(format!("there can be only one bus '{name}'")));
+    }
+    let bus = u8::try_from(buses.len()).map_err(|_| DeviceError::Config("too many PCI buses".into()))?;
+    let bridges = std::iter::once(b.devfn).chain(b.place.bridges.iter().copied()).collect();
+    Ok(Bus {
+        name,
+        place: Place { bus, bridges },
+        parent: b.place.bus.into(),
+        bridge: Some(at),
+        hotplug: b.flag("hotplug", true),
+        functions: vec![NONE; 256],
+    })
+}
+
+/// The drives of the board's controller, by channel and unit: IDE has two channels of two, AHCI six ports of one.
+fn ide_drives(config: &PcConfig, order: &mut BootOrder) -> Result<Vec<Option<DriveSpec>>, DeviceError> {
+    let (channels, units) = if config.is_q35() { (ahci::PORTS, 1) } else { (2, 2) };
+    let mut places = vec![None; channels * units];
     let wrong = |text: String| Err(DeviceError::Config(text));
     for spec in &config.devices {
         let model = registry::model(&spec.driver)?;
@@ -583,26 +769,28 @@ fn ide_drives(config: &PcConfig, order: &mut BootOrder) -> Result<[Option<DriveS
             continue;
         }
         model.check(spec)?;
-        let b = Build { config, spec, devfn: 0 };
+        let b = Build { config, spec, devfn: 0, place: Place::default() };
         let bus = match b.text("bus") {
             None => None,
-            Some("ide.0") => Some(0),
-            Some("ide.1") => Some(1),
-            Some(other) => return wrong(format!("Bus '{other}' not found")),
+            Some(name) => {
+                let found = (0..channels).find(|n| name == format!("ide.{n}"));
+                Some(found.ok_or_else(|| DeviceError::Config(format!("Bus '{name}' not found")))?)
+            }
         };
         let unit = match b.text("unit") {
             None => None,
             Some(_) => Some(b.number("unit", 0)? as usize),
         };
-        let fits = |place: usize| bus.is_none_or(|b| place / 2 == b) && unit.is_none_or(|u| place % 2 == u);
-        let free = (0..4).find(|&p| fits(p) && places[p].is_none());
+        let fits =
+            |place: usize| bus.is_none_or(|b| place / units == b) && unit.is_none_or(|u| place % units == u);
+        let free = (0..places.len()).find(|&p| fits(p) && places[p].is_none());
         let Some(place) = free else {
             return match (bus, unit) {
-                (Some(bus), Some(unit)) if unit < 2 => {
+                (Some(bus), Some(unit)) if unit < units => {
                     wrong(format!("IDE unit {unit} is in use (bus ide.{bus})"))
                 }
-                (_, Some(unit)) if unit > 1 => {
-                    wrong(format!("Can't create IDE unit {unit}, bus supports only 2 units"))
+                (_, Some(unit)) if unit >= units => {
+                    wrong(format!("Can't create IDE unit {unit}, bus supports only {units} units"))
                 }
                 _ => wrong("No free IDE unit".into()),
             };
@@ -613,12 +801,14 @@ fn ide_drives(config: &PcConfig, order: &mut BootOrder) -> Result<[Option<DriveS
             _ => b.drive()?,
         };
         drive.cdrom = spec.driver == "ide-cd";
-        drive.device = spec.id.clone().unwrap_or_else(|| format!("ide{}-{}", place / 2, place % 2));
+        let (channel, unit) = (place / units, place % units);
+        drive.device = spec.id.clone().unwrap_or_else(|| format!("ide{channel}-{unit}"));
         if drive.serial.is_empty() {
-            drive.serial = format!("QM{:05}", place + 1);
+            drive.serial = format!("QM{:05}", 2 * channel + unit + 1);
         }
         if b.text("bootindex").is_some() {
-            let path = format!("/pci@i0cf8/ide@1,1/drive@{}/disk@{}", place / 2, place % 2);
+            let controller = if config.is_q35() { "pci8086,2922@1f,2" } else { "ide@1,1" };
+            let path = format!("/pci@i0cf8/{controller}/drive@{channel}/disk@{unit}");
             order.insert(b.number("bootindex", 0)?, path)?;
         }
         places[place] = Some(drive);
@@ -645,7 +835,7 @@ fn address(spec: &DeviceSpec) -> Result<Option<u8>, DeviceError> {
 }
 
 /// What the CMOS holds for firmware (the RTC's own registers aside).
-fn cmos(config: &PcConfig, mem: &GuestMemory, disks: &[Option<DriveSpec>; 4]) -> Vec<(u8, u8)> {
+fn cmos(config: &PcConfig, mem: &GuestMemory, disks: &[Option<DriveSpec>]) -> Vec<(u8, u8)> {
     let low = mem.low_ram_size();
     let high = mem.ram_size() - low;
     let word = |at: u8, v: u64| [(at, v as u8), (at + 1, (v >> 8) as u8)];
@@ -674,7 +864,7 @@ fn cmos(config: &PcConfig, mem: &GuestMemory, disks: &[Option<DriveSpec>; 4]) ->
     out.push((0x3D, code(1) << 4 | code(0)));
     // Geometry translation of the IDE disks, two bits each: LBA for what CHS cannot reach.
     let mut translation = 0;
-    for (place, drive) in disks.iter().enumerate() {
+    for (place, drive) in disks.iter().enumerate().filter(|_| !config.is_q35()) {
         if drive.as_ref().is_some_and(|d| !d.cdrom && d.size_bytes > 1024 * 16 * 63 * 512) {
             translation |= 1 << (2 * place);
         }
@@ -697,11 +887,15 @@ impl BootOrder {
             return Ok(());
         }
         let index = b.number("bootindex", 0)?;
-        let (slot, function) = (b.devfn >> 3, b.devfn & 7);
-        let at = if function == 0 { format!("{slot:x}") } else { format!("{slot:x},{function:x}") };
+        let unit = |devfn: u8| match (devfn >> 3, devfn & 7) {
+            (slot, 0) => format!("{slot:x}"),
+            (slot, function) => format!("{slot:x},{function:x}"),
+        };
+        let bridges = b.place.bridges.iter().rev().map(|d| format!("/pci-bridge@{}", unit(*d)));
+        let (bridges, at): (String, _) = (bridges.collect(), unit(b.devfn));
         let path = match registry::base_name(&b.spec.driver) {
-            "virtio-blk-pci" => format!("/pci@i0cf8/scsi@{at}/disk@0,0"),
-            _ => format!("/pci@i0cf8/ethernet@{at}/ethernet-phy@0"),
+            "virtio-blk-pci" => format!("/pci@i0cf8{bridges}/scsi@{at}/disk@0,0"),
+            _ => format!("/pci@i0cf8{bridges}/ethernet@{at}/ethernet-phy@0"),
         };
         self.insert(index, path)
     }
@@ -716,7 +910,12 @@ impl BootOrder {
 }
 
 /// Everything firmware is told through fw_cfg.
-fn firmware_config(config: &PcConfig, mem: &GuestMemory, order: BootOrder) -> Result<FwCfg, DeviceError> {
+fn firmware_config(
+    config: &PcConfig,
+    mem: &GuestMemory,
+    order: BootOrder,
+    buses: &[Bus],
+) -> Result<FwCfg, DeviceError> {
     let mut fw = FwCfg::default();
     let low = mem.low_ram_size();
     fw.item(fwcfg::UUID, config.uuid);
@@ -763,15 +962,24 @@ fn firmware_config(config: &PcConfig, mem: &GuestMemory, order: BootOrder) -> Re
 
     let pvpanic = config.devices.iter().find(|d| d.driver == "pvpanic");
     let pvpanic = match pvpanic {
-        Some(spec) => Some(Build { config, spec, devfn: 0 }.port("ioport", 0x505)?),
+        Some(spec) => Some(Build { config, spec, devfn: 0, place: Place::default() }.port("ioport", 0x505)?),
         None => None,
     };
     let mut serial = [false; 4];
     config.serial_ports.iter().for_each(|s| serial[s.index as usize & 3] = true);
-    acpi::install(
-        &acpi::Acpi { cpus: config.cpus, low_ram: low, hpet: config.hpet, pvpanic, serial },
-        &mut fw,
-    );
+    // Ports whose slots can be filled and emptied: the bus, and where its bridge is on the root bus.
+    let ports = buses.iter().filter(|b| b.hotplug && b.place.bridges.len() == 1);
+    let ports = ports.map(|b| (b.place.bus, b.place.bridges[0])).collect();
+    let board = acpi::Acpi {
+        cpus: config.cpus,
+        low_ram: low,
+        hpet: config.hpet,
+        pvpanic,
+        serial,
+        q35: config.is_q35(),
+        ports,
+    };
+    acpi::install(&board, &mut fw);
     let machine = if config.machine.is_empty() { "pc-i440fx-7.2" } else { &config.machine };
     smbios::install(&mut fw, machine, &config.uuid, config.cpus, mem.ram_size());
     fw.seal();

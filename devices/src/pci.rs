@@ -1,4 +1,5 @@
-//! PCI functions: configuration space, base address registers, MSI-X (PCI 3.0, chapter 6).
+//! PCI functions: configuration space, base address registers, MSI and MSI-X (PCI 3.0, chapter 6), bridges
+//! (PCI-to-PCI Bridge 1.2) and the PCI Express capability (PCI Express 3.0, 7.8).
 
 use serde::{Deserialize, Serialize};
 
@@ -65,6 +66,41 @@ pub struct PciFunction {
     msix: Option<MsixState>,
     msix_cap: usize,
     msix_bar: u8,
+    /// Where the MSI capability lies; 0: there is none.
+    msi_cap: usize,
+    /// Where a root port's Express capability lies; 0: there is none.
+    express_cap: usize,
+    place: Place,
+}
+
+/// Where a function is: which of the machine's buses, and the bridges between that and the root bus.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Place {
+    /// The bus by the machine's count (0: the root bus), which no guest can change.
+    pub bus: u8,
+    /// Device and function numbers of the bridges above, the nearest first.
+    pub bridges: Vec<u8>,
+}
+
+impl Place {
+    /// The device and function number on the root bus and the pin there that `pin` of `devfn` reaches: each
+    /// bridge turns the pins by the slot below it (PCI-to-PCI Bridge 1.2, 9.1).
+    fn at_root(&self, devfn: u8, pin: u8) -> (u8, u8) {
+        self.bridges.iter().fold((devfn, pin), |(below, pin), bridge| {
+            (*bridge, (pin.wrapping_sub(1).wrapping_add(below >> 3) & 3) + 1)
+        })
+    }
+}
+
+/// What an Express function is to the fabric.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Express {
+    Endpoint,
+    /// A root port with a hot-plug slot of this number, and its own port number.
+    RootPort {
+        slot: u16,
+        port: u8,
+    },
 }
 
 impl PciFunction {
@@ -83,6 +119,9 @@ impl PciFunction {
             msix: None,
             msix_cap: 0,
             msix_bar: 0xFF,
+            msi_cap: 0,
+            express_cap: 0,
+            place: Place::default(),
         };
         f.set16(0, id.vendor);
         f.set16(2, id.device);
@@ -94,6 +133,136 @@ impl PciFunction {
         f.allow(0x0C, &[0xFF, 0]);
         f.allow(INTERRUPT_LINE, &[0xFF]);
         f
+    }
+
+    /// A bridge at `devfn`, with a type 1 header.
+    pub fn bridge(devfn: u8, id: PciId) -> PciFunction {
+        let mut f = PciFunction::new(devfn, id);
+        f.set8(0x0E, 1);
+        f.set32(0x2C, 0);
+        // I/O of 32 bits, prefetchable memory of 64.
+        f.set16(0x1C, 0x0101);
+        f.set32(0x24, 0x0001_0001);
+        f.allow(COMMAND, &[0x47, 0x05]);
+        f.allow(0x18, &[0xFF, 0xFF, 0xFF, 0xFF, 0xF0, 0xF0]);
+        f.allow(0x20, &[0xF0, 0xFF, 0xF0, 0xFF, 0xF0, 0xFF, 0xF0, 0xFF]);
+        f.allow(0x28, &[0xFF; 12]);
+        f.allow(0x3E, &[0x7F, 0]);
+        f
+    }
+
+    /// Whether there is a bus behind this function.
+    pub fn is_bridge(&self) -> bool {
+        self.config[0x0E] & 0x7F == 1
+    }
+
+    /// The bus numbers behind a bridge; none before the guest has dealt them out.
+    pub fn bus_numbers(&self) -> Option<std::ops::RangeInclusive<u8>> {
+        (self.is_bridge() && self.config[0x19] != 0).then(|| self.config[0x19]..=self.config[0x1A])
+    }
+
+    /// Whether a bridge passes accesses to this range of I/O ports on to the bus behind it.
+    pub fn forwards_io(&self, start: u64, len: u64) -> bool {
+        let base = u64::from(self.config[0x1C] & 0xF0) << 8 | u64::from(self.get16(0x30)) << 16;
+        let limit = u64::from(self.config[0x1D] & 0xF0) << 8 | 0xFFF | u64::from(self.get16(0x32)) << 16;
+        self.command() & COMMAND_IO != 0 && start >= base && start + len.max(1) - 1 <= limit
+    }
+
+    /// Whether a bridge passes accesses to this range of memory on to the bus behind it.
+    pub fn forwards_memory(&self, start: u64, len: u64) -> bool {
+        let Some(last) = start.checked_add(len.max(1) - 1) else { return false };
+        let range = |at: usize, upper: [u32; 2]| {
+            let base = u64::from(self.get16(at) & 0xFFF0) << 16 | u64::from(upper[0]) << 32;
+            let limit = u64::from(self.get16(at + 2) & 0xFFF0) << 16 | 0xF_FFFF | u64::from(upper[1]) << 32;
+            start >= base && last <= limit
+        };
+        let upper = [self.get32(0x28), self.get32(0x2C)];
+        self.command() & COMMAND_MEMORY != 0 && (range(0x20, [0, 0]) || range(0x24, upper))
+    }
+
+    /// Say where the function is.
+    pub fn put(&mut self, place: Place) {
+        self.place = place;
+    }
+
+    /// Where the function is.
+    pub fn place(&self) -> &Place {
+        &self.place
+    }
+
+    /// The PCI Express capability, version 2.
+    pub fn add_express(&mut self, what: Express) {
+        let mut body = [0u8; 58];
+        let mut put = |at: usize, bytes: &[u8]| body[at - 2..at - 2 + bytes.len()].copy_from_slice(bytes);
+        let kind: u16 = match what {
+            Express::Endpoint => 0,
+            // A port with a slot.
+            Express::RootPort { .. } => 4 << 4 | 1 << 8,
+        };
+        put(2, &(2 | kind).to_le_bytes());
+        // Device: role-based error reporting.
+        put(4, &0x8000u32.to_le_bytes());
+        // Link: one lane at 2.5 GT/s, and what it came to.
+        let port = match what {
+            Express::Endpoint => 0,
+            Express::RootPort { port, .. } => u32::from(port),
+        };
+        put(0x0C, &(port << 24 | 1 << 20 | 0x11).to_le_bytes());
+        put(0x12, &0x11u16.to_le_bytes());
+        if let Express::RootPort { slot, .. } = what {
+            // Slot: hot-plug capable, surprise removal not.
+            put(0x14, &(u32::from(slot) << 19 | 0x40).to_le_bytes());
+        }
+        let at = self.capability(0x10, &body);
+        self.allow(at + 8, &[0x1F, 0]);
+        self.allow(at + 0x10, &[0xC3, 0]);
+        if matches!(what, Express::RootPort { .. }) {
+            self.allow(at + 0x18, &[0xFF, 0x17]);
+            self.allow(at + 0x1C, &[0x1F, 0]);
+            self.express_cap = at;
+        }
+    }
+
+    /// Say whether there is something in a root port's slot: presence detected, link up (7.8.8, 7.8.11).
+    pub fn set_present(&mut self, present: bool) {
+        let at = self.express_cap;
+        if at == 0 {
+            return;
+        }
+        let bits = |word: u16, bit: u16| if present { word | bit } else { word & !bit };
+        let (link, slot) = (bits(self.get16(at + 0x12), 0x2000), bits(self.get16(at + 0x1A), 0x40));
+        self.set16(at + 0x12, link);
+        self.set16(at + 0x1A, slot);
+        // So it stays over a reset.
+        for at in [at + 0x12, at + 0x1A] {
+            if self.initial.len() >= at + 2 {
+                self.initial[at..at + 2].copy_from_slice(&self.config[at..at + 2]);
+            }
+        }
+    }
+
+    /// MSI with one vector and a 64-bit address (PCI 3.0, 6.8.1), at `at` of configuration space.
+    pub fn add_msi(&mut self, at: u8) {
+        let mut body = [0u8; 12];
+        body[0] = 0x80;
+        let at = self.capability_at(at, 5, &body);
+        self.allow(at + 2, &[0x71, 0]);
+        self.allow(at + 4, &[0xFC, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF]);
+        self.msi_cap = at;
+    }
+
+    /// Whether the guest turned MSI on.
+    pub fn msi_enabled(&self) -> bool {
+        self.msi_cap != 0 && self.config[self.msi_cap + 2] & 1 != 0
+    }
+
+    /// Send the function's message.
+    pub fn msi_notify(&mut self, ctx: &mut Ctx) {
+        if self.msi_enabled() && self.master() {
+            let at = self.msi_cap;
+            let address = u64::from(self.get32(at + 4)) | u64::from(self.get32(at + 8)) << 32;
+            ctx.msi(address, u32::from(self.get16(at + 12)));
+        }
     }
 
     /// Configuration bytes that a reset restores; call when the layout is complete.
@@ -157,6 +326,12 @@ impl PciFunction {
     /// The interrupt pin: 1 = INTA.
     pub fn pin(&mut self, pin: u8) {
         self.set8(INTERRUPT_PIN, pin);
+    }
+
+    /// As [`Self::capability`], at `at` of configuration space.
+    pub fn capability_at(&mut self, at: u8, id: u8, body: &[u8]) -> usize {
+        self.next_cap = at;
+        self.capability(id, body)
     }
 
     /// Append a capability of `body.len() + 2` bytes; returns its offset.
@@ -279,8 +454,14 @@ impl PciFunction {
     }
 
     fn drive_intx(&mut self, ctx: &mut Ctx) {
-        let on = self.intx && self.command() & COMMAND_NO_INTX == 0 && !self.msix_enabled();
-        ctx.set_intx(self.devfn, self.get8(INTERRUPT_PIN), on);
+        let on =
+            self.intx && self.command() & COMMAND_NO_INTX == 0 && !self.msix_enabled() && !self.msi_enabled();
+        let pin = self.get8(INTERRUPT_PIN);
+        if pin != 0 {
+            let key = u16::from(self.place.bus) << 8 | u16::from(self.devfn);
+            let (devfn, pin) = self.place.at_root(self.devfn, pin);
+            ctx.set_intx(key, devfn, pin, on);
+        }
     }
 
     /// Configuration read of 1, 2 or 4 bytes.
@@ -292,7 +473,9 @@ impl PciFunction {
 
     /// Configuration write of 1, 2 or 4 bytes; true if BARs or decoding changed.
     pub fn config_write(&mut self, ctx: &mut Ctx, offset: u8, size: u8, value: u32) -> bool {
-        let before: [u8; 0x28] = std::array::from_fn(|i| self.config[i]);
+        // A bridge has further address registers behind the BARs' place.
+        let header = if self.is_bridge() { 0x34 } else { 0x28 };
+        let before: [u8; 0x34] = std::array::from_fn(|i| self.config[i]);
         for i in 0..size as usize {
             let at = offset as usize + i;
             if at < 256 {
@@ -302,7 +485,7 @@ impl PciFunction {
         }
         self.drive_intx(ctx);
         self.msix_flush(ctx);
-        before != self.config[..0x28]
+        before[..header] != self.config[..header]
     }
 
     /// Reset: configuration space as at power-on.

@@ -7,6 +7,9 @@ use crate::chipset::testdev::PcTestDev;
 use crate::config::{DeviceSpec, DriveSpec, NicSpec, PcConfig};
 use crate::ctx::{Device, DeviceError};
 use crate::net::e1000::E1000;
+use crate::pci::Place;
+use crate::rootport::RootPort;
+use crate::usb::hid;
 use crate::usb::uhci::Uhci;
 use crate::usb::xhci::Xhci;
 use crate::virtio::balloon::Balloon;
@@ -25,6 +28,8 @@ pub enum Attach {
     Ide,
     /// A port of a virtio-serial device; built by it.
     VirtioSerial,
+    /// A port of a USB controller; built by it.
+    Usb,
     /// Part of the board: always there, not to be named with `-device`.
     Board,
 }
@@ -57,7 +62,7 @@ pub struct Model {
 
 const PCI_PROPERTIES: &[(&str, Kind, &str)] = &[
     ("addr", Kind::Text, "Slot and optional function number, example: 06.0 or 06"),
-    ("bus", Kind::Text, "The bus to plug into (pci.0)"),
+    ("bus", Kind::Text, "The bus to plug into (pci.0; on a q35 pcie.0 or the id of a root port)"),
     ("multifunction", Kind::Bool, "on/off"),
 ];
 
@@ -79,6 +84,11 @@ const NIC: &[(&str, Kind, &str)] = &[
     ("rombar", Kind::Text, "Option ROM BAR (none is shown)"),
 ];
 
+const USB: &[(&str, Kind, &str)] = &[
+    ("bus", Kind::Text, "ID.0 of a USB controller that takes devices (qemu-xhci)"),
+    ("port", Kind::Text, "Port, from 1"),
+];
+
 const VIRTIO: &[(&str, Kind, &str)] = &[
     ("disable-legacy", Kind::Text, "on/off/auto"),
     ("disable-modern", Kind::Bool, "on/off"),
@@ -92,17 +102,27 @@ const PORT: &[(&str, Kind, &str)] = &[
     ("nr", Kind::Number, "Port number"),
 ];
 
+const SLEEP: &[(&str, Kind, &str)] = &[
+    ("disable_s3", Kind::Bool, "suspend to RAM is not offered (on)"),
+    ("disable_s4", Kind::Bool, "suspend to disk is not offered (on)"),
+];
+
 /// All models, in the order of `-device help`.
 pub static MODELS: &[Model] = &[
+    Model {
+        name: "ICH9-LPC",
+        attach: Attach::Board,
+        category: "Bridge",
+        description: "ICH9 LPC bridge",
+        properties: SLEEP,
+        build: None,
+    },
     Model {
         name: "PIIX4_PM",
         attach: Attach::Board,
         category: "Bridge",
         description: "power management",
-        properties: &[
-            ("disable_s3", Kind::Bool, "suspend to RAM is not offered (on)"),
-            ("disable_s4", Kind::Bool, "suspend to disk is not offered (on)"),
-        ],
+        properties: SLEEP,
         build: None,
     },
     Model {
@@ -177,6 +197,19 @@ pub static MODELS: &[Model] = &[
         build: Some(|_| Ok(Box::<PcTestDev>::default())),
     },
     Model {
+        name: "pcie-root-port",
+        attach: Attach::Pci,
+        category: "Bridge",
+        description: "PCI Express Root Port",
+        properties: &[
+            ("port", Kind::Number, "port number"),
+            ("chassis", Kind::Number, "chassis number"),
+            ("slot", Kind::Number, "slot number"),
+            ("hotplug", Kind::Bool, "what is behind it can be plugged and pulled (on)"),
+        ],
+        build: Some(|b| Ok(Box::new(RootPort::new(b)?))),
+    },
+    Model {
         name: "piix3-usb-uhci",
         attach: Attach::Pci,
         category: "USB",
@@ -188,7 +221,7 @@ pub static MODELS: &[Model] = &[
         name: "qemu-xhci",
         attach: Attach::Pci,
         category: "USB",
-        description: "USB 3 controller without devices",
+        description: "USB 3 controller",
         properties: &[
             ("p2", Kind::Number, "USB 2 ports, 1 to 15 (4)"),
             ("p3", Kind::Number, "USB 3 ports, 1 to 15 (4)"),
@@ -202,8 +235,32 @@ pub static MODELS: &[Model] = &[
                 }
                 *slot = n as u32;
             }
-            Ok(Box::new(Xhci::new(b.pci_name(), b.devfn, ports)))
+            Ok(Box::new(Xhci::new(b, ports)?))
         }),
+    },
+    Model {
+        name: "usb-kbd",
+        attach: Attach::Usb,
+        category: "Input",
+        description: "USB keyboard",
+        properties: USB,
+        build: None,
+    },
+    Model {
+        name: "usb-mouse",
+        attach: Attach::Usb,
+        category: "Input",
+        description: "USB mouse",
+        properties: USB,
+        build: None,
+    },
+    Model {
+        name: "usb-tablet",
+        attach: Attach::Usb,
+        category: "Input",
+        description: "USB tablet",
+        properties: USB,
+        build: None,
     },
     Model {
         name: "virtconsole",
@@ -295,8 +352,8 @@ impl Model {
         let mut out: Vec<_> = self.properties.to_vec();
         match self.attach {
             Attach::Pci => out.extend(PCI_PROPERTIES),
-            Attach::Ide => out.push(("bus", Kind::Text, "ide.0 or ide.1")),
-            Attach::Isa | Attach::VirtioSerial | Attach::Board => {}
+            Attach::Ide => out.push(("bus", Kind::Text, "ide.0 or ide.1, on a q35 up to ide.5")),
+            Attach::Isa | Attach::VirtioSerial | Attach::Usb | Attach::Board => {}
         }
         if self.category == "Storage" {
             out.extend(BLOCK);
@@ -311,15 +368,17 @@ impl Model {
         out
     }
 
-    /// The bus that such a device plugs into; empty for parts of the board.
-    pub fn bus(&self) -> &'static str {
+    /// The bus that such a device plugs into on a machine with this root bus; empty for parts of the board.
+    pub fn bus(&self, root: &str) -> String {
         match self.attach {
             Attach::Isa => "isa.0",
-            Attach::Pci => "pci.0",
+            Attach::Pci => root,
             Attach::Ide => "ide.0",
             Attach::VirtioSerial => "virtio-serial0.0",
+            Attach::Usb => "usb.0",
             Attach::Board => "",
         }
+        .to_owned()
     }
 
     /// The kind of bus, as `-device help` says it.
@@ -329,12 +388,15 @@ impl Model {
             Attach::Pci => "PCI",
             Attach::Ide => "IDE",
             Attach::VirtioSerial => "virtio-serial-bus",
+            Attach::Usb => "usb-bus",
             Attach::Board => "none",
         }
     }
 
-    /// Whether the bus that `spec` names is there; `all` are the machine's devices.
-    pub fn check_bus(&self, spec: &DeviceSpec, all: &[DeviceSpec]) -> Result<(), DeviceError> {
+    /// Whether the bus that `spec` names is there on a machine. PCI buses and those of the disk controller are
+    /// looked for when a place on them is.
+    pub fn check_bus(&self, spec: &DeviceSpec, config: &PcConfig) -> Result<(), DeviceError> {
+        let all = &config.devices;
         let bus = spec.properties.get("bus").map(String::as_str);
         let serial = |d: &&DeviceSpec| base_name(&d.driver) == "virtio-serial-pci";
         let fits = match (self.attach, bus) {
@@ -346,10 +408,16 @@ impl Model {
                 let text = format!("No 'virtio-serial-bus' bus found for device '{}'", self.name);
                 return Err(DeviceError::Config(text));
             }
+            (Attach::Usb, _) if bus.is_none() && usb_controller(config, spec).is_none() => {
+                return Err(DeviceError::Config(format!(
+                    "No 'usb-bus' bus found for device '{}'",
+                    self.name
+                )));
+            }
             (_, None) => true,
-            (Attach::Pci, Some(bus)) => bus == "pci.0",
+            (Attach::Usb, Some(_)) => usb_controller(config, spec).is_some(),
+            (Attach::Pci | Attach::Ide, Some(_)) => true,
             (Attach::Isa, Some(bus)) => bus == "isa.0",
-            (Attach::Ide, Some(bus)) => matches!(bus, "ide.0" | "ide.1"),
             (Attach::VirtioSerial, Some(bus)) => all
                 .iter()
                 .filter(serial)
@@ -401,6 +469,36 @@ impl Model {
     }
 }
 
+/// The USB devices of a machine.
+pub(crate) fn usb_devices(config: &PcConfig) -> impl Iterator<Item = (&DeviceSpec, hid::Kind)> {
+    config.devices.iter().filter_map(|d| {
+        let kind = match d.driver.as_str() {
+            "usb-kbd" => hid::Kind::Keyboard,
+            "usb-mouse" => hid::Kind::Mouse,
+            "usb-tablet" => hid::Kind::Tablet,
+            _ => return None,
+        };
+        Some((d, kind))
+    })
+}
+
+/// The controller that a USB device is plugged into: the one it names, or the first that takes devices.
+pub(crate) fn usb_controller<'a>(config: &'a PcConfig, spec: &DeviceSpec) -> Option<&'a DeviceSpec> {
+    let named = spec.properties.get("bus").map(String::as_str);
+    let mut unnamed = 0;
+    config.devices.iter().filter(|d| d.driver == "qemu-xhci").find(|d| {
+        // QEMU calls the buses of controllers without id usb-bus.N.
+        let name = match &d.id {
+            Some(id) => format!("{id}.0"),
+            None => {
+                unnamed += 1;
+                format!("usb-bus.{}", unnamed - 1)
+            }
+        };
+        named.is_none_or(|n| n == name)
+    })
+}
+
 /// A decimal or 0x number.
 pub fn parse_number(text: &str) -> Option<u64> {
     match text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
@@ -425,6 +523,8 @@ pub struct Build<'a> {
     pub spec: &'a DeviceSpec,
     /// PCI device and function number, for PCI models.
     pub devfn: u8,
+    /// The PCI bus, for PCI models.
+    pub place: Place,
 }
 
 impl Build<'_> {
@@ -491,18 +591,30 @@ impl Build<'_> {
 
     /// What is the same for all models.
     pub(crate) fn finish(&self, mut device: Box<dyn Device>) -> Box<dyn Device> {
-        if let Some(pci) = device.pci_mut().filter(|_| self.flag("multifunction", false)) {
-            // Header type: there are further functions (PCI 3.0, 6.2.1).
-            let header = pci.get8(0x0E) | 0x80;
-            pci.set8(0x0E, header);
-            pci.seal();
+        if let Some(pci) = device.pci_mut() {
+            pci.put(self.place.clone());
+            if self.flag("multifunction", false) {
+                // Header type: there are further functions (PCI 3.0, 6.2.1).
+                let header = pci.get8(0x0E) | 0x80;
+                pci.set8(0x0E, header);
+                pci.seal();
+            }
         }
         device
     }
 
     /// The name of a PCI device in saved states.
     pub fn pci_name(&self) -> String {
-        format!("{}@{:02x}.{}", self.spec.driver, self.devfn >> 3, self.devfn & 7)
+        let bus = match self.place.bus {
+            0 => String::new(),
+            n => format!("{n}/"),
+        };
+        format!("{}@{bus}{:02x}.{}", self.spec.driver, self.devfn >> 3, self.devfn & 7)
+    }
+
+    /// Whether the device is behind a PCI Express port.
+    pub fn behind_port(&self) -> bool {
+        !self.place.bridges.is_empty()
     }
 }
 

@@ -37,7 +37,11 @@ pub fn install(fw: &mut FwCfg, machine: &str, uuid: &[u8; 16], cpus: u32, ram: u
     body.extend([u[3], u[2], u[1], u[0], u[5], u[4], u[7], u[6]]);
     body.extend(&u[8..]);
     body.extend([6, 0, 0]);
-    b.structure(1, 0x100, &body, &["FTVM", "Standard PC (i440FX + PIIX, 1996)", machine]);
+    let product = match crate::config::is_q35(machine) {
+        true => "Standard PC (Q35 + ICH9, 2009)",
+        false => "Standard PC (i440FX + PIIX, 1996)",
+    };
+    b.structure(1, 0x100, &body, &["FTVM", product, machine]);
 
     // Chassis.
     let mut body = vec![1, 1, 2, 0, 0, 3, 3, 3, 2];

@@ -28,6 +28,13 @@ pub const MACHINES: &[MachineType] = &[
         max_cpus: 255,
     },
     MachineType {
+        name: "pc-q35-7.2",
+        alias: Some("q35"),
+        description: "Standard PC (Q35 + ICH9, 2009)",
+        is_default: false,
+        max_cpus: 255,
+    },
+    MachineType {
         name: "none",
         alias: None,
         description: "empty machine, for asking what there is",

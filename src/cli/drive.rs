@@ -212,8 +212,9 @@ pub fn from_drive(p: &Params, before: &[DriveConfig]) -> Result<DriveConfig, Key
         }
         (None, None) => next_index(interface, before),
     };
-    if interface == Interface::Ide && index > 3 {
-        return Err(KeyvalError::Other(format!("index {index} is too big: IDE has 4 places")));
+    if interface == Interface::Ide && index > 5 {
+        let text = format!("index {index} is too big: IDE has 4 places, the AHCI of a q35 6");
+        return Err(KeyvalError::Other(text));
     }
     if before.iter().any(|d| d.interface == interface && interface != Interface::None && d.index == index) {
         return Err(KeyvalError::Other(format!("drive with bus=0, unit={index} (index={index}) exists")));

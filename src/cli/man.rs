@@ -238,7 +238,7 @@ ftvm \- virtual machine monitor that survives the death of its host
 .RI [ disk_image ]
 .SH DESCRIPTION
 .B ftvm
-runs an x86\-64 machine: QEMU's pc with SeaBIOS, disks, network cards and serial lines.
+runs an x86\-64 machine: QEMU's pc or q35 with SeaBIOS, disks, network cards and serial lines.
 It takes QEMU's options.
 With
 .B \-ft

@@ -36,6 +36,8 @@ pub struct Backends {
     pub objects: Vec<(String, String)>,
     /// By the CD drive's device id, once its tray was touched.
     pub trays: BTreeMap<String, Tray>,
+    /// Sizes in bytes of drives that were resized.
+    pub sizes: BTreeMap<usize, u64>,
     /// The number of drives and cards that the machine began with.
     cold: (usize, usize),
 }
@@ -56,6 +58,7 @@ impl Backends {
             nics,
             objects: blueprint.config.objects.clone(),
             trays: BTreeMap::new(),
+            sizes: BTreeMap::new(),
         }
     }
 

@@ -108,6 +108,18 @@ impl DiskWorker {
         self.account.lock().map_or_else(|_| Counters::default(), |a| a.counters)
     }
 
+    /// The image, for what is asked of it beside the requests.
+    pub fn image(&self) -> Arc<dyn Image> {
+        self.queue.image()
+    }
+
+    /// The image has another size now.
+    pub fn resized(&self, size: u64) {
+        if let Ok(mut a) = self.account.lock() {
+            a.counters.size = size;
+        }
+    }
+
     /// Queue a request, or let it wait for a backup.
     pub fn submit(&self, id: u64, op: DiskOp) {
         if !self.shares_reads.load(Ordering::Relaxed) {

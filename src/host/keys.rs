@@ -1,8 +1,10 @@
 //! Keys of a PC keyboard: QEMU's names and numbers, and the scan codes (set 2) that the keyboard sends.
 
-/// A key: its scan code, and whether 0xE0 goes before it.
+/// A key: its number, its scan code, and whether 0xE0 goes before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Key {
+    /// QEMU's number for it.
+    pub number: u8,
     code: u8,
     extended: bool,
 }
@@ -138,7 +140,7 @@ const KEYS: &[(&str, u8, u8)] = &[
 ];
 
 fn key(entry: &(&str, u8, u8)) -> Key {
-    Key { code: entry.2, extended: entry.1 & 0x80 != 0 }
+    Key { number: entry.1, code: entry.2, extended: entry.1 & 0x80 != 0 }
 }
 
 /// The key with QEMU's name for it.
@@ -157,6 +159,7 @@ mod tests {
 
     #[test]
     fn names_and_numbers_meet() {
+        assert_eq!(by_name("delete").map(|k| k.number), Some(0xD3));
         assert_eq!(by_name("ret"), by_number(28));
         assert_eq!(by_name("a").map(|k| k.released()), Some(vec![0xF0, 0x1C]));
         assert_eq!(by_name("up").map(|k| k.pressed()), Some(vec![0xE0, 0x75]));

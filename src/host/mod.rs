@@ -11,7 +11,7 @@ pub mod signals;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
-use std::sync::{Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use ftvm_devices::{Input, Output};
 
@@ -69,6 +69,20 @@ impl Outside {
     /// What drive `index` has done so far.
     pub fn disk_counters(&self, index: usize) -> Option<disk::Counters> {
         self.disks.lock().ok()?.get(index)?.as_ref().map(|w| w.counters())
+    }
+
+    /// The image of drive `index`, if it is open.
+    pub fn disk_image(&self, index: usize) -> Option<Arc<dyn ftvm_block::Image>> {
+        Some(self.disks.lock().ok()?.get(index)?.as_ref()?.image())
+    }
+
+    /// The image of drive `index` has another size now.
+    pub fn disk_resized(&self, index: usize, size: u64) {
+        if let Ok(disks) = self.disks.lock() {
+            if let Some(Some(worker)) = disks.get(index) {
+                worker.resized(size);
+            }
+        }
     }
 
     /// Let an output leave.

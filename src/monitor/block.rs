@@ -1,10 +1,11 @@
 //! Block nodes, the devices in front of them, and the trays of CD drives.
 
+use ftvm_block::ImageInfo;
 use ftvm_devices::{Input, Inventory};
 use ftvm_qmp::{Call, QmpError};
 use serde_json::{json, Map, Value};
 
-use super::{devices as hotplug, done, qom, types, Control, Reply};
+use super::{devices as hotplug, done, qom, snapshots, types, Control, Reply};
 use crate::assembly::open_live;
 use crate::assembly::queue_settings;
 use crate::cli::drive::{self, Cache, DriveConfig};
@@ -15,14 +16,15 @@ use crate::machine::MachineInput;
 use crate::runtime::live::Runtime;
 
 /// A node's entry; `protocol`: the node below the format.
-fn node(d: &DriveConfig, size: u64, protocol: bool) -> Value {
+fn node(d: &DriveConfig, size: u64, info: Option<&ImageInfo>) -> Value {
+    let protocol = info.is_none();
     let file = d.file.clone().unwrap_or_default();
     let format = match protocol {
         true => "file",
         false => d.format.as_deref().unwrap_or("raw"),
     };
     let disk_size = || std::fs::metadata(&file).map(|m| std::os::unix::fs::MetadataExt::blocks(&m) * 512);
-    let mut image = json!({"filename": file, "format": format, "virtual-size": size});
+    let mut image = json!({"filename": file, "format": format, "virtual-size": size, "dirty-flag": false});
     if let Ok(used) = disk_size() {
         image["actual-size"] = json!(used);
     }
@@ -31,16 +33,20 @@ fn node(d: &DriveConfig, size: u64, protocol: bool) -> Value {
             image["virtual-size"] = json!(meta.len());
         }
     }
+    let depth = info.map_or(0, |i| i.depth);
+    if let Some(info) = info {
+        snapshots::describe(info, &mut image);
+    }
     let name = match protocol {
         true => d.protocol.clone().unwrap_or_default(),
         false => d.id.clone(),
     };
-    json!({
+    let mut node = json!({
         "file": file,
         "node-name": name,
         "ro": d.read_only,
         "drv": format,
-        "backing_file_depth": 0,
+        "backing_file_depth": depth,
         "encrypted": false,
         "detect_zeroes": if d.detect_zeroes { "on" } else { "off" },
         "bps": 0, "bps_rd": 0, "bps_wr": 0, "iops": 0, "iops_rd": 0, "iops_wr": 0,
@@ -51,7 +57,16 @@ fn node(d: &DriveConfig, size: u64, protocol: bool) -> Value {
             "no-flush": d.cache == Cache::Unsafe,
         },
         "write_threshold": 0,
-    })
+    });
+    if let Some((_, whole, _)) = info.and_then(|i| i.backing.as_ref()) {
+        node["backing_file"] = json!(whole);
+    }
+    node
+}
+
+/// What the image of drive `index` says of itself.
+fn image_info(c: &Control, index: usize) -> ImageInfo {
+    c.outside.disk_image(index).map_or_else(ImageInfo::default, |i| i.info())
 }
 
 fn size(c: &Control, index: usize) -> u64 {
@@ -75,9 +90,9 @@ pub fn nodes(c: &Control, _: &mut Call) -> Reply {
     for (i, d) in backends(c).drives.iter().enumerate() {
         let Some(d) = d.as_ref().filter(|d| d.file.is_some()) else { continue };
         let size = size(c, i);
-        out.push(node(d, size, false));
+        out.push(node(d, size, Some(&image_info(c, i))));
         if d.protocol.is_some() {
-            out.push(node(d, size, true));
+            out.push(node(d, size, None));
         }
     }
     Ok(json!(out))
@@ -145,7 +160,7 @@ pub fn devices(c: &Control, _: &mut Call) -> Reply {
         }
         let config = front.drive.and_then(|i| Some((i, backends.drives.get(i)?.as_ref()?)));
         if let Some((i, d)) = config.filter(|(_, d)| d.file.is_some()) {
-            entry["inserted"] = node(d, size(c, i), false);
+            entry["inserted"] = node(d, size(c, i), Some(&image_info(c, i)));
             entry["io-status"] = json!("ok");
         }
         out.push(entry);
@@ -346,16 +361,6 @@ pub fn del(c: &Control, call: &mut Call) -> Reply {
         hotplug::note(rt);
         done()
     })
-}
-
-pub fn resize(c: &Control, call: &mut Call) -> Reply {
-    let name = match call.text("node-name") {
-        "" => call.text("device").to_owned(),
-        name => name.to_owned(),
-    };
-    let missing = || QmpError::generic(format!("Cannot find device='' nor node-name='{name}'"));
-    c.shared.backends().drive(&name).ok_or_else(missing)?;
-    Err(QmpError::generic(format!("Image format driver of '{name}' does not support resize here")))
 }
 
 /// The CD drive that a command names, with its tray.

@@ -6,7 +6,7 @@ use ftvm_qmp::{Call, Fds, Handler, QmpError, Schema};
 use serde_json::{json, Map, Value};
 
 use super::qom::Object;
-use super::{machine, pci, qom, Control};
+use super::{input, pci, qom, snapshots, Control};
 use crate::cli::config::format_uuid;
 use crate::cli::keyval::Params;
 use crate::host::keys;
@@ -15,6 +15,7 @@ use crate::runtime::control::RunState;
 /// What `help` and `info` show.
 const HELP: &[(&str, &str)] = &[
     ("balloon MB", "how much memory the guest is to have"),
+    ("block_resize DEVICE SIZE", "change the size of an image (MiB without a suffix)"),
     ("c|cont", "let the processors run"),
     ("device_add DRIVER[,prop=value]", "plug a device in"),
     ("device_del ID", "ask the guest to let go of a device"),
@@ -33,6 +34,8 @@ const HELP: &[(&str, &str)] = &[
     ("qom-set PATH PROPERTY VALUE", "set a property of an object"),
     ("sendkey KEY[-KEY...] [HOLD_MS]", "press keys together"),
     ("set_link NAME on|off", "plug a network cable in or pull it"),
+    ("snapshot_blkdev_internal DEVICE NAME", "make an internal snapshot of an image"),
+    ("snapshot_delete_blkdev_internal DEVICE NAME [ID]", "delete an internal snapshot"),
     ("stop|s", "stop the processors"),
     ("system_powerdown", "press the power button"),
     ("system_reset", "press the reset button"),
@@ -57,6 +60,7 @@ const INFO: &[(&str, &str, Info)] = &[
     ("qom-tree", "the tree of objects", |c| Ok(qom_tree(&qom::tree(c)))),
     ("qtree", "the devices", qtree),
     ("registers", "registers of the processors when they last stopped", |c| Ok(c.shared.registers() + "\n")),
+    ("snapshots", "internal snapshots of the images", snapshots::list),
     ("status", "whether the machine runs", status),
     ("uuid", "the machine's UUID", |c| Ok(format!("{}\n", format_uuid(&c.config.uuid)))),
     ("version", "the program's version", |_| Ok(format!("7.2.0 (ftvm {})\n", env!("CARGO_PKG_VERSION")))),
@@ -113,6 +117,22 @@ impl Control {
             "nmi" => self.run("inject-nmi", json!({}), fds),
             "system_reset" | "system_powerdown" => self.run(verb, json!({}), fds),
             "balloon" => self.run("balloon", json!({"value": number(need(0)?)? << 20}), fds),
+            "block_resize" => {
+                let size = crate::cli::keyval::parse_size(need(1)?, 1 << 20);
+                let size = size.ok_or_else(|| QmpError::generic("invalid size"))?;
+                self.run("block_resize", json!({"device": need(0)?, "size": size}), fds)
+            }
+            "snapshot_blkdev_internal" => {
+                let arguments = json!({"device": need(0)?, "name": need(1)?});
+                self.run("blockdev-snapshot-internal-sync", arguments, fds)
+            }
+            "snapshot_delete_blkdev_internal" => {
+                let mut arguments = json!({"device": need(0)?, "name": need(1)?});
+                if let Some(id) = words.get(2) {
+                    arguments["id"] = json!(id);
+                }
+                self.run("blockdev-snapshot-delete-internal-sync", arguments, fds)
+            }
             "device_del" | "netdev_del" => self.run(verb, json!({"id": need(0)?}), fds),
             "object_del" => self.run("object-del", json!({"id": need(0)?}), fds),
             "eject" => {
@@ -148,7 +168,7 @@ impl Control {
                     };
                     pressed.push(key.ok_or_else(|| QmpError::generic(format!("invalid parameter: {name}")))?);
                 }
-                machine::press(self, pressed, Duration::from_millis(hold)).map(|_| String::new())
+                input::press(self, pressed, Duration::from_millis(hold)).map(|_| String::new())
             }
             "qom-list" => {
                 let list = self.ask("qom-list", json!({"path": need(0)?}), fds)?;
@@ -365,10 +385,16 @@ fn network(c: &Control) -> Result<String, QmpError> {
 
 fn pci_text(c: &Control) -> Result<String, QmpError> {
     let mut out = String::new();
-    for f in pci::functions(c)? {
+    pci_lines(pci::functions(c)?.iter(), &mut out);
+    Ok(out)
+}
+
+fn pci_lines<'a>(functions: impl Iterator<Item = &'a Value>, out: &mut String) {
+    for f in functions {
         let (class, id) = (&f["class_info"], &f["id"]);
         out.push_str(&format!(
-            "  Bus  0, device {:3}, function {}:\n",
+            "  Bus {:2}, device {:3}, function {}:\n",
+            f["bus"].as_u64().unwrap_or(0),
             f["slot"].as_u64().unwrap_or(0),
             f["function"]
         ));
@@ -376,10 +402,33 @@ fn pci_text(c: &Control) -> Result<String, QmpError> {
         let what = class["desc"].as_str().map_or(format!("Class {code:04x}"), str::to_owned);
         let n = |key: &str| id[key].as_u64().unwrap_or(0);
         out.push_str(&format!("    {what}: PCI device {:04x}:{:04x}\n", n("vendor"), n("device")));
-        out.push_str(&format!("      PCI subsystem {:04x}:{:04x}\n", n("subsystem-vendor"), n("subsystem")));
+        if id.get("subsystem").is_some() {
+            out.push_str(&format!(
+                "      PCI subsystem {:04x}:{:04x}\n",
+                n("subsystem-vendor"),
+                n("subsystem")
+            ));
+        }
         if let Some(irq) = f.get("irq") {
             let pin = (b'A' + f["irq_pin"].as_u64().unwrap_or(1).clamp(1, 4) as u8 - 1) as char;
             out.push_str(&format!("      IRQ {irq}, pin {pin}\n"));
+        }
+        if let Some(bridge) = f.get("pci_bridge") {
+            let bus = &bridge["bus"];
+            let range = |name: &str, width: usize| {
+                let end = |key: &str| bus[name][key].as_u64().unwrap_or(0);
+                format!("[{:#0width$x}, {:#0width$x}]", end("base"), end("limit"))
+            };
+            out.push_str(&format!(
+                "      BUS {}.\n      secondary bus {}.\n      subordinate bus {}.\n      IO range {}\n      \
+                 memory range {}\n      prefetchable memory range {}\n",
+                bus["number"],
+                bus["secondary"],
+                bus["subordinate"],
+                range("io_range", 6),
+                range("memory_range", 10),
+                range("prefetchable_range", 10)
+            ));
         }
         for r in items(&f["regions"]) {
             let (address, size) = (r["address"].as_u64().unwrap_or(0), r["size"].as_u64().unwrap_or(0));
@@ -388,14 +437,18 @@ fn pci_text(c: &Control) -> Result<String, QmpError> {
                 true => format!("I/O at {address:#06x} [{end:#06x}]"),
                 false => {
                     let bits = if r["mem_type_64"] == true { 64 } else { 32 };
-                    format!("{bits} bit memory at {address:#010x} [{end:#010x}]")
+                    let kind = if r["prefetch"] == true { " prefetchable" } else { "" };
+                    format!("{bits} bit{kind} memory at {address:#010x} [{end:#010x}]")
                 }
             };
             out.push_str(&format!("      BAR{}: {line}.\n", r["bar"]));
         }
-        out.push_str(&format!("      id \"{}\"\n", text(&f, "qdev_id")));
+        out.push_str(&format!("      id \"{}\"\n", text(f, "qdev_id")));
+        if let Some(behind) = f["pci_bridge"].get("devices") {
+            let behind: Vec<&Value> = items(behind).collect();
+            pci_lines(&mut behind.into_iter() as &mut dyn Iterator<Item = &Value>, out);
+        }
     }
-    Ok(out)
 }
 
 fn qom_tree(object: &Object) -> String {

@@ -1,15 +1,12 @@
 //! Commands about the machine as a whole.
 
 use std::io::Write;
-use std::time::Duration;
 
-use ftvm_devices::Input;
 use ftvm_qmp::{Call, QmpError};
 use serde_json::{json, Value};
 
 use super::{done, Control, Reply};
 use crate::cli::config::{format_uuid, MACHINES};
-use crate::host::keys;
 use crate::machine::MachineInput;
 use crate::runtime::control::RunState;
 use crate::runtime::{Event, Quit};
@@ -103,41 +100,6 @@ pub fn set_action(c: &Control, call: &mut Call) -> Reply {
         }
     })?;
     done()
-}
-
-/// Press keys together, and let them go after `hold`.
-pub fn press(c: &Control, keys: Vec<keys::Key>, hold: Duration) -> Reply {
-    let type_in = |bytes: Vec<u8>| {
-        c.change(move |rt| {
-            rt.input(MachineInput::Device(Input::Keyboard { bytes }));
-            done()
-        })
-    };
-    type_in(keys.iter().flat_map(|k| k.pressed()).collect())?;
-    let release: Vec<u8> = keys.iter().rev().flat_map(|k| k.released()).collect();
-    let events = c.events.clone();
-    std::thread::Builder::new()
-        .name("send-key".into())
-        .spawn(move || {
-            std::thread::sleep(hold);
-            let _ = events.send(Event::Input(MachineInput::Device(Input::Keyboard { bytes: release })));
-        })
-        .map_err(|e| QmpError::generic(format!("no thread to release the keys: {e}")))?;
-    done()
-}
-
-pub fn send_key(c: &Control, call: &mut Call) -> Reply {
-    let mut pressed = Vec::new();
-    for key in call.arguments.get("keys").and_then(Value::as_array).into_iter().flatten() {
-        let data = &key["data"];
-        let found = match data.as_str() {
-            Some(name) => keys::by_name(name),
-            None => data.as_u64().and_then(keys::by_number),
-        };
-        pressed.push(found.ok_or_else(|| QmpError::generic(format!("this keyboard has no key {data}")))?);
-    }
-    let hold = call.int("hold-time").unwrap_or(100).clamp(0, 10_000) as u64;
-    press(c, pressed, Duration::from_millis(hold))
 }
 
 pub fn machines(_: &Control, _: &mut Call) -> Reply {

@@ -8,12 +8,14 @@ pub mod devices;
 mod fdsets;
 mod ft;
 mod hmp;
+mod input;
 mod machine;
 mod net;
 mod options;
 pub mod page;
 mod pci;
 mod qom;
+mod snapshots;
 mod types;
 
 use std::sync::mpsc::channel;
@@ -69,7 +71,8 @@ const COMMANDS: &[(&str, Command)] = &[
     ("system_powerdown", machine::powerdown),
     ("inject-nmi", machine::nmi),
     ("set-action", machine::set_action),
-    ("send-key", machine::send_key),
+    ("send-key", input::send_key),
+    ("input-send-event", input::send_event),
     ("query-machines", machine::machines),
     ("query-current-machine", |_, _| Ok(json!({"wakeup-suspend-support": false}))),
     ("query-cpu-definitions", cpu::definitions),
@@ -105,8 +108,10 @@ const COMMANDS: &[(&str, Command)] = &[
     ("query-block-jobs", |_, _| Ok(json!([]))),
     ("blockdev-add", block::add),
     ("blockdev-del", block::del),
-    ("block_resize", block::resize),
+    ("block_resize", snapshots::resize),
     ("eject", block::eject),
+    ("blockdev-snapshot-internal-sync", snapshots::create),
+    ("blockdev-snapshot-delete-internal-sync", snapshots::delete),
     ("blockdev-open-tray", block::open_tray),
     ("blockdev-close-tray", block::close_tray),
     ("blockdev-insert-medium", block::insert_medium),

@@ -13,6 +13,7 @@ const CLASSES: &[(u16, &str)] = &[
     (0x0001, "VGA controller"),
     (0x0100, "SCSI controller"),
     (0x0101, "IDE controller"),
+    (0x0106, "SATA controller"),
     (0x0180, "Storage controller"),
     (0x0200, "Ethernet controller"),
     (0x0280, "Network controller"),
@@ -25,6 +26,7 @@ const CLASSES: &[(u16, &str)] = &[
     (0x0680, "Bridge"),
     (0x0780, "Communication controller"),
     (0x0C03, "USB controller"),
+    (0x0C05, "SMBus"),
     (0x00FF, "Class 255"),
 ];
 
@@ -55,27 +57,49 @@ fn regions(f: &FunctionView) -> Vec<Value> {
     out
 }
 
-/// The functions, in order.
-pub fn functions(c: &Control) -> Result<Vec<Value>, ftvm_qmp::QmpError> {
-    if c.config.machine == "none" {
-        return Ok(Vec::new());
+/// What a bridge passes on, and what is behind it.
+fn bridge(f: &FunctionView, all: &[FunctionView]) -> Value {
+    let byte = |at: usize| u64::from(f.config[at]);
+    let range = |base: u64, limit: u64| json!({"base": base, "limit": limit});
+    let memory = |at: usize| (word(f, at) & 0xFFF0) << 16;
+    let (upper_base, upper_limit) = (dword(f, 0x28) << 32, dword(f, 0x2C) << 32);
+    let mut out = json!({"bus": {
+        "number": byte(0x18),
+        "secondary": byte(0x19),
+        "subordinate": byte(0x1A),
+        "io_range": range(
+            (byte(0x1C) & 0xF0) << 8 | word(f, 0x30) << 16,
+            (byte(0x1D) & 0xF0) << 8 | 0xFFF | word(f, 0x32) << 16,
+        ),
+        "memory_range": range(memory(0x20), memory(0x22) | 0xF_FFFF),
+        "prefetchable_range": range(memory(0x24) | upper_base, memory(0x26) | 0xF_FFFF | upper_limit),
+    }});
+    if byte(0x19) != 0 {
+        out["devices"] = json!(on_bus(f.config[0x19], all));
     }
-    let functions = c.machine(|rt| rt.machine.chipset().pci_functions())?;
+    out
+}
+
+/// The functions on the bus of this number, in order.
+fn on_bus(bus: u8, all: &[FunctionView]) -> Vec<Value> {
     let one = |f: &FunctionView| {
         let class = word(f, 10);
         let mut class_info = json!({"class": class});
         if let Some((_, text)) = CLASSES.iter().find(|(c, _)| u64::from(*c) == class) {
             class_info["desc"] = json!(text);
         }
+        let mut id = json!({"vendor": word(f, 0), "device": word(f, 2)});
+        let is_bridge = f.config[0x0E] & 0x7F == 1;
+        if !is_bridge {
+            id["subsystem-vendor"] = json!(word(f, 0x2C));
+            id["subsystem"] = json!(word(f, 0x2E));
+        }
         let mut entry = json!({
-            "bus": 0,
+            "bus": bus,
             "slot": f.devfn >> 3,
             "function": f.devfn & 7,
             "class_info": class_info,
-            "id": {
-                "vendor": word(f, 0), "device": word(f, 2),
-                "subsystem-vendor": word(f, 0x2C), "subsystem": word(f, 0x2E),
-            },
+            "id": id,
             "irq_pin": f.config[0x3D],
             "qdev_id": f.id.clone().unwrap_or_default(),
             "regions": regions(f),
@@ -83,9 +107,21 @@ pub fn functions(c: &Control) -> Result<Vec<Value>, ftvm_qmp::QmpError> {
         if f.config[0x3D] != 0 {
             entry["irq"] = json!(f.config[0x3C]);
         }
+        if is_bridge {
+            entry["pci_bridge"] = bridge(f, all);
+        }
         entry
     };
-    Ok(functions.iter().map(one).collect())
+    all.iter().filter(|f| f.bus == Some(bus)).map(one).collect()
+}
+
+/// The functions on the root bus, in order, with what is behind its bridges.
+pub fn functions(c: &Control) -> Result<Vec<Value>, ftvm_qmp::QmpError> {
+    if c.config.machine == "none" {
+        return Ok(Vec::new());
+    }
+    let functions = c.machine(|rt| rt.machine.chipset().pci_functions())?;
+    Ok(on_bus(0, &functions))
 }
 
 pub fn query(c: &Control, _: &mut Call) -> Reply {

@@ -86,7 +86,7 @@ fn device(item: &Inventory, name: &str, rtc_base: i64) -> Object {
             let value = item.spec.properties.get(property).map(|text| value_of(kind, text));
             let value = match (property, item.devfn) {
                 ("addr", Some(devfn)) => json!(format!("{:02x}.{:x}", devfn >> 3, devfn & 7)),
-                ("bus", _) => value.unwrap_or_else(|| json!(model.bus())),
+                ("bus", _) => value.unwrap_or_else(|| json!(item.bus)),
                 (_, _) => value.unwrap_or_else(|| match kind {
                     Kind::Bool => json!(false),
                     Kind::Number => json!(0),

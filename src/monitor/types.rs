@@ -24,6 +24,7 @@ const ABSTRACT: &[(&str, &str)] = &[
     ("pci-device", "device"),
     ("isa-device", "device"),
     ("ide-device", "device"),
+    ("usb-device", "device"),
     ("virtio-serial-port", "device"),
     ("virtio-pci", "pci-device"),
     ("virtio-device", "device"),
@@ -60,6 +61,7 @@ fn parent(model: &Model) -> &'static str {
         Attach::Isa => "isa-device",
         Attach::Ide => "ide-device",
         Attach::VirtioSerial => "virtio-serial-port",
+        Attach::Usb => "usb-device",
     }
 }
 

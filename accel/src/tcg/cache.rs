@@ -26,12 +26,17 @@ impl Hasher for KeyHasher {
 }
 pub type KeyMap<V> = HashMap<u64, V, BuildHasherDefault<KeyHasher>>;
 
-/// Entries of the table by linear address.
-pub const JUMPS: usize = 1 << 14;
+/// Sets of two of the table by linear address.
+pub const JUMPS: usize = 1 << 15;
 /// Blocks kept before all are dropped.
 const MAX_BLOCKS: usize = 200_000;
 
-/// Aligned, so that compiled code touches one cache line.
+/// Two places for the addresses that share them, in one cache line.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub struct JumpSet(pub [Jump; 2]);
+
+/// Where execution goes on at a linear address.
 #[derive(Clone, Copy)]
 #[repr(C, align(32))]
 pub struct Jump {
@@ -95,7 +100,7 @@ impl SoftCpu {
         self.jump_key = self.epoch << 4 | ((self.cpl == 3) as u64) << 2 | self.code_mode as u64;
     }
 
-    /// The place of a linear address in the table.
+    /// The set of a linear address in the table.
     #[inline(always)]
     pub(crate) fn place(&self, lin: u64) -> usize {
         (lin ^ lin >> 13 ^ self.st.gpr[SALT]) as usize & (JUMPS - 1)

@@ -202,6 +202,12 @@ impl Store for Lun {
         }
         Ok(())
     }
+    fn set_length(&self, length: u64) -> io::Result<()> {
+        if length > self.length() {
+            return Err(io::Error::other("Cannot grow iSCSI devices"));
+        }
+        Ok(())
+    }
     fn grows_with_zeroes(&self) -> bool {
         false
     }

@@ -181,6 +181,11 @@ impl Store for NfsFile {
         }
         Ok(())
     }
+    fn set_length(&self, length: u64) -> io::Result<()> {
+        self.client.set(&self.handle, Some(length), None)?;
+        self.length.store(length, Ordering::Relaxed);
+        Ok(())
+    }
     fn grows_with_zeroes(&self) -> bool {
         true
     }

@@ -5,7 +5,7 @@ use std::sync::MutexGuard;
 
 use super::header::{Compression, AUTOCLEAR_RAW_DATA};
 use super::{Place, Qcow2, State, COPIED, SUBCLUSTERS, ZERO};
-use crate::BlockError;
+use crate::{BlockError, Image};
 
 /// Clusters allocated in one go at the most.
 const RUN: u64 = 64;
@@ -235,7 +235,7 @@ impl Qcow2 {
         }
         if tail {
             // The last cluster of an image may reach past its end.
-            let valid = (self.header.size - start).min(whole);
+            let valid = (self.size() - start).min(whole);
             if end < valid {
                 self.read_place(old.1, start + end, &mut all[end as usize..valid as usize])?;
             }
@@ -248,7 +248,7 @@ impl Qcow2 {
     pub(super) fn zero_cluster(&self, guest: u64) -> Result<(), BlockError> {
         if self.header.autoclear & AUTOCLEAR_RAW_DATA != 0 {
             // The data file is to be read without the tables too.
-            let valid = (self.header.size - guest).min(self.cluster());
+            let valid = (self.size() - guest).min(self.cluster());
             return self.write_span(guest, &vec![0; valid as usize]);
         }
         let mut state = self.when_settled(guest)?;
@@ -260,7 +260,7 @@ impl Qcow2 {
             _ => {
                 drop(state);
                 // Version 2 cannot say "zero" above a backing image.
-                let valid = (self.header.size - guest).min(self.cluster());
+                let valid = (self.size() - guest).min(self.cluster());
                 self.write_span(guest, &vec![0; valid as usize])
             }
         }

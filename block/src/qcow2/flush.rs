@@ -8,11 +8,12 @@ struct Changes {
     refcounts: Vec<(u64, Vec<u8>)>,
     /// (index, host offset, table)
     l2: Vec<(usize, u64, Vec<u8>)>,
-    l1: Option<Vec<u8>>,
+    /// (host offset, table)
+    l1: Option<(u64, Vec<u8>)>,
     unreferenced: Vec<u64>,
 }
 
-fn bytes(entries: &[u64]) -> Vec<u8> {
+pub(super) fn bytes(entries: &[u64]) -> Vec<u8> {
     entries.iter().flat_map(|e| e.to_be_bytes()).collect()
 }
 
@@ -51,6 +52,20 @@ impl Qcow2 {
         released
     }
 
+    /// Write until nothing in memory differs from what is on disk. No request may be under way.
+    pub(super) fn settle(&self) -> Result<(), BlockError> {
+        // The counts of what the tables no longer refer to follow the tables, and the table of counts may move.
+        for _ in 0..8 {
+            self.write_metadata()?;
+            let state = self.lock()?;
+            let dirty = state.l1_dirty || state.l2.values().any(|t| t.dirty) || !state.refs.is_clean();
+            if !dirty && state.unreferenced.is_empty() && state.limbo.is_empty() {
+                return Ok(());
+            }
+        }
+        Err(BlockError::Corrupt("its metadata does not come to rest".into()))
+    }
+
     fn take_changes(&self, state: &mut State) -> Result<Changes, BlockError> {
         let bits = self.header.cluster_bits;
         let refcounts = if state.refs.is_table_dirty() {
@@ -70,7 +85,7 @@ impl Qcow2 {
                 l2.push((*index, state.l1[*index] & OFFSET, bytes(&table.entries)));
             }
         }
-        let l1 = std::mem::take(&mut state.l1_dirty).then(|| bytes(&state.l1));
+        let l1 = std::mem::take(&mut state.l1_dirty).then(|| (state.l1_offset, bytes(&state.l1)));
         Ok(Changes { refcounts, l2, l1, unreferenced: std::mem::take(&mut state.unreferenced) })
     }
 
@@ -88,8 +103,8 @@ impl Qcow2 {
         if !changes.l2.is_empty() {
             self.file.sync()?;
         }
-        if let Some(l1) = &changes.l1 {
-            self.file.write_at(self.header.l1_offset, l1)?;
+        if let Some((offset, l1)) = &changes.l1 {
+            self.file.write_at(*offset, l1)?;
             self.file.sync()?;
         }
         Ok(())

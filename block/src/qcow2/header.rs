@@ -43,6 +43,8 @@ pub struct Header {
     pub snapshots: u32,
     pub autoclear: u64,
     pub incompatible: u64,
+    /// Reference counts may be written late (another program's; here they never are).
+    pub lazy_refcounts: bool,
     pub snapshots_offset: u64,
     pub compression: Compression,
     /// Name of the external data file.
@@ -81,8 +83,11 @@ impl Header {
             return Err(bad(format!("Unsupported cluster size: 2^{cluster_bits}")));
         }
         let cluster = 1u64 << cluster_bits;
-        if be32(&raw, 32) != 0 {
-            return Err(bad(format!("Unsupported encryption method {}", be32(&raw, 32))));
+        match be32(&raw, 32) {
+            0 => {}
+            1 => return Err(bad("the image is encrypted (AES), which is not served".into())),
+            2 => return Err(bad("the image is encrypted (LUKS), which is not served".into())),
+            other => return Err(bad(format!("Unsupported encryption method {other}"))),
         }
         let (incompat, autoclear, refcount_order, length) = if version == 3 {
             (be64(&raw, 72), be64(&raw, 88), be32(&raw, 96), u64::from(be32(&raw, 100)))
@@ -102,6 +107,7 @@ impl Header {
             snapshots: be32(&raw, 60),
             autoclear,
             incompatible: incompat,
+            lazy_refcounts: version == 3 && be64(&raw, 80) & 1 != 0,
             snapshots_offset: be64(&raw, 64),
             compression: Compression::Zlib,
             data_file: None,
@@ -208,9 +214,7 @@ impl Header {
                         self.feature_names.push((entry[1], name.trim_end_matches('\0').to_owned()));
                     }
                 }
-                0x0537_BE77 => {
-                    return Err(bad("the image uses a feature that is not served: encryption".into()))
-                }
+                0x0537_BE77 => return Err(bad("the image is encrypted (LUKS), which is not served".into())),
                 _ => {}
             }
             at += 8 + len.next_multiple_of(8);

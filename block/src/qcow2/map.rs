@@ -1,7 +1,7 @@
 //! The tables: where guest clusters are, and changing it.
 
 use super::{Place, Qcow2, State, ALL_ALLOCATED, ALL_ZERO, COMPRESSED, COPIED, L2, L2_CACHE, OFFSET, ZERO};
-use crate::BlockError;
+use crate::{BlockError, Image};
 
 impl Qcow2 {
     /// Words in an L2 entry.
@@ -31,7 +31,7 @@ impl Qcow2 {
         if offset == 0 {
             return Ok(false);
         }
-        self.check_host(offset, "an L2 table")?;
+        self.check_host(state, offset, "an L2 table")?;
         if state.l2.len() << self.header.cluster_bits > L2_CACHE {
             // Changed tables stay; see `relieve`.
             let clean = state.l2.iter().find(|(_, t)| !t.dirty && !t.writing).map(|(i, _)| *i);
@@ -61,13 +61,13 @@ impl Qcow2 {
     }
 
     /// A table or data cluster must be aligned and may not be the header or a table of the first rank.
-    pub(super) fn check_host(&self, offset: u64, what: &str) -> Result<(), BlockError> {
-        let h = &self.header;
+    pub(super) fn check_host(&self, state: &State, offset: u64, what: &str) -> Result<(), BlockError> {
+        let (table, len) = state.refs.table_extent();
         let within = |start: u64, len: u64| offset >= start && offset < start + len;
         if !offset.is_multiple_of(self.cluster())
             || offset == 0
-            || within(h.l1_offset, u64::from(h.l1_size) * 8)
-            || within(h.refcount_offset, u64::from(h.refcount_clusters) << h.cluster_bits)
+            || within(state.l1_offset, state.l1.len() as u64 * 8)
+            || within(table, len)
         {
             return Err(BlockError::Corrupt(format!("{what} lies at {offset:#x}")));
         }
@@ -85,14 +85,14 @@ impl Qcow2 {
         }
         let offset = entry & OFFSET;
         if self.external {
-            if !offset.is_multiple_of(self.cluster()) || offset > self.header.size {
+            if !offset.is_multiple_of(self.cluster()) || offset > self.size() {
                 return Err(BlockError::Corrupt(format!("a cluster of the data file lies at {offset:#x}")));
             }
             if offset == 0 && entry & COPIED != 0 && entry & ZERO == 0 && !self.header.has_subclusters() {
                 return Ok(Place::Data(0));
             }
         } else if offset != 0 {
-            self.check_host(offset, "a data cluster")?;
+            self.check_host(state, offset, "a data cluster")?;
         }
         if self.header.has_subclusters() {
             let bitmap = state.l2[&l1].entries[l2 + 1];
@@ -168,6 +168,14 @@ impl Qcow2 {
         }
         if let Some(table) = state.l2.get_mut(&l1) {
             table.dirty = true;
+            // What a shared table refers to is shared itself.
+            let stride = if self.header.has_subclusters() { 2 } else { 1 };
+            table
+                .entries
+                .iter_mut()
+                .step_by(stride)
+                .filter(|e| **e & COMPRESSED == 0)
+                .for_each(|e| *e &= !COPIED);
         }
         state.l1[l1] = host | COPIED;
         state.l1_dirty = true;

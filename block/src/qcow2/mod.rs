@@ -14,6 +14,16 @@
 //! direction is delayed: a cluster that lost its reference is counted down, and may be reused, only after the
 //! table without the reference is on stable storage, and when no request that began before is under way.
 //!
+//! # Snapshots and other lengths
+//!
+//! Internal snapshots and longer tables change counts, tables and flags in many places at once. No order of writes in
+//! place is safe: a flag (`COPIED`) on disk must always fit a count that lies elsewhere. So all of it is prepared
+//! beside what is there, in clusters that the stored counts call free: every block of counts, the table of counts,
+//! the L2 tables whose flags change, the L1 tables, the list of snapshots. After a barrier one write of the
+//! header's first sector (bytes 24 to 72) makes them the image's. Before that write the image is what it was,
+//! without even a leak; after it, it is the new one. Both are consistent by themselves, so an interruption
+//! needs no repair. Meanwhile no request is under way.
+//!
 //! # Requests side by side
 //!
 //! The tables are behind one lock, which is held to look up and to change them, not while guest data moves. A
@@ -27,16 +37,21 @@ mod header;
 mod map;
 mod refcount;
 mod repair;
+mod resize;
+mod snapshots;
+mod switch;
 
-pub use create::create_overlay;
+pub use create::{create, create_overlay, CreateOptions, Preallocation};
 pub use header::{Header, MAGIC};
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use crate::store::Store;
-use crate::{check_range, BlockError, Image, OpenOptions};
+use crate::{check_range, BlockError, Image, ImageInfo, OpenOptions, Qcow2Info, Snapshot, SnapshotChange};
 use refcount::Refcounts;
+use snapshots::SnapshotTable;
 
 const COPIED: u64 = 1 << 63;
 const COMPRESSED: u64 = 1 << 62;
@@ -59,9 +74,11 @@ struct L2 {
 
 struct State {
     l1: Vec<u64>,
+    l1_offset: u64,
     l1_dirty: bool,
     l2: BTreeMap<usize, L2>,
     refs: Refcounts,
+    snapshots: SnapshotTable,
     /// Clusters that lose a reference when the tables without it are on stable storage.
     unreferenced: Vec<u64>,
     /// Clusters without which the tables are stored, and the first request that cannot know them any more.
@@ -83,6 +100,8 @@ pub struct Qcow2 {
     data: Arc<dyn Store>,
     external: bool,
     header: Header,
+    /// Virtual size in bytes.
+    size: AtomicU64,
     backing: Option<Arc<dyn Image>>,
     read_only: bool,
     discard: bool,
@@ -92,6 +111,8 @@ pub struct Qcow2 {
     settled: Condvar,
     /// One flush at a time.
     flushing: Mutex<()>,
+    /// Held for reading by requests, for writing by what may not meet any.
+    gate: RwLock<()>,
 }
 
 /// Where a guest cluster's contents are.
@@ -214,11 +235,14 @@ impl Qcow2 {
         }
         header.autoclear = kept;
         let mut refs = refs;
+        let snapshots = SnapshotTable::read(file.as_ref(), &header)?;
         if header.is_dirty() && !options.read_only {
-            repair::raise_counts(file.as_ref(), &header, &mut refs, data.is_some())?;
+            repair::raise_counts(file.as_ref(), &header, &mut refs, &snapshots, data.is_some())?;
         }
         let state = State {
             l1: to_u64(&raw),
+            l1_offset: header.l1_offset,
+            snapshots,
             l1_dirty: false,
             l2: BTreeMap::new(),
             refs,
@@ -234,7 +258,6 @@ impl Qcow2 {
             data: data.clone().unwrap_or_else(|| Arc::clone(&file)),
             external: data.is_some(),
             file,
-            header,
             backing,
             read_only: options.read_only,
             discard: options.discard,
@@ -242,6 +265,9 @@ impl Qcow2 {
             state: Mutex::new(state),
             settled: Condvar::new(),
             flushing: Mutex::new(()),
+            gate: RwLock::new(()),
+            size: AtomicU64::new(header.size),
+            header,
         })
     }
 
@@ -268,7 +294,7 @@ impl Qcow2 {
 
     /// Whether the image has internal snapshots.
     pub fn has_snapshots(&self) -> bool {
-        self.header.snapshots > 0
+        self.state.lock().is_ok_and(|s| !s.snapshots.entries.is_empty())
     }
 
     /// Name another image below (or none) in the header of an image that [`create_overlay`] made. The write is one
@@ -277,7 +303,9 @@ impl Qcow2 {
         let (path, h) = (self.file.path(), &self.header);
         let mut raw = vec![0u8; 104];
         self.file.read_at(0, &mut raw)?;
-        let mut head = create::head(path, h.size, u64::from(h.l1_size), self.cluster(), backing)?;
+        let backing = backing.map(|(name, format)| (name.to_owned(), format.to_owned()));
+        let options = CreateOptions { backing, ..CreateOptions::new(h.size) };
+        let mut head = create::head(path, &options)?;
         // Tables may have moved since.
         head[36..64].copy_from_slice(&raw[36..64]);
         self.file.write_at(0, &head)?;
@@ -302,6 +330,16 @@ impl Qcow2 {
     /// The file's path.
     pub(crate) fn path(&self) -> &std::path::Path {
         self.file.path()
+    }
+
+    /// Let a request pass.
+    fn enter(&self) -> Result<RwLockReadGuard<'_, ()>, BlockError> {
+        self.gate.read().map_err(broken)
+    }
+
+    /// Wait until no request is under way, and let none in.
+    fn quiesce(&self) -> Result<RwLockWriteGuard<'_, ()>, BlockError> {
+        self.gate.write().map_err(broken)
     }
 
     fn lock(&self) -> Result<MutexGuard<'_, State>, BlockError> {
@@ -341,7 +379,7 @@ impl Qcow2 {
 
 impl Image for Qcow2 {
     fn size(&self) -> u64 {
-        self.header.size
+        self.size.load(Ordering::Relaxed)
     }
     fn read_only(&self) -> bool {
         self.read_only
@@ -351,6 +389,7 @@ impl Image for Qcow2 {
     }
 
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), BlockError> {
+        let _request = self.enter()?;
         check_range(self, offset, buf.len() as u64, false)?;
         // Neighbouring clusters that lie side by side in the file are read in one go.
         let mut runs: Vec<(Place, u64, usize)> = Vec::new();
@@ -390,6 +429,7 @@ impl Image for Qcow2 {
     }
 
     fn write_at(&self, offset: u64, data: &[u8]) -> Result<(), BlockError> {
+        let _request = self.enter()?;
         check_range(self, offset, data.len() as u64, true)?;
         self.relieve()?;
         if !self.detect_zeroes {
@@ -410,10 +450,11 @@ impl Image for Qcow2 {
     }
 
     fn write_zeroes(&self, offset: u64, len: u64, _may_unmap: bool) -> Result<(), BlockError> {
+        let _request = self.enter()?;
         check_range(self, offset, len, true)?;
         self.relieve()?;
         for (guest, part) in self.pieces(offset, len) {
-            let reaches_end = guest + part == self.header.size;
+            let reaches_end = guest + part == self.size();
             if part == self.cluster() || (reaches_end && guest.is_multiple_of(self.cluster())) {
                 self.zero_cluster(guest)?;
             } else {
@@ -424,6 +465,7 @@ impl Image for Qcow2 {
     }
 
     fn discard(&self, offset: u64, len: u64) -> Result<(), BlockError> {
+        let _request = self.enter()?;
         check_range(self, offset, len, true)?;
         if !self.discard {
             return Ok(());
@@ -441,7 +483,44 @@ impl Image for Qcow2 {
         if self.read_only {
             return Ok(());
         }
+        let _request = self.enter()?;
         self.write_metadata()
+    }
+
+    fn resize(&self, size: u64) -> Result<(), BlockError> {
+        self.change_size(size)
+    }
+
+    fn snapshot(&self, change: &SnapshotChange) -> Result<Snapshot, BlockError> {
+        self.change_snapshots(change)
+    }
+
+    fn info(&self) -> ImageInfo {
+        let h = &self.header;
+        let snapshots = self
+            .state
+            .lock()
+            .map_or_else(|_| Vec::new(), |s| s.snapshots.entries.iter().map(|s| s.public.clone()).collect());
+        ImageInfo {
+            cluster_size: Some(self.cluster()),
+            snapshots,
+            backing: h
+                .backing_text
+                .clone()
+                .zip(h.backing.as_ref())
+                .map(|(name, path)| (name, path.to_string_lossy().into_owned(), h.backing_format.clone())),
+            depth: self.backing.as_ref().map_or(0, |b| b.info().depth + 1),
+            qcow2: Some(Qcow2Info {
+                version: h.version,
+                refcount_bits: 1 << h.refcount_order,
+                lazy_refcounts: h.lazy_refcounts,
+                extended_l2: h.has_subclusters(),
+                corrupt: h.is_corrupt(),
+                zstd: h.compression == header::Compression::Zstd,
+                data_file: h.data_file.clone(),
+                data_file_raw: h.autoclear & header::AUTOCLEAR_RAW_DATA != 0,
+            }),
+        }
     }
 }
 

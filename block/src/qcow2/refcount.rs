@@ -6,12 +6,14 @@ use std::collections::BTreeMap;
 use crate::store::Store;
 use crate::BlockError;
 
+#[derive(Clone)]
 struct Block {
     data: Vec<u8>,
     dirty: bool,
 }
 
 /// The reference count table and its blocks.
+#[derive(Clone)]
 pub struct Refcounts {
     cluster_bits: u32,
     order: u32,
@@ -23,10 +25,14 @@ pub struct Refcounts {
     blocks: BTreeMap<usize, Block>,
     /// Below this cluster nothing is free.
     hint: u64,
+    /// Counts on disk while these ones are prepared beside them: what they use is not free yet.
+    old: Option<Box<Refcounts>>,
 }
 
 /// The largest table: 8 MiB, as QEMU's.
 const MAX_TABLE: usize = 1 << 20;
+/// Bytes of counts that are copied at the most.
+const MAX_COPY: usize = 256 << 20;
 
 impl Refcounts {
     /// Read the table.
@@ -44,6 +50,11 @@ impl Refcounts {
         if let Some(bad) = table.iter().find(|e| !e.is_multiple_of(cluster) || **e >= 1 << 56) {
             return Err(BlockError::Corrupt(format!("reference count block at {bad:#x} is not aligned")));
         }
+        let mut blocks: Vec<u64> = table.iter().copied().filter(|e| *e != 0).collect();
+        blocks.sort_unstable();
+        if let Some(twice) = blocks.windows(2).find(|w| w[0] == w[1]) {
+            return Err(BlockError::Corrupt(format!("reference count block {:#x} is used twice", twice[0])));
+        }
         Ok(Refcounts {
             cluster_bits,
             order,
@@ -53,6 +64,7 @@ impl Refcounts {
             moved: None,
             blocks: BTreeMap::new(),
             hint: 0,
+            old: None,
         })
     }
 
@@ -94,7 +106,7 @@ impl Refcounts {
     /// Make the block `index` exist; `taken` is a cluster that is being allocated and may not hold it.
     fn ensure_block(&mut self, file: &dyn Store, index: usize, taken: u64) -> Result<(), BlockError> {
         if index >= self.table.len() {
-            self.grow_table(file, index)?;
+            self.grow_table(file, index, taken)?;
         }
         if self.table[index] != 0 {
             return Ok(());
@@ -107,7 +119,7 @@ impl Refcounts {
         self.set(file, place, 1)
     }
 
-    fn grow_table(&mut self, file: &dyn Store, index: usize) -> Result<(), BlockError> {
+    fn grow_table(&mut self, file: &dyn Store, index: usize, taken: u64) -> Result<(), BlockError> {
         let per_cluster = (1usize << self.cluster_bits) / 8;
         // Half as large again as needed, so that growth is rare.
         let entries = ((index + 1) * 3 / 2).next_multiple_of(per_cluster);
@@ -116,26 +128,170 @@ impl Refcounts {
         }
         let old = (self.table_offset, (self.table.len() / per_cluster) as u64);
         let clusters = (entries / per_cluster) as u64;
-        // Behind everything that any block covers or the file holds: certainly free.
+        // Behind everything that any block covers or the file holds, and behind what is being taken: certainly free.
         let covered = self.table.len() as u64 * self.per_block();
         let end = if file.grows_with_zeroes() { file.length().div_ceil(1 << self.cluster_bits) } else { 0 };
-        let start = covered.max(end);
+        let start = covered.max(end).max(taken + 1);
         self.table.resize(entries, 0);
+        self.place_table(file, start, clusters, old)
+    }
+
+    /// The table, as long as it is now, goes to `start`; it was at `old`.
+    fn place_table(
+        &mut self,
+        file: &dyn Store,
+        start: u64,
+        clusters: u64,
+        old: (u64, u64),
+    ) -> Result<(), BlockError> {
         self.table_offset = start << self.cluster_bits;
         self.table_dirty = true;
-        self.moved.get_or_insert(old);
-        for cluster in start..start + clusters {
-            self.set(file, cluster, 1)?;
+        if self.moved.is_some() {
+            // Nothing on disk has ever named that place.
+            let first = old.0 >> self.cluster_bits;
+            for cluster in first..first + old.1 {
+                self.set(file, cluster, 0)?;
+            }
         }
-        Ok(())
+        self.moved.get_or_insert(old);
+        self.claim(file, start, clusters)
+    }
+
+    /// Count clusters that lie side by side and are free; the blocks that this needs lie behind them.
+    fn claim(&mut self, file: &dyn Store, first: u64, count: u64) -> Result<(), BlockError> {
+        let (per, last) = (self.per_block(), first + count - 1);
+        for index in first / per..=last / per {
+            self.ensure_block(file, index as usize, last)?;
+        }
+        (first..=last).try_for_each(|cluster| self.set(file, cluster, 1))
+    }
+
+    fn is_free(&mut self, file: &dyn Store, cluster: u64) -> Result<bool, BlockError> {
+        if self.get(file, cluster)? != 0 {
+            return Ok(false);
+        }
+        self.old.as_mut().map_or(Ok(true), |old| Ok(old.get(file, cluster)? == 0))
     }
 
     fn find_free(&mut self, file: &dyn Store, from: u64) -> Result<u64, BlockError> {
         let mut cluster = from;
-        while self.get(file, cluster)? != 0 {
+        while !self.is_free(file, cluster)? {
             cluster += 1;
         }
         Ok(cluster)
+    }
+
+    /// Allocate `count` clusters side by side: the first one's number.
+    pub fn allocate_run(&mut self, file: &dyn Store, count: u64) -> Result<u64, BlockError> {
+        let mut first = self.find_free(file, self.hint.max(1))?;
+        let mut have = 1;
+        while have < count {
+            if self.is_free(file, first + have)? {
+                have += 1;
+            } else {
+                first = self.find_free(file, first + have + 1)?;
+                have = 1;
+            }
+        }
+        self.claim(file, first, count.max(1))?;
+        if count <= 1 {
+            self.hint = first + 1;
+        }
+        Ok(first)
+    }
+
+    /// A copy, with all blocks in memory, in which new counts are prepared while these stay on disk. There must
+    /// be no changes in memory.
+    pub fn prepare(&mut self, file: &dyn Store) -> Result<Refcounts, BlockError> {
+        if self.table.iter().filter(|e| **e != 0).count() << self.cluster_bits > MAX_COPY {
+            return Err(BlockError::Unsupported("the image is too large for this".into()));
+        }
+        for index in 0..self.table.len() {
+            self.block(file, index)?;
+        }
+        let mut copy = self.clone();
+        copy.old = Some(Box::new(self.clone()));
+        copy.hint = 0;
+        Ok(copy)
+    }
+
+    /// Give the table and every block of a prepared copy a new place.
+    pub fn relocate(&mut self, file: &dyn Store) -> Result<(), BlockError> {
+        let mut left = Vec::new();
+        for index in 0..self.table.len() {
+            if self.table[index] != 0 {
+                let new = self.allocate_run(file, 1)?;
+                left.push(self.table[index] >> self.cluster_bits);
+                self.table[index] = new << self.cluster_bits;
+                if let Some(block) = self.blocks.get_mut(&index) {
+                    block.dirty = true;
+                }
+            }
+        }
+        if self.moved.is_none() {
+            let clusters = (self.table.len() as u64 * 8) >> self.cluster_bits;
+            let start = self.allocate_run(file, clusters)?;
+            // Taking the clusters may itself have moved a table that was full.
+            if self.moved.is_none() {
+                self.place_table(file, start, clusters, (self.table_offset, clusters))?;
+            } else {
+                (start..start + clusters).try_for_each(|c| self.set(file, c, 0))?;
+            }
+        }
+        if let Some((offset, clusters)) = self.moved.take() {
+            let first = offset >> self.cluster_bits;
+            left.extend(first..first + clusters);
+        }
+        for cluster in left {
+            self.release(file, cluster)?;
+        }
+        Ok(())
+    }
+
+    /// Write a prepared copy, all of it at new places: offset and clusters of the table.
+    pub fn write_prepared(&mut self, file: &dyn Store) -> Result<(u64, u32), BlockError> {
+        for (index, block) in &mut self.blocks {
+            if std::mem::take(&mut block.dirty) {
+                file.write_at(self.table[*index], &block.data)?;
+            }
+        }
+        let raw: Vec<u8> = self.table.iter().flat_map(|e| e.to_be_bytes()).collect();
+        file.write_at(self.table_offset, &raw)?;
+        self.table_dirty = false;
+        Ok((self.table_offset, (raw.len() as u64 >> self.cluster_bits) as u32))
+    }
+
+    /// The prepared copy is what the header names now: what only the old counts used is free. Those clusters.
+    pub fn adopt(&mut self) -> Vec<u64> {
+        let Some(old) = self.old.take() else { return Vec::new() };
+        self.hint = 0;
+        let (per, order) = (self.per_block(), self.order);
+        let mut freed = Vec::new();
+        for (index, was) in &old.blocks {
+            let Some(now) = self.blocks.get(index).filter(|now| now.data != was.data) else { continue };
+            for slot in 0..per as usize {
+                if load(&was.data, order, slot) != 0 && load(&now.data, order, slot) == 0 {
+                    freed.push(*index as u64 * per + slot as u64);
+                }
+            }
+        }
+        freed
+    }
+
+    /// One reference more.
+    pub fn add(&mut self, file: &dyn Store, cluster: u64) -> Result<(), BlockError> {
+        let count = self.get(file, cluster)?;
+        if count == 0 {
+            return Err(BlockError::Corrupt(format!("cluster {cluster} is used but has no reference")));
+        }
+        let max = if self.order == 6 { u64::MAX } else { (1 << (1u64 << self.order)) - 1 };
+        if count == max {
+            let bits = 1u32 << self.order;
+            return Err(BlockError::Unsupported(format!(
+                "the image's reference counts of {bits} bits cannot count another snapshot"
+            )));
+        }
+        self.set(file, cluster, count + 1)
     }
 
     /// Allocate up to `want` clusters that lie side by side: (the first one's number, how many). Cluster 0
@@ -143,7 +299,7 @@ impl Refcounts {
     pub fn allocate(&mut self, file: &dyn Store, want: u64) -> Result<(u64, u64), BlockError> {
         let first = self.find_free(file, self.hint.max(1))?;
         let mut got = 0;
-        while got < want.max(1) && (got == 0 || self.get(file, first + got)? == 0) {
+        while got < want.max(1) && (got == 0 || self.is_free(file, first + got)?) {
             self.set(file, first + got, 1)?;
             got += 1;
         }
@@ -182,6 +338,16 @@ impl Refcounts {
             self.hint = self.hint.min(cluster);
         }
         Ok(count - 1)
+    }
+
+    /// Offset and length in bytes of the table.
+    pub fn table_extent(&self) -> (u64, u64) {
+        (self.table_offset, self.table.len() as u64 * 8)
+    }
+
+    /// Whether nothing in memory differs from what is on disk.
+    pub fn is_clean(&self) -> bool {
+        !self.table_dirty && self.moved.is_none() && self.blocks.values().all(|b| !b.dirty)
     }
 
     /// Whether the table itself changed, so that [`Self::write`] is needed.
@@ -262,7 +428,7 @@ fn load(data: &[u8], order: u32, slot: usize) -> u64 {
     }
 }
 
-fn store(data: &mut [u8], order: u32, slot: usize, value: u64) {
+pub(super) fn store(data: &mut [u8], order: u32, slot: usize, value: u64) {
     match order {
         0..=2 => {
             let bits = 1usize << order;

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 
 use super::header::Header;
 use super::refcount::Refcounts;
+use super::snapshots::SnapshotTable;
 use super::{to_u64, COMPRESSED, OFFSET};
 use crate::store::Store;
 use crate::BlockError;
@@ -78,25 +79,9 @@ impl Count<'_> {
         Ok(())
     }
 
-    /// The L1 tables of internal snapshots (QEMU's `docs/interop/qcow2.txt`, "Snapshots").
-    fn snapshots(&mut self) -> Result<(), BlockError> {
-        let mut at = self.header.snapshots_offset;
-        for _ in 0..self.header.snapshots.min(65536) {
-            let mut head = [0u8; 40];
-            self.file.read_at(at, &mut head)?;
-            let short = |i: usize| u64::from(u16::from_be_bytes([head[i], head[i + 1]]));
-            let word = |i: usize| u32::from_be_bytes([head[i], head[i + 1], head[i + 2], head[i + 3]]);
-            let extra = u64::from(word(36));
-            if extra > 1024 {
-                return Err(BlockError::Corrupt("a snapshot's description is too long".into()));
-            }
-            let l1 = u64::from(word(0)) << 32 | u64::from(word(4));
-            self.l1(l1, word(8))?;
-            at += (40 + extra + short(12) + short(14)).next_multiple_of(8);
-        }
-        let start = self.header.snapshots_offset;
-        self.range(start, at - start);
-        Ok(())
+    fn snapshots(&mut self, list: &SnapshotTable) -> Result<(), BlockError> {
+        self.range(list.offset, list.length);
+        list.entries.iter().try_for_each(|s| self.l1(s.l1_offset, s.l1_entries))
     }
 }
 
@@ -105,6 +90,7 @@ pub fn raise_counts(
     file: &dyn Store,
     header: &Header,
     refs: &mut Refcounts,
+    snapshots: &SnapshotTable,
     external: bool,
 ) -> Result<(), BlockError> {
     let (uses, tables) = Default::default();
@@ -114,7 +100,7 @@ pub fn raise_counts(
         *count.uses.entry(cluster).or_default() += 1;
     }
     count.l1(header.l1_offset, header.l1_size)?;
-    count.snapshots()?;
+    count.snapshots(snapshots)?;
     count.l2_tables()?;
     let mut raised = 0u64;
     for (cluster, least) in &count.uses {

@@ -5,6 +5,9 @@ use std::process::Command;
 
 use crate::{open, OpenOptions};
 
+mod resize;
+mod snapshots;
+
 fn dir(name: &str) -> PathBuf {
     let d = std::env::temp_dir().join(format!("ftvm-qcow2-{name}-{}", std::process::id()));
     let _ = std::fs::remove_dir_all(&d);
@@ -345,9 +348,24 @@ struct Volatile {
     path: PathBuf,
     safe: std::sync::Mutex<Vec<u8>>,
     cached: std::sync::Mutex<Vec<(u64, Vec<u8>)>>,
+    /// What cuts before and after each write would have left, while there is a die.
+    cuts: std::sync::Mutex<Option<(Rng, Vec<Vec<u8>>)>>,
 }
 
 impl Volatile {
+    fn new(path: &Path) -> std::sync::Arc<Self> {
+        std::sync::Arc::new(Volatile {
+            path: path.to_owned(),
+            safe: std::sync::Mutex::new(std::fs::read(path).unwrap()),
+            cached: Default::default(),
+            cuts: Default::default(),
+        })
+    }
+    fn cut(&self) {
+        if let Some((rng, images)) = self.cuts.lock().unwrap().as_mut() {
+            images.push(self.after_power_cut(rng));
+        }
+    }
     fn now(&self) -> Vec<u8> {
         let mut all = self.safe.lock().unwrap().clone();
         for (at, data) in self.cached.lock().unwrap().iter() {
@@ -403,10 +421,14 @@ impl crate::Store for Volatile {
     }
     fn write_at(&self, offset: u64, data: &[u8]) -> std::io::Result<()> {
         self.cached.lock().unwrap().push((offset, data.to_vec()));
+        self.cut();
         Ok(())
     }
     fn grow(&self, length: u64) -> std::io::Result<()> {
         self.write_at(length - 1, &[0])
+    }
+    fn set_length(&self, length: u64) -> std::io::Result<()> {
+        self.grow(length)
     }
     fn grows_with_zeroes(&self) -> bool {
         true
@@ -421,6 +443,7 @@ impl crate::Store for Volatile {
         let now = self.now();
         *self.safe.lock().unwrap() = now;
         self.cached.lock().unwrap().clear();
+        self.cut();
         Ok(())
     }
 }
@@ -444,11 +467,7 @@ fn a_power_cut_at_any_moment_loses_nothing_flushed() {
             path.to_str().unwrap(),
             "256K",
         ]));
-        let store = std::sync::Arc::new(Volatile {
-            path: path.clone(),
-            safe: std::sync::Mutex::new(std::fs::read(&path).unwrap()),
-            cached: Default::default(),
-        });
+        let store = Volatile::new(&path);
         let options = OpenOptions { discard: true, locking: false, ..OpenOptions::default() };
         let image = super::Qcow2::over(std::sync::Arc::clone(&store) as _, &options, 0).unwrap();
         let image: &dyn crate::Image = &image;
@@ -530,6 +549,9 @@ impl crate::Store for Failing {
     fn grow(&self, length: u64) -> std::io::Result<()> {
         self.below.grow(length)
     }
+    fn set_length(&self, length: u64) -> std::io::Result<()> {
+        self.below.set_length(length)
+    }
     fn grows_with_zeroes(&self) -> bool {
         true
     }
@@ -556,6 +578,7 @@ fn what_failed_can_be_tried_again() {
             path: path.clone(),
             safe: std::sync::Mutex::new(std::fs::read(&path).unwrap()),
             cached: Default::default(),
+            cuts: Default::default(),
         };
         let rng = std::sync::Mutex::new(Rng(31 + round as u64));
         let store = std::sync::Arc::new(Failing { below, rng, mended: Default::default() });

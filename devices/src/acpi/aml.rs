@@ -185,14 +185,44 @@ pub fn local0() -> Vec<u8> {
     vec![0x60]
 }
 
+/// `Else { body }`, right after [`when`].
+pub fn otherwise(body: &[Vec<u8>]) -> Vec<u8> {
+    block(&[0xA1], body)
+}
+
+/// `LEqual (a, b)`.
+pub fn equal(a: Vec<u8>, b: Vec<u8>) -> Vec<u8> {
+    [vec![0x93], a, b].concat()
+}
+
+/// `LNot (LEqual (a, b))`.
+pub fn differs(a: Vec<u8>, b: Vec<u8>) -> Vec<u8> {
+    [vec![0x92], equal(a, b)].concat()
+}
+
+/// `Mutex (n, 0)`.
+pub fn mutex(n: &str) -> Vec<u8> {
+    [vec![0x5B, 0x01], path(n), vec![0]].concat()
+}
+
+/// `Acquire (n, forever)`.
+pub fn acquire(n: &str) -> Vec<u8> {
+    [vec![0x5B, 0x23], path(n), vec![0xFF, 0xFF]].concat()
+}
+
+/// `Release (n)`.
+pub fn release(n: &str) -> Vec<u8> {
+    [vec![0x5B, 0x27], path(n)].concat()
+}
+
 /// `CreateDWordField (source, index, n)`.
 pub fn dword_field(source: Vec<u8>, index: u64, n: &str) -> Vec<u8> {
     [vec![0x8A], source, int(index), path(n)].concat()
 }
 
-/// The first argument of a method.
-pub fn arg0() -> Vec<u8> {
-    vec![0x68]
+/// An argument of a method.
+pub fn arg(n: u8) -> Vec<u8> {
+    vec![0x68 + n]
 }
 
 /// `IO (Decode16, base, base, 1, length)` (6.4.2.5).

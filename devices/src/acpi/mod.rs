@@ -1,13 +1,14 @@
-//! ACPI tables for the pc machine, given to firmware through fw_cfg with loader commands
+//! ACPI tables for the pc and q35 machines, given to firmware through fw_cfg with loader commands
 //! (SeaBIOS's `romfile_loader`): ACPI 2.0 fixed tables and a DSDT of our own.
 
 mod aml;
 
 use aml::*;
 
-use crate::chipset::{fwcfg::FwCfg, hpet, ioapic, pm};
+use crate::chipset::{acpi_regs, fwcfg::FwCfg, hpet, ich9, ioapic, northbridge, pm};
 
 /// What the tables depend on.
+#[derive(Clone)]
 pub struct Acpi {
     pub cpus: u32,
     pub low_ram: u64,
@@ -15,6 +16,10 @@ pub struct Acpi {
     pub pvpanic: Option<u16>,
     /// COM ports present.
     pub serial: [bool; 4],
+    pub q35: bool,
+    /// Ports on the root bus whose slots can be filled and emptied: the machine's number of the bus behind it, device
+    /// and function number.
+    pub ports: Vec<(u8, u8)>,
 }
 
 const TABLES: &str = "etc/acpi/tables";
@@ -38,17 +43,21 @@ fn gas_io(port: u32, bits: u8) -> Vec<u8> {
     [&[1, bits, 0, 0][..], &u64::from(port).to_le_bytes()].concat()
 }
 
-fn fadt() -> Vec<u8> {
+fn fadt(q35: bool) -> Vec<u8> {
+    let (commands, gpe, gpe_len) = match q35 {
+        true => (ich9::ACPI_COMMANDS, PM_BASE + u32::from(ich9::GPE0), 16),
+        false => (pm::ACPI_COMMANDS, pm::GPE0 as u32, 4),
+    };
     let mut t = vec![0u8; 208];
     let mut put = |at: usize, bytes: &[u8]| t[at - 36..at - 36 + bytes.len()].copy_from_slice(bytes);
-    put(46, &u16::from(pm::SCI).to_le_bytes());
+    put(46, &u16::from(acpi_regs::SCI).to_le_bytes());
     put(48, &0xB2u32.to_le_bytes());
-    put(52, &[pm::ACPI_ENABLE, pm::ACPI_DISABLE]);
+    put(52, &commands);
     put(56, &PM_BASE.to_le_bytes());
     put(64, &(PM_BASE + 4).to_le_bytes());
     put(76, &(PM_BASE + 8).to_le_bytes());
-    put(80, &(pm::GPE0 as u32).to_le_bytes());
-    put(88, &[4, 2, 0, 4, 4, 0]);
+    put(80, &gpe.to_le_bytes());
+    put(88, &[4, 2, 0, 4, gpe_len, 0]);
     // C2 and C3 latencies out of range: not supported.
     put(96, &0xFFFu16.to_le_bytes());
     put(98, &0xFFFu16.to_le_bytes());
@@ -62,7 +71,7 @@ fn fadt() -> Vec<u8> {
     put(148, &gas_io(PM_BASE, 32));
     put(172, &gas_io(PM_BASE + 4, 16));
     put(208, &gas_io(PM_BASE + 8, 32));
-    put(220, &gas_io(pm::GPE0 as u32, 32));
+    put(220, &gas_io(gpe, 8 * gpe_len));
     header(b"FACP", 3, &t)
 }
 
@@ -92,7 +101,15 @@ fn hpet_table() -> Vec<u8> {
     header(b"HPET", 1, &t)
 }
 
-/// A PIRQ link: its interrupt is in PIIX3's route control register.
+/// The table of memory-mapped configuration space (PCI Firmware 3.0, 4.1.2): all 256 buses.
+fn mcfg() -> Vec<u8> {
+    let mut t = vec![0; 8];
+    t.extend(northbridge::CONFIG_BASE.to_le_bytes());
+    t.extend([0, 0, 0, 255, 0, 0, 0, 0]);
+    header(b"MCFG", 1, &t)
+}
+
+/// A PIRQ link: its interrupt is in the ISA bridge's route control register.
 fn link(n: usize) -> Vec<u8> {
     let field = || path(&format!("\\_SB.PCI0.ISA.PRQ{n}"));
     let letter = char::from(b'A' + n as u8);
@@ -114,9 +131,28 @@ fn link(n: usize) -> Vec<u8> {
                     ret(path("PRR")),
                 ],
             ),
-            method("_SRS", 1, &[dword_field(arg0(), 5, "PRRI"), store(path("PRRI"), field())]),
+            method("_SRS", 1, &[dword_field(arg(0), 5, "PRRI"), store(path("PRRI"), field())]),
         ],
     )
+}
+
+/// ICH9's routes: slots 25 and on but 30 to PIRQ A to D by pin, the others round PIRQ E to H. `apic`: to the pins of
+/// the I/O APIC that the PIRQs have for themselves.
+fn ich9_routing(apic: bool) -> Vec<u8> {
+    let mut out = Vec::new();
+    for slot in 0..32u64 {
+        for pin in 0..4u64 {
+            let pirq = match slot {
+                30 => pin + 4,
+                25.. => pin,
+                _ => ((slot + pin) & 3) + 4,
+            };
+            let link = format!("LNK{}", char::from(b'A' + pirq as u8));
+            let [source, index] = if apic { [int(0), int(16 + pirq)] } else { [path(&link), int(0)] };
+            out.push(package(&[int(slot << 16 | 0xFFFF), int(pin), source, index]));
+        }
+    }
+    package(&out)
 }
 
 fn routing() -> Vec<u8> {
@@ -140,9 +176,15 @@ fn isa_device(n: &str, id: &str, descriptors: &[Vec<u8>]) -> Vec<u8> {
 
 fn isa(config: &Acpi) -> Vec<u8> {
     let mut body = vec![
-        name("_ADR", int(0x0001_0000)),
+        name("_ADR", int(if config.q35 { 0x001F_0000 } else { 0x0001_0000 })),
         region("P40C", 2, 0x60, 4),
         byte_fields("P40C", &["PRQ0", "PRQ1", "PRQ2", "PRQ3"]),
+        match config.q35 {
+            true => {
+                [region("P68C", 2, 0x68, 4), byte_fields("P68C", &["PRQ4", "PRQ5", "PRQ6", "PRQ7"])].concat()
+            }
+            false => Vec::new(),
+        },
         isa_device("KBD", "PNP0303", &[io(0x60, 1), io(0x64, 1), irq(1)]),
         isa_device("MOU", "PNP0F13", &[irq(12)]),
         isa_device("RTC", "PNP0B00", &[io(0x70, 8), irq(8)]),
@@ -208,9 +250,103 @@ fn hotplug() -> Vec<u8> {
     out.concat()
 }
 
-fn dsdt(config: &Acpi) -> Vec<u8> {
+/// The slots behind the root ports, and the method that tells the guest what happened to them.
+fn port_hotplug(ports: &[(u8, u8)]) -> Vec<u8> {
+    let mut out = vec![
+        region("PHPR", 1, ich9::HOTPLUG, 0x18),
+        dword_fields("PHPR", &["PCIU", "PCID", "B0EJ", "PRMV", "BNUM"]),
+        mutex("BLCK"),
+    ];
+    let mut all = Vec::new();
+    for (bus, devfn) in ports {
+        let name_of = format!("P{devfn:02X}_");
+        let select = [acquire("BLCK"), store(int(u64::from(*bus)), path("BNUM"))].concat();
+        let eject = [select.clone(), store(int(1), path("B0EJ")), release("BLCK")];
+        // 1: look for something new; 3: let go.
+        let look = [
+            select,
+            store(path("PCIU"), local0()),
+            when(and(local0(), int(1)), &[notify("S00_", 1)]),
+            store(path("PCID"), local0()),
+            when(and(local0(), int(1)), &[notify("S00_", 3)]),
+            release("BLCK"),
+        ];
+        let slot = device(
+            "S00_",
+            &[name("_SUN", int(u64::from(*bus))), name("_ADR", int(0)), method("_EJ0", 1, &eject)],
+        );
+        let address = u64::from(devfn >> 3) << 16 | u64::from(devfn & 7);
+        out.push(device(&name_of, &[name("_ADR", int(address)), slot, method("PCNT", 0, &look)]));
+        all.push(call(&format!("\\_SB.PCI0.{name_of}.PCNT"), &[]));
+    }
+    out.push(method("PCNT", 0, &all));
+    out.concat()
+}
+
+/// `_OSC` (PCI Firmware 3.0, 4.5.1): the guest gets the Express capability; hot-plug and the rest stay with ACPI.
+fn osc() -> Vec<u8> {
+    const UUID: [u8; 16] =
+        [0x5B, 0x4D, 0xDB, 0x33, 0xF7, 0x1F, 0x1C, 0x40, 0x96, 0x57, 0x74, 0x41, 0xC0, 0x3D, 0xD7, 0x66];
+    let set = |bit: u64| or(path("CDW1"), int(bit), path("CDW1"));
+    method(
+        "_OSC",
+        4,
+        &[
+            dword_field(arg(3), 0, "CDW1"),
+            when(
+                equal(arg(0), buffer(&UUID)),
+                &[
+                    dword_field(arg(3), 8, "CDW3"),
+                    store(and(path("CDW3"), int(0x10)), local0()),
+                    when(differs(arg(1), int(1)), &[set(8)]),
+                    when(differs(path("CDW3"), local0()), &[set(0x10)]),
+                    store(local0(), path("CDW3")),
+                ],
+            ),
+            otherwise(&[set(4)]),
+            ret(arg(3)),
+        ],
+    )
+}
+
+fn q35_bus(config: &Acpi) -> Vec<u8> {
     let hole = (config.low_ram as u32).max(0x8000_0000);
-    let bus = device(
+    let mapped = northbridge::CONFIG_BASE as u32;
+    device(
+        "PCI0",
+        &[
+            name("_HID", eisa("PNP0A08")),
+            name("_CID", eisa("PNP0A03")),
+            name("_UID", int(0)),
+            osc(),
+            name(
+                "_CRS",
+                resources(&[
+                    word_range(Space::Bus, 0, 0xFF),
+                    io(0xCF8, 8),
+                    word_range(Space::Io, 0, 0xCF7),
+                    word_range(Space::Io, 0xD00, 0xFFFF),
+                    dword_range(Space::Memory, 0xA_0000, 0xB_FFFF),
+                    dword_range(Space::Memory, hole, mapped - 1),
+                    dword_range(Space::Memory, mapped + 0x1000_0000, 0xFEBF_FFFF),
+                ]),
+            ),
+            name("PRTP", ich9_routing(false)),
+            name("PRTA", ich9_routing(true)),
+            method("_PRT", 0, &[when(path("PICF"), &[ret(path("PRTA"))]), ret(path("PRTP"))]),
+            device(
+                "DRAC",
+                &[name("_HID", eisa("PNP0C01")), name("_CRS", resources(&[memory32(mapped, 0x1000_0000)]))],
+            ),
+            isa(config),
+            port_hotplug(&config.ports),
+        ],
+    )
+}
+
+fn i440fx_bus(config: &Acpi) -> Vec<u8> {
+    let hole = (config.low_ram as u32).max(0x8000_0000);
+    device(
         "PCI0",
         &[
             name("_HID", eisa("PNP0A03")),
@@ -231,7 +367,11 @@ fn dsdt(config: &Acpi) -> Vec<u8> {
             isa(config),
             hotplug(),
         ],
-    );
+    )
+}
+
+fn dsdt(config: &Acpi) -> Vec<u8> {
+    let bus = if config.q35 { q35_bus(config) } else { i440fx_bus(config) };
     let system = device(
         "LNKS",
         &[
@@ -245,8 +385,10 @@ fn dsdt(config: &Acpi) -> Vec<u8> {
         ],
     );
     let mut sb = vec![bus];
-    sb.extend((0..4).map(link));
-    sb.push(system);
+    sb.extend((0..if config.q35 { 8 } else { 4 }).map(link));
+    if !config.q35 {
+        sb.push(system);
+    }
     sb.push(device(
         "FWCF",
         &[
@@ -276,7 +418,9 @@ fn dsdt(config: &Acpi) -> Vec<u8> {
         "\\_GPE",
         &[name("_HID", string("ACPI0006")), method("_E01", 0, &[call("\\_SB.PCI0.PCNT", &[])])],
     );
-    let body = [scope("\\_SB", &sb), gpe, name("\\_S5", package(&[int(0), int(0), int(0), int(0)]))];
+    // Whether the guest uses the I/O APIC.
+    let mode = [name("PICF", int(0)), method("_PIC", 1, &[store(arg(0), path("PICF"))])].concat();
+    let body = [mode, scope("\\_SB", &sb), gpe, name("\\_S5", package(&[int(0), int(0), int(0), int(0)]))];
     header(b"DSDT", 1, &body.concat())
 }
 
@@ -331,7 +475,7 @@ pub fn install(config: &Acpi, fw: &mut FwCfg) {
     let dsdt_at = add(&mut tables, &dsdt);
     loader.checksum(TABLES, dsdt_at + 9, dsdt_at, dsdt.len());
 
-    let fadt = fadt();
+    let fadt = fadt(config.q35);
     let fadt_at = add(&mut tables, &fadt);
     // FACS is at 0, so its pointer's addend is 0.
     tables[fadt_at + 40..fadt_at + 44].copy_from_slice(&(dsdt_at as u32).to_le_bytes());
@@ -343,6 +487,9 @@ pub fn install(config: &Acpi, fw: &mut FwCfg) {
     let mut plain = vec![madt(config.cpus)];
     if config.hpet {
         plain.push(hpet_table());
+    }
+    if config.q35 {
+        plain.push(mcfg());
     }
     // WAET: the ACPI timer needs to be read only once.
     plain.push(header(b"WAET", 1, &2u32.to_le_bytes()));
@@ -382,11 +529,15 @@ mod tests {
             hpet: true,
             pvpanic: Some(0x505),
             serial: [true, false, false, false],
+            q35: false,
+            ports: vec![(1, 0x08), (2, 0x09)],
         };
-        for t in [dsdt(&config), fadt(), madt(2), hpet_table()] {
+        let q35 = Acpi { q35: true, ..config.clone() };
+        for t in [dsdt(&config), dsdt(&q35), fadt(false), fadt(true), madt(2), hpet_table(), mcfg()] {
             assert_eq!(u32::from_le_bytes([t[4], t[5], t[6], t[7]]) as usize, t.len());
         }
-        assert_eq!(fadt().len(), 244);
+        assert_eq!(fadt(true).len(), 244);
+        assert_eq!(mcfg().len(), 60);
         assert_eq!(hpet_table().len(), 56);
     }
 }

@@ -10,16 +10,75 @@ use crate::pci::{PciFunction, PciId, PciSaved};
 
 const PIRQ_ROUTE: u8 = 0x60;
 
+/// What every ISA bridge decodes: interrupt controllers, reset control, the ISA DMA controllers (which no device
+/// here uses). Regions 0 to 4.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Legacy {
+    reset_control: u8,
+}
+
+impl Legacy {
+    pub fn ports() -> Vec<Window> {
+        vec![
+            Window::bytes(0, 0x20, 2),
+            Window::bytes(1, 0xA0, 2),
+            Window::bytes(2, 0x4D0, 2),
+            Window::bytes(4, 0x00, 0x10),
+            Window::bytes(4, 0xC0, 0x20),
+        ]
+    }
+
+    pub fn io_apic() -> Window {
+        Window::new(0, ioapic::BASE, 0x1000)
+    }
+
+    pub fn read(&self, ctx: &mut Ctx, region: u8, offset: u16) -> u8 {
+        let pic = &mut ctx.board.s.pic;
+        match region {
+            0 | 1 => pic.read(usize::from(region), offset as u8),
+            2 => pic.elcr(usize::from(offset)),
+            3 => self.reset_control,
+            _ => 0,
+        }
+    }
+
+    pub fn write(&mut self, ctx: &mut Ctx, region: u8, offset: u16, value: u8) {
+        let pic = &mut ctx.board.s.pic;
+        match region {
+            0 | 1 => pic.write(usize::from(region), offset as u8, value),
+            2 => pic.set_elcr(usize::from(offset), value),
+            3 => {
+                // 0xCF9: bit 2 starts the reset that bit 1 chooses.
+                if value & 4 != 0 {
+                    ctx.request(MachineRequest::Reset);
+                }
+                self.reset_control = value & 2;
+            }
+            _ => {}
+        }
+        ctx.board.settle();
+    }
+
+    pub fn io_apic_read(ctx: &mut Ctx, offset: u64) -> u64 {
+        u64::from(ctx.board.s.ioapic.read(offset & 0xFF))
+    }
+
+    pub fn io_apic_write(ctx: &mut Ctx, offset: u64, value: u64) {
+        let board = &mut ctx.board.s;
+        board.ioapic.write(offset & 0xFF, value as u32, &mut board.messages);
+    }
+}
+
 #[derive(Serialize, Deserialize)]
 struct Saved {
     pci: PciSaved,
-    reset_control: u8,
+    legacy: Legacy,
 }
 
 /// The ISA bridge, PCI 00:01.0.
 pub struct IsaBridge {
     pci: PciFunction,
-    reset_control: u8,
+    legacy: Legacy,
 }
 
 impl Default for IsaBridge {
@@ -49,7 +108,7 @@ impl Default for IsaBridge {
             pci.set8(usize::from(PIRQ_ROUTE) + i, 0x80);
         }
         pci.seal();
-        IsaBridge { pci, reset_control: 0 }
+        IsaBridge { pci, legacy: Legacy::default() }
     }
 }
 
@@ -68,54 +127,26 @@ impl Device for IsaBridge {
     }
     fn reset(&mut self, ctx: &mut Ctx) {
         self.pci.reset(ctx);
-        self.reset_control = 0;
+        self.legacy = Legacy::default();
         self.apply(ctx);
     }
     fn ports(&self) -> Vec<Window> {
-        vec![
-            Window::bytes(0, 0x20, 2),
-            Window::bytes(1, 0xA0, 2),
-            Window::bytes(2, 0x4D0, 2),
-            // ISA DMA controllers: no device of this machine uses them.
-            Window::bytes(4, 0x00, 0x10),
-            Window::bytes(4, 0xC0, 0x20),
-        ]
+        Legacy::ports()
     }
     fn windows(&self) -> Vec<Window> {
-        vec![Window::new(0, ioapic::BASE, 0x1000)]
+        vec![Legacy::io_apic()]
     }
     fn pio_read(&mut self, ctx: &mut Ctx, region: u8, offset: u16, _size: u8) -> u32 {
-        let pic = &mut ctx.board.s.pic;
-        u32::from(match region {
-            0 | 1 => pic.read(usize::from(region), offset as u8),
-            2 => pic.elcr(usize::from(offset)),
-            3 => self.reset_control,
-            _ => 0,
-        })
+        u32::from(self.legacy.read(ctx, region, offset))
     }
     fn pio_write(&mut self, ctx: &mut Ctx, region: u8, offset: u16, _size: u8, value: u32) {
-        let value = value as u8;
-        let pic = &mut ctx.board.s.pic;
-        match region {
-            0 | 1 => pic.write(usize::from(region), offset as u8, value),
-            2 => pic.set_elcr(usize::from(offset), value),
-            3 => {
-                // 0xCF9: bit 2 starts the reset that bit 1 chooses.
-                if value & 4 != 0 {
-                    ctx.request(MachineRequest::Reset);
-                }
-                self.reset_control = value & 2;
-            }
-            _ => {}
-        }
-        ctx.board.settle();
+        self.legacy.write(ctx, region, offset, value as u8);
     }
     fn mmio_read(&mut self, ctx: &mut Ctx, _region: u8, offset: u64, _size: u8) -> u64 {
-        u64::from(ctx.board.s.ioapic.read(offset & 0xFF))
+        Legacy::io_apic_read(ctx, offset)
     }
     fn mmio_write(&mut self, ctx: &mut Ctx, _region: u8, offset: u64, _size: u8, value: u64) {
-        let board = &mut ctx.board.s;
-        board.ioapic.write(offset & 0xFF, value as u32, &mut board.messages);
+        Legacy::io_apic_write(ctx, offset, value);
     }
     fn pci(&self) -> Option<&PciFunction> {
         Some(&self.pci)
@@ -129,14 +160,14 @@ impl Device for IsaBridge {
         }
     }
     fn save(&self) -> Vec<u8> {
-        pack(&Saved { pci: self.pci.save(), reset_control: self.reset_control })
+        pack(&Saved { pci: self.pci.save(), legacy: self.legacy.clone() })
     }
     fn load(&mut self, data: &[u8]) -> Result<(), DeviceError> {
         let s: Saved = unpack("PIIX3", data)?;
         if !self.pci.load(s.pci) {
             return Err(DeviceError::Misfit("PIIX3".into()));
         }
-        self.reset_control = s.reset_control;
+        self.legacy = s.legacy;
         Ok(())
     }
 }

@@ -83,7 +83,7 @@ pub fn to_bytes(words: &[u16]) -> Vec<u8> {
     words.iter().flat_map(|w| w.to_le_bytes()).collect()
 }
 
-fn identify(spec: &DriveSpec, d: &DriveState) -> Vec<u8> {
+fn identify(spec: &DriveSpec, d: &DriveState, sata: bool) -> Vec<u8> {
     let mut w = [0u16; 256];
     let total = d.total();
     let chs = d.cylinders() * u64::from(d.heads) * u64::from(d.sectors);
@@ -130,7 +130,13 @@ fn identify(spec: &DriveSpec, d: &DriveState) -> Vec<u8> {
     w[86] = 0x3400;
     w[87] = 0x4000;
     w[88] = 0x3F | u16::from(d.udma) << 8;
-    w[93] = 0x6001;
+    if sata {
+        // Native command queuing, 32 deep; first generation speed.
+        w[75] = 31;
+        w[76] = 0x0102;
+    } else {
+        w[93] = 0x6001;
+    }
     for i in 0..4 {
         w[100 + i] = (total >> (16 * i)) as u16;
     }
@@ -177,6 +183,9 @@ impl Channel {
     }
 
     fn read_pio(&mut self, ctx: &mut Ctx, ext: bool, multiple: bool) {
+        if self.is_port() {
+            return self.start_dma(ctx, ext, false);
+        }
         let Some(block) = self.pio_block(ctx, multiple) else { return };
         if self.range(ctx, ext) {
             self.s.block = block;
@@ -187,6 +196,9 @@ impl Channel {
     }
 
     fn write_pio(&mut self, ctx: &mut Ctx, ext: bool, multiple: bool) {
+        if self.is_port() {
+            return self.start_dma(ctx, ext, true);
+        }
         let Some(block) = self.pio_block(ctx, multiple) else { return };
         if self.read_only() {
             return self.fail(ctx, ABORTED);
@@ -228,7 +240,7 @@ impl Channel {
     }
 
     pub fn ata_command(&mut self, ctx: &mut Ctx, command: u8) {
-        self.s.dma = false;
+        self.s.dma = self.is_port();
         match command {
             0x20 | 0x21 => self.read_pio(ctx, false, false),
             0x24 => self.read_pio(ctx, true, false),
@@ -285,8 +297,9 @@ impl Channel {
             }
             0xE7 | 0xEA => self.flush(ctx),
             0xEC => {
+                let sata = self.is_port();
                 let Some((spec, d)) = self.drive() else { return };
-                let data = identify(spec, d);
+                let data = identify(spec, d, sata);
                 self.reply(ctx, data, 512);
             }
             0xEF => self.set_features(ctx),

@@ -43,7 +43,7 @@ impl Channel {
                 self.accept(12);
             }
             0xA1 => {
-                self.s.dma = false;
+                self.s.dma = self.is_port();
                 let data = self.identify_packet();
                 self.reply(ctx, data, 512);
             }

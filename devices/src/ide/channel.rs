@@ -1,4 +1,5 @@
-//! An IDE channel: task file, data port, bus master, and the transfer in progress.
+//! An IDE channel: task file, data port, bus master, and the transfer in progress. A port of an AHCI controller is
+//! such a channel with one drive, all of whose data go to and from the memory that the command names.
 
 use serde::{Deserialize, Serialize};
 
@@ -6,6 +7,7 @@ use super::ata::DriveState;
 use crate::config::DriveSpec;
 use crate::ctx::Ctx;
 use crate::door::{DiskOp, GuestEvent};
+use crate::virtio::{self, Piece};
 
 pub const ERR: u8 = 1;
 pub const DRQ: u8 = 8;
@@ -70,7 +72,10 @@ pub struct ChannelState {
     prd_left: u32,
     prd_last: bool,
     prd_count: u32,
-    irq: bool,
+    pub irq: bool,
+    /// AHCI: the memory that the command names, and how many bytes of it were used.
+    pub pieces: Vec<Piece>,
+    pub moved: u64,
 }
 
 impl ChannelState {
@@ -84,12 +89,13 @@ impl ChannelState {
 /// One channel.
 pub struct Channel {
     pub spec: [Option<DriveSpec>; 2],
-    line: u8,
+    /// The interrupt line; a port of an AHCI controller has none.
+    line: Option<u8>,
     pub s: ChannelState,
 }
 
 impl Channel {
-    pub fn new(spec: [Option<DriveSpec>; 2], line: u8) -> Channel {
+    pub fn new(spec: [Option<DriveSpec>; 2], line: Option<u8>) -> Channel {
         let drives = [DriveState::new(spec[0].as_ref()), DriveState::new(spec[1].as_ref())];
         let mut bm_status = 0;
         for (i, s) in spec.iter().enumerate() {
@@ -119,18 +125,49 @@ impl Channel {
             prd_last: false,
             prd_count: 0,
             irq: false,
+            pieces: Vec::new(),
+            moved: 0,
         };
         Channel { spec, line, s }
     }
 
-    /// System reset: everything as at power-on, but sizes stay what they became.
+    /// System reset: everything as at power-on, but the media stay what they became.
     pub fn power_on(&mut self, ctx: &mut Ctx) {
-        let sizes = [self.s.drives[0].bytes, self.s.drives[1].bytes];
+        let media = [0, 1].map(|i| (self.s.drives[i].bytes, self.s.drives[i].medium, self.s.drives[i].open));
         *self = Channel::new(self.spec.clone(), self.line);
-        for (d, size) in self.s.drives.iter_mut().zip(sizes) {
-            d.bytes = size;
+        for (d, medium) in self.s.drives.iter_mut().zip(media) {
+            (d.bytes, d.medium, d.open) = medium;
         }
-        ctx.set_irq(self.line, false);
+        self.drive_line(ctx, false);
+    }
+
+    /// Whether this is a port of an AHCI controller.
+    pub fn is_port(&self) -> bool {
+        self.line.is_none()
+    }
+
+    fn drive_line(&self, ctx: &mut Ctx, level: bool) {
+        if let Some(line) = self.line {
+            ctx.set_irq(line, level);
+        }
+    }
+
+    /// AHCI: start the command in a register FIS, with its packet and the memory its data go to or come from.
+    pub fn start(&mut self, ctx: &mut Ctx, fis: &[u8; 20], packet: &[u8], pieces: Vec<Piece>) {
+        self.s.device = fis[7] & !0x10;
+        let d = &mut self.s.drives[0];
+        d.feature = [fis[3], fis[11]];
+        d.lba = [[fis[4], fis[8]], [fis[5], fis[9]], [fis[6], fis[10]]];
+        d.count = [fis[12], fis[13]];
+        self.s.pieces = pieces;
+        self.s.moved = 0;
+        self.s.bm_status |= BM_ACTIVE;
+        self.command(ctx, fis[2]);
+        if self.s.phase == Phase::Packet {
+            self.s.buffer = packet.to_vec();
+            self.s.dma = true;
+            self.packet(ctx);
+        }
     }
 
     pub fn selected(&self) -> usize {
@@ -155,12 +192,12 @@ impl Channel {
     pub fn raise(&mut self, ctx: &mut Ctx) {
         self.s.bm_status |= BM_IRQ;
         self.s.irq = true;
-        ctx.set_irq(self.line, self.s.control & 2 == 0);
+        self.drive_line(ctx, self.s.control & 2 == 0);
     }
 
     fn lower(&mut self, ctx: &mut Ctx) {
         self.s.irq = false;
-        ctx.set_irq(self.line, false);
+        self.drive_line(ctx, false);
     }
 
     /// The status register without its side effect.
@@ -249,7 +286,7 @@ impl Channel {
         } else if before & 4 != 0 {
             self.software_reset();
         }
-        ctx.set_irq(self.line, self.s.irq && value & 2 == 0);
+        self.drive_line(ctx, self.s.irq && value & 2 == 0);
     }
 
     /// Forget the transfer; a disk request on its way ends unseen.
@@ -570,6 +607,11 @@ impl Channel {
 
     /// Write to the memory that the PRDs name; false if the table ended first.
     fn scatter(&mut self, ctx: &Ctx, mut data: &[u8]) -> bool {
+        if self.is_port() {
+            let n = virtio::scatter(ctx, &self.s.pieces, self.s.moved, data);
+            self.s.moved += n as u64;
+            return n == data.len();
+        }
         while !data.is_empty() {
             if !self.next_prd(ctx) {
                 return false;
@@ -585,8 +627,12 @@ impl Channel {
 
     fn dma_write(&mut self, ctx: &mut Ctx) {
         let want = self.s.left.min(CHUNK) as usize;
-        let mut data = Vec::with_capacity(want);
-        while data.len() < want && self.next_prd(ctx) {
+        let mut data = Vec::new();
+        if self.is_port() {
+            data = virtio::gather(ctx, &self.s.pieces, self.s.moved, want);
+            self.s.moved += data.len() as u64;
+        }
+        while !self.is_port() && data.len() < want && self.next_prd(ctx) {
             let n = (want - data.len()).min(self.s.prd_left as usize);
             let from = data.len();
             data.resize(from + n, 0);

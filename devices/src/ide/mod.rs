@@ -1,6 +1,7 @@
-//! The PIIX3 IDE controller (Intel 82371SB datasheet; ATA/ATAPI-6; Programming Interface for Bus Master IDE
+//! Disk controllers of the board: ICH9's AHCI, and the PIIX3 IDE controller (Intel 82371SB datasheet; ATA/ATAPI-6; Programming Interface for Bus Master IDE
 //! Controller 1.0): two channels, two drives on each.
 
+pub mod ahci;
 mod ata;
 mod atapi;
 mod channel;
@@ -49,7 +50,7 @@ impl Ide {
         pci.allow(0x40, &[0xFF; 8]);
         pci.seal();
         let [a, b, c, d] = drives;
-        Ide { pci, channels: [Channel::new([a, b], 14), Channel::new([c, d], 15)] }
+        Ide { pci, channels: [Channel::new([a, b], Some(14)), Channel::new([c, d], Some(15))] }
     }
 }
 

@@ -3,10 +3,10 @@
 use ftvm_accel::mem::GuestMemory;
 use serde::{Deserialize, Serialize};
 
-use super::{address, in_use, Mapped, Pc, Slots, CHANGES_SECTION, MAX_DEVICES, NONE};
+use super::{address, find_bus, in_use, Mapped, Pc, Slots, CHANGES_SECTION, MAX_DEVICES, NONE};
 use crate::config::DeviceSpec;
 use crate::ctx::{Ctx, Device, DeviceError};
-use crate::door::{GuestEvent, Input, Output, Plug};
+use crate::door::{GuestEvent, Output, Plug};
 use crate::pci::Bar;
 use crate::registry::{self, Attach, Build};
 
@@ -14,6 +14,8 @@ use crate::registry::{self, Attach, Build};
 #[derive(Clone, Debug)]
 pub(super) struct User {
     pub spec: DeviceSpec,
+    /// Its PCI bus among the machine's.
+    pub bus: usize,
     pub devfn: Option<u8>,
     /// Its place among the devices; drives of the IDE controller have none.
     pub device: Option<u16>,
@@ -26,6 +28,8 @@ pub(super) struct User {
 pub struct Inventory {
     pub spec: DeviceSpec,
     pub devfn: Option<u8>,
+    /// The name of its bus.
+    pub bus: String,
     /// It was plugged in after the start.
     pub hotplugged: bool,
     /// What the model itself tells (see [`Device::facts`]).
@@ -35,6 +39,8 @@ pub struct Inventory {
 /// A PCI function as the guest has set it up.
 #[derive(Clone, Debug)]
 pub struct FunctionView {
+    /// The number of its bus, if the guest has given it one.
+    pub bus: Option<u8>,
     pub devfn: u8,
     /// Configuration space.
     pub config: Vec<u8>,
@@ -80,8 +86,8 @@ impl Pc {
                 self.enter(at, plug);
                 self.with(mem, now, at, |d, ctx| d.reset(ctx));
                 self.board.remap = true;
-                let input = Input::Plug(Box::new(plug.clone()));
-                self.with(mem, now, self.pm, |d, ctx| d.input(ctx, &input));
+                let (bus, slot) = (self.users.last().map_or(0, |u| u.bus as u8), plug.devfn >> 3);
+                self.with(mem, now, self.pm, |d, ctx| d.announce(ctx, bus, slot));
             }
             Err(e) => log::error!("hot-plug of {}: {e}", plug.spec.driver),
         }
@@ -90,12 +96,19 @@ impl Pc {
     fn build_plug(&mut self, plug: &Plug) -> Result<Box<dyn Device>, DeviceError> {
         let model = registry::model(&plug.spec.driver)?;
         model.check(&plug.spec)?;
-        let specs: Vec<DeviceSpec> = self.users.iter().map(|u| u.spec.clone()).collect();
-        model.check_bus(&plug.spec, &specs)?;
+        model.check_bus(&plug.spec, &self.config)?;
+        let fixed = |bus: &str| DeviceError::Config(format!("Bus '{bus}' does not support hotplugging"));
         let Some(build) = model.build.filter(|_| model.attach == Attach::Pci) else {
-            let bus = if model.attach == Attach::Isa { "isa.0" } else { model.bus() };
-            return Err(DeviceError::Config(format!("Bus '{bus}' does not support hotplugging")));
+            return Err(fixed(&model.bus(self.config.root_bus())));
         };
+        let bus = &self.buses[find_bus(&self.buses, &plug.spec)?];
+        if !bus.hotplug {
+            return Err(fixed(&bus.name));
+        }
+        if model.category == "Bridge" {
+            return Err(DeviceError::Config(format!("Device '{}' does not support hotplugging", model.name)));
+        }
+        let place = bus.place.clone();
         if let Some(drive) = &plug.drive {
             self.config.drives.retain(|d| d.index != drive.index);
             self.config.drives.push(drive.clone());
@@ -104,7 +117,7 @@ impl Pc {
             self.config.nics.retain(|n| n.index != nic.index);
             self.config.nics.push(nic.clone());
         }
-        let b = Build { config: &self.config, spec: &plug.spec, devfn: plug.devfn };
+        let b = Build { config: &self.config, spec: &plug.spec, devfn: plug.devfn, place };
         let device = b.finish(build(&b)?);
         if self.devices.iter().any(|d| d.name() == device.name()) || self.devices.len() >= MAX_DEVICES {
             return Err(DeviceError::Config(format!("there can be only one device '{}'", device.name())));
@@ -113,9 +126,13 @@ impl Pc {
     }
 
     fn enter(&mut self, at: u16, plug: &Plug) {
-        self.functions[usize::from(plug.devfn)] = at;
+        let place = self.devices[usize::from(at)].pci().map_or(0, |p| p.place().bus);
+        let bus = usize::from(place);
+        self.buses[bus].functions[usize::from(plug.devfn)] = at;
+        self.note_presence(bus);
         self.users.push(User {
             spec: plug.spec.clone(),
+            bus,
             devfn: Some(plug.devfn),
             device: Some(at),
             plug: Some(plug.clone()),
@@ -128,9 +145,11 @@ impl Pc {
             let id = plug.spec.id.as_deref().unwrap_or_default();
             return Err(DeviceError::Config(format!("Duplicate device ID '{id}'")));
         }
-        let mut slots = Slots { used: [false; 256] };
-        slots.take_board();
-        for devfn in self.users.iter().filter_map(|u| u.devfn) {
+        let model = registry::model(&plug.spec.driver)?;
+        // Only PCI devices name a PCI bus.
+        let bus = if model.attach == Attach::Pci { find_bus(&self.buses, &plug.spec)? } else { 0 };
+        let mut slots = if bus == 0 { Slots::board(&self.config) } else { Slots::port() };
+        for devfn in self.users.iter().filter(|u| u.bus == bus).filter_map(|u| u.devfn) {
             slots.used[usize::from(devfn)] = true;
         }
         if let Some(devfn) = address(&plug.spec)? {
@@ -138,7 +157,6 @@ impl Pc {
                 return Err(in_use(devfn, &plug.spec.driver));
             }
         }
-        let model = registry::model(&plug.spec.driver)?;
         let devfn = if model.attach == Attach::Pci { slots.take(&plug.spec)? } else { 0 };
         let drives = (self.config.drives.clone(), self.config.nics.clone());
         let built = self.build_plug(&Plug { devfn, ..plug.clone() });
@@ -151,24 +169,30 @@ impl Pc {
         let user = self.users.iter().find(|u| u.spec.id.as_deref() == Some(id));
         let user = user.ok_or_else(|| DeviceError::NoDevice(id.to_owned()))?;
         match registry::model(&user.spec.driver)?.attach {
-            Attach::Pci => Ok(()),
+            Attach::Pci if self.buses[user.bus].hotplug => Ok(()),
+            Attach::Pci => {
+                let text = format!("Bus '{}' does not support hotplugging", self.buses[user.bus].name);
+                Err(DeviceError::Config(text))
+            }
             Attach::Isa => Err(DeviceError::Config("Bus 'isa.0' does not support hotplugging".into())),
             _ => Err(DeviceError::Config(format!("Device '{id}' cannot be pulled from its bus"))),
         }
     }
 
     /// The guest let go of a slot: what was in it is gone.
-    pub(super) fn eject(&mut self, mem: &GuestMemory, now: u64, slot: u8) {
+    pub(super) fn eject(&mut self, mem: &GuestMemory, now: u64, bus: usize, slot: u8) {
+        if !self.buses.get(bus).is_some_and(|b| b.hotplug) {
+            return;
+        }
         for devfn in slot << 3..=(slot << 3 | 7) {
-            let at = self.functions[usize::from(devfn)];
-            let Some(i) = self.users.iter().position(|u| u.devfn == Some(devfn) && u.device == Some(at))
-            else {
-                continue;
-            };
+            let at = self.buses[bus].functions[usize::from(devfn)];
+            let here = |u: &User| u.bus == bus && u.devfn == Some(devfn) && u.device == Some(at);
+            let Some(i) = self.users.iter().position(here) else { continue };
             self.with(mem, now, at, |d, ctx| d.reset(ctx));
             let user = self.users.remove(i);
             self.devices[usize::from(at)] = Box::new(Gone(format!("gone@{at}")));
-            self.functions[usize::from(devfn)] = NONE;
+            self.buses[bus].functions[usize::from(devfn)] = NONE;
+            self.note_presence(bus);
             self.board.s.timers.retain(|(d, _), _| *d != at);
             self.board.find_deadline();
             self.board.remap = true;
@@ -177,11 +201,26 @@ impl Pc {
         }
     }
 
+    /// Tell the port in front of a bus whether there is something in its slot.
+    pub(super) fn note_presence(&mut self, bus: usize) {
+        let present = self.buses[bus].functions.iter().any(|f| *f != NONE);
+        if let Some(bridge) = self.buses[bus].bridge {
+            if let Some(pci) = self.devices[usize::from(bridge)].pci_mut() {
+                pci.set_present(present);
+            }
+        }
+    }
+
     /// The devices that users named, in order.
     pub fn inventory(&self) -> Vec<Inventory> {
         let one = |u: &User| Inventory {
             spec: u.spec.clone(),
             devfn: u.devfn,
+            bus: match (registry::model(&u.spec.driver), u.spec.properties.get("bus")) {
+                (_, Some(name)) => name.clone(),
+                (Ok(model), None) => model.bus(self.config.root_bus()),
+                (Err(_), None) => String::new(),
+            },
             hotplugged: u.plug.is_some(),
             facts: u.device.map_or(Vec::new(), |d| self.devices[usize::from(d)].facts()),
         };
@@ -190,17 +229,25 @@ impl Pc {
 
     /// All PCI functions, in order.
     pub fn pci_functions(&self) -> Vec<FunctionView> {
-        let view = |(devfn, at): (usize, &u16)| {
-            let pci = self.devices.get(usize::from(*at))?.pci()?;
-            let user = self.users.iter().find(|u| u.devfn == Some(devfn as u8));
-            Some(FunctionView {
-                devfn: devfn as u8,
-                config: pci.config().to_vec(),
-                bars: pci.bars(),
-                id: user.and_then(|u| u.spec.id.clone()),
-            })
-        };
-        self.functions.iter().enumerate().filter_map(view).collect()
+        let mut out = Vec::new();
+        for (bus, b) in self.buses.iter().enumerate() {
+            let number = match b.bridge {
+                None => Some(0),
+                Some(d) => self.devices[usize::from(d)].pci().and_then(|p| Some(*p.bus_numbers()?.start())),
+            };
+            for (devfn, at) in b.functions.iter().enumerate() {
+                let Some(pci) = self.devices.get(usize::from(*at)).and_then(|d| d.pci()) else { continue };
+                let user = self.users.iter().find(|u| u.bus == bus && u.devfn == Some(devfn as u8));
+                out.push(FunctionView {
+                    bus: number,
+                    devfn: devfn as u8,
+                    config: pci.config().to_vec(),
+                    bars: pci.bars(),
+                    id: user.and_then(|u| u.spec.id.clone()),
+                });
+            }
+        }
+        out
     }
 
     /// The I/O and memory windows that devices decode now: start, length, device.
@@ -239,7 +286,9 @@ impl Pc {
         for at in changes.gone {
             if let Some(i) = self.users.iter().position(|u| u.device == Some(at)) {
                 let user = self.users.remove(i);
-                self.functions[usize::from(user.devfn.ok_or_else(misfit)?)] = NONE;
+                let devfn = usize::from(user.devfn.ok_or_else(misfit)?);
+                self.buses[user.bus].functions[devfn] = NONE;
+                self.note_presence(user.bus);
             }
             self.devices[usize::from(at)] = Box::new(Gone(format!("gone@{at}")));
         }

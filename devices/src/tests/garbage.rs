@@ -211,7 +211,7 @@ fn step(r: &mut Rig, d: &mut Dice) {
             }
         }
         84 => {
-            if d.below(20) == 0 {
+            if d.below(20) == 0 && !r.config.is_q35() {
                 place_bars(r);
             }
         }
@@ -259,12 +259,115 @@ fn step(r: &mut Rig, d: &mut Dice) {
     }
 }
 
+/// What a driver of the q35's own devices would do: commands for the AHCI ports, slots, configuration space.
+fn q35_step(r: &mut Rig, d: &mut Dice) {
+    const AHCI: u64 = 0xE000_0000;
+    let port = AHCI + 0x100 + 0x80 * d.pick(&[0, 0, 2, 5]);
+    match d.below(8) {
+        0 => {
+            for (offset, value) in [(0x00, 0x1000), (0x08, address(d) as u32), (0x10, u32::MAX), (0x18, 0x11)]
+            {
+                r.write32(port + offset, value);
+            }
+        }
+        1 => r.write32(port + 0x18, value(d) as u32),
+        2 | 3 => {
+            let slot = d.below(32);
+            let table = 0x3000 + 0x100 * slot;
+            let command =
+                d.pick(&[0x60u8, 0x61, 0x25, 0x35, 0xC8, 0xCA, 0xA0, 0xEC, 0xA1, 0xE7, 0xEF, 0x20, 0x30]);
+            let mut fis = [0u8; 20];
+            fis[..3].copy_from_slice(&[0x27, d.pick(&[0x80, 0x80, 0x80, 0]), command]);
+            fis[3..].iter_mut().for_each(|b| *b = value(d) as u8);
+            let _ = r.mem.write(table, &fis);
+            let _ = r.mem.write(table + 0x40, &[d.pick(&[0x28, 0x12, 0x43, 0x03, 0x1B, 0xBE]); 12]);
+            let _ = r.mem.write(table + 0x80, &address(d).to_le_bytes());
+            let _ = r.mem.write(table + 0x8C, &(d.below(0x8000) as u32).to_le_bytes());
+            let mut header = [0u8; 32];
+            header[2] = d.below(4) as u8;
+            header[8..16].copy_from_slice(&table.to_le_bytes());
+            let _ = r.mem.write(0x1000 + 32 * slot, &header);
+            r.write32(port + 0x34, 1 << slot);
+            r.write32(port + 0x38, 1 << slot);
+        }
+        4 if d.below(2) == 0 => {
+            // The USB controller: rings and contexts anywhere, doorbells of slots, keys.
+            const USB: u64 = 0xE400_0000;
+            match d.below(6) {
+                0 => {
+                    for (offset, value) in [(0x10u8, USB as u32), (0x14, 0), (4, 6)] {
+                        r.config_write(0x18, offset, value);
+                    }
+                    for (at, value) in [(0x1028, 1), (0x1030, 0x1_1000), (0x78, 64), (0x40, 1)] {
+                        r.write32(USB + at, value);
+                    }
+                }
+                1 => {
+                    for at in [0x58, 0x70, 0x1030] {
+                        r.write32(USB + at, address(d) as u32);
+                    }
+                }
+                2 => {
+                    let kind = d.pick(&[9u32, 10, 11, 12, 13, 14, 15, 16, 17, 1, 2, 3, 4, 6]);
+                    let slot = d.pick(&[1u32, 1, 1, 2, 70]);
+                    let endpoint = d.pick(&[1u32, 3, 3, 31]);
+                    let at = 0x1000 * d.below(64);
+                    let words = [address(d) as u32, 0, d.below(600) as u32];
+                    let control = slot << 24 | endpoint << 16 | kind << 10 | d.below(0x200) as u32;
+                    for (i, w) in words.iter().chain([&control]).enumerate() {
+                        let _ = r.mem.write(at + 4 * i as u64, &w.to_le_bytes());
+                    }
+                    r.write32(USB + 0x58, at as u32 | control & 1);
+                    r.write32(USB + 0x2000, 0);
+                }
+                3 => r.write32(USB + 0x2000 + 4 * d.pick(&[0u64, 1, 1, 2, 60]), d.pick(&[1, 3, 5])),
+                4 => r.write32(USB + 0x440 + 16 * d.below(9), value(d) as u32),
+                _ => {
+                    r.input(Input::Key { number: d.next() as u8, down: d.below(2) == 0 });
+                    let [x, y] = [0, 1].map(|_| Some(d.next() as u16));
+                    r.input(Input::Pointer {
+                        x,
+                        y,
+                        dx: d.next() as i16,
+                        dy: 1,
+                        wheel: 1,
+                        press: 3,
+                        release: 1,
+                    });
+                }
+            }
+        }
+        4 => r.outl(0xCC0 + 4 * d.below(6) as u16, value(d) as u32),
+        5 => {
+            let at = 0xB000_0000 + (d.below(4) << 20) + (d.pick(&[0u64, 0x10, 0x11, 0xF8, 0xFA]) << 12);
+            r.write32(at + 4 * d.below(80), value(d) as u32);
+        }
+        6 => {
+            let _ = r.read32(AHCI + 4 * d.below(0x140));
+        }
+        _ => {
+            for (offset, value) in [(0x24u8, AHCI as u32), (4, 7)] {
+                r.config_write(0xFA, offset, value);
+            }
+        }
+    }
+}
+
 fn run(seed: u64, steps: u32, migrate: bool) -> Vec<(String, u64)> {
     let mut r = Rig::new();
     place_bars(&mut r);
+    go(r, seed, steps, migrate, |_, _| ())
+}
+
+fn run_q35(seed: u64, steps: u32, migrate: bool) -> Vec<(String, u64)> {
+    go(Rig::q35(), seed, steps, migrate, q35_step)
+}
+
+fn go(mut r: Rig, seed: u64, steps: u32, migrate: bool, more: fn(&mut Rig, &mut Dice)) -> Vec<(String, u64)> {
     let mut d = Dice(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1);
     for i in 0..steps {
         step(&mut r, &mut d);
+        more(&mut r, &mut d);
         if migrate && i % 997 == 0 {
             r.migrate();
         }
@@ -277,11 +380,15 @@ fn a_guest_that_pokes_at_random_breaks_nothing() {
     for seed in 0..60 {
         run(seed, 20_000, false);
     }
+    for seed in 200..230 {
+        run_q35(seed, 10_000, false);
+    }
 }
 
 #[test]
 fn migrating_on_the_way_changes_nothing() {
     for seed in 100..108 {
         assert_eq!(run(seed, 8_000, false), run(seed, 8_000, true), "seed {seed}");
+        assert_eq!(run_q35(seed, 4_000, false), run_q35(seed, 4_000, true), "seed {seed}");
     }
 }

@@ -5,6 +5,7 @@ mod disks;
 mod garbage;
 mod hotplug;
 mod nets;
+mod q35;
 
 use ftvm_accel::mem::GuestMemory;
 
@@ -95,7 +96,10 @@ pub fn full_config() -> PcConfig {
 
 impl Rig {
     pub fn new() -> Rig {
-        let config = full_config();
+        Rig::of(full_config())
+    }
+
+    pub fn of(config: PcConfig) -> Rig {
         let mem = GuestMemory::new(config.ram_size).unwrap();
         let pc = Pc::new(config.clone(), &mem).unwrap();
         let pattern = |seed: usize| (0..1 << 20).map(|i: usize| (i / 512 * 7 + i + seed) as u8).collect();

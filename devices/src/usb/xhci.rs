@@ -1,10 +1,16 @@
-//! `qemu-xhci`: a USB 3 controller (eXtensible Host Controller Interface 1.0). Its ports are empty: there are no
-//! USB devices, so the command ring can only do what needs none.
+//! `qemu-xhci`: a USB 3 controller (eXtensible Host Controller Interface 1.0): its registers, command ring and event
+//! ring. What is done for the devices is in [`super::slots`].
+
+use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use super::hid::{Hid, Kind};
+use super::slots::Slot;
 use crate::ctx::{pack, unpack, Ctx, Device, DeviceError};
-use crate::pci::{Bar, PciFunction, PciId, PciSaved};
+use crate::door::Input;
+use crate::pci::{Bar, Express, PciFunction, PciId, PciSaved};
+use crate::registry::{self, Build};
 
 /// Where the parts of BAR 0 lie.
 const OPERATIONAL: u64 = 0x40;
@@ -19,22 +25,49 @@ const RESET: u32 = 2;
 const INTERRUPTS: u32 = 4;
 const HALTED: u32 = 1;
 const EVENT_PENDING: u32 = 8;
-/// A port with power and nothing in it (5.4.8).
-const EMPTY_PORT: u32 = 0x2A0;
+// Port status and control (5.4.8): connected, enabled, in reset, link state, powered, and what changed.
+const CONNECTED: u32 = 1;
+const PORT_ENABLED: u32 = 2;
+const PORT_RESET: u32 = 0x10;
+const LINK: u32 = 0x1E0;
+const LINK_WRITE: u32 = 0x1_0000;
+const LINK_POLLING: u32 = 7 << 5;
+const LINK_EMPTY: u32 = 5 << 5;
+const LINK_SUSPENDED: u32 = 3 << 5;
+const LINK_RESUME: u32 = 15 << 5;
+const POWERED: u32 = 0x200;
+/// 480 Mbit/s.
+const HIGH_SPEED: u32 = 3 << 10;
+const CONNECT_CHANGED: u32 = 1 << 17;
+const ENABLE_CHANGED: u32 = 1 << 18;
+const RESET_CHANGED: u32 = 1 << 21;
+const LINK_CHANGED: u32 = 1 << 22;
+const CHANGES: u32 = 0x00FE_0000;
+const WAKE_ON: u32 = 0x0E00_0000;
 /// The interrupt is pending, and enabled (5.5.2.1).
 const PENDING: u32 = 1;
 const ENABLED: u32 = 2;
 
-// Types of TRBs (6.4.6) and completion codes (6.4.5).
-const LINK: u32 = 6;
+// Types of TRBs (6.4.6).
+pub const LINK_TRB: u32 = 6;
 const ENABLE_SLOT: u32 = 9;
+const DISABLE_SLOT: u32 = 10;
 const NOOP_COMMAND: u32 = 23;
+pub const TRANSFER_EVENT: u32 = 32;
 const COMMAND_COMPLETION: u32 = 33;
-const SUCCESS: u32 = 1;
-const TRB_ERROR: u32 = 5;
+const PORT_CHANGE: u32 = 34;
+// Completion codes (6.4.5).
+pub const SUCCESS: u32 = 1;
+pub const TRB_ERROR: u32 = 5;
+pub const STALLED: u32 = 6;
 const NO_SLOTS: u32 = 9;
 const SLOT_NOT_ENABLED: u32 = 11;
+pub const SHORT_PACKET: u32 = 13;
+pub const PARAMETER_ERROR: u32 = 17;
+pub const CONTEXT_ERROR: u32 = 19;
 const RING_STOPPED: u32 = 24;
+/// Device slots.
+const SLOTS: u8 = 64;
 /// Commands executed for one ring of the doorbell.
 const MAX_COMMANDS: usize = 256;
 /// A microframe in ns.
@@ -63,12 +96,17 @@ struct State {
     event_count: u32,
     event_at: u32,
     event_cycle: bool,
+    /// The ports' status.
+    ports: Vec<u32>,
+    /// The device slots that are enabled.
+    slots: BTreeMap<u8, Slot>,
 }
 
 #[derive(Serialize, Deserialize)]
 struct Saved {
     pci: PciSaved,
     s: State,
+    devices: Vec<Option<Hid>>,
 }
 
 /// The controller.
@@ -77,6 +115,8 @@ pub struct Xhci {
     pci: PciFunction,
     /// Ports of USB 2 and of USB 3.
     ports: [u32; 2],
+    /// What is in each port.
+    devices: Vec<Option<Hid>>,
     s: State,
 }
 
@@ -94,7 +134,7 @@ fn set_high(word: &mut u64, value: u32) {
 
 impl Xhci {
     /// A controller with this many ports of each kind, 1 to 15.
-    pub fn new(name: String, devfn: u8, ports: [u32; 2]) -> Xhci {
+    pub fn new(b: &Build, ports: [u32; 2]) -> Result<Xhci, DeviceError> {
         let id = PciId {
             vendor: 0x1B36,
             device: 0x000D,
@@ -103,18 +143,31 @@ impl Xhci {
             subsystem_vendor: 0x1AF4,
             subsystem: 0x1100,
         };
-        let mut pci = PciFunction::new(devfn, id);
+        let mut pci = PciFunction::new(b.devfn, id);
         pci.pin(1);
         pci.set8(0x60, 0x30);
         pci.bar(0, Bar::Memory64(SIZE));
         pci.bar(usize::from(MSIX_BAR), Bar::Memory(0x1000));
         pci.add_msix(MSIX_BAR, 1);
+        if b.behind_port() {
+            pci.add_express(Express::Endpoint);
+        }
         pci.seal();
-        Xhci { name, pci, ports, s: State::default() }
+        let mut devices = vec![None; (ports[0] + ports[1]) as usize];
+        for (port, kind) in plugged(b, ports[0])? {
+            devices[port] = Some(Hid::new(kind));
+        }
+        Ok(Xhci { name: b.pci_name(), pci, ports, devices, s: State::default() })
     }
 
     fn reset_registers(&mut self, ctx: &mut Ctx) {
-        self.s = State { status: HALTED, moderation: 4000, event_cycle: true, ..State::default() };
+        let filled = |d: &Option<Hid>| match d {
+            Some(_) => CONNECTED | LINK_POLLING | POWERED | HIGH_SPEED | CONNECT_CHANGED,
+            None => LINK_EMPTY | POWERED,
+        };
+        let ports = self.devices.iter().map(filled).collect();
+        self.devices.iter_mut().flatten().for_each(Hid::reset);
+        self.s = State { status: HALTED, moderation: 4000, event_cycle: true, ports, ..State::default() };
         self.pci.set_intx(ctx, false);
     }
 
@@ -123,7 +176,7 @@ impl Xhci {
         match offset {
             0x00 => OPERATIONAL as u32 | 0x0100 << 16,
             // 64 slots, one interrupter.
-            0x04 => (two + three) << 24 | 1 << 8 | 64,
+            0x04 => (two + three) << 24 | 1 << 8 | u32::from(SLOTS),
             0x08 => 0x0F,
             // 64-bit addresses; extended capabilities at 0x20.
             0x10 => 0x0008_0001,
@@ -152,15 +205,10 @@ impl Xhci {
             0x70 => low(s.contexts),
             0x74 => low(s.contexts >> 32),
             0x78 => s.configure,
-            PORTS..RUNTIME => {
-                let (port, register) = ((offset - PORTS) / 16, (offset - PORTS) % 16);
-                let there = port < u64::from(self.ports[0] + self.ports[1]);
-                if there && register == 0 {
-                    EMPTY_PORT
-                } else {
-                    0
-                }
-            }
+            PORTS..RUNTIME => match (s.ports.get((offset - PORTS) as usize / 16), (offset - PORTS) % 16) {
+                (Some(status), 0) => *status,
+                _ => 0,
+            },
             RUNTIME if s.command & RUN != 0 => ((now - s.since) / MICROFRAME) as u32 & 0x3FFF,
             0x1020 => s.management,
             0x1024 => s.moderation,
@@ -186,7 +234,7 @@ impl Xhci {
                     // Stop or abort.
                     self.s.ring_low &= !8;
                     let at = self.s.ring;
-                    self.complete(ctx, at, RING_STOPPED);
+                    self.complete(ctx, at, RING_STOPPED, 0);
                 }
             }
             0x5C if self.s.ring_low & 8 == 0 => set_high(&mut self.s.ring, value),
@@ -209,7 +257,11 @@ impl Xhci {
                 set_low(&mut self.s.dequeue, value & !8 | busy);
             }
             0x103C => set_high(&mut self.s.dequeue, value),
+            PORTS..RUNTIME if (offset - PORTS).is_multiple_of(16) => {
+                self.write_port(ctx, (offset - PORTS) as usize / 16, value);
+            }
             DOORBELLS => self.run_commands(ctx),
+            0x2004.. => self.ring_doorbell(ctx, ((offset - DOORBELLS) / 4) as u8, value as u8),
             _ => {}
         }
     }
@@ -243,15 +295,20 @@ impl Xhci {
         self.s.event_cycle = true;
     }
 
-    /// Tell the guest how the command at `command` ended.
-    fn complete(&mut self, ctx: &mut Ctx, command: u64, code: u32) {
+    /// Tell the guest how the command at `command` ended, and for which slot.
+    fn complete(&mut self, ctx: &mut Ctx, command: u64, code: u32, slot: u8) {
+        self.post(ctx, command, code << 24, COMMAND_COMPLETION << 10 | u32::from(slot) << 24);
+    }
+
+    /// Put an event onto the event ring.
+    fn post(&mut self, ctx: &mut Ctx, parameter: u64, status: u32, control: u32) {
         if self.s.event_count == 0 {
             return;
         }
-        let mut trb = command.to_le_bytes().to_vec();
-        trb.extend((code << 24).to_le_bytes());
-        trb.extend((COMMAND_COMPLETION << 10 | u32::from(self.s.event_cycle)).to_le_bytes());
-        ctx.dma_write(self.s.events + 16 * u64::from(self.s.event_at), &trb);
+        let mut trb = parameter.to_le_bytes().to_vec();
+        trb.extend(status.to_le_bytes());
+        trb.extend((control | u32::from(self.s.event_cycle)).to_le_bytes());
+        ctx.dma_write(self.s.events.wrapping_add(16 * u64::from(self.s.event_at)), &trb);
         self.s.event_at += 1;
         if self.s.event_at >= self.s.event_count {
             self.s.event_at = 0;
@@ -268,6 +325,71 @@ impl Xhci {
             }
         } else {
             self.drive(ctx);
+        }
+    }
+
+    fn write_port(&mut self, ctx: &mut Ctx, n: usize, value: u32) {
+        let Some(port) = self.s.ports.get_mut(n) else { return };
+        *port = *port & !(value & CHANGES) & !WAKE_ON | value & WAKE_ON;
+        let connected = *port & CONNECTED != 0;
+        let (enabled, link) = (*port & PORT_ENABLED != 0, *port & LINK);
+        if value & PORT_RESET != 0 && connected {
+            // Done at once: enabled, link in U0.
+            *port = *port & !LINK | PORT_ENABLED;
+            if let Some(d) = self.devices.get_mut(n).and_then(Option::as_mut) {
+                d.reset();
+            }
+            self.port_changed(ctx, n, RESET_CHANGED);
+        } else if value & PORT_ENABLED != 0 && enabled {
+            *port = *port & !(PORT_ENABLED | LINK) | LINK_POLLING | ENABLE_CHANGED;
+        } else if value & LINK_WRITE != 0 && enabled {
+            match value & LINK {
+                // U0: awake.
+                0 if link != 0 => {
+                    *port &= !LINK;
+                    self.port_changed(ctx, n, LINK_CHANGED);
+                }
+                LINK_SUSPENDED if link < LINK_SUSPENDED => *port = *port & !LINK | LINK_SUSPENDED,
+                _ => {}
+            }
+        }
+    }
+
+    fn port_changed(&mut self, ctx: &mut Ctx, n: usize, change: u32) {
+        self.s.ports[n] |= change;
+        self.post(ctx, (n as u64 + 1) << 24, SUCCESS << 24, PORT_CHANGE << 10);
+    }
+
+    /// The device in port `n` has something to say.
+    fn wake(&mut self, ctx: &mut Ctx, n: usize) {
+        if self.s.ports[n] & (LINK | PORT_ENABLED) == LINK_SUSPENDED | PORT_ENABLED {
+            // A suspended device that may do so wakes its port; the guest asks it when it is awake.
+            if self.devices[n].as_ref().is_some_and(Hid::may_wake) {
+                self.s.ports[n] = self.s.ports[n] & !LINK | LINK_RESUME;
+                self.port_changed(ctx, n, LINK_CHANGED);
+            }
+            return;
+        }
+        // The slot that the guest gave it; endpoint 1 IN is number 3.
+        let found = self.s.slots.iter().find(|(_, s)| usize::from(s.port) == n + 1 && s.is_running(3));
+        if let Some(slot) = found.map(|(n, _)| *n) {
+            self.ring_doorbell(ctx, slot, 3);
+        }
+    }
+
+    fn ring_doorbell(&mut self, ctx: &mut Ctx, slot: u8, endpoint: u8) {
+        if self.s.command & RUN == 0 || !self.pci.master() {
+            return;
+        }
+        let Some(s) = self.s.slots.get_mut(&slot) else { return };
+        let Some(device) = self.devices.get_mut(usize::from(s.port).wrapping_sub(1)).and_then(Option::as_mut)
+        else {
+            return;
+        };
+        let events = s.transfer(ctx, device, endpoint);
+        for e in events {
+            let control = TRANSFER_EVENT << 10 | u32::from(endpoint) << 16 | u32::from(slot) << 24;
+            self.post(ctx, e.trb, e.code << 24 | e.residue & 0xFF_FFFF, control);
         }
     }
 
@@ -293,21 +415,76 @@ impl Xhci {
                 return;
             }
             let kind = control >> 10 & 0x3F;
-            if kind == LINK {
+            if kind == LINK_TRB {
                 self.s.ring = (u64::from(word(0)) | u64::from(word(4)) << 32) & !15;
                 self.s.ring_cycle ^= control & 2 != 0;
                 continue;
             }
             self.s.ring = at.wrapping_add(16);
-            let code = match kind {
-                NOOP_COMMAND => SUCCESS,
-                ENABLE_SLOT => NO_SLOTS,
-                10..=19 => SLOT_NOT_ENABLED,
-                _ => TRB_ERROR,
-            };
-            self.complete(ctx, at, code);
+            let parameter = u64::from(word(0)) | u64::from(word(4)) << 32;
+            let (code, slot) = self.execute(ctx, kind, parameter, control);
+            self.complete(ctx, at, code, slot);
         }
     }
+
+    /// A command (4.6): how it ended, and the slot it was for.
+    fn execute(&mut self, ctx: &mut Ctx, kind: u32, parameter: u64, control: u32) -> (u32, u8) {
+        let slot = (control >> 24) as u8;
+        match kind {
+            NOOP_COMMAND => return (SUCCESS, 0),
+            ENABLE_SLOT => {
+                let most = (self.s.configure as u8).min(SLOTS);
+                let Some(free) = (1..=most).find(|n| !self.s.slots.contains_key(n)) else {
+                    return (NO_SLOTS, 0);
+                };
+                self.s.slots.insert(free, Slot::default());
+                return (SUCCESS, free);
+            }
+            10..=17 => {}
+            _ => return (TRB_ERROR, 0),
+        }
+        if kind == DISABLE_SLOT {
+            let gone = self.s.slots.remove(&slot).is_some();
+            return (if gone { SUCCESS } else { SLOT_NOT_ENABLED }, slot);
+        }
+        let mut output = [0; 8];
+        ctx.dma_read(self.s.contexts.wrapping_add(8 * u64::from(slot)), &mut output);
+        let connected: Vec<bool> = self.devices.iter().map(Option::is_some).collect();
+        let Some(s) = self.s.slots.get_mut(&slot) else { return (SLOT_NOT_ENABLED, slot) };
+        s.output = u64::from_le_bytes(output) & !0x3F;
+        (s.command(ctx, kind, parameter, control, &connected), slot)
+    }
+}
+
+/// The devices of the machine that are in a controller's ports (from 0) of USB 2.
+fn plugged(b: &Build, count: u32) -> Result<Vec<(usize, Kind)>, DeviceError> {
+    let mut out: Vec<(usize, Kind)> = Vec::new();
+    for (spec, kind) in registry::usb_devices(b.config) {
+        if !registry::usb_controller(b.config, spec).is_some_and(|c| std::ptr::eq(c, b.spec)) {
+            continue;
+        }
+        let free = |n: &usize| out.iter().all(|(m, _)| m != n);
+        let port = match spec.properties.get("port") {
+            None => (0..count as usize).find(free),
+            Some(text) => {
+                let n = text.parse::<usize>().ok().and_then(|n| n.checked_sub(1));
+                Some(n.filter(|n| *n < count as usize && free(n)).ok_or_else(|| {
+                    DeviceError::Config(format!(
+                        "usb port {text} (bus {}) not found (in use?)",
+                        b.spec.id.as_deref().unwrap_or("usb")
+                    ))
+                })?)
+            }
+        };
+        let port = port.ok_or_else(|| {
+            DeviceError::Config(format!(
+                "tried to attach usb device {} to a bus with no free ports",
+                spec.driver
+            ))
+        })?;
+        out.push((port, kind));
+    }
+    Ok(out)
 }
 
 impl Device for Xhci {
@@ -340,6 +517,19 @@ impl Device for Xhci {
             }
         }
     }
+    fn input(&mut self, ctx: &mut Ctx, input: &Input) {
+        if !matches!(input, Input::Key { .. } | Input::Pointer { .. }) {
+            return;
+        }
+        for n in 0..self.devices.len() {
+            if self.devices[n].as_mut().is_some_and(|d| d.input(input)) {
+                self.wake(ctx, n);
+            }
+        }
+    }
+    fn version(&self) -> u32 {
+        2
+    }
     fn pci(&self) -> Option<&PciFunction> {
         Some(&self.pci)
     }
@@ -347,14 +537,16 @@ impl Device for Xhci {
         Some(&mut self.pci)
     }
     fn save(&self) -> Vec<u8> {
-        pack(&Saved { pci: self.pci.save(), s: self.s.clone() })
+        pack(&Saved { pci: self.pci.save(), s: self.s.clone(), devices: self.devices.clone() })
     }
     fn load(&mut self, data: &[u8]) -> Result<(), DeviceError> {
         let s: Saved = unpack(&self.name, data)?;
-        if !self.pci.load(s.pci) {
+        let kinds = |d: &[Option<Hid>]| d.iter().map(|d| d.as_ref().map(Hid::kind)).collect::<Vec<_>>();
+        let same = kinds(&s.devices) == kinds(&self.devices) && s.s.ports.len() == self.devices.len();
+        if !same || !self.pci.load(s.pci) {
             return Err(DeviceError::Misfit(self.name.clone()));
         }
-        self.s = s.s;
+        (self.s, self.devices) = (s.s, s.devices);
         Ok(())
     }
 }

@@ -226,6 +226,13 @@ impl Model for Blk {
     }
     fn disk_done(&mut self, io: &mut Io, id: u64, op: DiskOp, result: Result<Vec<u8>, i32>) {
         let Some(r) = self.s.in_flight.remove(&id) else { return };
+        let changes = !matches!(op, DiskOp::Read { .. } | DiskOp::Flush);
+        if changes && result.is_ok() && !self.s.write_back {
+            // The driver has turned the write cache off: it is told when the data is on stable storage.
+            let flush = io.ctx.disk(self.spec.index, DiskOp::Flush);
+            self.s.in_flight.insert(flush, r);
+            return;
+        }
         let (code, len) = match (&op, result) {
             (DiskOp::Read { len, .. }, Ok(data)) if data.len() == *len as usize => {
                 (S_OK, scatter(io.ctx, &r.data, 0, &data) as u32)

@@ -6,7 +6,7 @@ use virtio_queue::QueueT;
 use super::{Io, Model, QueueState, VirtQueue, EVENT_IDX, INDIRECT_DESC, NO_VECTOR, VERSION_1};
 use crate::ctx::{pack, unpack, Ctx, Device, DeviceError};
 use crate::door::{DiskOp, Input};
-use crate::pci::{Bar, PciFunction, PciId, PciSaved};
+use crate::pci::{Bar, Express, PciFunction, PciId, PciSaved};
 use crate::registry::Build;
 
 const LEGACY_BAR: u8 = 0;
@@ -65,7 +65,9 @@ pub struct VirtioPci {
 impl VirtioPci {
     /// Put `model` on the bus.
     pub fn new(b: &Build, model: Box<dyn Model>) -> Result<VirtioPci, DeviceError> {
-        let modern_only = b.spec.driver.ends_with("-non-transitional");
+        // The name says it, or the place does: there is no legacy interface behind a PCI Express port.
+        let plain = !b.spec.driver.ends_with("-transitional");
+        let modern_only = b.spec.driver.ends_with("-non-transitional") || b.behind_port() && plain;
         let legacy = !b.flag("disable-legacy", modern_only);
         let modern = !b.flag("disable-modern", false);
         if !legacy && !modern {
@@ -121,6 +123,9 @@ impl VirtioPci {
             window = pci.capability(9, &[20, 5, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
             pci.allow(window + 4, &[0xFF]);
             pci.allow(window + 8, &[0xFF; 12]);
+        }
+        if b.behind_port() && modern {
+            pci.add_express(Express::Endpoint);
         }
         pci.seal();
         let queues = model

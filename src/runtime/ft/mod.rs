@@ -64,6 +64,21 @@ impl Common {
         self.start.elapsed()
     }
 
+    /// The blueprint with the sizes that drives have now.
+    pub fn blueprint_now(&self) -> Vec<u8> {
+        let sizes = self.shared.backends().sizes.clone();
+        let blueprint = postcard::from_bytes::<crate::assembly::Blueprint>(&self.blueprint);
+        let Some(mut blueprint) = blueprint.ok().filter(|_| !sizes.is_empty()) else {
+            return self.blueprint.to_vec();
+        };
+        for (drive, size) in sizes {
+            if let Some(spec) = blueprint.pc.drives.get_mut(drive) {
+                spec.size_bytes = size;
+            }
+        }
+        postcard::to_stdvec(&blueprint).unwrap_or_else(|_| self.blueprint.to_vec())
+    }
+
     /// This side goes on alone: with separate disks only its own are up to date from here on.
     pub fn alone(&self) {
         let Some(generations) = self.generations.clone() else { return };

@@ -301,7 +301,7 @@ fn prepare(
     let answer = (|| {
         let config = Message::Config {
             epoch: epoch.clone(),
-            config: common.blueprint.to_vec(),
+            config: common.blueprint_now(),
             heartbeat_ms: common.config.heartbeat.as_millis() as u64,
             timeout_ms: common.config.timeout.as_millis() as u64,
             separate_disks: common.config.separate,
