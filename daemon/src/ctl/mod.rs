@@ -1,7 +1,7 @@
 //! `ftctl`: the service for people.
 
 pub mod check;
-mod client;
+pub mod client;
 mod watch;
 
 use clap::{Arg, ArgAction, ArgMatches, Command};
