@@ -141,6 +141,8 @@ pub struct Machine {
     link: Mutex<Option<Arc<Link>>>,
     starting: Mutex<()>,
     removed: AtomicBool,
+    /// How many failovers of the process have been told; `None`: it ran before this service did, and told them then.
+    told: Mutex<Option<u64>>,
     notices: Sender<(Arc<Machine>, Notice)>,
 }
 
@@ -158,8 +160,12 @@ impl Machine {
             link: Mutex::default(),
             starting: Mutex::default(),
             removed: AtomicBool::new(false),
+            told: Mutex::new(Some(0)),
             notices: notices.clone(),
         });
+        if machine.pid().is_some() {
+            *lock(&machine.told) = None;
+        }
         let watched = Arc::clone(&machine);
         std::thread::spawn(move || watched.watch());
         machine
@@ -314,7 +320,12 @@ impl Machine {
     fn set(self: &Arc<Self>, new: Status) {
         let old = std::mem::replace(&mut *lock(&self.status), new.clone());
         if old != new {
-            self.tell(Notice::Changed(Box::new((old, new))));
+            self.tell(Notice::Changed(Box::new((old, new.clone()))));
+        }
+        // Counted rather than taken from the event: a failover may come before the connection.
+        let told = lock(&self.told).replace(new.ft.failovers).unwrap_or(new.ft.failovers);
+        if let Some(failover) = new.ft.last.filter(|_| new.ft.failovers > told) {
+            self.tell(Notice::FailedOver(failover));
         }
     }
 
@@ -327,6 +338,7 @@ impl Machine {
                     let state = Status::default();
                     // A process that does not answer (yet) is there all the same.
                     match self.pid() {
+                        Some(_) if lock(&self.told).is_none() => {}
                         Some(pid) => self.set(Status { pid, state: "unknown".into(), ..state }),
                         None => self.set(state),
                     }
@@ -374,11 +386,6 @@ impl Machine {
                 new.ft.peer = text("peer");
                 new.ft.epoch = data["epoch"].as_u64().unwrap_or(new.ft.epoch);
                 self.set(new);
-            }
-            Some("FT_FAILOVER") => {
-                if let Some(failover) = Failover::parse(data) {
-                    self.tell(Notice::FailedOver(failover));
-                }
             }
             Some("FT_DIVERGED") => {
                 let parts = data["parts"].as_array().map(Vec::as_slice).unwrap_or_default();

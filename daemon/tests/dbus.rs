@@ -12,7 +12,7 @@ use futures_lite::{future::block_on, StreamExt};
 use serde_json::{json, Value};
 use zbus::{OwnedObjectPath, Variant};
 
-const LONG: Duration = Duration::from_secs(120);
+const LONG: Duration = Duration::from_secs(60);
 
 /// A process that ends with the test.
 struct Process(Child);
@@ -225,6 +225,18 @@ fn a_machine_lives_on_the_bus_and_outlives_its_service() -> Result<()> {
     client.call::<_, ()>(&path, MACHINE, "Shutdown", &())?;
     client.call::<_, ()>(&path, MACHINE, "Reset", &())?;
 
+    // Protected or not while it runs.
+    let port = TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).map_err(|e| e.to_string())?;
+    let (listen, lock) = (port.to_string(), host.scratch.path("lock"));
+    let wrong = HashMap::from([("heartbeat", Variant::from(0u32))]);
+    assert!(client.call::<_, ()>(&path, FT, "TurnOn", &wrong).unwrap_err().contains("heartbeat"));
+    let options =
+        HashMap::from([("listen", Variant::from(listen.as_str())), ("lock", Variant::from(lock.as_str()))]);
+    client.call::<_, ()>(&path, FT, "TurnOn", &options)?;
+    wait_signal(&seen, &path, "StateChanged", |s| s[0] == "primary" && s[1] == "unprotected")?;
+    client.call::<_, ()>(&path, FT, "TurnOff", &())?;
+    host.wait(&path, FT, "State", "off")?;
+
     let on = client.properties(&path, MACHINE)?;
     assert!(on["Statistics"]["resident-bytes"].as_u64() > Some(0), "{on}");
     assert!(on["CommandLine"].as_array().is_some_and(|l| l.contains(&json!("web-1"))), "{on}");
@@ -275,17 +287,11 @@ fn a_pair_is_made_switched_and_let_go() -> Result<()> {
     let client = host.client()?;
     let port = || TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).map_err(|e| e.to_string());
     let (first, second, lock) = (port()?.to_string(), port()?, host.scratch.path("lock"));
-    let a = host.define("a", "")?;
+    let a = host.define("a", &format!("-ft primary,listen={first},lock={lock}\n"))?;
     client.call::<_, ()>(&a, MACHINE, "Start", &())?;
     host.wait_ready("a")?;
     let seen = host.listen()?;
     let ft = |path: &str, method: &str| client.call::<_, ()>(path, FT, method, &());
-    let error = client.call::<_, ()>(&a, FT, "TurnOn", &HashMap::from([("heartbeat", Variant::from(0u32))]));
-    assert!(error.unwrap_err().contains("heartbeat"));
-    let options =
-        HashMap::from([("listen", Variant::from(first.as_str())), ("lock", Variant::from(lock.as_str()))]);
-    client.call::<_, ()>(&a, FT, "TurnOn", &options)?;
-    wait_signal(&seen, &a, "StateChanged", |s| s[0] == "primary" && s[1] == "unprotected")?;
     assert!(ft(&a, "TestFailover").unwrap_err().contains("not protected"));
 
     let definition = format!(

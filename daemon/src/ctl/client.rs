@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use futures_lite::future::block_on;
 use serde_json::{json, Value};
-use zbus::{Connection, DynamicType, OwnedObjectPath, OwnedVariant, Variant};
+use zbus::{Connection, DBusError, DynamicType, OwnedObjectPath, OwnedVariant, Variant};
 
 use crate::{BUS_NAME, ROOT};
 
@@ -20,11 +20,16 @@ pub struct Client {
 
 /// The sentence of an error, without its name on the bus.
 fn sentence(error: zbus::Error) -> String {
-    let zbus::Error::MethodError(name, Some(text), _) = &error else { return error.to_string() };
+    let (name, text) = match &error {
+        zbus::Error::FDO(e) => (e.name().to_string(), e.description().map(str::to_owned)),
+        zbus::Error::MethodError(name, text, _) => (name.to_string(), text.clone()),
+        _ => return error.to_string(),
+    };
+    let text = text.unwrap_or_else(|| name.clone());
     match name.as_str() {
         "org.freedesktop.DBus.Error.ServiceUnknown" => "ftvmd does not run on this bus".into(),
         "org.freedesktop.DBus.Error.AccessDenied" => format!("access denied: {text}"),
-        _ => text.clone(),
+        _ => text,
     }
 }
 
