@@ -18,7 +18,7 @@ echo /etc/apparmor.d/abstractions/ftvm > "$tree/DEBIAN/conffiles"
 install -m 755 "$here/packaging/debian/postinst" "$here/packaging/debian/prerm" "$tree/DEBIAN/"
 # dpkg-shlibdeps wants a source package around it.
 printf 'Source: ftvm\n\nPackage: ftvm\nArchitecture: any\n' > "$work/debian/control"
-depends=$(cd "$work" && dpkg-shlibdeps -O -e tree/usr/bin/ftvm 2>/dev/null | sed 's/^shlibs:Depends=//')
+depends=$(cd "$work" && dpkg-shlibdeps -O -e tree/usr/bin/ftvm -e tree/usr/sbin/ftvmd -e tree/usr/bin/ftctl 2>/dev/null | sed 's/^shlibs:Depends=//')
 size=$(du -k -s "$tree/usr" | cut -f1)
 sed -e "s/@VERSION@/$version/; s/@ARCH@/$arch/; s/@SIZE@/$size/; s/@DEPENDS@/$depends/" \
     "$here/packaging/debian/control.in" > "$tree/DEBIAN/control"

@@ -37,6 +37,7 @@ need grub-common grub-mkimage
 need grub-pc-bin /usr/lib/grub/i386-pc/boot.img
 need iproute2 ip
 need openssh-client ssh
+need dbus dbus-daemon
 need lintian lintian
 need rpm rpmbuild
 need rpmlint rpmlint

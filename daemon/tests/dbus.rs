@@ -1,0 +1,375 @@
+//! The service on a real bus of its own, with real machines behind it.
+
+use std::collections::HashMap;
+use std::net::TcpListener;
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use ftvm_daemon::ctl::client::{arguments, Client, FT, MACHINE};
+use ftvm_harness::{guests, wait_for, Result, Scratch};
+use futures_lite::{future::block_on, StreamExt};
+use serde_json::{json, Value};
+use zbus::{OwnedObjectPath, Variant};
+
+const LONG: Duration = Duration::from_secs(60);
+
+/// A process that ends with the test.
+struct Process(Child);
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// A bus with the service on it.
+struct Host {
+    scratch: Scratch,
+    bus: &'static str,
+    address: String,
+    service: Option<Process>,
+    _daemon: Process,
+}
+
+impl Host {
+    fn start(name: &str, bus: &'static str) -> Result<Host> {
+        let scratch = Scratch::new(name)?;
+        let address = format!("unix:path={}", scratch.path("bus"));
+        let config = scratch.path("bus.conf");
+        let text = format!(
+            "<busconfig><type>{bus}</type><listen>{address}</listen><auth>EXTERNAL</auth>\
+             <policy context=\"default\"><allow user=\"*\"/><allow own=\"*\"/><allow send_type=\"method_call\"/>\
+             <allow send_destination=\"*\" eavesdrop=\"false\"/><allow receive_sender=\"*\"/></policy></busconfig>"
+        );
+        std::fs::write(&config, text).map_err(|e| e.to_string())?;
+        let daemon = Command::new("dbus-daemon")
+            .args(["--nofork", "--nosyslog", "--config-file", &config])
+            .stderr(Stdio::null())
+            .spawn()
+            .map_err(|e| format!("dbus-daemon: {e}"))?;
+        let mut host = Host { scratch, bus, address, service: None, _daemon: Process(daemon) };
+        let socket = host.scratch.path("bus");
+        wait_for("the bus", LONG, || std::os::unix::net::UnixStream::connect(&socket).ok())?;
+        host.serve()?;
+        Ok(host)
+    }
+
+    /// Start the service (again) and wait until it has its name.
+    fn serve(&mut self) -> Result<()> {
+        self.service = None;
+        let mut command = Command::new(env!("CARGO_BIN_EXE_ftvmd"));
+        if self.bus == "session" {
+            command.arg("--session");
+        }
+        let child = command
+            .args(["--config-dir", &self.scratch.path("machines"), "--run-dir", &self.scratch.path("run")])
+            .args(["--ftvm", &guests::ftvm()?])
+            .envs(self.environment())
+            .spawn()
+            .map_err(|e| format!("ftvmd: {e}"))?;
+        self.service = Some(Process(child));
+        let client = self.client()?;
+        let list = || client.manager::<_, Vec<(OwnedObjectPath, String, String)>>("List", &()).ok();
+        wait_for("the service", LONG, list).map(drop)
+    }
+
+    fn environment(&self) -> [(&'static str, &str); 2] {
+        let address = self.address.as_str();
+        [("DBUS_SESSION_BUS_ADDRESS", address), ("DBUS_SYSTEM_BUS_ADDRESS", address)]
+    }
+
+    fn client(&self) -> Result<Client> {
+        let builder = zbus::connection::Builder::address(self.address.as_str());
+        Ok(Client { connection: block_on(builder.build()).map_err(|e| e.to_string())? })
+    }
+
+    /// What ftctl prints, as root or as another user.
+    fn ftctl(&self, user: Option<u32>, args: &[&str]) -> Result<String> {
+        let mut command = match user {
+            None => Command::new(env!("CARGO_BIN_EXE_ftctl")),
+            Some(user) => {
+                let program = self.scratch.path("ftctl");
+                std::fs::copy(env!("CARGO_BIN_EXE_ftctl"), &program).map_err(|e| e.to_string())?;
+                let mut command = Command::new("setpriv");
+                command.args(["--reuid", &user.to_string(), "--clear-groups", &program]);
+                command
+            }
+        };
+        if self.bus == "session" {
+            command.arg("--session");
+        }
+        let out = command.args(args).envs(self.environment()).output().map_err(|e| e.to_string())?;
+        match out.status.success() {
+            true => Ok(String::from_utf8_lossy(&out.stdout).into_owned()),
+            false => Err(String::from_utf8_lossy(&out.stderr).into_owned()),
+        }
+    }
+
+    /// Define a tiny guest.
+    fn define(&self, name: &str, more: &str) -> Result<String> {
+        let (kernel, initrd) = guests::tiny()?;
+        let text = format!(
+            "# a tiny guest\n-m 192\n-kernel {kernel}\n-initrd {initrd}\n-append console=ttyS0 quiet\n-nic none\n\
+             -display none\n-serial file:{}\n{more}",
+            self.scratch.path(&format!("{name}.console"))
+        );
+        let path: OwnedObjectPath = self.client()?.manager("Define", &(name, text))?;
+        Ok(path.as_str().to_owned())
+    }
+
+    fn wait(&self, path: &str, interface: &str, key: &str, value: &str) -> Result<()> {
+        let client = self.client()?;
+        let mut last = Value::Null;
+        let result = wait_for(&format!("{key} {value} of {path}"), LONG, || {
+            last = client.properties(path, interface).unwrap_or_default();
+            (last[key] == value).then_some(())
+        });
+        result.map_err(|e| format!("{e}; last: {last}"))
+    }
+
+    fn wait_ready(&self, name: &str) -> Result<()> {
+        let console = self.scratch.path(&format!("{name}.console"));
+        let ready = || std::fs::read_to_string(&console).ok()?.contains("tiny guest ready").then_some(());
+        wait_for("the guest", LONG, ready)
+    }
+
+    /// All signals of the service from now on: object, member, arguments.
+    fn listen(&self) -> Result<Arc<Mutex<Vec<Value>>>> {
+        let client = self.client()?;
+        let rule = zbus::MatchRule::builder()
+            .msg_type(zbus::message::Type::Signal)
+            .path_namespace(ftvm_daemon::ROOT)
+            .build()
+            .map_err(|e| e.to_string())?;
+        let stream = zbus::MessageStream::for_match_rule(rule, &client.connection, None);
+        let mut stream = block_on(stream).map_err(|e| e.to_string())?;
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let list = Arc::clone(&seen);
+        std::thread::spawn(move || {
+            while let Some(Ok(message)) = block_on(stream.next()) {
+                let header = message.header();
+                let signal = json!([
+                    header.path().map(|p| p.as_str()),
+                    header.member().map(|m| m.as_str()),
+                    arguments(&message)
+                ]);
+                list.lock().unwrap().push(signal);
+            }
+        });
+        Ok(seen)
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        // Machines outlive their service, but not their test.
+        if let Ok(client) = self.client() {
+            let machines: Vec<(OwnedObjectPath, String, String)> =
+                client.manager("List", &()).unwrap_or_default();
+            for (path, ..) in machines {
+                let _ = client.call::<_, ()>(path.as_str(), MACHINE, "Destroy", &());
+            }
+        }
+    }
+}
+
+fn wait_signal(
+    seen: &Mutex<Vec<Value>>,
+    path: &str,
+    member: &str,
+    like: impl Fn(&Value) -> bool,
+) -> Result<Value> {
+    let found = || {
+        let seen = seen.lock().unwrap();
+        seen.iter().find(|s| s[0] == path && s[1] == member && like(&s[2])).map(|s| s[2].clone())
+    };
+    wait_for(&format!("the signal {member} of {path}"), LONG, found)
+        .map_err(|e| format!("{e}; seen: {:#}", json!(*seen.lock().unwrap())))
+}
+
+#[test]
+fn a_machine_lives_on_the_bus_and_outlives_its_service() -> Result<()> {
+    let mut host = Host::start("dbus-machine", "session")?;
+    let client = host.client()?;
+    let seen = host.listen()?;
+    let path = host.define("web-1", "")?;
+    assert_eq!(path, "/org/ftvm/machine/web_2d1");
+    wait_signal(&seen, ftvm_daemon::ROOT, "InterfacesAdded", |a| a[0] == path)?;
+    let objects: HashMap<OwnedObjectPath, HashMap<String, HashMap<String, zbus::OwnedVariant>>> =
+        client.call(ftvm_daemon::ROOT, "org.freedesktop.DBus.ObjectManager", "GetManagedObjects", &())?;
+    assert!(objects.iter().any(|(p, i)| p.as_str() == path && i.contains_key(MACHINE) && i.contains_key(FT)));
+
+    // Found by name and by the UUID that it was given.
+    let off = client.properties(&path, MACHINE)?;
+    assert_eq!((off["State"].as_str(), off["Pid"].as_u64()), (Some("shutoff"), Some(0)));
+    let uuid = off["Uuid"].as_str().unwrap_or_default().to_owned();
+    let by_uuid: OwnedObjectPath = client.manager("LookupByUuid", &uuid)?;
+    assert_eq!(by_uuid.as_str(), path);
+    assert_eq!(client.find("web-1")?, path);
+    assert!(client.find("none").unwrap_err().contains("no machine 'none'"));
+    assert!(client.call::<_, ()>(&path, MACHINE, "Pause", &()).unwrap_err().contains("not running"));
+
+    let started: OwnedObjectPath = client.manager("Start", &"web-1")?;
+    assert_eq!(started.as_str(), path);
+    assert!(client.call::<_, ()>(&path, MACHINE, "Start", &()).unwrap_err().contains("is running"));
+    assert!(client.manager::<_, ()>("Undefine", &"web-1").unwrap_err().contains("is running"));
+    host.wait(&path, MACHINE, "State", "running")?;
+    wait_signal(&seen, &path, "PropertiesChanged", |a| a[1]["State"] == "running" && a[1]["Pid"] != 0)?;
+    host.wait_ready("web-1")?;
+    client.call::<_, ()>(&path, MACHINE, "Pause", &())?;
+    host.wait(&path, MACHINE, "State", "paused")?;
+    client.call::<_, ()>(&path, MACHINE, "Resume", &())?;
+    host.wait(&path, MACHINE, "State", "running")?;
+    client.call::<_, ()>(&path, MACHINE, "Shutdown", &())?;
+    client.call::<_, ()>(&path, MACHINE, "Reset", &())?;
+
+    // Protected or not while it runs.
+    let port = TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).map_err(|e| e.to_string())?;
+    let (listen, lock) = (port.to_string(), host.scratch.path("lock"));
+    let wrong = HashMap::from([("heartbeat", Variant::from(0u32))]);
+    assert!(client.call::<_, ()>(&path, FT, "TurnOn", &wrong).unwrap_err().contains("heartbeat"));
+    let options =
+        HashMap::from([("listen", Variant::from(listen.as_str())), ("lock", Variant::from(lock.as_str()))]);
+    client.call::<_, ()>(&path, FT, "TurnOn", &options)?;
+    wait_signal(&seen, &path, "StateChanged", |s| s[0] == "primary" && s[1] == "unprotected")?;
+    client.call::<_, ()>(&path, FT, "TurnOff", &())?;
+    host.wait(&path, FT, "State", "off")?;
+
+    let on = client.properties(&path, MACHINE)?;
+    assert!(on["Statistics"]["resident-bytes"].as_u64() > Some(0), "{on}");
+    assert!(on["CommandLine"].as_array().is_some_and(|l| l.contains(&json!("web-1"))), "{on}");
+    let qmp = on["QmpSocket"].as_str().unwrap_or_default();
+    let mut qmp = ftvm_harness::qmp::Qmp::connect(qmp)?;
+    assert_eq!(qmp.command("query-uuid", Value::Null)?["UUID"], uuid);
+    let inventory: HashMap<String, zbus::OwnedVariant> = client.manager("HostInventory", &())?;
+    assert!(matches!(&*inventory["running"], Variant::U32(1)), "{inventory:?}");
+    let manager = client.properties(ftvm_daemon::ROOT, "org.ftvm.Manager1")?;
+    assert_eq!(manager["Version"], env!("CARGO_PKG_VERSION"));
+
+    // Another service finds the same process.
+    host.serve()?;
+    host.wait(&path, MACHINE, "State", "running")?;
+    assert_eq!(client.properties(&path, MACHINE)?["Pid"], on["Pid"]);
+    let listed: Value =
+        serde_json::from_str(&host.ftctl(None, &["list", "--json"])?).map_err(|e| e.to_string())?;
+    assert_eq!(listed[0]["state"], "running");
+    assert!(host.ftctl(None, &["status", "web-1"])?.contains(&uuid));
+
+    client.call::<_, ()>(&path, MACHINE, "Destroy", &())?;
+    assert_eq!(client.properties(&path, MACHINE)?["State"], "shutoff");
+    client.manager::<_, ()>("Undefine", &"web-1")?;
+    wait_signal(&seen, ftvm_daemon::ROOT, "InterfacesRemoved", |a| a[0] == path)?;
+    assert!(client.find("web-1").is_err());
+    Ok(())
+}
+
+#[test]
+fn a_definition_that_cannot_be_is_refused_with_the_reason() -> Result<()> {
+    let host = Host::start("dbus-refused", "session")?;
+    let path = host.define("bad", "-nonsense\n")?;
+    let error = host.client()?.call::<_, ()>(&path, MACHINE, "Start", &()).unwrap_err();
+    assert!(error.contains("nonsense"), "{error}");
+    for (name, text, part) in [("../x", "", "no machine name"), ("x", "-daemonize", "-daemonize")] {
+        let client = host.client()?;
+        let error = client.manager::<_, OwnedObjectPath>("Define", &(name, text)).unwrap_err();
+        assert!(error.contains(part), "{error}");
+    }
+    // Written by hand.
+    std::fs::write(host.scratch.path("machines/hand.conf"), "-m 64\n").map_err(|e| e.to_string())?;
+    wait_for("the machine written by hand", LONG, || host.client().ok()?.find("hand").ok()).map(drop)
+}
+
+#[test]
+fn a_pair_is_made_switched_and_let_go() -> Result<()> {
+    let host = Host::start("dbus-pair", "session")?;
+    let client = host.client()?;
+    let port = || TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).map_err(|e| e.to_string());
+    let (first, second, lock) = (port()?.to_string(), port()?, host.scratch.path("lock"));
+    let a = host.define("a", &format!("-ft primary,listen={first},lock={lock}\n"))?;
+    client.call::<_, ()>(&a, MACHINE, "Start", &())?;
+    host.wait_ready("a")?;
+    let seen = host.listen()?;
+    let ft = |path: &str, method: &str| client.call::<_, ()>(path, FT, method, &());
+    assert!(ft(&a, "TestFailover").unwrap_err().contains("not protected"));
+
+    let definition = format!(
+        "-display none\n-serial file:{}\n-ft backup,peer={first},listen={second},lock={lock}\n",
+        host.scratch.path("b.console")
+    );
+    let b: OwnedObjectPath = client.manager("Define", &("b", definition))?;
+    let b = b.as_str();
+    client.call::<_, ()>(b, MACHINE, "Start", &())?;
+    host.wait(&a, FT, "State", "protected")?;
+    host.wait(b, FT, "Role", "backup")?;
+    wait_signal(&seen, &a, "StateChanged", |s| s[1] == "protected")?;
+    let pair = client.properties(&a, FT)?;
+    assert!(pair["Lag"].is_f64() && pair["LogBandwidth"].is_f64() && pair["Throttle"].is_f64(), "{pair}");
+    assert!(pair["Peer"].as_str().is_some_and(|p| p.starts_with("127.0.0.1:")), "{pair}");
+
+    // The backup joins anew; the machine is protected again.
+    ft(&a, "TestRestart")?;
+    wait_signal(&seen, &a, "Reprotected", |_| true)?;
+    host.wait(&a, FT, "State", "protected")?;
+
+    // A planned switch: b is the primary, a becomes its backup.
+    ft(&a, "TestFailover")?;
+    wait_signal(&seen, b, "FailedOver", |_| true)?;
+    host.wait(b, FT, "Role", "primary")?;
+    host.wait(b, FT, "State", "protected")?;
+    assert!(client.properties(b, FT)?["LastFailover"]["count"].as_u64() > Some(0));
+
+    ft(b, "Suspend")?;
+    host.wait(b, FT, "State", "unprotected")?;
+    ft(b, "Resume")?;
+    ft(b, "TurnOff")?;
+    host.wait(b, FT, "State", "off")
+}
+
+/// No polkit on this bus: only root may change anything, others may look.
+#[test]
+fn denied_without_rights() -> Result<()> {
+    if !nix::unistd::geteuid().is_root() {
+        println!("skipped: only root can be another user");
+        return Ok(());
+    }
+    let host = Host::start("dbus-denied", "system")?;
+    host.define("mine", "")?;
+    let nobody = Some(65534);
+    assert!(host.ftctl(nobody, &["list"])?.contains("mine"));
+    let file = host.scratch.path("other.conf");
+    std::fs::write(&file, "-m 64\n").map_err(|e| e.to_string())?;
+    for args in [
+        &["start", "mine"][..],
+        &["undefine", "mine"],
+        &["define", "x", &file],
+        &["destroy", "mine"],
+        &["protect", "mine"],
+    ] {
+        let error = host.ftctl(nobody, args).expect_err("a stranger is refused");
+        assert!(error.contains("access denied: org.ftvm."), "{args:?}: {error}");
+    }
+    assert!(host.ftctl(None, &["undefine", "mine"]).is_ok());
+    Ok(())
+}
+
+/// What is installed is what the service is.
+#[test]
+fn the_generated_files_are_those_of_the_interfaces() {
+    let root = guests::root();
+    let read = |name: &str| std::fs::read_to_string(root.join(name)).unwrap_or_default();
+    let interfaces = ftvm_daemon::service::interfaces();
+    for (name, xml) in &interfaces {
+        assert_eq!(
+            &read(&format!("packaging/dbus/{name}.xml")),
+            xml,
+            "cargo run -p ftvm-daemon --example generate"
+        );
+    }
+    let xml: Vec<String> = interfaces.into_iter().map(|(_, xml)| xml).collect();
+    assert_eq!(read("man/org.ftvm.5"), ftvm_daemon::page::interfaces_page(&xml));
+    assert_eq!(read("man/ftctl.1"), ftvm_daemon::page::ftctl_page(&ftvm_daemon::ctl::command()));
+    assert_eq!(read("man/ftvmd.8"), ftvm_daemon::page::ftvmd_page(&ftvm_daemon::service::command()));
+    assert_eq!(read("packaging/dbus/org.ftvm.policy"), ftvm_daemon::access::policy());
+}
