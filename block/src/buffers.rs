@@ -22,7 +22,13 @@ pub fn take(len: usize) -> Vec<u8> {
             }
         }
     }
-    vec![0; len]
+    if len < SMALLEST {
+        return vec![0; len];
+    }
+    // As a write's data comes from the allocator: not as zeroes, whose place may be another.
+    let mut buffer = Vec::with_capacity(len);
+    buffer.resize(len, 0);
+    buffer
 }
 
 /// Give a buffer back that is not needed any more.
