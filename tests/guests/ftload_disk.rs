@@ -125,19 +125,19 @@ impl Disk {
     }
 }
 
-/// Run every row on the disk `path`; a row's number is how many requests it makes.
+/// Run every row on the disk `path`; a row's name begins with the number of its requests.
 pub fn run(path: &str) -> Result<()> {
     let disk = Disk::open(path)?;
-    for (size, block, count) in [("4 KiB", 4096, 4000), ("1 MiB", 1 << 20, 400)] {
-        for (what, write) in [("read", false), ("write", true)] {
+    for (size, block, count) in [("4 KiB", 4096, 8000), ("1 MiB", 1 << 20, 2000)] {
+        for (what, write) in [("reads", false), ("writes", true)] {
             for depth in [1, 16] {
-                let name = format!("{size} {what}, depth {depth}");
+                let name = format!("{count} {what} of {size}, depth {depth}");
                 // What comes first (the driver's own memory, code to be compiled) is not the disk's.
                 disk.load(block, write, depth, count / 10)?;
                 println!("row {name} start");
                 std::io::stdout().flush()?;
                 disk.load(block, write, depth, count)?;
-                println!("row {name} end {count}");
+                println!("row {name} end");
                 std::io::stdout().flush()?;
             }
         }
