@@ -11,6 +11,8 @@ use libc::c_void;
 const LINE: usize = 64;
 /// Blocks from here on are aligned.
 const LARGE: usize = 16 << 10;
+/// Zeroed blocks from here on are not: the kernel's fresh memory is zero, and may never be touched.
+const HUGE: usize = 4 << 20;
 
 struct Allocator;
 
@@ -36,8 +38,7 @@ unsafe impl GlobalAlloc for Allocator {
     }
 
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        if layout.align() <= 16 {
-            // Memory fresh from the kernel is not written to: that is worth more than the place.
+        if layout.align() <= 16 && !(LARGE..HUGE).contains(&layout.size()) {
             // SAFETY: calloc takes any size.
             return unsafe { libc::calloc(1, layout.size()) }.cast();
         }

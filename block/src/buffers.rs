@@ -22,13 +22,7 @@ pub fn take(len: usize) -> Vec<u8> {
             }
         }
     }
-    if len < SMALLEST {
-        return vec![0; len];
-    }
-    // As a write's data comes from the allocator: not as zeroes, whose place may be another.
-    let mut buffer = Vec::with_capacity(len);
-    buffer.resize(len, 0);
-    buffer
+    vec![0; len]
 }
 
 /// Give a buffer back that is not needed any more.
