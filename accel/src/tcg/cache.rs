@@ -26,12 +26,17 @@ impl Hasher for KeyHasher {
 }
 pub type KeyMap<V> = HashMap<u64, V, BuildHasherDefault<KeyHasher>>;
 
-/// Entries of the table by linear address.
-pub const JUMPS: usize = 1 << 16;
+/// Sets of two of the table by linear address.
+pub const JUMPS: usize = 1 << 15;
 /// Blocks kept before all are dropped.
 const MAX_BLOCKS: usize = 200_000;
 
-/// Aligned, so that compiled code touches one cache line.
+/// Two places for the addresses that share them, in one cache line.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub struct JumpSet(pub [Jump; 2]);
+
+/// Where execution goes on at a linear address.
 #[derive(Clone, Copy)]
 #[repr(C, align(32))]
 pub struct Jump {
@@ -57,7 +62,20 @@ pub struct Lone {
 pub struct CodePage {
     /// Bit i: bytes 64i..64i+63 hold decoded code.
     mask: u64,
-    keys: Vec<u64>,
+    /// Each block's key and length in bytes.
+    blocks: Vec<(u64, u32)>,
+}
+
+impl CodePage {
+    /// Whether a write of `size` bytes at `phys` changes decoded bytes.
+    fn holds(&self, phys: u64, size: u64) -> bool {
+        let (first, end) = (phys & 0xFFF, (phys & 0xFFF) + size.max(1));
+        self.mask & mask_of(phys, size) != 0
+            && self.blocks.iter().any(|&(key, bytes)| {
+                let at = key & 0xFFF;
+                at < end && first < at + bytes as u64
+            })
+    }
 }
 
 #[derive(Default)]
@@ -95,7 +113,7 @@ impl SoftCpu {
         self.jump_key = self.epoch << 4 | ((self.cpl == 3) as u64) << 2 | self.code_mode as u64;
     }
 
-    /// The place of a linear address in the table.
+    /// The set of a linear address in the table.
     #[inline(always)]
     pub(crate) fn place(&self, lin: u64) -> usize {
         (lin ^ lin >> 13 ^ self.st.gpr[SALT]) as usize & (JUMPS - 1)
@@ -109,7 +127,7 @@ impl SoftCpu {
         let p: *const Block = &*block;
         let page = self.cache.pages.entry(phys & !0xFFF).or_default();
         page.mask |= mask_of(phys, block.bytes as u64);
-        page.keys.push(block.key);
+        page.blocks.push((block.key, block.bytes));
         if let Some(old) = self.cache.blocks.insert(block.key, block) {
             self.cache.graveyard.push(old);
         }
@@ -131,8 +149,8 @@ impl SoftCpu {
     /// Drop the code decoded from one page.
     pub(crate) fn drop_code_page(&mut self, phys: u64) {
         if let Some(page) = self.cache.pages.remove(&(phys & !0xFFF)) {
-            for k in page.keys {
-                if let Some(b) = self.cache.blocks.remove(&k) {
+            for (key, _) in page.blocks {
+                if let Some(b) = self.cache.blocks.remove(&key) {
                     self.cache.graveyard.push(b);
                 }
             }
@@ -156,8 +174,8 @@ impl SoftCpu {
 
     /// A page with decoded code is written at `phys`.
     pub(crate) fn code_written(&mut self, phys: u64, size: u64) {
-        let hit = self.cache.pages.get(&(phys & !0xFFF)).map(|p| p.mask & mask_of(phys, size) != 0);
-        if hit != Some(false) {
+        let hit = self.cache.pages.get(&(phys & !0xFFF)).is_none_or(|p| p.holds(phys, size));
+        if hit {
             self.drop_code_page(phys);
             self.mem().unprotect(phys, CODE);
         }

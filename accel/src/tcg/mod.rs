@@ -40,7 +40,7 @@ use crate::bus::Ipi;
 use crate::mem::GuestMemory;
 use crate::state::{CpuState, Segment};
 use crate::{ApicMessage, Bus, CpuModel, Exception, Exit, Processor, RunResult};
-use cache::{Cache, Jump, Lone, JUMPS, LONE};
+use cache::{Cache, Jump, JumpSet, Lone, JUMPS, LONE};
 use flags::{IF, TF};
 use jit::Left;
 use lapic::Lapic;
@@ -132,9 +132,9 @@ pub struct SoftCpu {
     filled: Vec<(u8, u16)>,
     code_filled: Vec<(u8, u16)>,
     cache: Cache,
-    jumps: Box<[Jump]>,
+    jumps: Box<[JumpSet]>,
     /// `code_epoch` when each entry was made.
-    jumps_made: Box<[u64]>,
+    jumps_made: Box<[[u64; 2]]>,
     jump_key: u64,
     epoch: u64,
     /// The last epoch that was given.
@@ -260,9 +260,12 @@ impl SoftCpu {
             filled: Vec::new(),
             code_filled: Vec::new(),
             cache: Cache::default(),
-            jumps: vec![Jump { lin: 0, key: u64::MAX, block: std::ptr::null(), code: 0 }; JUMPS]
-                .into_boxed_slice(),
-            jumps_made: vec![0; JUMPS].into_boxed_slice(),
+            jumps: vec![
+                JumpSet([Jump { lin: 0, key: u64::MAX, block: std::ptr::null(), code: 0 }; 2]);
+                JUMPS
+            ]
+            .into_boxed_slice(),
+            jumps_made: vec![[0; 2]; JUMPS].into_boxed_slice(),
             jump_key: 0,
             epoch: 1,
             epochs: 1,
@@ -494,14 +497,16 @@ impl SoftCpu {
     fn find_block(&mut self) -> R<*const Block> {
         let lin = if self.long { self.rip } else { self.segs[CS].base.wrapping_add(self.rip) & 0xFFFF_FFFF };
         let place = self.place(lin);
-        let j = self.jumps[place];
-        if j.lin == lin && j.key == self.jump_key {
-            // SAFETY: a block of the current epoch is in the cache.
-            let block = unsafe { &*j.block };
-            if self.long || self.rip + block.bytes as u64 - 1 <= self.segs[CS].limit as u64 {
-                // It may have been compiled since.
-                self.jumps[place].code = self.far_entry(block);
-                return Ok(j.block);
+        for n in 0..2 {
+            let j = self.jumps[place].0[n];
+            if j.lin == lin && j.key == self.jump_key {
+                // SAFETY: a block of the current epoch is in the cache.
+                let block = unsafe { &*j.block };
+                if self.long || self.rip + block.bytes as u64 - 1 <= self.segs[CS].limit as u64 {
+                    // It may have been compiled since.
+                    self.jumps[place].0[n].code = self.far_entry(block);
+                    return Ok(j.block);
+                }
             }
         }
         self.find_slow(lin)
@@ -545,15 +550,14 @@ impl SoftCpu {
         let key = phys | (self.code_mode as u64) << 60;
         let mut block: *const Block = std::ptr::null();
         let place = self.place(lin);
-        let j = self.jumps[place];
-        // SAFETY: no code was dropped since the entry was made, so its block is in the cache.
-        if !e.host.is_null()
-            && j.lin == lin
-            && self.jumps_made[place] == self.code_epoch
-            && unsafe { (*j.block).key } == key
-        {
+        let (set, made) = (self.jumps[place].0, self.jumps_made[place]);
+        let known = (0..2).find(|&n| {
+            // SAFETY: no code was dropped since the entry was made, so its block is in the cache.
+            set[n].lin == lin && made[n] == self.code_epoch && unsafe { (*set[n].block).key } == key
+        });
+        if let (false, Some(n)) = (e.host.is_null(), known) {
             // Only the TLB was flushed since.
-            block = j.block;
+            block = set[n].block;
         } else if !e.host.is_null() {
             if let Some(b) = self.cache.blocks.get(&key) {
                 block = &**b;
@@ -573,8 +577,13 @@ impl SoftCpu {
         }
         // SAFETY: as above.
         let code = self.far_entry(unsafe { &*block });
-        self.jumps[place] = Jump { lin, key: self.jump_key, block, code };
-        self.jumps_made[place] = self.code_epoch;
+        // In front; what was there takes the other place, unless that is this one's.
+        if known != Some(0) {
+            self.jumps[place].0[1] = self.jumps[place].0[0];
+            self.jumps_made[place][1] = self.jumps_made[place][0];
+        }
+        self.jumps[place].0[0] = Jump { lin, key: self.jump_key, block, code };
+        self.jumps_made[place][0] = self.code_epoch;
         Ok(block)
     }
 

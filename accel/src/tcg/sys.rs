@@ -106,7 +106,10 @@ impl SoftCpu {
             if old & CR0_PE == 0 && new & CR0_PE != 0 {
                 self.cpl = 0;
             }
-            self.flush_tlb();
+            // Firmware and loaders change PE often, with paging off.
+            if (old ^ new) & (CR0_PG | CR0_WP) != 0 {
+                self.flush_tlb();
+            }
             self.update_mode();
             self.flags_changed();
         }

@@ -447,3 +447,21 @@ fn code_found_before_is_found_anew_when_its_page_moves() {
         assert_eq!(m.cpu.st.gpr[RBX] as u32, 0xFFFF_FFFF, "{tier:?}");
     }
 }
+
+#[test]
+fn accesses_that_share_a_look_at_the_tlb_agree_with_single_ones() {
+    // mov ebx,20000h; mov ecx,20; a: push [rbx] (a page that was not met before); push rcx; push rbx; pop rdx; pop rsi;
+    // pop rdi; add rbx,1000h; dec ecx; jnz a; hlt
+    let code = [
+        0xBB, 0, 0, 2, 0, 0xB9, 20, 0, 0, 0, 0xFF, 0x33, 0x51, 0x53, 0x5A, 0x5E, 0x5F, 0x48, 0x81, 0xC3, 0,
+        0x10, 0, 0, 0xFF, 0xC9, 0x75, 0xEE, 0xF4,
+    ];
+    same_in_every_tier(&code, Exit::Halt);
+    // mov ebx,20F00h; mov ecx,600; a: mov rax,[rbx]; add [rbx+8],rax; inc qword [rbx+10h]; add rbx,8; dec ecx; jnz a;
+    // hlt: the group crosses pages on its way.
+    let code = [
+        0xBB, 0, 0x0F, 2, 0, 0xB9, 0x58, 2, 0, 0, 0x48, 0x8B, 0x03, 0x48, 0x01, 0x43, 0x08, 0x48, 0xFF, 0x43,
+        0x10, 0x48, 0x83, 0xC3, 0x08, 0xFF, 0xC9, 0x75, 0xED, 0xF4,
+    ];
+    same_in_every_tier(&code, Exit::Halt);
+}

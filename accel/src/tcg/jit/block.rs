@@ -113,6 +113,7 @@ impl SoftCpu {
             };
             self.jit.stubs = Stubs::build(&mut memory);
             self.jit.memory = Some(memory);
+            self.forget_entries();
         }
         for _ in 0..2 {
             let Some(base) = self.jit.memory.as_ref().map(CodeMemory::next) else { return false };

@@ -292,15 +292,20 @@ impl SoftCpu {
         }
     }
 
+    /// Nothing in the table is compiled.
+    fn forget_entries(&mut self) {
+        for j in self.jumps.iter_mut().flat_map(|set| &mut set.0) {
+            j.code = self.jit.stubs.miss;
+        }
+    }
+
     /// Forget all compiled code.
     pub(super) fn drop_compiled(&mut self) {
         for b in self.cache.blocks.values() {
             b.code.set(std::ptr::null());
             b.runs.set(0);
         }
-        for j in &mut self.jumps {
-            j.code = self.jit.stubs.miss;
-        }
+        self.forget_entries();
         if let Some(m) = &mut self.jit.memory {
             m.truncate(self.jit.stubs.size());
         }

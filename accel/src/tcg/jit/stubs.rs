@@ -1,7 +1,7 @@
 //! The code that all blocks share: the way in and out, calls of handlers, XMM registers, jumps through the
 //! table by linear address.
 
-use super::super::cache::{Jump, JUMPS};
+use super::super::cache::{Jump, JumpSet, JUMPS};
 use super::super::SoftCpu;
 use super::asm::*;
 use super::memory::CodeMemory;
@@ -226,18 +226,33 @@ impl Stubs {
         a.alu(4, 6, Rm::R(RDI), RAX);
         a.alu_load(4, 6, RDI, mem(SALT));
         a.alu_imm(4, 4, Rm::R(RDI), JUMPS as i32 - 1);
-        a.shift(4, 4, Rm::R(RDI), size_of::<Jump>().trailing_zeros() as u8);
+        a.shift(4, 4, Rm::R(RDI), size_of::<JumpSet>().trailing_zeros() as u8);
         a.alu_load(8, 0, RDI, mem(JUMP_TABLE));
         a.store(8, mem(RIP_OUT), RAX);
-        a.alu_load(8, 7, RAX, Rm::M(RDI, offset_of!(Jump, lin) as i32));
+        let (lin, key) = (offset_of!(Jump, lin) as i32, offset_of!(Jump, key) as i32);
+        let second = size_of::<Jump>() as i32;
+        a.alu_load(8, 7, RAX, Rm::M(RDI, lin));
         let m1 = a.jcc(cc::NE);
         a.load(8, RAX, mem(KEY));
-        a.alu_load(8, 7, RAX, Rm::M(RDI, offset_of!(Jump, key) as i32));
+        a.alu_load(8, 7, RAX, Rm::M(RDI, key));
         let m2 = a.jcc(cc::NE);
+        let found = a.at();
         a.load(8, RAX, mem(RIP_OUT));
         a.alu_imm(8, 4, Rm::R(RAX), -4096);
         a.store(8, mem(PAGE), RAX);
         a.word(4, 0, 0xFF, 4, Rm::M(RDI, offset_of!(Jump, code) as i32)); // jmp
+        for m in [m1, m2] {
+            a.here(m);
+        }
+        a.load(8, RAX, mem(RIP_OUT));
+        a.alu_load(8, 7, RAX, Rm::M(RDI, second + lin));
+        let m1 = a.jcc(cc::NE);
+        a.load(8, RAX, mem(KEY));
+        a.alu_load(8, 7, RAX, Rm::M(RDI, second + key));
+        let m2 = a.jcc(cc::NE);
+        a.alu_imm(8, 0, Rm::R(RDI), second);
+        let back = a.jmp();
+        a.to(back, found);
         for m in [m1, m2] {
             a.here(m);
         }
