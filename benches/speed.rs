@@ -4,88 +4,16 @@
 //! `cargo bench --bench speed`; FTVM_BENCH_ROUNDS (default 3). The table is printed, and written with a plot to
 //! `build/bench/`.
 
-use std::collections::BTreeMap;
+mod marked;
+
 use std::fmt::Write as _;
-use std::io::{BufRead, BufReader};
 use std::net::{SocketAddr, TcpListener};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use ftvm_harness::client::{get, Line};
 use ftvm_harness::{guests, wait_for, Result, Scratch};
-
-/// Seconds by row, in the order in which the rows were met.
-#[derive(Default)]
-struct Times {
-    order: Vec<String>,
-    seconds: BTreeMap<String, Vec<f64>>,
-}
-
-impl Times {
-    fn add(&mut self, row: &str, seconds: f64) {
-        if !self.seconds.contains_key(row) {
-            self.order.push(row.to_owned());
-        }
-        self.seconds.entry(row.to_owned()).or_default().push(seconds);
-    }
-
-    fn median(&self, row: &str) -> Option<f64> {
-        let mut v = self.seconds.get(row)?.clone();
-        v.sort_by(f64::total_cmp);
-        v.get(v.len() / 2).copied()
-    }
-}
-
-/// Ends the program when dropped.
-struct Guard(Child);
-
-impl Drop for Guard {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-/// Run a guest that ends by itself; the host's clock at the marks on its console.
-fn run_marked(mut command: Command, times: &mut Times) -> Result<()> {
-    let shown = format!("{command:?}");
-    let start = Instant::now();
-    let mut child = Guard(
-        command
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .map_err(|e| format!("{shown}: {e}"))?,
-    );
-    let out = child.0.stdout.take().ok_or("no standard output")?;
-    let mut begun = start;
-    let mut finished = false;
-    for line in BufReader::new(out).split(b'\n') {
-        let line = line.map_err(|e| e.to_string())?;
-        let text = String::from_utf8_lossy(&line);
-        let Some(text) =
-            text.split("row ").nth(1).or_else(|| text.contains("tiny guest ready").then_some("boot"))
-        else {
-            finished |= text.contains("rows done");
-            continue;
-        };
-        let text = text.trim_end();
-        if text == "boot" {
-            times.add("kernel boot to init", start.elapsed().as_secs_f64());
-        } else if text.ends_with(" start") {
-            begun = Instant::now();
-        } else if let Some((name, _)) = text.split_once(" end") {
-            times.add(name, begun.elapsed().as_secs_f64());
-        }
-    }
-    let status = child.0.wait().map_err(|e| e.to_string())?;
-    times.add("all of it, start to end", start.elapsed().as_secs_f64());
-    if !finished || !status.success() {
-        return Err(format!("{shown} did not come to its end ({status})"));
-    }
-    Ok(())
-}
+use marked::{run_marked, Guard, Times};
 
 /// The guest's command line for either program.
 fn tiny(program: &str, more: &[&str]) -> Result<Command> {

@@ -1,5 +1,6 @@
 //! ftvm: a virtual machine monitor that survives the death of its host.
 
+mod allocator;
 pub mod assembly;
 pub mod cli;
 pub mod host;

@@ -1,5 +1,9 @@
 //! Benchmarks inside a guest: fixed amounts of work, with `row NAME start` and `row NAME end` on the console around each.
 //! The host takes the time of the marks, since a guest's own clock may be virtual.
+
+#[path = "ftload_disk.rs"]
+mod disk;
+
 use std::hint::black_box;
 use std::io::Write;
 use std::process::Command;
@@ -160,8 +164,15 @@ fn page_faults() -> u64 {
     sum
 }
 
-/// Run every row.
+/// Run every row; with a disk as the next argument of the program, the disk's.
 pub fn run() {
+    if let Some(path) = std::env::args().nth(2) {
+        if let Err(e) = disk::run(&path) {
+            println!("{path}: {e}");
+            std::process::exit(1);
+        }
+        return;
+    }
     let rows: [(&str, fn() -> u64); 12] = [
         ("integer", integer),
         ("floating point", float),
