@@ -137,6 +137,9 @@ fn turned_on_and_off() -> Result<()> {
     pair.qmp()?.command("ft-turn-on", serde_json::Value::Null)?;
     pair.protect()?;
     clients.wait_progress(20, WAIT)?;
+    // Its arguments do not speak of a pair; it becomes the other's backup all the same.
+    pair.switch()?;
+    clients.wait_progress(20, WAIT)?;
     pair.kill_primary()?;
     clients.wait_progress(20, WAIT)?;
     clients.finish()?;

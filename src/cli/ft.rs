@@ -37,6 +37,15 @@ pub struct FtConfig {
 }
 
 impl FtConfig {
+    /// The option's value with which this side joins the primary at `peer`: what belongs to this host or to the pair
+    /// stays.
+    pub fn of_backup(&self, peer: std::net::SocketAddr) -> String {
+        let quoted = |s: &str| s.replace(',', ",,");
+        let lock = self.lock.as_ref().map(|l| format!(",lock={}", quoted(l))).unwrap_or_default();
+        let (listen, lag) = (quoted(&self.listen), self.max_lag.as_millis());
+        format!("backup,peer={peer},listen={listen}{lock},max-lag={lag}")
+    }
+
     /// Parse the option's value.
     pub fn parse(text: &str) -> Result<Self, KeyvalError> {
         let p = Params::parse(text, Some("role"))?;

@@ -42,26 +42,20 @@ pub fn main(args: &[String]) -> i32 {
             std::thread::sleep(std::time::Duration::from_secs(2));
             again(args)
         }
-        Ok(Outcome::Rejoin(peer)) => {
-            eprintln!("ftvm: the machine lives at {peer}; this side becomes its backup");
-            again(&as_backup_of(peer, args))
+        Ok(Outcome::Rejoin(ft)) => {
+            eprintln!("ftvm: the machine was handed over; this side becomes its backup");
+            again(&with_ft(&ft, args))
         }
     }
 }
 
-/// These arguments, with an `-ft` that joins the primary at `peer`.
-fn as_backup_of(peer: std::net::SocketAddr, args: &[String]) -> Vec<String> {
-    let mut out = Vec::with_capacity(args.len());
-    let mut ft = false;
-    for arg in args {
-        if !std::mem::replace(&mut ft, matches!(arg.as_str(), "-ft" | "--ft")) {
-            out.push(arg.clone());
-            continue;
-        }
-        // What belongs to this host or to the pair stays.
-        let own = |p: &&str| ["listen=", "lock=", "max-lag="].iter().any(|k| p.starts_with(k));
-        let rest: String = arg.split(',').filter(own).map(|p| format!(",{p}")).collect();
-        out.push(format!("backup,peer={peer}{rest}"));
+/// These arguments, with this value of `-ft`: in the place of the one they have, or else (the machine was protected
+/// while it ran) behind them.
+fn with_ft(value: &str, args: &[String]) -> Vec<String> {
+    let mut out = args.to_vec();
+    match args.iter().position(|a| matches!(a.as_str(), "-ft" | "--ft")) {
+        Some(at) if at + 1 < out.len() => out[at + 1] = value.to_owned(),
+        _ => out.extend(["-ft".to_owned(), value.to_owned()]),
     }
     out
 }

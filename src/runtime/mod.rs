@@ -54,8 +54,9 @@ pub enum Outcome {
     Failed(String),
     /// A backup's state differed from its primary's, and it gave up: it is to be made anew.
     Again(String),
-    /// The machine was handed over to its backup, which waits there for a backup of its own: this side becomes it.
-    Rejoin(std::net::SocketAddr),
+    /// The machine was handed over to its backup, which waits for a backup of its own: this side becomes it, with this
+    /// value of `-ft`.
+    Rejoin(String),
 }
 
 /// Sends events to the machine thread.

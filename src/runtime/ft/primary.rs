@@ -503,7 +503,7 @@ fn act(rt: &mut Runtime, action: Action<Output>) -> Option<Outcome> {
             match p.peer_waits_at {
                 Some(peer) if planned => {
                     log::warn!("ft: the machine lives at {peer} now");
-                    Some(Outcome::Rejoin(peer))
+                    Some(Outcome::Rejoin(common.config.of_backup(peer)))
                 }
                 _ => Some(Outcome::Failed(format!("this primary has lost its machine: {reason}"))),
             }
