@@ -63,5 +63,12 @@ done
 case $missing in
     *" rpcbind"*) [ -e /etc/systemd/system/rpcbind.socket ] || $as_root ln -s /dev/null /etc/systemd/system/rpcbind.socket ;;
 esac
+# QEMU's packages must be of one version. A qemu-utils from elsewhere (backports) gives way to the one beside qemu-system-x86.
+case $missing in
+    *" qemu-"*)
+        qemu=$(apt-cache policy qemu-system-x86 | sed -n 's/^  Candidate: //p')
+        utils=$(dpkg-query -W -f '${Version}' qemu-utils 2>/dev/null || true)
+        [ -z "$utils" ] || [ "$utils" = "$qemu" ] || missing="$missing qemu-utils=$qemu" ;;
+esac
 # shellcheck disable=SC2086
-DEBIAN_FRONTEND=noninteractive $as_root apt-get install -y -qq --no-install-recommends $missing
+DEBIAN_FRONTEND=noninteractive $as_root apt-get install -y -qq --no-install-recommends --allow-downgrades $missing
