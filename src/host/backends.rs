@@ -87,6 +87,13 @@ impl Backends {
         *self = theirs;
     }
 
+    /// Whether every drive and network back end of another host's note is here too.
+    pub fn has_all_of(&self, note: &[u8]) -> bool {
+        let Ok(theirs) = postcard::from_bytes::<Backends>(note) else { return false };
+        theirs.drives.iter().flatten().all(|d| self.drive(&d.id).is_some())
+            && theirs.netdevs.iter().all(|d| self.netdevs.iter().any(|m| m.id == d.id))
+    }
+
     /// The number of the drive whose node or id is `name`.
     pub fn drive(&self, name: &str) -> Option<usize> {
         let is = |d: &Option<DriveConfig>| d.as_ref().is_some_and(|d| d.id == name);
