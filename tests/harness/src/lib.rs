@@ -8,6 +8,7 @@ pub mod libvirt;
 pub mod moves;
 pub mod pair;
 pub mod qmp;
+pub mod service;
 pub mod storage;
 pub mod vm;
 
