@@ -5,6 +5,7 @@
 //! the tables. That keeps accessed and dirty bits a function of the guest's instructions alone, whatever
 //! the TLB holds (SDM vol. 3, sections 4.8 and 4.10 allow it).
 
+use super::cache::CodePage;
 use super::flags::AC;
 use super::op::{Fault, R};
 use super::SoftCpu;
@@ -68,6 +69,8 @@ pub struct CodeEntry {
     pub phys: u64,
     /// See [`Walk::leaf`].
     pub leaf: u64,
+    /// The code of the physical page, where `host` is not null.
+    pub page: *const CodePage,
 }
 
 impl TlbEntry {
@@ -76,7 +79,8 @@ impl TlbEntry {
         TlbEntry { rtag: no_tag(slot), wtag: no_tag(slot), host: std::ptr::null_mut(), phys: 0 }
     }
 }
-pub const EMPTY_CODE: CodeEntry = CodeEntry { tag: 1, host: std::ptr::null(), phys: 0, leaf: NO_LEAF };
+pub const EMPTY_CODE: CodeEntry =
+    CodeEntry { tag: 1, host: std::ptr::null(), phys: 0, leaf: NO_LEAF, page: std::ptr::null() };
 
 /// Translations of an address space that is not in use, kept until it is again.
 pub struct Space {
@@ -90,6 +94,23 @@ pub struct Space {
     code_filled: Vec<(u8, u16)>,
     leaves: [Box<[u64]>; 4],
 }
+
+/// The upper half of linear addresses (the kernel's, as a rule), as far as code was fetched from it. Address spaces
+/// whose top tables have the same entries for it share what the table of blocks knows.
+pub struct High {
+    pub epoch: u64,
+    /// Top table entries that led to code: number and contents, accessed bit included.
+    entries: Vec<(u16, u64)>,
+}
+
+impl High {
+    pub fn new(epoch: u64) -> High {
+        High { epoch, entries: Vec::new() }
+    }
+}
+
+/// Upper halves kept beside the one in use.
+const HIGHS: usize = 3;
 
 /// Address spaces kept beside the one in use.
 const SPACES: usize = 7;
@@ -145,8 +166,9 @@ pub const UPPER_BITS: usize = 1 << 16;
 /// Marks a page, not an entry, in the filter.
 const UPPER_PAGE: u64 = 1 << 63 | 8;
 /// Mark an entry, and its page, that code was fetched by: the table of blocks outlives the fetch TLB's entries.
-const CODE_LEAF: u64 = 1 << 62;
-const CODE_PAGE: u64 = 1 << 62 | 1 << 63 | 8;
+/// (One for each half of linear addresses.)
+const CODE_LEAF: [u64; 2] = [1 << 62, 1 << 62 | 1 << 61];
+const CODE_PAGE: [u64; 2] = [1 << 62 | 1 << 63 | 8, 1 << 62 | 1 << 61 | 1 << 63 | 8];
 /// Writes to one table, each within so many instructions of the one before, until nothing of it is kept and its
 /// writes are free; an entry that a walk used counts as several.
 const MANY_WRITES: u32 = 16;
@@ -185,6 +207,8 @@ impl SoftCpu {
             drain(&mut s.tlb, &mut s.filled, &mut s.code_tlb, &mut s.code_filled);
         }
         self.upper.fill(0);
+        self.highs.truncate(1);
+        self.highs[0].entries.clear();
         self.changes += 1;
         // The next instruction is fetched anew.
         self.end = std::ptr::null();
@@ -206,7 +230,7 @@ impl SoftCpu {
                 return true;
             }
             if count <= MANY_WRITES {
-                self.drop_leaves(|leaf| leaf == at, at | CODE_LEAF);
+                self.drop_leaves(|leaf| leaf == at, CODE_LEAF.map(|c| at | c));
                 return false;
             }
         }
@@ -218,17 +242,19 @@ impl SoftCpu {
         if self.upper[word] & bit != 0 {
             self.flush_tlb();
         } else {
-            self.drop_leaves(|leaf| leaf & !0xFFF == page, page | CODE_PAGE);
+            self.drop_leaves(|leaf| leaf & !0xFFF == page, CODE_PAGE.map(|c| page | c));
         }
         true
     }
 
-    /// Drop translations by where their last table entry lies; `code` is the filter's key of those that code was
-    /// fetched by.
-    fn drop_leaves(&mut self, which: impl Fn(u64) -> bool, code: u64) {
+    /// Drop translations by where their last table entry lies; `code` are the filter's keys of those that code was
+    /// fetched by, in each half.
+    fn drop_leaves(&mut self, which: impl Fn(u64) -> bool, code: [u64; 2]) {
         self.changes += 1;
-        let (word, bit) = upper_bit(code);
-        let code = self.upper[word] & bit != 0;
+        let [low, high] = code.map(|key| {
+            let (word, bit) = upper_bit(key);
+            self.upper[word] & bit != 0
+        });
         let here = (&mut self.tlb, &self.leaves, &self.filled, &mut self.code_tlb, &self.code_filled);
         let parked = self
             .spaces
@@ -248,10 +274,80 @@ impl SoftCpu {
                 }
             }
         }
-        if code {
+        if high {
+            self.new_epoch();
+        } else if low {
+            self.new_low_epoch();
+        }
+        if low || high {
             // The next instruction is fetched by the new tables.
             self.end = std::ptr::null();
-            self.new_epoch();
+        }
+    }
+
+    /// Empty the fetch TLBs.
+    pub(crate) fn drop_fetches(&mut self) {
+        let spaces = self.spaces.iter_mut().map(|s| (&mut s.code_tlb, &mut s.code_filled));
+        for (tlb, filled) in spaces.chain([(&mut self.code_tlb, &mut self.code_filled)]) {
+            for (user, slot) in filled.drain(..) {
+                tlb[user as usize][slot as usize] = EMPTY_CODE;
+            }
+        }
+    }
+
+    /// Where the top table of the address space in use has entry `n`.
+    fn top_entry(&self, n: u16) -> u64 {
+        (self.cr3 & self.phys_mask & !0xFFF) + 8 * n as u64
+    }
+
+    /// Find the upper half of the address space that is now in use, among those known.
+    fn choose_high(&mut self) {
+        let fits = |c: &mut Self, at: usize| {
+            (0..c.highs[at].entries.len()).all(|k| {
+                let (n, value) = c.highs[at].entries[k];
+                let place = c.top_entry(n);
+                c.phys_read(place, 8) == value
+            })
+        };
+        match (0..self.highs.len()).find(|&at| fits(self, at)) {
+            Some(0) => {}
+            Some(at) => self.highs[..=at].rotate_right(1),
+            None => {
+                self.highs.truncate(HIGHS);
+                self.epochs += 1;
+                self.highs.insert(0, High::new(self.epochs));
+            }
+        }
+        // From now on these entries count as used by walks of this address space.
+        for k in 0..self.highs[0].entries.len() {
+            let place = self.top_entry(self.highs[0].entries[k].0);
+            self.protect_table(place);
+            self.mark_upper(place);
+        }
+    }
+
+    /// Code was fetched at `lin` in the upper half.
+    fn note_high(&mut self, lin: u64) {
+        let n = (lin >> 39 & 0x1FF) as u16;
+        let place = self.top_entry(n);
+        let value = self.phys_read(place, 8);
+        match self.highs[0].entries.iter().position(|e| e.0 == n) {
+            None => self.highs[0].entries.push((n, value)),
+            Some(k) if self.highs[0].entries[k].1 == value => {}
+            Some(k) => {
+                self.highs[0].entries[k].1 = value;
+                self.epochs += 1;
+                self.highs[0].epoch = self.epochs;
+                self.update_key();
+            }
+        }
+    }
+
+    /// Walks use the table entry at `at` to find other tables.
+    fn mark_upper(&mut self, at: u64) {
+        for key in [at & !7, at & !0xFFF | UPPER_PAGE] {
+            let (word, bit) = upper_bit(key);
+            self.upper[word] |= bit;
         }
     }
 
@@ -296,6 +392,7 @@ impl SoftCpu {
         s.used = self.switches;
         s.cr3 = self.cr3;
         self.cr3 = cr3;
+        self.choose_high();
         self.update_key();
     }
 
@@ -463,10 +560,7 @@ impl SoftCpu {
                 dirty = new & 0x40 != 0;
             }
             if i < n - 1 {
-                for key in [at & !7, at & !0xFFF | UPPER_PAGE] {
-                    let (word, bit) = upper_bit(key);
-                    self.upper[word] |= bit;
-                }
+                self.mark_upper(at);
             }
             self.set_bits(at, e, new, size);
         }
@@ -529,13 +623,18 @@ impl SoftCpu {
         let phys = w.phys & !0xFFF;
         let host = if self.lapic.covers(phys) { std::ptr::null() } else { self.mem().backing(phys).read };
         if w.leaf != NO_LEAF {
-            for key in [w.leaf | CODE_LEAF, w.leaf & !0xFFF | CODE_PAGE] {
+            let half = (lin >> 63) as usize;
+            for key in [w.leaf | CODE_LEAF[half], w.leaf & !0xFFF | CODE_PAGE[half]] {
                 let (word, bit) = upper_bit(key);
                 self.upper[word] |= bit;
             }
+            if half == 1 {
+                self.note_high(lin);
+            }
         }
-        let e = CodeEntry { tag: page, host, phys, leaf: w.leaf };
+        let mut e = CodeEntry { tag: page, host, phys, leaf: w.leaf, page: std::ptr::null() };
         if !host.is_null() {
+            e.page = self.cache.page(phys);
             if self.code_tlb[user][slot].host.is_null() {
                 self.code_filled.push((user as u8, slot as u16));
             }

@@ -1,6 +1,6 @@
 //! Compiles one block: the order of things, memory operands, ways out.
 
-use super::super::cache::Cache;
+use super::super::cache::{Cache, CROSSING};
 use super::super::decode::MODE64;
 use super::super::op::FS;
 use super::super::paging::{TlbEntry, TLB_SIZE};
@@ -102,7 +102,7 @@ fn needs(kinds: &[Kind], calm: &[bool]) -> Vec<bool> {
 impl SoftCpu {
     /// Compile `block`; false when it cannot be.
     pub(super) fn compile(&mut self, block: &Block) -> bool {
-        if block.key >> 60 != MODE64 as u64 || block.key == 0 {
+        if block.key >> 60 != MODE64 as u64 {
             return false;
         }
         if self.jit.memory.is_none() {
@@ -457,11 +457,11 @@ impl<'a> Compiler<'a> {
             return;
         }
         let first = self.trace.parts[0].block;
-        let key = first.key & !0xFFF | target as u64;
+        let key = first.key & !CROSSING & !0xFFF | target as u64;
         let (mut count, mut code, mut need) = (0, 0, true);
         if key == first.key {
             (count, code, need) = (self.trace.count, self.home, self.need[0]);
-        } else if let Some(b) = self.cache.blocks.get(&key) {
+        } else if let Some(b) = self.cache.get(key) {
             need = needs_flags(b, self.alone);
             if !b.code.get().is_null() {
                 (count, code) = (b.code_count.get(), b.code.get() as u64);
@@ -482,7 +482,7 @@ impl<'a> Compiler<'a> {
             Some(self.a.jmp())
         };
         let jump_at = self.a.base + self.a.at() as u64 - 4;
-        self.edges.push(Edge { count_at, jump_at, count, back: back as u32 });
+        self.edges.push(Edge { count_at, jump_at, count, back: back as u32, leave_at: 0 });
         self.cold.push(Cold::Edge { n, link, budget, flags: self.fl, target: target as i32 });
     }
 
@@ -579,6 +579,7 @@ impl<'a> Compiler<'a> {
                     self.a.lea(8, RDI, Rm::M(RDI, target));
                     self.a.store(8, mem(RIP_OUT), RDI);
                     self.a.jmp_abs(self.stubs.exit);
+                    self.edges[n as usize - self.first_edge].leave_at = self.a.base + self.a.at() as u64 - 4;
                 }
             }
         }

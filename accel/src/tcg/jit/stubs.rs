@@ -44,6 +44,8 @@ pub struct Stubs {
     pub load: [u64; 3],
     /// Jump to the guest address in RAX.
     pub lookup: u64,
+    /// Jump to the guest address in RIP_OUT.
+    pub far: u64,
     /// Leave; RIP_OUT says where to go on.
     pub miss: u64,
 }
@@ -219,21 +221,28 @@ impl Stubs {
             a.here(f);
         }
         reload(&mut a);
+        s.far = address(&a);
         a.load(8, RAX, mem(RIP_OUT));
         s.lookup = address(&a);
+        a.store(8, mem(RIP_OUT), RAX);
         a.store(8, Rm::R(RDI), RAX);
-        a.shift(8, 5, Rm::R(RDI), 13);
+        a.shift(8, 5, Rm::R(RDI), 63);
+        let Rm::M(base, keys) = mem(KEY) else { unreachable!() };
+        a.load(8, RDI, Rm::X(base, RDI, 3, keys));
+        a.store(8, mem(WANTED), RDI);
+        // As `SoftCpu::place`.
         a.alu(4, 6, Rm::R(RDI), RAX);
-        a.alu_load(4, 6, RDI, mem(SALT));
+        a.shift(8, 5, Rm::R(RAX), 13);
+        a.alu(4, 6, Rm::R(RDI), RAX);
         a.alu_imm(4, 4, Rm::R(RDI), JUMPS as i32 - 1);
         a.shift(4, 4, Rm::R(RDI), size_of::<JumpSet>().trailing_zeros() as u8);
         a.alu_load(8, 0, RDI, mem(JUMP_TABLE));
-        a.store(8, mem(RIP_OUT), RAX);
         let (lin, key) = (offset_of!(Jump, lin) as i32, offset_of!(Jump, key) as i32);
         let second = size_of::<Jump>() as i32;
+        a.load(8, RAX, mem(RIP_OUT));
         a.alu_load(8, 7, RAX, Rm::M(RDI, lin));
         let m1 = a.jcc(cc::NE);
-        a.load(8, RAX, mem(KEY));
+        a.load(8, RAX, mem(WANTED));
         a.alu_load(8, 7, RAX, Rm::M(RDI, key));
         let m2 = a.jcc(cc::NE);
         let found = a.at();
@@ -247,7 +256,7 @@ impl Stubs {
         a.load(8, RAX, mem(RIP_OUT));
         a.alu_load(8, 7, RAX, Rm::M(RDI, second + lin));
         let m1 = a.jcc(cc::NE);
-        a.load(8, RAX, mem(KEY));
+        a.load(8, RAX, mem(WANTED));
         a.alu_load(8, 7, RAX, Rm::M(RDI, second + key));
         let m2 = a.jcc(cc::NE);
         a.alu_imm(8, 0, Rm::R(RDI), second);
