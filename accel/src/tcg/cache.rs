@@ -269,6 +269,10 @@ impl SoftCpu {
             self.cache.blocks -= blocks.len();
             self.end = std::ptr::null();
             self.forget_blocks(&blocks);
+            if blocks.iter().any(|b| !b.code.get().is_null()) {
+                // Compiled code that led there does so no more.
+                self.new_epoch();
+            }
             self.cache.graveyard.extend(blocks);
         }
         for (first, _) in tails {

@@ -51,6 +51,9 @@ use paging::*;
 
 static IDLE: Op = decode::BLANK;
 
+/// Calls whose returns are predicted; a byte counts the bytes of as many addresses.
+const RING: usize = 32;
+
 /// At most so many instructions in a block.
 const MAX_BLOCK: usize = 48;
 
@@ -156,7 +159,9 @@ pub struct SoftCpu {
     seen: u64,
     jit: jit::Jit,
     /// More slots like those behind the registers in `gpr`.
-    more_slots: [u64; 12],
+    more_slots: [u64; 16],
+    /// Of the innermost calls: the address of the `Site` where the return is expected to lead.
+    ring: [u64; RING],
 }
 
 // SAFETY: the raw pointers `mem`, `bus`, `cur` and `end` mean something only within `run`; the others point
@@ -261,9 +266,9 @@ impl SoftCpu {
             cache: Cache::default(),
             jumps: vec![JumpSet::EMPTY; JUMPS].into_boxed_slice(),
             epoch: 1,
-            epochs: 1,
+            epochs: 2,
             spaces: Vec::new(),
-            highs: vec![High::new(1)],
+            highs: vec![High::new(2)],
             leaves: new_leaves(),
             upper: vec![0; UPPER_BITS / 64].into_boxed_slice(),
             table_writes: (0, 0, 0),
@@ -273,7 +278,8 @@ impl SoftCpu {
             generation: 0,
             seen: 0,
             jit: jit::Jit::new(),
-            more_slots: [0; 12],
+            more_slots: [0; 16],
+            ring: [0; RING],
         };
         c.reset_state(false);
         c

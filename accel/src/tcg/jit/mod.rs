@@ -31,12 +31,12 @@ use super::cache::CROSSING;
 use super::decode::MODE64;
 use super::flags::{IF, TF};
 use super::op::{
-    Block, Op, BLOCKIP, FLAGS, HOST_CSR, JUMP_TABLE, KEY, LEFT, LEVEL, NEVER, PAGE, RIP_OUT, TLB, TOUCHED,
-    WANTED, XMM_LIVE,
+    Block, Op, BLOCKIP, CODE_AT, FLAGS, HOST_CSR, JUMP_TABLE, KEY, LEFT, LEVEL, NEVER, PAGE, RING_TOP,
+    RIP_OUT, SITE, TLB, TOUCHED, WANTED, XMM_LIVE,
 };
 use super::paging::{Access, TLB_SIZE};
 use super::SoftCpu;
-use memory::CodeMemory;
+use memory::{CodeMemory, Site};
 use std::mem::offset_of;
 
 /// When blocks are compiled. The guest cannot tell.
@@ -318,6 +318,7 @@ impl SoftCpu {
             b.runs.set(0);
         }
         self.forget_entries();
+        self.new_epoch();
         if let Some(m) = &mut self.jit.memory {
             m.truncate(self.jit.stubs.size());
         }
