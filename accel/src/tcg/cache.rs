@@ -66,8 +66,8 @@ pub struct CodePage {
     /// (Boxed: a running block must not move.)
     #[allow(clippy::vec_box)]
     blocks: Vec<Box<Block>>,
-    /// The blocks' numbers plus one, hashed by their keys; a power of two, at most half full.
-    index: Vec<u16>,
+    /// Keys and blocks (null: free), hashed by the keys; a power of two, at most half full.
+    index: Vec<(u64, *const Block)>,
     /// Pages whose crossing instruction ends in this one, and after how many bytes.
     tails: Vec<(u64, u32)>,
 }
@@ -84,14 +84,9 @@ impl CodePage {
         }
         let mut at = self.home(key);
         loop {
-            match self.index[at] {
-                0 => return None,
-                n => {
-                    let b = &self.blocks[n as usize - 1];
-                    if b.key == key {
-                        return Some(&**b);
-                    }
-                }
+            let (k, b) = self.index[at];
+            if b.is_null() || k == key {
+                return (!b.is_null()).then_some(b);
             }
             at = (at + 1) & (self.index.len() - 1);
         }
@@ -101,32 +96,61 @@ impl CodePage {
     fn add(&mut self, block: Box<Block>) {
         self.blocks.push(block);
         if self.index.len() < 2 * self.blocks.len() {
-            self.index = vec![0; (4 * self.blocks.len()).next_power_of_two().max(16)];
-            for n in 0..self.blocks.len() {
-                self.enter(n);
-            }
+            self.rebuild();
         } else {
             self.enter(self.blocks.len() - 1);
         }
     }
 
+    fn rebuild(&mut self) {
+        self.index.clear();
+        self.index.resize((4 * self.blocks.len()).next_power_of_two().max(8), (0, std::ptr::null()));
+        for n in 0..self.blocks.len() {
+            self.enter(n);
+        }
+    }
+
     fn enter(&mut self, n: usize) {
-        let mut at = self.home(self.blocks[n].key);
-        while self.index[at] != 0 {
+        let b: &Block = &self.blocks[n];
+        let mut at = self.home(b.key);
+        while !self.index[at].1.is_null() {
             at = (at + 1) & (self.index.len() - 1);
         }
-        self.index[at] = n as u16 + 1;
+        self.index[at] = (b.key, b);
+    }
+
+    /// Take out the blocks that a write of `size` bytes at `phys` changes, as long as nothing is compiled (a trace goes
+    /// through several blocks) and no other page's instruction is hit; `None` then.
+    fn take(&mut self, phys: u64, size: u64) -> Option<Vec<Box<Block>>> {
+        if self.blocks.iter().any(|b| !b.code.get().is_null()) || self.tails.iter().any(|t| near(phys, size, 0, t.1)) {
+            return None;
+        }
+        let (hit, rest) = std::mem::take(&mut self.blocks)
+            .into_iter()
+            .partition::<Vec<_>, _>(|b| near(phys, size, b.key & 0xFFF, b.bytes));
+        self.blocks = rest;
+        self.mask = self.tails.iter().fold(0, |m, t| m | mask_of(0, t.1 as u64));
+        for b in &self.blocks {
+            self.mask |= mask_of(b.key, (b.bytes as u64).min(4096 - (b.key & 0xFFF)));
+            b.unlink();
+        }
+        self.rebuild();
+        Some(hit)
     }
 
     /// Whether a write of `size` bytes at `phys` changes decoded bytes. (An empty page need not be looked after.)
     fn holds(&self, phys: u64, size: u64) -> bool {
-        let (first, end) = (phys & 0xFFF, (phys & 0xFFF) + size.max(1));
-        let near = |at: u64, bytes: u32| at < end && first < at + bytes as u64;
         self.mask == 0
             || self.mask & mask_of(phys, size) != 0
-                && (self.blocks.iter().any(|b| near(b.key & 0xFFF, b.bytes))
-                    || self.tails.iter().any(|t| near(0, t.1)))
+                && (self.blocks.iter().any(|b| near(phys, size, b.key & 0xFFF, b.bytes))
+                    || self.tails.iter().any(|t| near(phys, size, 0, t.1)))
     }
+}
+
+/// Whether a write of `size` bytes at `phys` changes `bytes` bytes at offset `at` of the page.
+fn near(phys: u64, size: u64, at: u64, bytes: u32) -> bool {
+    let (first, end) = (phys & 0xFFF, (phys & 0xFFF) + size.max(1));
+    at < end && first < at + bytes as u64
 }
 
 #[derive(Default)]
@@ -323,8 +347,15 @@ impl SoftCpu {
 
     /// A page with decoded code is written at `phys`.
     pub(crate) fn code_written(&mut self, phys: u64, size: u64) {
-        let hit = self.cache.pages.get(&(phys & !0xFFF)).is_none_or(|p| p.holds(phys, size));
-        if hit {
+        let page = self.cache.pages.get_mut(&(phys & !0xFFF));
+        let hit = page.as_ref().is_none_or(|p| p.holds(phys, size));
+        let some = page.filter(|p| hit && p.mask != 0).and_then(|p| p.take(phys, size));
+        if let Some(blocks) = some {
+            self.cache.blocks -= blocks.len();
+            self.end = std::ptr::null();
+            self.forget_blocks(&blocks);
+            self.cache.graveyard.extend(blocks);
+        } else if hit {
             self.drop_code_page(phys);
             self.mem().unprotect(phys, CODE);
         }

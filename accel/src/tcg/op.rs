@@ -106,21 +106,11 @@ pub struct VecOp {
     pub f: VecHandler,
 }
 
-/// Straight-line decoded code: the unit of caching and of compilation.
+/// Straight-line decoded code: the unit of caching and of compilation. (What finding it again looks at comes first.)
+#[repr(C, align(64))]
 pub struct Block {
     /// Guest physical address of the first byte, with the code mode in the top bits; 0: a lone one.
     pub key: u64,
-    pub ops: Box<[Op]>,
-    pub bytes: u32,
-    /// Owns what the vector ops' `imm` points to.
-    #[allow(clippy::vec_box)]
-    pub vecs: Vec<Box<VecOp>>,
-    /// The guest physical page that its only instruction runs on into (see `cache::CROSSING`).
-    pub second: u64,
-    /// Where the table by linear address has it, or had it.
-    pub places: Cell<Places>,
-    /// Where execution went on from here (64-bit mode).
-    pub links: [Cell<Link>; 2],
     /// Compiled code, or null.
     pub code: Cell<*const u8>,
     /// Instructions of that code, which may run on into other blocks.
@@ -129,6 +119,17 @@ pub struct Block {
     pub count: u32,
     /// How often it was interpreted; `NEVER`: it is not to be compiled.
     pub runs: Cell<u32>,
+    pub bytes: u32,
+    /// Where the table by linear address has it, or had it.
+    pub places: Cell<Places>,
+    pub ops: Box<[Op]>,
+    /// Where execution went on from here (64-bit mode).
+    pub links: [Cell<Link>; 2],
+    /// The guest physical page that its only instruction runs on into (see `cache::CROSSING`).
+    pub second: u64,
+    /// Owns what the vector ops' `imm` points to.
+    #[allow(clippy::vec_box)]
+    pub vecs: Vec<Box<VecOp>>,
 }
 
 /// Sets of the table by linear address.
@@ -150,11 +151,14 @@ pub struct Link {
     pub block: *const Block,
 }
 
+impl Link {
+    const NONE: Link = Link { rip: 0, key: u64::MAX, block: std::ptr::null() };
+}
+
 impl Block {
     /// An empty block.
     pub fn new(key: u64) -> Self {
-        let none = Link { rip: 0, key: u64::MAX, block: std::ptr::null() };
-        let links = [Cell::new(none), Cell::new(none)];
+        let links = [Cell::new(Link::NONE), Cell::new(Link::NONE)];
         Block {
             key,
             ops: Box::default(),
@@ -168,6 +172,11 @@ impl Block {
             count: 0,
             runs: Cell::new(0),
         }
+    }
+
+    /// Forget what followed.
+    pub fn unlink(&self) {
+        self.links.iter().for_each(|l| l.set(Link::NONE));
     }
 
     /// These are its instructions.

@@ -162,7 +162,9 @@ pub struct Walk {
 pub const NO_LEAF: u64 = u64::MAX;
 
 /// Bits of the filter of table entries that lead to other tables.
-pub const UPPER_BITS: usize = 1 << 16;
+pub const UPPER_BITS: usize = 1 << 18;
+/// Marks an entry that leads to a table of leaves: that table is all that depends on it.
+const DIRECTORY: u64 = 1 << 60;
 /// Marks a page, not an entry, in the filter.
 const UPPER_PAGE: u64 = 1 << 63 | 8;
 /// Mark an entry, and its page, that code was fetched by: the table of blocks outlives the fetch TLB's entries.
@@ -224,13 +226,17 @@ impl SoftCpu {
         let count = if again { count + if used { USED } else { 1 } } else { 0 };
         self.table_writes = (page, count, self.pos);
         if used {
-            let (word, bit) = upper_bit(at);
-            if self.upper[word] & bit != 0 {
+            if self.marked(at) {
                 self.flush_tlb();
                 return true;
             }
+            if self.marked(at | DIRECTORY) {
+                let table = self.phys_read(at, 8) & self.phys_mask & !0xFFF;
+                let code = [0, 1].map(|h| [at | CODE_LEAF[h], table | CODE_PAGE[h]]);
+                self.drop_leaves(|leaf| leaf == at || leaf & !0xFFF == table, code);
+            }
             if count <= MANY_WRITES {
-                self.drop_leaves(|leaf| leaf == at, CODE_LEAF.map(|c| at | c));
+                self.drop_leaves(|leaf| leaf == at, CODE_LEAF.map(|c| [at | c; 2]));
                 return false;
             }
         }
@@ -238,23 +244,19 @@ impl SoftCpu {
             return false;
         }
         // The page is being filled, emptied, or no longer a table.
-        let (word, bit) = upper_bit(page | UPPER_PAGE);
-        if self.upper[word] & bit != 0 {
+        if self.marked(page | UPPER_PAGE) {
             self.flush_tlb();
         } else {
-            self.drop_leaves(|leaf| leaf & !0xFFF == page, CODE_PAGE.map(|c| page | c));
+            self.drop_leaves(|leaf| leaf & !0xFFF == page, CODE_PAGE.map(|c| [page | c; 2]));
         }
         true
     }
 
     /// Drop translations by where their last table entry lies; `code` are the filter's keys of those that code was
     /// fetched by, in each half.
-    fn drop_leaves(&mut self, which: impl Fn(u64) -> bool, code: [u64; 2]) {
+    fn drop_leaves(&mut self, which: impl Fn(u64) -> bool, code: [[u64; 2]; 2]) {
         self.changes += 1;
-        let [low, high] = code.map(|key| {
-            let (word, bit) = upper_bit(key);
-            self.upper[word] & bit != 0
-        });
+        let [low, high] = code.map(|keys| keys.iter().any(|&key| self.marked(key)));
         let here = (&mut self.tlb, &self.leaves, &self.filled, &mut self.code_tlb, &self.code_filled);
         let parked = self
             .spaces
@@ -345,10 +347,16 @@ impl SoftCpu {
 
     /// Walks use the table entry at `at` to find other tables.
     fn mark_upper(&mut self, at: u64) {
-        for key in [at & !7, at & !0xFFF | UPPER_PAGE] {
-            let (word, bit) = upper_bit(key);
-            self.upper[word] |= bit;
-        }
+        self.mark(at & !7);
+        self.mark(at & !0xFFF | UPPER_PAGE);
+    }
+    fn mark(&mut self, key: u64) {
+        let (word, bit) = upper_bit(key);
+        self.upper[word] |= bit;
+    }
+    fn marked(&self, key: u64) -> bool {
+        let (word, bit) = upper_bit(key);
+        self.upper[word] & bit != 0
     }
 
     /// CR3 becomes `cr3`. Translations always agree with the tables, so none needs to be dropped: those of
@@ -559,7 +567,10 @@ impl SoftCpu {
                 }
                 dirty = new & 0x40 != 0;
             }
-            if i < n - 1 {
+            if i + 2 == n && size == 8 {
+                self.mark(at | DIRECTORY);
+                self.mark(at & !0xFFF | UPPER_PAGE);
+            } else if i + 1 < n {
                 self.mark_upper(at);
             }
             self.set_bits(at, e, new, size);
@@ -624,10 +635,8 @@ impl SoftCpu {
         let host = if self.lapic.covers(phys) { std::ptr::null() } else { self.mem().backing(phys).read };
         if w.leaf != NO_LEAF {
             let half = (lin >> 63) as usize;
-            for key in [w.leaf | CODE_LEAF[half], w.leaf & !0xFFF | CODE_PAGE[half]] {
-                let (word, bit) = upper_bit(key);
-                self.upper[word] |= bit;
-            }
+            self.mark(w.leaf | CODE_LEAF[half]);
+            self.mark(w.leaf & !0xFFF | CODE_PAGE[half]);
             if half == 1 {
                 self.note_high(lin);
             }
