@@ -146,8 +146,10 @@ pub struct SoftCpu {
     highs: Vec<High>,
     /// Where the table entry of each entry of `tlb` lies.
     leaves: [Box<[u64]>; 4],
-    /// A filter of the table entries that led walks to other tables.
+    /// A filter of the table entries that led walks to other tables, and how many bits of it are set.
     upper: Box<[u64]>,
+    marks: u32,
+    uppers: Box<[Upper]>,
     /// The table that was written last, how often, and when.
     table_writes: (u64, u32, u64),
     /// Counts droppings of translations.
@@ -271,6 +273,8 @@ impl SoftCpu {
             highs: vec![High::new(2)],
             leaves: new_leaves(),
             upper: vec![0; UPPER_BITS / 64].into_boxed_slice(),
+            marks: 0,
+            uppers: vec![Upper::NONE; UPPERS].into_boxed_slice(),
             table_writes: (0, 0, 0),
             changes: 0,
             switches: 0,

@@ -165,8 +165,8 @@ pub const NO_LEAF: u64 = u64::MAX;
 pub const UPPER_BITS: usize = 1 << 18;
 /// Marks an entry that leads to a table of leaves: that table is all that depends on it.
 const DIRECTORY: u64 = 1 << 60;
-/// Marks a page, not an entry, in the filter.
-const UPPER_PAGE: u64 = 1 << 63 | 8;
+/// Marks an entry of a top table (of four levels).
+const TOP: u64 = 1 << 60 | 1 << 61;
 /// Mark an entry, and its page, that code was fetched by: the table of blocks outlives the fetch TLB's entries.
 /// (One for each half of linear addresses.)
 const CODE_LEAF: [u64; 2] = [1 << 62, 1 << 62 | 1 << 61];
@@ -176,6 +176,30 @@ const CODE_PAGE: [u64; 2] = [1 << 62 | 1 << 63 | 8, 1 << 62 | 1 << 61 | 1 << 63 
 const MANY_WRITES: u32 = 16;
 const USED: u32 = 8;
 const WRITES_WITHIN: u64 = 1000;
+
+/// Bits set in the filter until it says too little.
+const MARKS: u32 = 1 << 15;
+
+/// An entry of the third level that led to another table: in which address space, and from which 2^30 linear addresses.
+#[derive(Clone, Copy)]
+pub struct Upper {
+    at: u64,
+    cr3: u64,
+    base: u64,
+}
+impl Upper {
+    pub const NONE: Upper = Upper { at: NO_LEAF, cr3: 0, base: 0 };
+}
+/// As many are known exactly.
+pub const UPPERS: usize = 512;
+fn upper_slot(at: u64) -> usize {
+    (at >> 3 ^ at >> 12) as usize & (UPPERS - 1)
+}
+
+/// Whether a word of a table may be an entry that a walk used, or two.
+pub fn is_used(e: u64) -> bool {
+    e & 0x21 == 0x21 || e >> 32 & 0x21 == 0x21
+}
 
 fn upper_bit(at: u64) -> (usize, u64) {
     let n = (at >> 3).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> (64 - UPPER_BITS.trailing_zeros());
@@ -209,6 +233,8 @@ impl SoftCpu {
             drain(&mut s.tlb, &mut s.filled, &mut s.code_tlb, &mut s.code_filled);
         }
         self.upper.fill(0);
+        self.marks = 0;
+        self.uppers.fill(Upper::NONE);
         self.highs.truncate(1);
         self.highs[0].entries.clear();
         self.changes += 1;
@@ -225,31 +251,92 @@ impl SoftCpu {
         let again = last == page && self.pos.wrapping_sub(since) < WRITES_WITHIN;
         let count = if again { count + if used { USED } else { 1 } } else { 0 };
         self.table_writes = (page, count, self.pos);
-        if used {
-            if self.marked(at) {
-                self.flush_tlb();
-                return true;
-            }
-            if self.marked(at | DIRECTORY) {
-                let table = self.phys_read(at, 8) & self.phys_mask & !0xFFF;
-                let code = [0, 1].map(|h| [at | CODE_LEAF[h], table | CODE_PAGE[h]]);
-                self.drop_leaves(|leaf| leaf == at || leaf & !0xFFF == table, code);
-            }
-            if count <= MANY_WRITES {
-                self.drop_leaves(|leaf| leaf == at, CODE_LEAF.map(|c| [at | c; 2]));
-                return false;
-            }
+        if used && self.entry_changes(at) {
+            return true;
         }
         if count <= MANY_WRITES {
+            if used {
+                self.drop_leaves(|leaf| leaf == at, CODE_LEAF.map(|c| [at | c; 2]));
+            }
             return false;
         }
-        // The page is being filled, emptied, or no longer a table.
-        if self.marked(page | UPPER_PAGE) {
-            self.flush_tlb();
-        } else {
-            self.drop_leaves(|leaf| leaf & !0xFFF == page, CODE_PAGE.map(|c| [page | c; 2]));
+        // The page is being filled, emptied, or no longer a table. What depends on it depends on its used entries.
+        for at in (page..page + 4096).step_by(8) {
+            let e = self.phys_read(at, 8);
+            if is_used(e) && self.entry_changes(at) {
+                return true;
+            }
         }
+        self.drop_leaves(|leaf| leaf & !0xFFF == page, CODE_PAGE.map(|c| [page | c; 2]));
         true
+    }
+
+    /// The entry at `at` changes: drop what walks found through it in other tables. True: everything was dropped.
+    fn entry_changes(&mut self, at: u64) -> bool {
+        if self.marked(at | TOP) {
+            let (top, n) = (at & !0xFFF, at >> 3 & 0x1FF);
+            for k in 0..self.spaces.len() {
+                if self.spaces[k].cr3 & self.phys_mask & !0xFFF == top {
+                    let cr3 = self.spaces[k].cr3;
+                    self.drop_range(cr3, 0, 63);
+                    self.drop_range(cr3, 1 << 63, 63);
+                }
+            }
+            if self.cr3 & self.phys_mask & !0xFFF == top {
+                if n >= 256 {
+                    self.flush_tlb();
+                    return true;
+                }
+                self.drop_range(self.cr3, n << 39, 39);
+            }
+        }
+        if self.marked(at) {
+            self.flush_tlb();
+            return true;
+        }
+        let u = self.uppers[upper_slot(at)];
+        if u.at == at {
+            self.uppers[upper_slot(at)] = Upper::NONE;
+            self.drop_range(u.cr3, u.base, 30);
+        }
+        if self.marked(at | DIRECTORY) {
+            let table = self.phys_read(at, 8) & self.phys_mask & !0xFFF;
+            let code = CODE_PAGE.map(|c| [table | c; 2]);
+            self.drop_leaves(|leaf| leaf & !0xFFF == table, code);
+        }
+        false
+    }
+
+    /// Drop the translations of one address space whose linear addresses are those of `base` but for the low `bits`.
+    fn drop_range(&mut self, cr3: u64, base: u64, bits: u32) {
+        self.changes += 1;
+        self.epochs += 1;
+        let here = self.cr3 == cr3;
+        let (tlb, filled, code_tlb, code_filled, epoch) = if here {
+            (&mut self.tlb, &self.filled, &mut self.code_tlb, &self.code_filled, &mut self.epoch)
+        } else if let Some(s) = self.spaces.iter_mut().find(|s| s.cr3 == cr3) {
+            (&mut s.tlb, &s.filled, &mut s.code_tlb, &s.code_filled, &mut s.epoch)
+        } else {
+            return;
+        };
+        let hit = |tag: u64| (tag ^ base) >> bits == 0;
+        for &(mmu, slot) in filled {
+            let e = &mut tlb[mmu as usize][slot as usize];
+            if hit(e.rtag) || hit(e.wtag) {
+                (e.rtag, e.wtag) = (no_tag(slot as usize), no_tag(slot as usize));
+            }
+        }
+        for &(user, slot) in code_filled {
+            let e = &mut code_tlb[user as usize][slot as usize];
+            if hit(e.tag) {
+                e.tag = 1;
+            }
+        }
+        *epoch = self.epochs;
+        if here {
+            self.update_key();
+            self.end = std::ptr::null();
+        }
     }
 
     /// Drop translations by where their last table entry lies; `code` are the filter's keys of those that code was
@@ -324,7 +411,7 @@ impl SoftCpu {
         for k in 0..self.highs[0].entries.len() {
             let place = self.top_entry(self.highs[0].entries[k].0);
             self.protect_table(place);
-            self.mark_upper(place);
+            self.mark(place | TOP);
         }
     }
 
@@ -345,13 +432,19 @@ impl SoftCpu {
         }
     }
 
-    /// Walks use the table entry at `at` to find other tables.
-    fn mark_upper(&mut self, at: u64) {
-        self.mark(at & !7);
-        self.mark(at & !0xFFF | UPPER_PAGE);
+    /// The walk to `lin` went through the third-level entry at `at`.
+    fn note_upper(&mut self, at: u64, lin: u64) {
+        let (cr3, base) = (self.cr3, lin & !0x3FFF_FFFF);
+        let u = &mut self.uppers[upper_slot(at)];
+        if u.at == NO_LEAF && lin >> 63 == 0 {
+            *u = Upper { at, cr3, base };
+        } else if (u.at, u.cr3, u.base) != (at, cr3, base) {
+            self.mark(at);
+        }
     }
     fn mark(&mut self, key: u64) {
         let (word, bit) = upper_bit(key);
+        self.marks += (self.upper[word] & bit == 0) as u32;
         self.upper[word] |= bit;
     }
     fn marked(&self, key: u64) -> bool {
@@ -366,6 +459,9 @@ impl SoftCpu {
             return;
         }
         self.switches += 1;
+        if self.marks > MARKS {
+            self.flush_tlb();
+        }
         let known = self.spaces.iter().position(|s| s.cr3 == cr3);
         let fresh = known.is_none();
         let at = match known {
@@ -567,11 +663,12 @@ impl SoftCpu {
                 }
                 dirty = new & 0x40 != 0;
             }
-            if i + 2 == n && size == 8 {
-                self.mark(at | DIRECTORY);
-                self.mark(at & !0xFFF | UPPER_PAGE);
-            } else if i + 1 < n {
-                self.mark_upper(at);
+            match (i + 1 < n, size, i) {
+                (false, ..) => {}
+                (_, 8, 0) if self.efer & EFER_LMA != 0 => self.mark(at | TOP),
+                (_, 8, _) if i + 2 == n => self.mark(at | DIRECTORY),
+                (_, 8, _) => self.note_upper(at, lin),
+                _ => self.mark(at & !7),
             }
             self.set_bits(at, e, new, size);
         }

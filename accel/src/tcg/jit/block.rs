@@ -136,7 +136,9 @@ impl SoftCpu {
             if self.jit.memory.as_mut().is_some_and(|m| m.take_sites(sites) && m.push(&code)) {
                 self.jit.edges.extend(edges);
                 if !leaders.is_empty() {
-                    self.jit.grouped.push(Grouped { keys, code: home, failures: 0 });
+                    let first = self.jit.leaders.len();
+                    let leaders_here = first..first + leaders.len();
+                    self.jit.grouped.push(Grouped { keys, leaders: leaders_here, code: home, failures: 0 });
                     self.jit.leaders.extend(leaders);
                 }
                 block.code.set(home as *const u8);
@@ -152,8 +154,8 @@ impl SoftCpu {
     pub(super) fn compile_plainly(&mut self, number: u32) {
         let Jit { memory: Some(memory), grouped, leaders, .. } = &self.jit else { return };
         let grouped = &grouped[number as usize];
-        let mine = |l: &Leader| l.grouped == number;
-        let entries = leaders.iter().filter(|l| mine(l)).map(|l| (l.i, 0)).collect();
+        let mine = grouped.leaders.clone();
+        let entries = leaders[mine.clone()].iter().map(|l| (l.i, 0)).collect();
         let Some(trace) = Trace::of(&grouped.keys, &self.cache, self.cpus == 1) else { return };
         let (base, home) = (memory.next(), grouped.code);
         let mut c = Compiler::new(trace, base, self);
@@ -166,7 +168,7 @@ impl SoftCpu {
             self.drop_compiled();
             return;
         }
-        for l in leaders.iter().filter(|l| mine(l)) {
+        for l in &leaders[mine] {
             if let Some((_, at)) = entries.iter().find(|e| e.0 == l.i) {
                 memory.patch(l.jump_at, at.wrapping_sub(l.jump_at + 4) as i32);
             }

@@ -124,6 +124,8 @@ struct Leader {
 struct Grouped {
     /// Its blocks.
     keys: Vec<u64>,
+    /// Its leaders.
+    leaders: std::ops::Range<usize>,
     code: u64,
     /// How often a group could not be translated as one.
     failures: u32,
