@@ -122,7 +122,9 @@ impl CodePage {
     /// Take out the blocks that a write of `size` bytes at `phys` changes, as long as nothing is compiled (a trace goes
     /// through several blocks) and no other page's instruction is hit; `None` then.
     fn take(&mut self, phys: u64, size: u64) -> Option<Vec<Box<Block>>> {
-        if self.blocks.iter().any(|b| !b.code.get().is_null()) || self.tails.iter().any(|t| near(phys, size, 0, t.1)) {
+        if self.blocks.iter().any(|b| !b.code.get().is_null())
+            || self.tails.iter().any(|t| near(phys, size, 0, t.1))
+        {
             return None;
         }
         let (hit, rest) = std::mem::take(&mut self.blocks)

@@ -31,6 +31,8 @@ mod sys;
 mod task;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_code;
 mod undefined;
 mod vec;
 
