@@ -5,7 +5,7 @@
 //! one serves all of it (group commit).
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::{JoinHandle, Thread};
 use std::time::{Duration, Instant};
@@ -15,6 +15,11 @@ use crate::{BlockError, Image};
 
 /// Requests served side by side at the most.
 const THREADS: usize = 16;
+/// The longest that a thread which has just served looks out for the next request before it sleeps (what QEMU's
+/// `poll-max-ns` is for its loops): to wake a thread takes longer than many a request does.
+const LOOKOUT: Duration = Duration::from_micros(32);
+/// The shortest, from which it grows while requests come.
+const GLANCE: Duration = Duration::from_micros(4);
 /// An image that has work in the background gets to it at least this often.
 const BACKGROUND: Duration = Duration::from_millis(20);
 
@@ -99,6 +104,12 @@ struct State {
     idle: Vec<Thread>,
     /// Threads that are telling of an end and look for work right after.
     ending: usize,
+    /// A thread looks out for a request.
+    on_lookout: bool,
+    /// For how long the next one does; nothing after a request that came late.
+    lookout: Duration,
+    /// When a thread last went to sleep.
+    slept: Option<Instant>,
     threads: Vec<JoinHandle<()>>,
     closing: bool,
     throttle: Throttle,
@@ -106,6 +117,8 @@ struct State {
 
 struct Inner {
     name: String,
+    /// Counts what is submitted: the one thing that a thread on the lookout looks at.
+    submitted: AtomicU64,
     image: Arc<dyn Image>,
     durable: AtomicBool,
     abandoned: AtomicBool,
@@ -129,6 +142,11 @@ enum Next {
 impl State {
     fn wake_all(&mut self) {
         self.idle.drain(..).for_each(|thread| thread.unpark());
+    }
+
+    /// Whether a thread that has just served should look out for more. With others at work an end of theirs brings it.
+    fn may_look_out(&self) -> bool {
+        !(self.on_lookout || self.lookout.is_zero() || self.closing) && self.running.is_empty()
     }
 
     /// The first request that nothing before it is in the way of.
@@ -183,6 +201,7 @@ impl Inner {
 
     fn serve(&self) {
         let mut state = self.lock();
+        let mut served = false;
         loop {
             if self.is_abandoned() {
                 return;
@@ -190,10 +209,16 @@ impl Inner {
             let (id, request) = match state.next() {
                 Next::Job(id, request) => (id, request),
                 Next::Nothing if state.closing && state.waiting.is_empty() => return,
+                Next::Nothing if served && state.may_look_out() => {
+                    served = false;
+                    state = self.look_out(state);
+                    continue;
+                }
                 other => {
                     let own = std::thread::current();
                     let id = own.id();
                     state.idle.push(own);
+                    state.slept = Some(Instant::now());
                     drop(state);
                     match other {
                         Next::Later(time) => std::thread::park_timeout(time),
@@ -204,6 +229,7 @@ impl Inner {
                     continue;
                 }
             };
+            served = true;
             drop(state);
             let result = request.perform(self.image.as_ref());
             let (span, flush) = (request.span(), request == Request::Flush);
@@ -250,6 +276,28 @@ impl Inner {
         }
     }
 
+    /// Wait a short while for a request, awake; for longer the next time if one came, for less if none did.
+    fn look_out<'a>(&'a self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        state.on_lookout = true;
+        let (time, seen) = (state.lookout, self.submitted.load(Ordering::Acquire));
+        drop(state);
+        let start = Instant::now();
+        let mut came = false;
+        while !came && start.elapsed() < time {
+            for _ in 0..16 {
+                std::hint::spin_loop();
+            }
+            came = self.submitted.load(Ordering::Acquire) != seen;
+        }
+        let mut state = self.lock();
+        state.on_lookout = false;
+        came |= self.submitted.load(Ordering::Acquire) != seen;
+        if came {
+            state.lookout = LOOKOUT.min(time * 2);
+        }
+        state
+    }
+
     fn work_behind(&self) {
         loop {
             let busy = {
@@ -281,6 +329,7 @@ impl Queue {
         let state = State { throttle: Throttle::new(settings.limits), ..State::default() };
         let inner = Arc::new(Inner {
             name: name.to_owned(),
+            submitted: AtomicU64::new(0),
             image: Arc::from(image),
             durable: AtomicBool::new(settings.durable),
             abandoned: AtomicBool::new(false),
@@ -301,10 +350,17 @@ impl Queue {
             return;
         }
         state.waiting.push_back((id, request));
-        if state.waiting.len() <= state.ending {
+        inner.submitted.fetch_add(1, Ordering::Release);
+        if let Some(slept) = state.slept.take() {
+            // Had a thread looked out for as long as it may, would it have seen this one?
+            let late = slept.elapsed() > LOOKOUT;
+            state.lookout = if late { Duration::ZERO } else { LOOKOUT.min(GLANCE.max(state.lookout * 2)) };
+        }
+        let awake = state.ending + usize::from(state.on_lookout);
+        if state.waiting.len() <= awake {
             return;
         }
-        if state.waiting.len() > state.idle.len() + state.ending && state.threads.len() < THREADS {
+        if state.waiting.len() > state.idle.len() + awake && state.threads.len() < THREADS {
             let worker = Arc::clone(inner);
             let spawned = std::thread::Builder::new()
                 .name(format!("disk-{}", inner.name))

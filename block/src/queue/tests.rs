@@ -128,3 +128,23 @@ fn what_is_abandoned_is_not_told_of() {
     drop(queue);
     assert!(told + done.iter().count() < 100);
 }
+
+#[test]
+fn a_thread_looks_out_for_the_next_request_but_not_for_long() {
+    let (queue, done, _) = start(false);
+    for id in 0..20 {
+        queue.submit(id, Request::Flush);
+        assert_eq!(done.recv_timeout(Duration::from_secs(20)).unwrap().id, id);
+    }
+    // However it was woken, at the end it sleeps, and later requests do not keep it awake.
+    for id in 20..24 {
+        std::thread::sleep(Duration::from_millis(50));
+        let state = queue.inner.lock();
+        assert!(!state.on_lookout && state.lookout <= LOOKOUT);
+        assert_eq!(state.idle.len(), state.threads.len());
+        drop(state);
+        queue.submit(id, Request::Flush);
+        assert_eq!(queue.inner.lock().lookout, Duration::ZERO);
+        assert_eq!(done.recv_timeout(Duration::from_secs(20)).unwrap().id, id);
+    }
+}
