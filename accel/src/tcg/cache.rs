@@ -121,6 +121,7 @@ impl CodePage {
 
     /// Take out the blocks that a write of `size` bytes at `phys` changes, as long as nothing is compiled (a trace goes
     /// through several blocks) and no other page's instruction is hit; `None` then.
+    #[allow(clippy::vec_box)]
     fn take(&mut self, phys: u64, size: u64) -> Option<Vec<Box<Block>>> {
         if self.blocks.iter().any(|b| !b.code.get().is_null())
             || self.tails.iter().any(|t| near(phys, size, 0, t.1))
