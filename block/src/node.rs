@@ -51,7 +51,11 @@ impl Node {
         Ok(Self::new(name.to_owned(), origin, image))
     }
 
-    pub(crate) fn open_depth(path: &Path, options: &OpenOptions, depth: u32) -> Result<Arc<Self>, BlockError> {
+    pub(crate) fn open_depth(
+        path: &Path,
+        options: &OpenOptions,
+        depth: u32,
+    ) -> Result<Arc<Self>, BlockError> {
         let image = crate::open_over(path, options, depth, None)?;
         let origin = Some(Origin { path: path.to_owned(), options: options.clone() });
         Ok(Self::new(anonymous(), origin, image))
@@ -75,6 +79,12 @@ impl Node {
     /// Its name.
     pub fn name(&self) -> String {
         self.name.read().map_or_else(|e| e.into_inner().clone(), |n| n.clone())
+    }
+
+    /// Call it otherwise; `None`: a name of its own making.
+    pub fn rename(&self, name: Option<&str>) {
+        let name = name.map_or_else(anonymous, str::to_owned);
+        *self.name.write().unwrap_or_else(PoisonError::into_inner) = name;
     }
 
     /// Its image's file, if it was opened by name.

@@ -49,8 +49,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use crate::store::Store;
 use crate::node::Node;
+use crate::store::Store;
 use crate::{
     check_range, BlockError, Held, Image, ImageInfo, OpenOptions, Qcow2Info, Snapshot, SnapshotChange,
 };
@@ -274,9 +274,13 @@ impl Qcow2 {
             flushing: Mutex::new(()),
             gate: RwLock::new(()),
             size: AtomicU64::new(header.size),
-            named: RwLock::new(header.backing_text.clone().zip(header.backing.clone()).map(|(text, path)| {
-                naming::Named { text, path, format: header.backing_format.clone() }
-            })),
+            named: RwLock::new(
+                header.backing_text.clone().zip(header.backing.clone()).map(|(text, path)| naming::Named {
+                    text,
+                    path,
+                    format: header.backing_format.clone(),
+                }),
+            ),
             header,
         })
     }

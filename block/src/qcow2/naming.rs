@@ -81,9 +81,10 @@ impl Qcow2 {
         let mut first = vec![0u8; self.cluster() as usize];
         self.file.read_at(0, &mut first)?;
         // The names of features only make messages nicer.
-        let (head, place) = head(&first, backing, true).or_else(|| head(&first, backing, false)).ok_or_else(|| {
-            BlockError::Unsupported("the header has no room for the name of the backing file".into())
-        })?;
+        let (head, place) =
+            head(&first, backing, true).or_else(|| head(&first, backing, false)).ok_or_else(|| {
+                BlockError::Unsupported("the header has no room for the name of the backing file".into())
+            })?;
         let name = backing.map_or(&[][..], |(name, _)| name.as_bytes());
         let mut sector = first[..SECTOR].to_vec();
         sector[..head.len()].copy_from_slice(&head);
