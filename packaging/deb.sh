@@ -15,7 +15,8 @@ printf 'ftvm (%s-1) unstable; urgency=medium\n\n  * See changelog.gz.\n\n -- ftv
     "$version" "$(LC_ALL=C date -u -R -r "$here/CHANGELOG.md")" | gzip -9n > "$doc/changelog.Debian.gz"
 install -D -m 644 "$here/packaging/debian/lintian-overrides" "$tree/usr/share/lintian/overrides/ftvm"
 echo /etc/apparmor.d/abstractions/ftvm > "$tree/DEBIAN/conffiles"
-install -m 755 "$here/packaging/debian/postinst" "$here/packaging/debian/prerm" "$tree/DEBIAN/"
+install -m 755 "$here/packaging/debian/postinst" "$here/packaging/debian/prerm" \
+    "$here/packaging/debian/postrm" "$tree/DEBIAN/"
 # dpkg-shlibdeps wants a source package around it.
 printf 'Source: ftvm\n\nPackage: ftvm\nArchitecture: any\n' > "$work/debian/control"
 depends=$(cd "$work" && dpkg-shlibdeps -O -e tree/usr/bin/ftvm -e tree/usr/sbin/ftvmd -e tree/usr/bin/ftctl 2>/dev/null | sed 's/^shlibs:Depends=//')

@@ -19,6 +19,9 @@ _ftctl() {
             ftctl,back)
                 cmd="ftctl__subcmd__back"
                 ;;
+            ftctl,cert)
+                cmd="ftctl__subcmd__cert"
+                ;;
             ftctl,check)
                 cmd="ftctl__subcmd__check"
                 ;;
@@ -46,8 +49,17 @@ _ftctl() {
             ftctl,list)
                 cmd="ftctl__subcmd__list"
                 ;;
+            ftctl,maintenance)
+                cmd="ftctl__subcmd__maintenance"
+                ;;
+            ftctl,move-backup)
+                cmd="ftctl__subcmd__move__subcmd__backup"
+                ;;
             ftctl,pause)
                 cmd="ftctl__subcmd__pause"
+                ;;
+            ftctl,peers)
+                cmd="ftctl__subcmd__peers"
                 ;;
             ftctl,protect)
                 cmd="ftctl__subcmd__protect"
@@ -76,8 +88,29 @@ _ftctl() {
             ftctl,unprotect)
                 cmd="ftctl__subcmd__unprotect"
                 ;;
+            ftctl__subcmd__cert,ca)
+                cmd="ftctl__subcmd__cert__subcmd__ca"
+                ;;
+            ftctl__subcmd__cert,help)
+                cmd="ftctl__subcmd__cert__subcmd__help"
+                ;;
+            ftctl__subcmd__cert,host)
+                cmd="ftctl__subcmd__cert__subcmd__host"
+                ;;
+            ftctl__subcmd__cert__subcmd__help,ca)
+                cmd="ftctl__subcmd__cert__subcmd__help__subcmd__ca"
+                ;;
+            ftctl__subcmd__cert__subcmd__help,help)
+                cmd="ftctl__subcmd__cert__subcmd__help__subcmd__help"
+                ;;
+            ftctl__subcmd__cert__subcmd__help,host)
+                cmd="ftctl__subcmd__cert__subcmd__help__subcmd__host"
+                ;;
             ftctl__subcmd__help,back)
                 cmd="ftctl__subcmd__help__subcmd__back"
+                ;;
+            ftctl__subcmd__help,cert)
+                cmd="ftctl__subcmd__help__subcmd__cert"
                 ;;
             ftctl__subcmd__help,check)
                 cmd="ftctl__subcmd__help__subcmd__check"
@@ -106,8 +139,17 @@ _ftctl() {
             ftctl__subcmd__help,list)
                 cmd="ftctl__subcmd__help__subcmd__list"
                 ;;
+            ftctl__subcmd__help,maintenance)
+                cmd="ftctl__subcmd__help__subcmd__maintenance"
+                ;;
+            ftctl__subcmd__help,move-backup)
+                cmd="ftctl__subcmd__help__subcmd__move__subcmd__backup"
+                ;;
             ftctl__subcmd__help,pause)
                 cmd="ftctl__subcmd__help__subcmd__pause"
+                ;;
+            ftctl__subcmd__help,peers)
+                cmd="ftctl__subcmd__help__subcmd__peers"
                 ;;
             ftctl__subcmd__help,protect)
                 cmd="ftctl__subcmd__help__subcmd__protect"
@@ -136,6 +178,12 @@ _ftctl() {
             ftctl__subcmd__help,unprotect)
                 cmd="ftctl__subcmd__help__subcmd__unprotect"
                 ;;
+            ftctl__subcmd__help__subcmd__cert,ca)
+                cmd="ftctl__subcmd__help__subcmd__cert__subcmd__ca"
+                ;;
+            ftctl__subcmd__help__subcmd__cert,host)
+                cmd="ftctl__subcmd__help__subcmd__cert__subcmd__host"
+                ;;
             *)
                 ;;
         esac
@@ -143,7 +191,7 @@ _ftctl() {
 
     case "${cmd}" in
         ftctl)
-            opts="-h -V --session --json --help --version list status start shutdown reset pause resume destroy protect unprotect back failover restart-backup events define undefine check host completions help"
+            opts="-h -V --session --json --help --version list status start shutdown reset pause resume destroy protect unprotect back move-backup failover restart-backup events define undefine check host peers maintenance cert completions help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -163,6 +211,112 @@ _ftctl() {
                 return 0
             fi
             case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        ftctl__subcmd__cert)
+            opts="-h --session --json --help ca host help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        ftctl__subcmd__cert__subcmd__ca)
+            opts="-h --dir --session --json --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --dir)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        ftctl__subcmd__cert__subcmd__help)
+            opts="ca host help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        ftctl__subcmd__cert__subcmd__help__subcmd__ca)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        ftctl__subcmd__cert__subcmd__help__subcmd__help)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        ftctl__subcmd__cert__subcmd__help__subcmd__host)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        ftctl__subcmd__cert__subcmd__host)
+            opts="-h --dir --session --json --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --dir)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
                 *)
                     COMPREPLY=()
                     ;;
@@ -275,7 +429,7 @@ _ftctl() {
             return 0
             ;;
         ftctl__subcmd__help)
-            opts="list status start shutdown reset pause resume destroy protect unprotect back failover restart-backup events define undefine check host completions help"
+            opts="list status start shutdown reset pause resume destroy protect unprotect back move-backup failover restart-backup events define undefine check host peers maintenance cert completions help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -291,6 +445,48 @@ _ftctl() {
         ftctl__subcmd__help__subcmd__back)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        ftctl__subcmd__help__subcmd__cert)
+            opts="ca host"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        ftctl__subcmd__help__subcmd__cert__subcmd__ca)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        ftctl__subcmd__help__subcmd__cert__subcmd__host)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
             fi
@@ -428,7 +624,49 @@ _ftctl() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
+        ftctl__subcmd__help__subcmd__maintenance)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        ftctl__subcmd__help__subcmd__move__subcmd__backup)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
         ftctl__subcmd__help__subcmd__pause)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        ftctl__subcmd__help__subcmd__peers)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -596,7 +834,49 @@ _ftctl() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
+        ftctl__subcmd__maintenance)
+            opts="-h --session --json --help on off state"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        ftctl__subcmd__move__subcmd__backup)
+            opts="-h --session --json --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
         ftctl__subcmd__pause)
+            opts="-h --session --json --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        ftctl__subcmd__peers)
             opts="-h --session --json --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )

@@ -132,6 +132,16 @@ _arguments "${_arguments_options[@]}" : \
 ':peer -- The primary'\''s logging channel:_default' \
 && ret=0
 ;;
+(move-backup)
+_arguments "${_arguments_options[@]}" : \
+'--session[Use the session bus instead of the system bus]' \
+'--json[Print JSON]' \
+'-h[Print help]' \
+'--help[Print help]' \
+':name -- The machine:_default' \
+'::host -- A peer; without it, where there is most room:_default' \
+&& ret=0
+;;
 (failover)
 _arguments "${_arguments_options[@]}" : \
 '--session[Use the session bus instead of the system bus]' \
@@ -181,7 +191,7 @@ _arguments "${_arguments_options[@]}" : \
 (check)
 _arguments "${_arguments_options[@]}" : \
 '--lock-dir=[Where the images and their lock are\: the shared storage]:DIR:_default' \
-'--peer=[A primary (or its host) that is to be reached]:HOST[:PORT]:_default' \
+'--peer=[A peer of ftvmd.conf\: both services measure and race; or else a primary that is to be reached]:HOST[:PORT]:_default' \
 '--memory=[The memory of the machine, in MiB]:MIB:_default' \
 '--port=[The port of the logging channel]:PORT:_default' \
 '--firmware=[The firmware]:FILE:_default' \
@@ -198,6 +208,91 @@ _arguments "${_arguments_options[@]}" : \
 '-h[Print help]' \
 '--help[Print help]' \
 && ret=0
+;;
+(peers)
+_arguments "${_arguments_options[@]}" : \
+'--session[Use the session bus instead of the system bus]' \
+'--json[Print JSON]' \
+'-h[Print help]' \
+'--help[Print help]' \
+&& ret=0
+;;
+(maintenance)
+_arguments "${_arguments_options[@]}" : \
+'--session[Use the session bus instead of the system bus]' \
+'--json[Print JSON]' \
+'-h[Print help]' \
+'--help[Print help]' \
+'::what -- on, off (take machines again) or state:(on off state)' \
+&& ret=0
+;;
+(cert)
+_arguments "${_arguments_options[@]}" : \
+'--session[Use the session bus instead of the system bus]' \
+'--json[Print JSON]' \
+'-h[Print help]' \
+'--help[Print help]' \
+":: :_ftctl__subcmd__cert_commands" \
+"*::: :->cert" \
+&& ret=0
+
+    case $state in
+    (cert)
+        words=($line[1] "${words[@]}")
+        (( CURRENT += 1 ))
+        curcontext="${curcontext%:*:*}:ftctl-cert-command-$line[1]:"
+        case $line[1] in
+            (ca)
+_arguments "${_arguments_options[@]}" : \
+'--dir=[Where the files are and go]:DIR:_default' \
+'--session[Use the session bus instead of the system bus]' \
+'--json[Print JSON]' \
+'-h[Print help]' \
+'--help[Print help]' \
+&& ret=0
+;;
+(host)
+_arguments "${_arguments_options[@]}" : \
+'--dir=[Where the files are and go]:DIR:_default' \
+'--session[Use the session bus instead of the system bus]' \
+'--json[Print JSON]' \
+'-h[Print help]' \
+'--help[Print help]' \
+':host -- The host, as peers name it:_default' \
+'::other -- More names or addresses of it:_default' \
+&& ret=0
+;;
+(help)
+_arguments "${_arguments_options[@]}" : \
+":: :_ftctl__subcmd__cert__subcmd__help_commands" \
+"*::: :->help" \
+&& ret=0
+
+    case $state in
+    (help)
+        words=($line[1] "${words[@]}")
+        (( CURRENT += 1 ))
+        curcontext="${curcontext%:*:*}:ftctl-cert-help-command-$line[1]:"
+        case $line[1] in
+            (ca)
+_arguments "${_arguments_options[@]}" : \
+&& ret=0
+;;
+(host)
+_arguments "${_arguments_options[@]}" : \
+&& ret=0
+;;
+(help)
+_arguments "${_arguments_options[@]}" : \
+&& ret=0
+;;
+        esac
+    ;;
+esac
+;;
+        esac
+    ;;
+esac
 ;;
 (completions)
 _arguments "${_arguments_options[@]}" : \
@@ -264,6 +359,10 @@ _arguments "${_arguments_options[@]}" : \
 _arguments "${_arguments_options[@]}" : \
 && ret=0
 ;;
+(move-backup)
+_arguments "${_arguments_options[@]}" : \
+&& ret=0
+;;
 (failover)
 _arguments "${_arguments_options[@]}" : \
 && ret=0
@@ -291,6 +390,38 @@ _arguments "${_arguments_options[@]}" : \
 (host)
 _arguments "${_arguments_options[@]}" : \
 && ret=0
+;;
+(peers)
+_arguments "${_arguments_options[@]}" : \
+&& ret=0
+;;
+(maintenance)
+_arguments "${_arguments_options[@]}" : \
+&& ret=0
+;;
+(cert)
+_arguments "${_arguments_options[@]}" : \
+":: :_ftctl__subcmd__help__subcmd__cert_commands" \
+"*::: :->cert" \
+&& ret=0
+
+    case $state in
+    (cert)
+        words=($line[1] "${words[@]}")
+        (( CURRENT += 1 ))
+        curcontext="${curcontext%:*:*}:ftctl-help-cert-command-$line[1]:"
+        case $line[1] in
+            (ca)
+_arguments "${_arguments_options[@]}" : \
+&& ret=0
+;;
+(host)
+_arguments "${_arguments_options[@]}" : \
+&& ret=0
+;;
+        esac
+    ;;
+esac
 ;;
 (completions)
 _arguments "${_arguments_options[@]}" : \
@@ -323,13 +454,17 @@ _ftctl_commands() {
 'protect:Turn fault tolerance on\: make a running machine a primary' \
 'unprotect:Turn fault tolerance off' \
 'back:Define and start the backup of a primary on another host' \
+'move-backup:Have another host start the backup in the place of the one that has it' \
 'failover:Switch a protected machine over to its backup' \
 'restart-backup:Let the backup give up and join anew' \
 'events:Print what happens, until interrupted' \
 'define:Define a machine' \
 'undefine:Remove a machine'\''s definition' \
-'check:Find out whether this host is fit for fault tolerance' \
+'check:Find out whether this host is fit for fault tolerance, alone or together with a peer' \
 'host:Show what this host has' \
+'peers:Show the other hosts' \
+'maintenance:Give all machines away so that this host can be switched off, and wait until none is left' \
+'cert:Make the certificates by which hosts know each other' \
 'completions:Print the completions of a shell' \
 'help:Print this message or the help of the given subcommand(s)' \
     )
@@ -339,6 +474,49 @@ _ftctl_commands() {
 _ftctl__subcmd__back_commands() {
     local commands; commands=()
     _describe -t commands 'ftctl back commands' commands "$@"
+}
+(( $+functions[_ftctl__subcmd__cert_commands] )) ||
+_ftctl__subcmd__cert_commands() {
+    local commands; commands=(
+'ca:Make the authority\: ca.crt for every host, ca.key for nobody' \
+'host:Make a host'\''s certificate by the authority in DIR\: NAME.crt and NAME.key' \
+'help:Print this message or the help of the given subcommand(s)' \
+    )
+    _describe -t commands 'ftctl cert commands' commands "$@"
+}
+(( $+functions[_ftctl__subcmd__cert__subcmd__ca_commands] )) ||
+_ftctl__subcmd__cert__subcmd__ca_commands() {
+    local commands; commands=()
+    _describe -t commands 'ftctl cert ca commands' commands "$@"
+}
+(( $+functions[_ftctl__subcmd__cert__subcmd__help_commands] )) ||
+_ftctl__subcmd__cert__subcmd__help_commands() {
+    local commands; commands=(
+'ca:Make the authority\: ca.crt for every host, ca.key for nobody' \
+'host:Make a host'\''s certificate by the authority in DIR\: NAME.crt and NAME.key' \
+'help:Print this message or the help of the given subcommand(s)' \
+    )
+    _describe -t commands 'ftctl cert help commands' commands "$@"
+}
+(( $+functions[_ftctl__subcmd__cert__subcmd__help__subcmd__ca_commands] )) ||
+_ftctl__subcmd__cert__subcmd__help__subcmd__ca_commands() {
+    local commands; commands=()
+    _describe -t commands 'ftctl cert help ca commands' commands "$@"
+}
+(( $+functions[_ftctl__subcmd__cert__subcmd__help__subcmd__help_commands] )) ||
+_ftctl__subcmd__cert__subcmd__help__subcmd__help_commands() {
+    local commands; commands=()
+    _describe -t commands 'ftctl cert help help commands' commands "$@"
+}
+(( $+functions[_ftctl__subcmd__cert__subcmd__help__subcmd__host_commands] )) ||
+_ftctl__subcmd__cert__subcmd__help__subcmd__host_commands() {
+    local commands; commands=()
+    _describe -t commands 'ftctl cert help host commands' commands "$@"
+}
+(( $+functions[_ftctl__subcmd__cert__subcmd__host_commands] )) ||
+_ftctl__subcmd__cert__subcmd__host_commands() {
+    local commands; commands=()
+    _describe -t commands 'ftctl cert host commands' commands "$@"
 }
 (( $+functions[_ftctl__subcmd__check_commands] )) ||
 _ftctl__subcmd__check_commands() {
@@ -384,13 +562,17 @@ _ftctl__subcmd__help_commands() {
 'protect:Turn fault tolerance on\: make a running machine a primary' \
 'unprotect:Turn fault tolerance off' \
 'back:Define and start the backup of a primary on another host' \
+'move-backup:Have another host start the backup in the place of the one that has it' \
 'failover:Switch a protected machine over to its backup' \
 'restart-backup:Let the backup give up and join anew' \
 'events:Print what happens, until interrupted' \
 'define:Define a machine' \
 'undefine:Remove a machine'\''s definition' \
-'check:Find out whether this host is fit for fault tolerance' \
+'check:Find out whether this host is fit for fault tolerance, alone or together with a peer' \
 'host:Show what this host has' \
+'peers:Show the other hosts' \
+'maintenance:Give all machines away so that this host can be switched off, and wait until none is left' \
+'cert:Make the certificates by which hosts know each other' \
 'completions:Print the completions of a shell' \
 'help:Print this message or the help of the given subcommand(s)' \
     )
@@ -400,6 +582,24 @@ _ftctl__subcmd__help_commands() {
 _ftctl__subcmd__help__subcmd__back_commands() {
     local commands; commands=()
     _describe -t commands 'ftctl help back commands' commands "$@"
+}
+(( $+functions[_ftctl__subcmd__help__subcmd__cert_commands] )) ||
+_ftctl__subcmd__help__subcmd__cert_commands() {
+    local commands; commands=(
+'ca:Make the authority\: ca.crt for every host, ca.key for nobody' \
+'host:Make a host'\''s certificate by the authority in DIR\: NAME.crt and NAME.key' \
+    )
+    _describe -t commands 'ftctl help cert commands' commands "$@"
+}
+(( $+functions[_ftctl__subcmd__help__subcmd__cert__subcmd__ca_commands] )) ||
+_ftctl__subcmd__help__subcmd__cert__subcmd__ca_commands() {
+    local commands; commands=()
+    _describe -t commands 'ftctl help cert ca commands' commands "$@"
+}
+(( $+functions[_ftctl__subcmd__help__subcmd__cert__subcmd__host_commands] )) ||
+_ftctl__subcmd__help__subcmd__cert__subcmd__host_commands() {
+    local commands; commands=()
+    _describe -t commands 'ftctl help cert host commands' commands "$@"
 }
 (( $+functions[_ftctl__subcmd__help__subcmd__check_commands] )) ||
 _ftctl__subcmd__help__subcmd__check_commands() {
@@ -446,10 +646,25 @@ _ftctl__subcmd__help__subcmd__list_commands() {
     local commands; commands=()
     _describe -t commands 'ftctl help list commands' commands "$@"
 }
+(( $+functions[_ftctl__subcmd__help__subcmd__maintenance_commands] )) ||
+_ftctl__subcmd__help__subcmd__maintenance_commands() {
+    local commands; commands=()
+    _describe -t commands 'ftctl help maintenance commands' commands "$@"
+}
+(( $+functions[_ftctl__subcmd__help__subcmd__move-backup_commands] )) ||
+_ftctl__subcmd__help__subcmd__move-backup_commands() {
+    local commands; commands=()
+    _describe -t commands 'ftctl help move-backup commands' commands "$@"
+}
 (( $+functions[_ftctl__subcmd__help__subcmd__pause_commands] )) ||
 _ftctl__subcmd__help__subcmd__pause_commands() {
     local commands; commands=()
     _describe -t commands 'ftctl help pause commands' commands "$@"
+}
+(( $+functions[_ftctl__subcmd__help__subcmd__peers_commands] )) ||
+_ftctl__subcmd__help__subcmd__peers_commands() {
+    local commands; commands=()
+    _describe -t commands 'ftctl help peers commands' commands "$@"
 }
 (( $+functions[_ftctl__subcmd__help__subcmd__protect_commands] )) ||
 _ftctl__subcmd__help__subcmd__protect_commands() {
@@ -506,10 +721,25 @@ _ftctl__subcmd__list_commands() {
     local commands; commands=()
     _describe -t commands 'ftctl list commands' commands "$@"
 }
+(( $+functions[_ftctl__subcmd__maintenance_commands] )) ||
+_ftctl__subcmd__maintenance_commands() {
+    local commands; commands=()
+    _describe -t commands 'ftctl maintenance commands' commands "$@"
+}
+(( $+functions[_ftctl__subcmd__move-backup_commands] )) ||
+_ftctl__subcmd__move-backup_commands() {
+    local commands; commands=()
+    _describe -t commands 'ftctl move-backup commands' commands "$@"
+}
 (( $+functions[_ftctl__subcmd__pause_commands] )) ||
 _ftctl__subcmd__pause_commands() {
     local commands; commands=()
     _describe -t commands 'ftctl pause commands' commands "$@"
+}
+(( $+functions[_ftctl__subcmd__peers_commands] )) ||
+_ftctl__subcmd__peers_commands() {
+    local commands; commands=()
+    _describe -t commands 'ftctl peers commands' commands "$@"
 }
 (( $+functions[_ftctl__subcmd__protect_commands] )) ||
 _ftctl__subcmd__protect_commands() {

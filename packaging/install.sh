@@ -23,4 +23,6 @@ done
 put 644 "$here/packaging/dbus/org.ftvm.conf" /usr/share/dbus-1/system.d/org.ftvm.conf
 put 644 "$here/packaging/dbus/org.ftvm.service" /usr/share/dbus-1/system-services/org.ftvm.service
 put 644 "$here/packaging/dbus/org.ftvm.policy" /usr/share/polkit-1/actions/org.ftvm.policy
-put 644 "$here/packaging/dbus/ftvmd.service" /usr/lib/systemd/system/ftvmd.service
+put 644 "$here/packaging/systemd/ftvmd.service" /usr/lib/systemd/system/ftvmd.service
+put 644 "$here/packaging/systemd/tmpfiles.conf" /usr/lib/tmpfiles.d/ftvm.conf
+put 644 "$here/packaging/systemd/sysusers.conf" /usr/lib/sysusers.d/ftvm.conf

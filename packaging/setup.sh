@@ -15,6 +15,8 @@ need libc6-dev /usr/include/stdlib.h
 need pkg-config pkg-config
 need libslirp-dev /usr/include/slirp/libslirp.h
 need libglib2.0-dev /usr/include/glib-2.0/glib.h
+need protobuf-compiler protoc
+need libprotobuf-dev /usr/include/google/protobuf/descriptor.proto
 need seabios /usr/share/seabios/bios-256k.bin
 need qemu-utils qemu-img
 need qemu-system-x86 qemu-system-x86_64
@@ -38,6 +40,8 @@ need grub-pc-bin /usr/lib/grub/i386-pc/boot.img
 need iproute2 ip
 need openssh-client ssh
 need dbus dbus-daemon
+need etcd-server etcd
+need polkitd /usr/lib/polkit-1/polkitd
 need lintian lintian
 need rpm rpmbuild
 need rpmlint rpmlint
@@ -55,7 +59,7 @@ as_root=
 [ "$(id -u)" = 0 ] || as_root=sudo
 $as_root apt-get update -qq
 # None of the servers is to start by itself: the tests start their own.
-for unit in nfs-ganesha rpcbind tgt; do
+for unit in nfs-ganesha rpcbind tgt etcd; do
     case $missing in
         *" $unit"*) [ -e "/etc/systemd/system/$unit.service" ] || $as_root ln -s /dev/null "/etc/systemd/system/$unit.service" ;;
     esac

@@ -18,6 +18,7 @@ fn main() -> std::io::Result<()> {
     put("man/org.ftvm.5", ftvm_daemon::page::interfaces_page(&xml))?;
     put("man/ftctl.1", ftvm_daemon::page::ftctl_page(&ftvm_daemon::ctl::command()))?;
     put("man/ftvmd.8", ftvm_daemon::page::ftvmd_page(&ftvm_daemon::service::command()))?;
+    put("man/ftvmd.conf.5", ftvm_daemon::page::configuration_page())?;
     put("packaging/dbus/org.ftvm.policy", ftvm_daemon::access::policy())?;
     for (shell, name) in [(Shell::Bash, "ftctl.bash"), (Shell::Zsh, "ftctl.zsh"), (Shell::Fish, "ftctl.fish")]
     {

@@ -32,6 +32,9 @@ pub const VERBS: &[Verb] = &[
     verb("ft-resume", "resume the fault tolerance of a virtual machine"),
     verb("ft-test-failover", "switch a virtual machine over to its backup"),
     verb("ft-test-restart", "restart the backup of a virtual machine"),
+    verb("ft-migrate-backup", "move the backup of a virtual machine to another host"),
+    verb("check-peer", "measure the network and the shared storage together with another host"),
+    verb("maintenance", "move the virtual machines away from this host, or let them come again"),
 ];
 
 /// Which bus the service is on.

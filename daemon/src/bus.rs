@@ -12,6 +12,7 @@ use zbus::object_server::SignalEmitter;
 use zbus::{fdo, interface, Connection, OwnedObjectPath, OwnedVariant, Variant};
 
 use crate::access::Bus;
+use crate::cluster::Cluster;
 use crate::machine::{Failover, Machine, Status};
 use crate::registry::{self, Registry};
 use crate::service::Publisher;
@@ -56,6 +57,7 @@ pub async fn off_thread<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'st
 /// `org.ftvm.Manager1`.
 pub struct Manager {
     pub registry: Arc<Registry>,
+    pub cluster: Arc<Cluster>,
     pub publisher: Arc<Publisher>,
     pub bus: Bus,
 }
@@ -110,7 +112,8 @@ impl Manager {
     ) -> fdo::Result<OwnedObjectPath> {
         self.bus.check(connection, &header, "start").await?;
         let machine = self.registry.find(&name).ok_or_else(|| Error::Unknown(name.clone()))?;
-        off_thread(move || machine.start()).await??;
+        let cluster = Arc::clone(&self.cluster);
+        off_thread(move || cluster.start_machine(&machine)).await??;
         Ok(registry::path(&name))
     }
 
@@ -130,9 +133,7 @@ impl Manager {
     /// The object of the machine of this UUID.
     #[zbus(out_args("machine"))]
     async fn lookup_by_uuid(&self, uuid: String) -> fdo::Result<OwnedObjectPath> {
-        let machines = self.registry.all();
-        let found = machines.into_iter().find(|m| !uuid.is_empty() && m.uuid().eq_ignore_ascii_case(&uuid));
-        self.found(found, &uuid)
+        self.found(self.registry.find_uuid(&uuid), &uuid)
     }
 
     /// This host: host-name (s), kernel (s), processors (u), load (d: of the last minute), memory and memory-available
@@ -148,11 +149,111 @@ impl Manager {
         owned(dict)
     }
 
+    /// The other hosts, by name: address (s), answers (b), problem (s: why it does not answer), and of its last answer
+    /// version (s), processors (u), load (d), memory and memory-available (t: bytes), maintenance (b), machines (as: those
+    /// that run there).
+    #[zbus(out_args("peers"))]
+    async fn peers(&self) -> fdo::Result<HashMap<String, Dict>> {
+        let one = |peer: Arc<crate::cluster::peers::Known>| Ok((peer.name.clone(), owned(peer_dict(&peer))?));
+        self.cluster.peers().into_iter().map(one).collect()
+    }
+
+    /// Whether this host and a peer are fit to run a pair. Options: lock-dir (s: a directory of the shared storage, where
+    /// both hosts then race for names), memory (t: of the machine, in MiB). Each finding: what was looked at, whether it is
+    /// fit, what was seen or is wrong, and the mend.
+    #[zbus(out_args("findings"))]
+    async fn check_peer(
+        &self,
+        peer: String,
+        options: HashMap<String, OwnedVariant>,
+        #[zbus(connection)] connection: &Connection,
+        #[zbus(header)] header: Header<'_>,
+    ) -> fdo::Result<Vec<(String, bool, String, String)>> {
+        self.bus.check(connection, &header, "check-peer").await?;
+        let (mut dir, mut memory) = (None, None);
+        for (key, value) in options {
+            match (key.as_str(), &*value) {
+                ("lock-dir", Variant::Str(s)) => dir = Some(s.as_str().to_owned()),
+                ("memory", Variant::U64(n)) => memory = Some(*n),
+                _ => return Err(fdo::Error::InvalidArgs(format!("there is no option '{key}' of this type"))),
+            }
+        }
+        let cluster = Arc::clone(&self.cluster);
+        let work = move || crate::check::remote::run(&cluster, &peer, dir.as_deref(), memory);
+        let findings = off_thread(work).await?;
+        let one = |f: crate::check::Finding| match f.result {
+            Ok(seen) => (f.what, true, seen, String::new()),
+            Err((cause, mend)) => (f.what, false, cause, mend),
+        };
+        Ok(findings.into_iter().map(one).collect())
+    }
+
+    /// Give all machines away, and take none until LeaveMaintenance: primaries are switched over to their backups,
+    /// backups are made anew on other hosts. Returns at once; see Maintenance.
+    async fn enter_maintenance(
+        &self,
+        #[zbus(connection)] connection: &Connection,
+        #[zbus(header)] header: Header<'_>,
+    ) -> fdo::Result<()> {
+        self.bus.check(connection, &header, "maintenance").await?;
+        let cluster = Arc::clone(&self.cluster);
+        Ok(off_thread(move || cluster.enter_maintenance()).await??)
+    }
+
+    /// Take machines again.
+    async fn leave_maintenance(
+        &self,
+        #[zbus(connection)] connection: &Connection,
+        #[zbus(header)] header: Header<'_>,
+    ) -> fdo::Result<()> {
+        self.bus.check(connection, &header, "maintenance").await?;
+        let cluster = Arc::clone(&self.cluster);
+        Ok(off_thread(move || cluster.leave_maintenance()).await??)
+    }
+
+    /// off, entering (machines are still here) or on (none is: the host may be switched off).
+    #[zbus(property)]
+    fn maintenance(&self) -> String {
+        self.cluster.maintenance.state().0
+    }
+
+    /// What keeps Maintenance from being on, one sentence a machine.
+    #[zbus(property)]
+    fn maintenance_waits(&self) -> Vec<String> {
+        self.cluster.maintenance.state().1
+    }
+
+    /// This host, as its peers name it.
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn host_name(&self) -> String {
+        self.cluster.settings.name.clone()
+    }
+
     /// The version of the service.
     #[zbus(property(emits_changed_signal = "const"))]
     fn version(&self) -> &str {
         env!("CARGO_PKG_VERSION")
     }
+}
+
+fn peer_dict(peer: &crate::cluster::peers::Known) -> BTreeMap<&'static str, Variant<'static>> {
+    let problem = peer.problem();
+    let mut dict = BTreeMap::from([("address", Variant::from(peer.address()))]);
+    let state = peer.state();
+    let answers = state.as_ref().is_some_and(|(_, at)| at.elapsed() < crate::cluster::FRESH);
+    dict.insert("answers", Variant::from(answers));
+    dict.insert("problem", Variant::from(problem));
+    if let Some((state, _)) = state {
+        let running = state.machines.into_iter().filter(|m| m.runs).map(|m| m.name);
+        dict.insert("machines", Variant::from(running.collect::<Vec<String>>()));
+        dict.insert("version", Variant::from(state.version));
+        dict.insert("processors", Variant::from(state.processors));
+        dict.insert("load", Variant::from(state.load));
+        dict.insert("memory", Variant::from(state.memory));
+        dict.insert("memory-available", Variant::from(state.available));
+        dict.insert("maintenance", Variant::from(state.maintenance));
+    }
+    dict
 }
 
 /// Make a dictionary fit for the bus.
@@ -167,6 +268,7 @@ pub fn owned<K: Into<String>>(dict: BTreeMap<K, Variant<'_>>) -> fdo::Result<Dic
 /// `org.ftvm.Machine1`.
 pub struct MachineObject {
     pub machine: Arc<Machine>,
+    pub cluster: Arc<Cluster>,
     pub bus: Bus,
 }
 
@@ -193,8 +295,8 @@ impl MachineObject {
         #[zbus(header)] header: Header<'_>,
     ) -> fdo::Result<()> {
         self.bus.check(connection, &header, "start").await?;
-        let machine = Arc::clone(&self.machine);
-        off_thread(move || machine.start()).await??;
+        let (machine, cluster) = (Arc::clone(&self.machine), Arc::clone(&self.cluster));
+        off_thread(move || cluster.start_machine(&machine)).await??;
         Ok(())
     }
 
@@ -259,7 +361,7 @@ impl MachineObject {
         self.machine.name.clone()
     }
 
-    /// Its UUID as defined, or empty.
+    /// Its UUID, or empty.
     #[zbus(property(emits_changed_signal = "false"))]
     fn uuid(&self) -> String {
         self.machine.uuid()
@@ -271,13 +373,20 @@ impl MachineObject {
         self.machine.status().pid
     }
 
-    /// Its QMP socket for other programs.
+    /// Its QMP socket for other programs; empty, if this service did not start it.
     #[zbus(property(emits_changed_signal = "const"))]
     fn qmp_socket(&self) -> String {
-        self.machine.qmp_socket().display().to_string()
+        self.machine.qmp_socket().map(|s| s.display().to_string()).unwrap_or_default()
     }
 
-    /// The command line of its process, or that with which it would be started.
+    /// defined (by a file of this host), backup (started for a peer, without a definition) or foreign (started by a person
+    /// or another program; it can be looked at and controlled, but not started).
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn origin(&self) -> &str {
+        self.machine.kind()
+    }
+
+    /// The command line of its process, or the one with which it would be started.
     #[zbus(property(emits_changed_signal = "false"))]
     fn command_line(&self) -> fdo::Result<Vec<String>> {
         Ok(self.machine.command_line()?)
@@ -299,14 +408,16 @@ impl MachineObject {
 /// `org.ftvm.FaultTolerance1`.
 pub struct FaultTolerance {
     pub machine: Arc<Machine>,
+    pub cluster: Arc<Cluster>,
     pub bus: Bus,
 }
 
 /// The pair that a machine is one of.
 #[interface(name = "org.ftvm.FaultTolerance1")]
 impl FaultTolerance {
-    /// Make a running machine a primary that waits for its backup. Options as of -ft primary: listen and lock (s),
-    /// heartbeat, timeout and max-lag (an integer: milliseconds).
+    /// Make a running machine a primary that waits for its backup; where this host has peers, one of them starts it. Options
+    /// as of -ft primary: listen and lock (s), heartbeat, timeout and max-lag (an integer: milliseconds). Without listen the
+    /// machine gets a free port.
     async fn turn_on(
         &self,
         options: HashMap<String, OwnedVariant>,
@@ -326,6 +437,10 @@ impl FaultTolerance {
                 Variant::U64(n) => json!(n),
                 _ => return Err(fdo::Error::InvalidArgs(format!("'{key}' is to be a string or an integer"))),
             };
+        }
+        if arguments.get("listen").is_none() {
+            arguments["listen"] =
+                json!(format!("0.0.0.0:{}", self.cluster.registry.port(&self.machine.name)?));
         }
         tell(&self.machine, (self.bus, c, &h), ("ft-turn-on", "ft-turn-on"), arguments).await
     }
@@ -373,6 +488,37 @@ impl FaultTolerance {
         #[zbus(header)] h: Header<'_>,
     ) -> fdo::Result<()> {
         tell(&self.machine, (self.bus, c, &h), ("ft-test-restart", "ft-test-restart"), Value::Null).await
+    }
+
+    /// Let the backup go and have another host start one: this peer, or where there is most room if it is empty. The
+    /// machine is without a backup in between. Which host it is now.
+    #[zbus(out_args("host"))]
+    async fn migrate_backup(
+        &self,
+        host: String,
+        #[zbus(connection)] c: &Connection,
+        #[zbus(header)] h: Header<'_>,
+    ) -> fdo::Result<String> {
+        self.bus.check(c, &h, "ft-migrate-backup").await?;
+        let (machine, cluster) = (Arc::clone(&self.machine), Arc::clone(&self.cluster));
+        let work = move || {
+            let to = Some(host.as_str()).filter(|h| !h.is_empty());
+            if let Some(to) = to {
+                cluster.peer(to)?;
+            }
+            let from = cluster.backup_host(&machine.uuid()).unwrap_or_default();
+            if to == Some(from.as_str()) {
+                return Err(Error::State(format!("the backup is on {from} already")));
+            }
+            cluster.move_backup(&machine.uuid(), &from, to)
+        };
+        Ok(off_thread(work).await??)
+    }
+
+    /// The peer on which the other side runs, or empty.
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn peer_host(&self) -> String {
+        self.cluster.runs_elsewhere(&self.machine.uuid()).unwrap_or_default()
     }
 
     /// none, primary or backup.

@@ -52,6 +52,40 @@ pub fn value<'a>(args: &'a [String], option: &str) -> Option<&'a str> {
     args.get(at + 1).map(String::as_str)
 }
 
+/// The keys of `-ft`'s value; the first word without a key is the role. `,,` stands for a comma.
+pub fn ft_keys(value: &str) -> Vec<(String, String)> {
+    let mut words = vec![String::new()];
+    let mut rest = value.chars().peekable();
+    while let Some(c) = rest.next() {
+        match c {
+            ',' if rest.next_if_eq(&',').is_none() => words.push(String::new()),
+            c => words.last_mut().into_iter().for_each(|w| w.push(c)),
+        }
+    }
+    let pair = |(i, word): (usize, String)| match word.split_once('=') {
+        Some((key, value)) => (key.to_owned(), value.to_owned()),
+        None if i == 0 => ("role".to_owned(), word),
+        None => (word, "on".to_owned()),
+    };
+    words.into_iter().enumerate().map(pair).collect()
+}
+
+/// `-ft`'s value of these keys.
+pub fn ft_value(keys: &[(String, String)]) -> String {
+    let words = keys.iter().map(|(key, value)| format!("{key}={}", value.replace(',', ",,")));
+    words.collect::<Vec<_>>().join(",")
+}
+
+/// The arguments with another value of `-ft`.
+pub fn with_ft(args: &[String], value: &str) -> Vec<String> {
+    let mut out = args.to_vec();
+    match out.iter().position(|a| a == "-ft" || a == "--ft") {
+        Some(at) if at + 1 < out.len() => value.clone_into(&mut out[at + 1]),
+        _ => out.extend(["-ft".to_owned(), value.to_owned()]),
+    }
+    out
+}
+
 /// Whether these are the arguments of a backup, which takes name, UUID and all else from its primary.
 pub fn is_backup(args: &[String]) -> bool {
     value(args, "ft").is_some_and(|v| v.starts_with("backup") || v.contains("role=backup"))
@@ -99,6 +133,17 @@ mod tests {
         assert_eq!(value(&parse(text).unwrap(), "m"), Some("512"));
         assert!(parse("-daemonize").unwrap_err().to_string().contains("-daemonize"));
         assert!(parse("-pidfile /x").is_err());
+    }
+
+    #[test]
+    fn the_value_of_ft_is_taken_apart_and_made() {
+        let keys = ft_keys("primary,lock=/a,,b,max-lag=5");
+        let word = |k: &str, v: &str| (k.to_owned(), v.to_owned());
+        assert_eq!(keys, [word("role", "primary"), word("lock", "/a,b"), word("max-lag", "5")]);
+        assert_eq!(ft_value(&keys), "role=primary,lock=/a,,b,max-lag=5");
+        let args = ["-m", "64", "-ft", "primary"].map(str::to_owned);
+        assert_eq!(with_ft(&args, "backup,peer=a"), ["-m", "64", "-ft", "backup,peer=a"]);
+        assert_eq!(with_ft(&args[..2], "primary"), args);
     }
 
     #[test]

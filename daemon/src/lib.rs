@@ -1,15 +1,19 @@
 //! `ftvmd`, the D-Bus service of the machines of one host, and `ftctl`, its command line.
 //!
-//! The service starts ftvm processes, watches them over QMP and shows them on the bus. It keeps nothing that is not in
-//! the definitions, in the run directory or in the processes themselves, so it may be restarted at any time.
+//! The service starts ftvm processes, watches them over QMP and shows them on the bus. With its peers on other hosts it
+//! gives a machine that lost its backup a new one. It keeps nothing that is not in the definitions, in the run
+//! directory or in the processes themselves, so it may be restarted at any time.
 
 pub mod access;
 pub mod bus;
+pub mod check;
+pub mod cluster;
+pub mod config;
 pub mod ctl;
-
 pub mod definition;
+pub mod foreign;
+mod launch;
 pub mod machine;
-
 pub mod page;
 pub mod qmp;
 pub mod registry;

@@ -1,8 +1,6 @@
 //! One machine: its process, what is known of it, and what it can be told.
 
-use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -17,10 +15,8 @@ use crate::{definition, Error, Result};
 
 /// How often a running machine is asked how it is.
 const ASK: Duration = Duration::from_millis(500);
-/// How long ftvm may take until its sockets listen.
-const START: Duration = Duration::from_secs(60);
 /// How long a machine may take to end after it was told so.
-const END: Duration = Duration::from_secs(5);
+pub(crate) const END: Duration = Duration::from_secs(5);
 
 /// The directories of a service.
 #[derive(Clone, Debug)]
@@ -31,6 +27,34 @@ pub struct Dirs {
     pub run: PathBuf,
     /// The program.
     pub ftvm: PathBuf,
+    /// Where machines that others start make themselves known.
+    pub registry: PathBuf,
+}
+
+/// Where a machine comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// This service starts it.
+    Service,
+    /// A person or another program (libvirt) did.
+    Foreign(Foreign),
+}
+
+/// A process that made itself known.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Foreign {
+    pub pid: u32,
+    /// When it began, in ticks: the number alone may be another process's later.
+    pub began: u64,
+    pub socket: PathBuf,
+}
+
+/// What does not change while a process runs.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Facts {
+    pub uuid: String,
+    /// Bytes.
+    pub memory: u64,
 }
 
 /// The state of the pair, as `query-ft` has it.
@@ -51,6 +75,11 @@ pub struct Ft {
     pub throttle: f64,
     pub failovers: u64,
     pub last: Option<Failover>,
+    /// Where this side, as the primary, waits for a backup.
+    pub listen: String,
+    /// The lock's path, if it was given.
+    pub lock: Option<String>,
+    pub suspended: bool,
 }
 
 /// A failover.
@@ -85,6 +114,9 @@ impl Default for Ft {
             throttle: 0.0,
             failovers: 0,
             last: None,
+            listen: String::new(),
+            lock: None,
+            suspended: false,
         }
     }
 }
@@ -103,6 +135,9 @@ impl Ft {
             throttle: number("throttle-percent"),
             failovers: value["failovers"].as_u64().unwrap_or(0),
             last: Failover::parse(&value["last-failover"]),
+            listen: text("listen"),
+            lock: value["lock"].as_str().map(str::to_owned),
+            suspended: value["suspended"] == true,
         }
     }
 }
@@ -136,29 +171,45 @@ pub enum Notice {
 /// A machine.
 pub struct Machine {
     pub name: String,
-    dirs: Dirs,
+    pub origin: Origin,
+    pub(crate) dirs: Dirs,
     status: Mutex<Status>,
+    facts: Mutex<Facts>,
     link: Mutex<Option<Arc<Link>>>,
-    starting: Mutex<()>,
+    /// One start at a time.
+    pub(crate) starting: Mutex<()>,
+    /// A start is under way.
+    pub(crate) begun: AtomicBool,
+    /// The UUID of the machine whose backup is being started.
+    pub(crate) expected: Mutex<String>,
     removed: AtomicBool,
     /// How many failovers of the process have been told; `None`: it ran before this service did, and told them then.
     told: Mutex<Option<u64>>,
     notices: Sender<(Arc<Machine>, Notice)>,
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Machine {
     /// A machine that is watched from now on; what happens to it is told to `notices`.
-    pub fn new(name: &str, dirs: &Dirs, notices: &Sender<(Arc<Machine>, Notice)>) -> Arc<Machine> {
+    pub fn new(
+        name: &str,
+        origin: Origin,
+        dirs: &Dirs,
+        notices: &Sender<(Arc<Machine>, Notice)>,
+    ) -> Arc<Machine> {
         let machine = Arc::new(Machine {
             name: name.to_owned(),
+            origin,
             dirs: dirs.clone(),
             status: Mutex::default(),
+            facts: Mutex::default(),
             link: Mutex::default(),
             starting: Mutex::default(),
+            begun: AtomicBool::new(false),
+            expected: Mutex::default(),
             removed: AtomicBool::new(false),
             told: Mutex::new(Some(0)),
             notices: notices.clone(),
@@ -181,13 +232,34 @@ impl Machine {
         self.dirs.config.join(format!("{}.conf", self.name))
     }
 
-    fn run_path(&self, what: &str) -> PathBuf {
+    pub(crate) fn run_path(&self, what: &str) -> PathBuf {
         self.dirs.run.join(format!("{}.{what}", self.name))
     }
 
-    /// The QMP socket for others; the service has one of its own.
-    pub fn qmp_socket(&self) -> PathBuf {
-        self.run_path("qmp")
+    /// The QMP socket for others; the service has one of its own. Others' machines have what their starters gave them.
+    pub fn qmp_socket(&self) -> Option<PathBuf> {
+        (self.origin == Origin::Service).then(|| self.run_path("qmp"))
+    }
+
+    fn control_socket(&self) -> PathBuf {
+        match &self.origin {
+            Origin::Service => self.run_path("control"),
+            Origin::Foreign(process) => process.socket.clone(),
+        }
+    }
+
+    /// It has a process, or gets one.
+    pub fn runs(&self) -> bool {
+        self.begun.load(Ordering::Relaxed) || self.pid().is_some()
+    }
+
+    /// `defined`, `backup` (started for a peer, without a definition) or `foreign`.
+    pub fn kind(&self) -> &'static str {
+        match &self.origin {
+            Origin::Foreign(_) => "foreign",
+            Origin::Service if self.config_path().exists() => "defined",
+            Origin::Service => "backup",
+        }
     }
 
     /// What is known of it.
@@ -195,90 +267,48 @@ impl Machine {
         lock(&self.status).clone()
     }
 
-    /// The defined UUID, or empty.
+    /// The UUID of its process, or of its definition, or empty.
     pub fn uuid(&self) -> String {
-        self.definition()
-            .ok()
-            .and_then(|a| definition::value(&a, "uuid").map(str::to_owned))
-            .unwrap_or_default()
+        let running = lock(&self.facts).uuid.clone();
+        let defined = || {
+            let args = self.definition().ok()?;
+            definition::value(&args, "uuid").map(str::to_owned)
+        };
+        match running.is_empty() {
+            false => running,
+            true => defined().unwrap_or_else(|| lock(&self.expected).clone()),
+        }
     }
 
-    fn definition(&self) -> Result<Vec<String>> {
+    /// The memory of its process's machine, in bytes.
+    pub fn memory(&self) -> u64 {
+        lock(&self.facts).memory
+    }
+
+    /// The arguments that its definition holds.
+    pub fn definition(&self) -> Result<Vec<String>> {
+        if self.origin != Origin::Service {
+            return Err(Error::State(format!("'{}' was not started by this service", self.name)));
+        }
         definition::read(&self.config_path())
     }
 
-    /// The process's command line, or the one that it would be started with.
-    pub fn command_line(&self) -> Result<Vec<String>> {
-        if let Some(pid) = self.pid() {
-            if let Some(words) = command_line(pid) {
-                return Ok(words);
-            }
-        }
-        let mut words = vec![self.dirs.ftvm.display().to_string()];
-        let args = self.definition()?;
-        if definition::value(&args, "name").is_none() && !definition::is_backup(&args) {
-            words.extend(["-name".to_owned(), self.name.clone()]);
-        }
-        words.extend(args);
-        for what in ["control", "qmp"] {
-            let socket = self.run_path(what).display().to_string().replace(',', ",,");
-            words.extend(["-qmp".to_owned(), format!("unix:{socket},server=on,wait=off")]);
-        }
-        let path = |what| self.run_path(what).display().to_string();
-        words.extend(["-daemonize", "-pidfile"].map(str::to_owned));
-        words.extend([path("pid"), "-D".to_owned(), path("log")]);
-        Ok(words)
+    /// The definition's text, if there is one.
+    pub fn definition_text(&self) -> Option<String> {
+        let ours = self.origin == Origin::Service;
+        ours.then(|| std::fs::read_to_string(self.config_path()).ok()).flatten()
     }
 
     /// The process, if it lives and is this machine's.
     pub fn pid(&self) -> Option<u32> {
+        if let Origin::Foreign(process) = &self.origin {
+            return (began(process.pid) == Some(process.began)).then_some(process.pid);
+        }
         let text = std::fs::read_to_string(self.run_path("pid")).ok()?;
         let pid: u32 = text.trim().parse().ok()?;
         // A process id may be another process's by now.
         let socket = format!("unix:{},", self.run_path("control").display());
         command_line(pid)?.iter().any(|word| word.starts_with(&socket)).then_some(pid)
-    }
-
-    /// Start it; on return its sockets listen.
-    pub fn start(&self) -> Result<()> {
-        let _one = lock(&self.starting);
-        if self.pid().is_some() {
-            return Err(Error::State(format!("'{}' is running", self.name)));
-        }
-        let words = self.command_line()?;
-        let messages = self.run_path("log");
-        let file = |e| Error::File(messages.display().to_string(), e);
-        let log = File::create(&messages).map_err(file)?;
-        let mut child = Command::new(&words[0])
-            .args(&words[1..])
-            .current_dir(&self.dirs.run)
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(log)
-            .spawn()
-            .map_err(|e| Error::Machine(format!("{}: {e}", words[0])))?;
-        let until = Instant::now() + START;
-        let status = loop {
-            match child.try_wait().map_err(file)? {
-                Some(status) => break status,
-                None if Instant::now() > until => {
-                    let _ = child.kill();
-                    let _ = child.wait();
-                    return Err(Error::Machine(format!("ftvm did not start within {} s", START.as_secs())));
-                }
-                None => std::thread::sleep(Duration::from_millis(10)),
-            }
-        };
-        if !status.success() {
-            let text = std::fs::read_to_string(&messages).unwrap_or_default();
-            return Err(Error::Machine(format!("ftvm did not start: {}", text.trim())));
-        }
-        // The answer to the next question is to be true.
-        let until = Instant::now() + END;
-        while self.status().pid == 0 && self.pid().is_some() && Instant::now() < until {
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        Ok(())
     }
 
     /// Give it a QMP command.
@@ -299,6 +329,18 @@ impl Machine {
             }
         }
         Ok(())
+    }
+
+    /// Wait until its status is as wanted.
+    pub fn wait(&self, limit: Duration, wanted: impl Fn(&Status) -> bool) -> bool {
+        let until = Instant::now() + limit;
+        while !wanted(&self.status()) {
+            if Instant::now() > until {
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        true
     }
 
     fn gone_within(&self, limit: Duration) -> bool {
@@ -332,7 +374,7 @@ impl Machine {
     fn watch(self: &Arc<Self>) {
         while !self.removed.load(Ordering::Relaxed) {
             let connected =
-                self.pid().and_then(|pid| Some((pid, Link::connect(&self.run_path("control")).ok()?)));
+                self.pid().and_then(|pid| Some((pid, Link::connect(&self.control_socket()).ok()?)));
             match connected {
                 None => {
                     let state = Status::default();
@@ -349,6 +391,9 @@ impl Machine {
                     *lock(&self.link) = Some(Arc::clone(&link));
                     self.follow(pid, &link, &events);
                     *lock(&self.link) = None;
+                    if self.pid().is_none() {
+                        *lock(&self.facts) = Facts::default();
+                    }
                 }
             }
         }
@@ -356,6 +401,12 @@ impl Machine {
 
     /// Follow a running machine until its connection ends.
     fn follow(self: &Arc<Self>, pid: u32, link: &Link, events: &Receiver<Value>) {
+        let uuid = link.command("query-uuid", Value::Null).unwrap_or_default();
+        let memory = link.command("query-memory-size-summary", Value::Null).unwrap_or_default();
+        *lock(&self.facts) = Facts {
+            uuid: uuid["UUID"].as_str().unwrap_or_default().to_owned(),
+            memory: memory["base-memory"].as_u64().unwrap_or(0),
+        };
         while !self.removed.load(Ordering::Relaxed) {
             let Ok(run) = link.command("query-status", Value::Null) else { return };
             let Ok(ft) = link.command("query-ft", Value::Null) else { return };
@@ -414,8 +465,17 @@ impl Machine {
     }
 }
 
+/// When a process began, in ticks since the host did.
+pub(crate) fn began(pid: u32) -> Option<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
+    // A zombie is gone, but for its parent.
+    let state = fields.next()?;
+    (state != "Z").then(|| fields.nth(18)?.parse().ok())?
+}
+
 /// A process's command line.
-fn command_line(pid: u32) -> Option<Vec<String>> {
+pub(crate) fn command_line(pid: u32) -> Option<Vec<String>> {
     let bytes = std::fs::read(Path::new("/proc").join(pid.to_string()).join("cmdline")).ok()?;
     let text = String::from_utf8_lossy(&bytes).into_owned();
     let words: Vec<String> = text.trim_end_matches('\0').split('\0').map(str::to_owned).collect();

@@ -15,7 +15,7 @@ pub fn interface_xml(interface: &dyn Interface) -> String {
 
 /// Text as troff has it.
 fn troff(text: &str) -> String {
-    let text = text.replace('\\', "\\e").replace('-', "\\-");
+    let text = text.replace('\\', "\\e").replace('-', "\\-").replace('"', "\\(dq");
     let guard =
         |line: &str| if line.starts_with(['.', '\'']) { format!("\\&{line}") } else { line.to_owned() };
     text.lines().map(guard).collect::<Vec<_>>().join("\n")
@@ -146,6 +146,16 @@ fn options(command: &clap::Command, global: bool) -> String {
     out
 }
 
+/// A subcommand's section, and those of its own subcommands.
+fn subcommand(sub: &clap::Command, above: &str) -> String {
+    let name = format!("{above}{}", sub.get_name());
+    let about = sub.get_about().map(|a| a.to_string()).unwrap_or_default();
+    let mut out = format!(".SS {}\n{}.\n", troff(&name), troff(&about));
+    out.push_str(&options(sub, false));
+    sub.get_subcommands().for_each(|s| out.push_str(&subcommand(s, &format!("{name} "))));
+    out
+}
+
 /// ftctl(1).
 pub fn ftctl_page(command: &clap::Command) -> String {
     let mut out = header("FTCTL", 1, "User Commands");
@@ -158,13 +168,61 @@ pub fn ftctl_page(command: &clap::Command) -> String {
     out.push_str(&options(command, true));
     out.push_str(".SH COMMANDS\n");
     for sub in command.get_subcommands() {
-        let about = sub.get_about().map(|a| a.to_string()).unwrap_or_default();
-        out.push_str(&format!(".SS {}\n{}.\n", troff(sub.get_name()), troff(&about)));
-        out.push_str(&options(sub, false));
+        out.push_str(&subcommand(sub, ""));
     }
     out.push_str(
         ".SH EXIT STATUS\n0 if all went well; 1 if not, or if\n.B check\nfound a reason; 2 for a wrong command line.\n\
-         .SH SEE ALSO\n.BR org.ftvm (5),\n.BR ftvm\\-ft (7),\n.BR ftvmd (8)\n",
+         .SH SEE ALSO\n.BR ftvmd.conf (5),\n.BR org.ftvm (5),\n.BR ftvm\\-ft (7),\n.BR ftvmd (8)\n",
+    );
+    out
+}
+
+/// ftvmd.conf(5).
+pub fn configuration_page() -> String {
+    let mut out = header("FTVMD.CONF", 5, "File Formats");
+    out.push_str(
+        ".SH NAME\nftvmd.conf \\- a host of ftvm machines among its peers\n.SH DESCRIPTION\n\
+         .I /etc/ftvm/ftvmd.conf\nis read by\n.BR ftvmd (8)\nwhen it starts. It is TOML. Without it, or without peers in it, \
+         the service knows its own host alone:\nmachines can be protected by hand, and nothing is healed.\n.PP\n\
+         Services speak TLS with each other, and both ends show a certificate of one authority\n\
+         .RB ( \"ftctl cert\" \", see \" ftctl (1)).\nWhoever has a certificate of it can have machines' backups started.\n",
+    );
+    let mut table = None;
+    for key in crate::config::KEYS {
+        if table != Some(key.table) {
+            table = Some(key.table);
+            let (title, about) = match key.table {
+                "tls" => ("[tls]", "How this host proves who it is."),
+                "peer" => ("[[peer]]", "The other hosts."),
+                "heal" => ("[heal]", "Backups for machines that have lost theirs."),
+                "etcd" => ("[etcd]", "A shared inventory of hosts; needs address."),
+                _ => ("THIS HOST", "Before the first table."),
+            };
+            out.push_str(&format!(".SH {}\n{}\n", troff(title), troff(about)));
+        }
+        let default = match key.default {
+            "" => String::new(),
+            default => troff(&format!(" Default: {default}.")),
+        };
+        out.push_str(&format!(
+            ".TP\n.B {} = {}\n{}{default}\n",
+            troff(key.key),
+            troff(key.example),
+            troff(key.text)
+        ));
+    }
+    out.push_str(
+        ".SH EXAMPLE\n.nf\nname = \"hostA\"\naddress = \"192.0.2.11\"\n[[peer]]\nname = \"hostB\"\n\
+         address = \"192.0.2.12\"\n[[peer]]\nname = \"hostC\"\naddress = \"192.0.2.13\"\n.fi\n\
+         .SH HEALING\nA primary that has had no backup for\n.B wait\nseconds gets one from its host's service, on a peer \
+         that answers, is not in maintenance,\nhas the same version, does not run the machine, and has enough memory: the \
+         one with the least load and the most room.\nThe definition goes with it, and is kept there. A host that has a \
+         definition of the machine that differs\nstarts the backup with its arguments (another tap, another path); else \
+         the backup takes everything from the primary.\nAfter a planned switch the old primary is given 10 seconds to become \
+         the backup.\n.PP\nA primary whose host does not run ftvmd is not healed. Two hosts never heal one machine: only the \
+         primary's does,\nand the lock on storage sees to it that there is one.\n\
+         .SH FILES\n.TP\n.I /etc/ftvm/ftvmd.conf\n.TP\n.I /etc/ftvm/tls/\nCertificates and key.\n\
+         .SH SEE ALSO\n.BR ftctl (1),\n.BR ftvm\\-ft (7),\n.BR ftvmd (8)\n",
     );
     out
 }
@@ -175,7 +233,12 @@ pub fn ftvmd_page(command: &clap::Command) -> String {
     out.push_str(
         ".SH NAME\nftvmd \\- the D\\-Bus service of the ftvm machines of a host\n.SH SYNOPSIS\n.B ftvmd\n[options]\n\
          .SH DESCRIPTION\nftvmd starts machines, watches them and shows them on D\\-Bus (see\n.BR org.ftvm (5)).\n\
-         Machines do not depend on it: it may end and be started again, and finds those that run.\n.SH OPTIONS\n",
+         Machines do not depend on it: it may end and be started again, and finds those that run.\n\
+         With peers\n.RB ( ftvmd.conf (5))\nit gives a protected machine that lost a host a backup on another one.\n\
+         .PP\nMachines that a person or another program (libvirt) started appear too: each ftvm listens for QMP on\n\
+         .IR /run/ftvm/machines/PID.qmp ,\nif it may write there, or on\n.IR $XDG_RUNTIME_DIR/ftvm/machines/PID.qmp ;\n\
+         $FTVM_REGISTRY names another directory, or none if it is empty.\n\
+         A socket is believed only if the process at its other end is the one of its name.\n.SH OPTIONS\n",
     );
     out.push_str(&options(command, false));
     out.push_str(
@@ -185,9 +248,11 @@ pub fn ftvmd_page(command: &clap::Command) -> String {
          # a web server, protected\n\\-m 1024\n\\-drive file=/shared/web.qcow2,if=virtio\n\
          \\-netdev tap,id=n0,ifname=tap0\n\\-device virtio\\-net\\-pci,netdev=n0\n\\-ft primary\n.fi\n.SH FILES\n.TP\n\
          .I /etc/ftvm/machines/NAME.conf\nDefinitions.\n.TP\n.I /run/ftvm/NAME.qmp\nQMP of a machine, for other programs.\n\
-         .TP\n.I /run/ftvm/NAME.log\nIts messages.\n.TP\n.I /run/ftvm/NAME.pid\nIts process.\n.TP\n\
+         .TP\n.I /run/ftvm/NAME.log\nIts messages; what it said before goes to NAME.log.1 when it is over 1 MiB at a start.\n.TP\n.I /run/ftvm/NAME.pid\nIts process.\n.TP\n\
          .I /run/ftvm/NAME.control\nThe QMP socket of the service.\n\
-         .SH SEE ALSO\n.BR ftctl (1),\n.BR ftvm (1),\n.BR org.ftvm (5),\n.BR ftvm\\-ft (7)\n",
+         .TP\n.I /run/ftvm/machines/PID.qmp\nA machine that others started.\n\
+         .TP\n.I /var/lib/ftvm/maintenance\nExists while the host is in maintenance.\n\
+         .SH SEE ALSO\n.BR ftctl (1),\n.BR ftvm (1),\n.BR ftvmd.conf (5),\n.BR org.ftvm (5),\n.BR ftvm\\-ft (7)\n",
     );
     out
 }

@@ -41,6 +41,11 @@ impl Link {
         Ok((link, events))
     }
 
+    /// Look at the connection's socket.
+    pub fn with_socket<T>(&self, look: impl FnOnce(&UnixStream) -> T) -> T {
+        look(&self.inner.lock().unwrap_or_else(PoisonError::into_inner).stream)
+    }
+
     /// Execute a command; its return value, or the sentence of its refusal.
     pub fn command(&self, name: &str, arguments: Value) -> Result<Value> {
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);

@@ -1,18 +1,27 @@
 //! The machines of this host: those that are defined, and those that run without a definition any more.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::{TcpListener, UdpSocket};
 use std::path::Path;
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use zbus::{ObjectPath, OwnedObjectPath, Variant};
 
-use crate::machine::{Dirs, Machine, Notice};
+use crate::foreign::{Finder, Found};
+use crate::machine::{Dirs, Machine, Notice, Origin};
 use crate::{definition, Error, Result, ROOT};
 
 /// The machines by name.
 pub struct Registry {
     dirs: Dirs,
+    finder: Finder,
+    /// The ports for logging channels, and which machine was given which.
+    ports: (u16, u16),
+    given: Mutex<BTreeMap<String, u16>>,
+    /// Made between two scans.
+    made: Mutex<Vec<Arc<Machine>>>,
     machines: Mutex<BTreeMap<String, Arc<Machine>>>,
     notices: Sender<(Arc<Machine>, Notice)>,
 }
@@ -35,16 +44,18 @@ pub fn path(name: &str) -> OwnedObjectPath {
 
 impl Registry {
     /// Make the directories, if they are not there.
-    pub fn new(dirs: Dirs, notices: Sender<(Arc<Machine>, Notice)>) -> Result<Registry> {
-        for dir in [&dirs.config, &dirs.run] {
+    pub fn new(dirs: Dirs, ports: (u16, u16), notices: Sender<(Arc<Machine>, Notice)>) -> Result<Registry> {
+        for dir in [&dirs.config, &dirs.run, &dirs.registry] {
             std::fs::create_dir_all(dir).map_err(|e| Error::File(dir.display().to_string(), e))?;
         }
-        Ok(Self::unread(dirs, notices))
+        Ok(Self::unread(dirs, ports, notices))
     }
 
     /// A registry that has not looked into its directories.
-    pub fn unread(dirs: Dirs, notices: Sender<(Arc<Machine>, Notice)>) -> Registry {
-        Registry { dirs, machines: Mutex::default(), notices }
+    pub fn unread(dirs: Dirs, ports: (u16, u16), notices: Sender<(Arc<Machine>, Notice)>) -> Registry {
+        let finder = Finder::new(&dirs.registry);
+        let (given, made, machines) = (Mutex::default(), Mutex::default(), Mutex::default());
+        Registry { dirs, finder, ports, given, made, machines, notices }
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Machine>>> {
@@ -61,15 +72,96 @@ impl Registry {
         self.lock().get(name).cloned()
     }
 
+    /// A machine by UUID.
+    pub fn find_uuid(&self, uuid: &str) -> Option<Arc<Machine>> {
+        let fits = |m: &Arc<Machine>| !uuid.is_empty() && m.uuid().eq_ignore_ascii_case(uuid);
+        let machines = self.all();
+        machines.iter().find(|m| fits(m) && m.runs()).or_else(|| machines.iter().find(|m| fits(m))).cloned()
+    }
+
+    /// A port for a machine's logging channel: the one that it had, or a free one.
+    pub fn port(&self, name: &str) -> Result<u16> {
+        let mut given = self.given.lock().unwrap_or_else(PoisonError::into_inner);
+        let listens = |m: &Arc<Machine>| m.status().ft.listen.rsplit_once(':')?.1.parse::<u16>().ok();
+        let others = self.all().into_iter().filter(|m| m.name != name && m.runs());
+        let mut taken: BTreeSet<u16> = BTreeSet::new();
+        for machine in others {
+            taken.extend(listens(&machine));
+            taken.extend(given.get(&machine.name));
+        }
+        let free = |port: &u16| {
+            let any = ("0.0.0.0", *port);
+            !taken.contains(port) && TcpListener::bind(any).is_ok() && UdpSocket::bind(any).is_ok()
+        };
+        let had = given.get(name).copied();
+        let port = had.into_iter().chain(self.ports.0..=self.ports.1).find(free).ok_or_else(|| {
+            Error::State(format!("no port from {} to {} is free", self.ports.0, self.ports.1))
+        })?;
+        given.insert(name.to_owned(), port);
+        Ok(port)
+    }
+
+    /// The machine whose backup is to be started here under this name; made, if there is none.
+    pub fn for_backup(&self, name: &str, uuid: &str) -> Result<Arc<Machine>> {
+        definition::check_name(name)?;
+        let mut machines = self.lock();
+        if let Some(machine) = machines.values().find(|m| m.uuid().eq_ignore_ascii_case(uuid) && m.runs()) {
+            return Err(Error::State(format!("the machine runs here already, as '{}'", machine.name)));
+        }
+        let machine = match machines.get(name) {
+            Some(machine) => {
+                let own = machine.uuid();
+                let backup = machine.definition().is_ok_and(|args| definition::is_backup(&args));
+                if !own.is_empty() && !own.eq_ignore_ascii_case(uuid) && !backup {
+                    return Err(Error::State(format!("another machine has the name '{name}' here")));
+                }
+                Arc::clone(machine)
+            }
+            None => {
+                let machine = Machine::new(name, Origin::Service, &self.dirs, &self.notices);
+                machines.insert(name.to_owned(), Arc::clone(&machine));
+                crate::machine::lock(&self.made).push(Arc::clone(&machine));
+                machine
+            }
+        };
+        if machine.runs() {
+            return Err(Error::State(format!("'{name}' is running")));
+        }
+        uuid.clone_into(&mut crate::machine::lock(&machine.expected));
+        // It is kept until its start is over.
+        machine.begun.store(true, Ordering::Relaxed);
+        Ok(machine)
+    }
+
+    /// Take a machine that others started.
+    fn adopt(&self, found: Found, machines: &mut BTreeMap<String, Arc<Machine>>) -> Option<Arc<Machine>> {
+        let pid = found.process.pid;
+        if machines.values().any(|m| m.pid() == Some(pid)) {
+            return None;
+        }
+        let name = match machines.contains_key(&found.name) || self.is_defined(&found.name) {
+            true => format!("{}-{pid}", found.name),
+            false => found.name,
+        };
+        let machine = Machine::new(&name, Origin::Foreign(found.process), &self.dirs, &self.notices);
+        machines.insert(name, Arc::clone(&machine));
+        Some(machine)
+    }
+
+    fn is_defined(&self, name: &str) -> bool {
+        self.dirs.config.join(format!("{name}.conf")).exists()
+    }
+
     /// Look into the directories; the machines that are new and those that are gone.
     pub fn scan(&self) -> (Vec<Arc<Machine>>, Vec<Arc<Machine>>) {
+        let found = self.finder.look();
         let mut names = names(&self.dirs.config, "conf");
         let processes = names_of_processes(&self.dirs.run, &names);
         let mut machines = self.lock();
-        let mut added = Vec::new();
+        let mut added = std::mem::take(&mut *crate::machine::lock(&self.made));
         for name in names.iter().chain(&processes) {
             if !machines.contains_key(name) {
-                let machine = Machine::new(name, &self.dirs, &self.notices);
+                let machine = Machine::new(name, Origin::Service, &self.dirs, &self.notices);
                 if names.contains(name) || machine.pid().is_some() {
                     machines.insert(name.clone(), Arc::clone(&machine));
                     added.push(machine);
@@ -78,7 +170,8 @@ impl Registry {
                 }
             }
         }
-        names.extend(machines.values().filter(|m| m.pid().is_some()).map(|m| m.name.clone()));
+        added.extend(found.into_iter().filter_map(|f| self.adopt(f, &mut machines)));
+        names.extend(machines.values().filter(|m| m.runs()).map(|m| m.name.clone()));
         let gone: Vec<String> = machines.keys().filter(|n| !names.contains(*n)).cloned().collect();
         let gone: Vec<_> = gone.iter().filter_map(|n| machines.remove(n)).collect();
         gone.iter().for_each(|m| m.remove());
@@ -94,7 +187,7 @@ impl Registry {
     /// Remove a definition.
     pub fn undefine(&self, name: &str) -> Result<()> {
         let machine = self.find(name).ok_or_else(|| Error::Unknown(name.to_owned()))?;
-        if machine.pid().is_some() {
+        if machine.runs() {
             return Err(Error::State(format!("'{name}' is running")));
         }
         let path = machine.config_path();

@@ -1,5 +1,6 @@
 //! `ftvmd`: the objects come and go with the machines, and what happens to these is told on the bus.
 
+use std::path::Path;
 use std::sync::mpsc::{channel, Receiver};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -10,7 +11,9 @@ use zbus::{fdo, Connection};
 
 use crate::access::Bus;
 use crate::bus::{properties, FaultTolerance, MachineObject, Manager};
-use crate::machine::{Dirs, Machine, Notice};
+use crate::cluster::Cluster;
+use crate::config::Settings;
+use crate::machine::{Dirs, Machine, Notice, Origin};
 use crate::registry::{path, Registry};
 use crate::{BUS_NAME, ROOT};
 
@@ -20,6 +23,7 @@ const SCAN: Duration = Duration::from_secs(1);
 /// Brings machines to the bus and takes them from it.
 pub struct Publisher {
     registry: Arc<Registry>,
+    cluster: Arc<Cluster>,
     bus: Bus,
     /// One scan at a time; the connection once there is one.
     connection: Mutex<Option<Connection>>,
@@ -40,9 +44,11 @@ impl Publisher {
             }
             for machine in added {
                 let path = path(&machine.name);
-                let bus = self.bus;
-                server.at(&path, MachineObject { machine: Arc::clone(&machine), bus }).await?;
-                server.at(&path, FaultTolerance { machine, bus }).await?;
+                let (bus, cluster) = (self.bus, Arc::clone(&self.cluster));
+                let object = MachineObject { machine: Arc::clone(&machine), cluster, bus };
+                server.at(&path, object).await?;
+                let cluster = Arc::clone(&self.cluster);
+                server.at(&path, FaultTolerance { machine, cluster, bus }).await?;
             }
             Ok(())
         });
@@ -52,13 +58,19 @@ impl Publisher {
     }
 }
 
-/// Serve until the bus goes away.
-pub fn run(dirs: Dirs, bus: Bus) -> Result<(), String> {
+/// Serve until the bus goes away. `state`: where it is kept what must outlive a restart of the host.
+pub fn run(dirs: Dirs, settings: Settings, state: &Path, bus: Bus) -> Result<(), String> {
     let (sender, notices) = channel();
-    let registry = Arc::new(Registry::new(dirs, sender).map_err(|e| e.to_string())?);
-    let publisher =
-        Arc::new(Publisher { registry: Arc::clone(&registry), bus, connection: Mutex::default() });
-    let manager = Manager { registry, publisher: Arc::clone(&publisher), bus };
+    let registry = Registry::new(dirs, settings.ports, sender).map_err(|e| e.to_string())?;
+    let registry = Arc::new(registry);
+    let cluster = Cluster::new(settings, Arc::clone(&registry), state).map_err(|e| e.to_string())?;
+    let publisher = Arc::new(Publisher {
+        registry: Arc::clone(&registry),
+        cluster: Arc::clone(&cluster),
+        bus,
+        connection: Mutex::default(),
+    });
+    let manager = Manager { registry, cluster: Arc::clone(&cluster), publisher: Arc::clone(&publisher), bus };
     let builder = match bus {
         Bus::System => zbus::connection::Builder::system(),
         Bus::Session => zbus::connection::Builder::session(),
@@ -70,6 +82,13 @@ pub fn run(dirs: Dirs, bus: Bus) -> Result<(), String> {
     publisher.scan();
     let telling = connection.clone();
     std::thread::spawn(move || tell(&telling, &notices));
+    let telling = connection.clone();
+    cluster.maintenance.listen(move |state, waits| {
+        if let Err(e) = block_on(tell_maintenance(&telling, state, waits)) {
+            log::error!("the bus: {e}");
+        }
+    });
+    cluster.start().map_err(|e| e.to_string())?;
     // The name comes last: who finds it finds the machines.
     block_on(connection.request_name(BUS_NAME)).map_err(text)?;
     log::info!("serving {BUS_NAME}");
@@ -87,6 +106,16 @@ fn tell(connection: &Connection, notices: &Receiver<(Arc<Machine>, Notice)>) {
             log::error!("the bus: {}: {e}", machine.name);
         }
     }
+}
+
+async fn tell_maintenance(connection: &Connection, state: &str, waits: &[String]) -> zbus::Result<()> {
+    let changed = std::collections::BTreeMap::from([
+        ("Maintenance", zbus::Variant::from(state)),
+        ("MaintenanceWaits", zbus::Variant::from(waits.to_vec())),
+    ]);
+    let body = ("org.ftvm.Manager1", changed, Vec::<&str>::new());
+    let emitter = SignalEmitter::new(connection, ROOT)?;
+    emitter.emit("org.freedesktop.DBus.Properties", "PropertiesChanged", &body).await
 }
 
 async fn tell_one(connection: &Connection, machine: &Machine, notice: Notice) -> zbus::Result<()> {
@@ -133,8 +162,10 @@ pub fn command() -> clap::Command {
                 .action(clap::ArgAction::SetTrue)
                 .help("Serve on the session bus instead of the system bus"),
         )
+        .arg(option("config", "FILE", "/etc/ftvm/ftvmd.conf", "This host among its peers; may be absent"))
         .arg(option("config-dir", "DIR", "/etc/ftvm/machines", "Where the definitions are"))
         .arg(option("run-dir", "DIR", "/run/ftvm", "Where sockets, pidfiles and logs go"))
+        .arg(option("state-dir", "DIR", "/var/lib/ftvm", "Where it is kept that this host is in maintenance"))
         .arg(option("ftvm", "PROGRAM", "ftvm", "The program that runs a machine"))
 }
 
@@ -142,17 +173,31 @@ pub fn command() -> clap::Command {
 pub fn interfaces() -> Vec<(&'static str, String)> {
     let (sender, _) = channel();
     let nowhere = std::path::PathBuf::from("/nonexistent");
-    let dirs = Dirs { config: nowhere.clone(), run: nowhere, ftvm: "ftvm".into() };
+    let dirs = Dirs {
+        config: nowhere.clone(),
+        run: nowhere.clone(),
+        ftvm: "ftvm".into(),
+        registry: nowhere.clone(),
+    };
     let bus = Bus::Session;
-    let machine = Machine::new("name", &dirs, &sender);
+    let machine = Machine::new("name", Origin::Service, &dirs, &sender);
     machine.remove();
-    let registry = Arc::new(Registry::unread(dirs, sender));
-    let publisher =
-        Arc::new(Publisher { registry: Arc::clone(&registry), bus, connection: Mutex::default() });
+    let registry = Arc::new(Registry::unread(dirs, (1, 1), sender));
+    // Of a host without peers.
+    let Ok(cluster) = Cluster::new(Settings::default(), Arc::clone(&registry), &nowhere) else {
+        return Vec::new();
+    };
+    let publisher = Arc::new(Publisher {
+        registry: Arc::clone(&registry),
+        cluster: Arc::clone(&cluster),
+        bus,
+        connection: Mutex::default(),
+    });
     let xml = crate::page::interface_xml;
+    let object = MachineObject { machine: Arc::clone(&machine), cluster: Arc::clone(&cluster), bus };
     vec![
-        ("org.ftvm.Manager1", xml(&Manager { registry, publisher, bus })),
-        ("org.ftvm.Machine1", xml(&MachineObject { machine: Arc::clone(&machine), bus })),
-        ("org.ftvm.FaultTolerance1", xml(&FaultTolerance { machine, bus })),
+        ("org.ftvm.Manager1", xml(&Manager { registry, cluster: Arc::clone(&cluster), publisher, bus })),
+        ("org.ftvm.Machine1", xml(&object)),
+        ("org.ftvm.FaultTolerance1", xml(&FaultTolerance { machine, cluster, bus })),
     ]
 }

@@ -2,27 +2,18 @@
 
 use std::collections::HashMap;
 use std::net::TcpListener;
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use ftvm_daemon::ctl::client::{arguments, Client, FT, MACHINE};
+use ftvm_harness::service::Process;
 use ftvm_harness::{guests, wait_for, Result, Scratch};
 use futures_lite::{future::block_on, StreamExt};
 use serde_json::{json, Value};
 use zbus::{OwnedObjectPath, Variant};
 
 const LONG: Duration = Duration::from_secs(60);
-
-/// A process that ends with the test.
-struct Process(Child);
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
 
 /// A bus with the service on it.
 struct Host {
@@ -37,21 +28,8 @@ impl Host {
     fn start(name: &str, bus: &'static str) -> Result<Host> {
         let scratch = Scratch::new(name)?;
         let address = format!("unix:path={}", scratch.path("bus"));
-        let config = scratch.path("bus.conf");
-        let text = format!(
-            "<busconfig><type>{bus}</type><listen>{address}</listen><auth>EXTERNAL</auth>\
-             <policy context=\"default\"><allow user=\"*\"/><allow own=\"*\"/><allow send_type=\"method_call\"/>\
-             <allow send_destination=\"*\" eavesdrop=\"false\"/><allow receive_sender=\"*\"/></policy></busconfig>"
-        );
-        std::fs::write(&config, text).map_err(|e| e.to_string())?;
-        let daemon = Command::new("dbus-daemon")
-            .args(["--nofork", "--nosyslog", "--config-file", &config])
-            .stderr(Stdio::null())
-            .spawn()
-            .map_err(|e| format!("dbus-daemon: {e}"))?;
-        let mut host = Host { scratch, bus, address, service: None, _daemon: Process(daemon) };
-        let socket = host.scratch.path("bus");
-        wait_for("the bus", LONG, || std::os::unix::net::UnixStream::connect(&socket).ok())?;
+        let daemon = Process(ftvm_harness::service::bus(&scratch.0.display().to_string(), bus)?);
+        let mut host = Host { scratch, bus, address, service: None, _daemon: daemon };
         host.serve()?;
         Ok(host)
     }
@@ -65,6 +43,7 @@ impl Host {
         }
         let child = command
             .args(["--config-dir", &self.scratch.path("machines"), "--run-dir", &self.scratch.path("run")])
+            .args(["--config", &self.scratch.path("ftvmd.conf"), "--state-dir", &self.scratch.path("state")])
             .args(["--ftvm", &guests::ftvm()?])
             .envs(self.environment())
             .spawn()
@@ -370,6 +349,7 @@ fn the_generated_files_are_those_of_the_interfaces() {
     let xml: Vec<String> = interfaces.into_iter().map(|(_, xml)| xml).collect();
     assert_eq!(read("man/org.ftvm.5"), ftvm_daemon::page::interfaces_page(&xml));
     assert_eq!(read("man/ftctl.1"), ftvm_daemon::page::ftctl_page(&ftvm_daemon::ctl::command()));
+    assert_eq!(read("man/ftvmd.conf.5"), ftvm_daemon::page::configuration_page());
     assert_eq!(read("man/ftvmd.8"), ftvm_daemon::page::ftvmd_page(&ftvm_daemon::service::command()));
     assert_eq!(read("packaging/dbus/org.ftvm.policy"), ftvm_daemon::access::policy());
 }

@@ -2,6 +2,7 @@
 
 mod monitors;
 mod prepare;
+mod register;
 
 use std::io::Write;
 use std::sync::mpsc::{channel, Receiver};
@@ -30,6 +31,7 @@ pub fn main(args: &[String]) -> i32 {
     let outcome = start(&config);
     ftvm_block::iscsi::release_all();
     chars::restore_terminal();
+    register::forget();
     if let Some(path) = &config.host.pidfile {
         let _ = std::fs::remove_file(path);
     }

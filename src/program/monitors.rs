@@ -186,6 +186,7 @@ pub fn start_monitors(config: &Config, control: &Arc<Control>) -> Result<(), Str
             start_human(&dev, &label, control)?;
         }
     }
+    super::register::register(control);
     match &config.host.vnc {
         Some(vnc) => start_vnc(vnc, control),
         None => Ok(()),

@@ -84,6 +84,12 @@ pub struct FtStatus {
     pub position: u64,
     pub failovers: u64,
     pub last_failover: Option<Failover>,
+    /// Where this side, when it is the primary, waits for a backup.
+    pub listen: Option<String>,
+    /// The lock's path, if it was given.
+    pub lock: Option<String>,
+    /// The user suspended fault tolerance: backups are refused.
+    pub suspended: bool,
 }
 
 impl Default for FtStatus {
@@ -101,6 +107,9 @@ impl Default for FtStatus {
             position: 0,
             failovers: 0,
             last_failover: None,
+            listen: None,
+            lock: None,
+            suspended: false,
         }
     }
 }

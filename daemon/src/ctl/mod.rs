@@ -1,5 +1,6 @@
 //! `ftctl`: the service for people.
 
+pub mod cert;
 pub mod check;
 pub mod client;
 mod watch;
@@ -54,6 +55,11 @@ pub fn command() -> Command {
         .subcommand(verb("back", "Define and start the backup of a primary on another host").arg(
             Arg::new("peer").value_name("HOST[:PORT]").required(true).help("The primary's logging channel"),
         ))
+        .subcommand(
+            verb("move-backup", "Have another host start the backup in the place of the one that has it").arg(
+                Arg::new("host").value_name("HOST").help("A peer; without it, where there is most room"),
+            ),
+        )
         .subcommand(verb("failover", "Switch a protected machine over to its backup"))
         .subcommand(verb("restart-backup", "Let the backup give up and join anew"))
         .subcommand(
@@ -72,6 +78,19 @@ pub fn command() -> Command {
         .subcommand(verb("undefine", "Remove a machine's definition"))
         .subcommand(check::command())
         .subcommand(Command::new("host").about("Show what this host has"))
+        .subcommand(Command::new("peers").about("Show the other hosts"))
+        .subcommand(
+            Command::new("maintenance")
+                .about("Give all machines away so that this host can be switched off, and wait until none is left")
+                .arg(
+                    Arg::new("what")
+                        .value_name("WHAT")
+                        .value_parser(["on", "off", "state"])
+                        .default_value("state")
+                        .help("on, off (take machines again) or state"),
+                ),
+        )
+        .subcommand(cert::command())
         .subcommand(
             Command::new("completions").about("Print the completions of a shell").arg(
                 Arg::new("shell")
@@ -88,6 +107,7 @@ pub fn main(matches: &ArgMatches) -> i32 {
     let json = of.get_flag("json");
     let result = match verb {
         "check" => return check::run(of, json),
+        "cert" => cert::run(of),
         "completions" => {
             if let Some(shell) = of.get_one::<clap_complete::Shell>("shell") {
                 clap_complete::generate(*shell, &mut command(), "ftctl", &mut std::io::stdout());
@@ -114,6 +134,8 @@ fn run(client: &Client, verb: &str, of: &ArgMatches, json: bool) -> Result<(), S
             let host: client::Dict = client.manager("HostInventory", &())?;
             return show(&client::to_json(&host), json);
         }
+        "peers" => return peers(client, json),
+        "maintenance" => return maintenance(client, text("what"), json),
         "define" => {
             let file = text("file");
             let definition = match file {
@@ -152,6 +174,10 @@ fn run(client: &Client, verb: &str, of: &ArgMatches, json: bool) -> Result<(), S
             client.call(&machine, FT, "TurnOn", &options)
         }
         "unprotect" => call(FT, "TurnOff"),
+        "move-backup" => {
+            let host: String = client.call(&machine, FT, "MigrateBackup", &text("host"))?;
+            print(&format!("the backup is on {host}"))
+        }
         "failover" => call(FT, "TestFailover"),
         "restart-backup" => call(FT, "TestRestart"),
         other => Err(format!("'{other}' is no command")),
@@ -164,15 +190,21 @@ fn status(client: &Client, machine: &str) -> Result<Value, String> {
     let own = client.properties(machine, MACHINE)?;
     let pair = client.properties(machine, FT)?;
     let take = |from: &Value, key: &str| from.get(key).cloned().unwrap_or(Value::Null);
-    for (key, name) in
-        [("Name", "name"), ("Uuid", "uuid"), ("State", "state"), ("Pid", "pid"), ("QmpSocket", "qmp-socket")]
-    {
+    for (key, name) in [
+        ("Name", "name"),
+        ("Uuid", "uuid"),
+        ("Origin", "origin"),
+        ("State", "state"),
+        ("Pid", "pid"),
+        ("QmpSocket", "qmp-socket"),
+    ] {
         out.insert(name.into(), take(&own, key));
     }
     for (key, name) in [
         ("Role", "role"),
         ("State", "ft-state"),
         ("Peer", "peer"),
+        ("PeerHost", "peer-host"),
         ("Lag", "lag-ms"),
         ("LogBandwidth", "log-mbps"),
         ("Throttle", "throttle-percent"),
@@ -208,6 +240,61 @@ fn list(client: &Client, json: bool) -> Result<(), String> {
         print(line.trim_end())?;
     }
     Ok(())
+}
+
+fn peers(client: &Client, json: bool) -> Result<(), String> {
+    let peers: std::collections::BTreeMap<String, client::Dict> = client.manager("Peers", &())?;
+    if json {
+        let all: Map<String, Value> = peers.iter().map(|(k, v)| (k.clone(), client::to_json(v))).collect();
+        return print(&format!("{:#}", Value::Object(all)));
+    }
+    let line = |name: &str, state: &str, load: &str, memory: &str, machines: &str| {
+        print(format!("{name:<20} {state:<12} {load:>6} {memory:>10}  {machines}").trim_end())
+    };
+    line("NAME", "STATE", "LOAD", "FREE MIB", "MACHINES")?;
+    for (name, dict) in &peers {
+        let peer = client::to_json(dict);
+        let state = match (peer["answers"] == true, peer["maintenance"] == true) {
+            (false, _) => "silent",
+            (_, true) => "maintenance",
+            _ => "ready",
+        };
+        let machines: Vec<_> = peer["machines"].as_array().into_iter().flatten().map(plain).collect();
+        let mib = peer["memory-available"].as_u64().map_or(String::new(), |b| (b >> 20).to_string());
+        let load = peer["load"].as_f64().map_or(String::new(), |l| format!("{l:.2}"));
+        let problem = plain(&peer["problem"]);
+        let last = if state == "silent" { problem } else { machines.join(" ") };
+        line(name, state, &load, &mib, &last)?;
+    }
+    Ok(())
+}
+
+/// Enter, leave or look; entering takes until no machine is left, or the person interrupts it (it goes on then).
+fn maintenance(client: &Client, what: &str, json: bool) -> Result<(), String> {
+    match what {
+        "on" => client.manager::<_, ()>("EnterMaintenance", &())?,
+        "off" => client.manager::<_, ()>("LeaveMaintenance", &())?,
+        _ => {}
+    }
+    let mut told: Vec<Value> = Vec::new();
+    loop {
+        let host = client.properties(crate::ROOT, client::MANAGER)?;
+        let waits = host["MaintenanceWaits"].as_array().cloned().unwrap_or_default();
+        if what != "on" || host["Maintenance"] != "entering" {
+            return match json {
+                true => print(&format!("{:#}", json!({"maintenance": host["Maintenance"], "waits": waits}))),
+                false => {
+                    print(&plain(&host["Maintenance"]))?;
+                    waits.iter().try_for_each(|w| print(&plain(w)))
+                }
+            };
+        }
+        for wait in waits.iter().filter(|w| !told.contains(w)) {
+            eprintln!("ftctl: {}", plain(wait));
+        }
+        told = waits;
+        std::thread::sleep(std::time::Duration::from_millis(250));
+    }
 }
 
 /// Members, one a line, or JSON.

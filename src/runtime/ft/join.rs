@@ -250,6 +250,7 @@ impl Received {
             ft.state = "synchronizing";
             ft.epoch = number;
             ft.peer = Some(peer);
+            common.tell_place(ft);
         });
         let follow = Follow::new(core, link, pulse, epoch, host, common.config.separate);
         Ok(FtSide { common, role: Role::Backup(Box::new(follow)) })

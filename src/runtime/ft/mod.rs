@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use ftvm_devices::Output;
 
-use super::control::{Failover, FtWish, Shared};
+use super::control::{Failover, FtStatus, FtWish, Shared};
 use super::live::{is_held, Runtime};
 use super::{Events, Outcome};
 use crate::cli::ft::FtConfig;
@@ -62,6 +62,12 @@ impl Common {
     /// Time for the state machines.
     pub fn now(&self) -> Duration {
         self.start.elapsed()
+    }
+
+    /// Where this side's pairings are made, for `query-ft`.
+    pub fn tell_place(&self, ft: &mut FtStatus) {
+        ft.listen = Some(self.config.listen.clone());
+        ft.lock.clone_from(&self.config.lock);
     }
 
     /// The blueprint with the sizes that drives have now.

@@ -136,6 +136,7 @@ impl PrimaryRole {
         common.shared.update_ft(|ft| {
             ft.role = "primary";
             ft.state = "unprotected";
+            common.tell_place(ft);
         });
         Ok(PrimaryRole {
             core: Arc::new(Mutex::new(Primary::new(common.timing()))),
@@ -712,15 +713,18 @@ fn turn_off(rt: &mut Runtime) {
 
 /// What the user wants of the pair; the caller has looked whether the state allows it.
 pub fn wish(rt: &mut Runtime, wish: FtWish) {
+    let shared = Arc::clone(&rt.shared);
     let Some((p, _)) = role(rt) else { return };
     let Ok(mut core) = p.core.lock() else { return };
     let actions = match wish {
         FtWish::Suspend => {
             p.suspended.store(true, Ordering::SeqCst);
+            shared.update_ft(|ft| ft.suspended = true);
             core.dismiss("fault tolerance is suspended", false)
         }
         FtWish::Resume => {
             p.suspended.store(false, Ordering::SeqCst);
+            shared.update_ft(|ft| ft.suspended = false);
             Vec::new()
         }
         FtWish::TurnOff => {

@@ -7,6 +7,7 @@ pub mod hosts;
 pub mod libvirt;
 pub mod pair;
 pub mod qmp;
+pub mod service;
 pub mod storage;
 pub mod vm;
 
