@@ -98,6 +98,13 @@ impl Backends {
         *self = theirs;
     }
 
+    /// Whether every drive and network back end of another host's note is here too.
+    pub fn has_all_of(&self, note: &[u8]) -> bool {
+        let Ok(theirs) = postcard::from_bytes::<Backends>(note) else { return false };
+        theirs.drives.iter().flatten().all(|d| self.drive(&d.id).is_some())
+            && theirs.netdevs.iter().all(|d| self.netdevs.iter().any(|m| m.id == d.id))
+    }
+
     /// The number of the drive whose node or id is `name`.
     pub fn drive(&self, name: &str) -> Option<usize> {
         let is = |d: &Option<DriveConfig>| d.as_ref().is_some_and(|d| d.id == name);
@@ -141,6 +148,45 @@ impl Backends {
             (None, Some(left)) => self.drives.push(Some(left)),
             (None, None) => {}
         }
+    }
+
+    /// Drive number `index` stands on the node `below` now.
+    pub fn stands_on(&mut self, index: usize, below: Option<&str>) {
+        let named = below.filter(|b| self.drives.iter().flatten().any(|d| d.id == **b)).map(str::to_owned);
+        if let Some(Some(drive)) = self.drives.get_mut(index).filter(|d| d.as_ref().is_some_and(|d| d.node)) {
+            drive.backing = match (named, below) {
+                (Some(named), _) => Backing::Node(named),
+                (None, None) if drive.backing == Backing::Nothing => Backing::Nothing,
+                // What has no place of its own is found by the header.
+                _ => Backing::Header,
+            };
+        }
+    }
+
+    /// The drives, each behind the one whose node it stands on.
+    pub fn from_below(&self) -> Vec<(usize, &DriveConfig)> {
+        let mut left: Vec<_> =
+            self.drives.iter().enumerate().filter_map(|(i, d)| Some((i, d.as_ref()?))).collect();
+        let mut out: Vec<(usize, &DriveConfig)> = Vec::new();
+        while !left.is_empty() {
+            let waits = |d: &DriveConfig| match &d.backing {
+                Backing::Node(below) => left.iter().any(|(_, l)| l.id == *below),
+                _ => false,
+            };
+            let (later, now): (Vec<_>, Vec<_>) = left.iter().copied().partition(|(_, d)| waits(d));
+            if now.is_empty() {
+                out.extend(later);
+                break;
+            }
+            out.extend(now);
+            left = later;
+        }
+        out
+    }
+
+    /// Whether drives have other numbers than on a command line that names the same nodes.
+    pub fn is_rearranged(&self) -> bool {
+        self.moved && self.drives.iter().skip(self.cold.0).flatten().any(|d| d.node && d.read_only)
     }
 
     /// Cards that were plugged in after the start, with their numbers.

@@ -56,6 +56,11 @@ impl Outside {
         }
     }
 
+    /// Whether network card `index` has a back end.
+    pub fn has_net(&self, index: usize) -> bool {
+        self.nets.lock().is_ok_and(|n| n.get(index).is_some_and(Option::is_some))
+    }
+
     /// Close drive `index`.
     pub fn detach_disk(&self, index: usize) {
         let worker = self.disks.lock().ok().and_then(|mut d| d.get_mut(index).and_then(Option::take));
@@ -202,6 +207,15 @@ impl Outside {
         if let Ok(disks) = self.disks.lock() {
             disks.iter().enumerate().filter_map(|(i, d)| Some((i, d.as_ref()?))).for_each(|(i, d)| f(i, d));
         }
+    }
+
+    /// Everything that was written is on stable storage.
+    pub fn flush_disks(&self) -> Result<(), String> {
+        let images: Vec<_> = match self.disks.lock() {
+            Ok(disks) => disks.iter().flatten().map(|d| d.image()).collect(),
+            Err(_) => Vec::new(),
+        };
+        images.iter().filter(|i| !i.read_only()).try_for_each(|i| i.flush().map_err(|e| e.to_string()))
     }
 
     /// Wait until every disk has served what was submitted, and close them.

@@ -7,7 +7,7 @@ use ftvm_devices::{Input, Inventory};
 use ftvm_qmp::{Call, QmpError};
 use serde_json::{json, Map, Value};
 
-use super::{devices as hotplug, done, limits, qom, snapshots, types, Control, Reply};
+use super::{devices as hotplug, done, graph, limits, qom, snapshots, types, Control, Reply};
 use crate::assembly::open_live;
 use crate::assembly::queue_settings;
 use crate::cli::drive::{self, Cache, DriveConfig};
@@ -429,7 +429,7 @@ pub fn del(c: &Control, call: &mut Call) -> Reply {
         });
         backends.drives[index] = below;
         drop(backends);
-        hotplug::note(rt);
+        graph::note(rt);
         done()
     })
 }

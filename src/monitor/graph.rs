@@ -112,6 +112,18 @@ fn exchange(rt: &mut Runtime, exchanges: &[(usize, Moved)]) {
             Err(e) => log::error!("drive {}: {e}", drive.id),
         }
     }
+    note(rt);
+}
+
+/// Bring the configuration up to what stands on what, and the machine's note with it.
+pub fn note(rt: &mut Runtime) {
+    let count = rt.shared.backends().drives.len();
+    for i in 0..count {
+        if let Some(root) = rt.outside.disk_root(i) {
+            let below = root.node().backing().map(|b| b.name());
+            rt.shared.backends().stands_on(i, below.as_deref());
+        }
+    }
     devices::note(rt);
 }
 

@@ -40,7 +40,11 @@ impl Place {
 
     /// `to` is in front of drive `front` now: the configuration follows.
     fn exchanged(&self, front: usize, to: Moved) {
-        let answer = graph::note_from(&self.events, vec![(front, to)]);
+        self.follow(vec![(front, to)]);
+    }
+
+    fn follow(&self, exchanges: Vec<(usize, Moved)>) {
+        let answer = graph::note_from(&self.events, exchanges);
         while !self.shared.jobs.is_closing() {
             match answer.recv_timeout(Duration::from_millis(50)) {
                 Err(std::sync::mpsc::RecvTimeoutError::Timeout) => {}
@@ -125,6 +129,7 @@ struct CommitJob {
     above: Arc<Node>,
     base: Arc<Node>,
     name: String,
+    place: Place,
 }
 
 impl Work for CommitJob {
@@ -155,6 +160,7 @@ impl Body for CommitJob {
         let mut result = Ok(());
         if end == End::Complete {
             result = stand_on(&self.above, Some(&self.base), &self.name).map_err(text);
+            self.place.follow(Vec::new());
         }
         to_the_back(&self.base);
         result
@@ -166,6 +172,7 @@ struct StreamJob {
     top: Arc<Node>,
     closed: bool,
     name: String,
+    place: Place,
 }
 
 impl Work for StreamJob {
@@ -182,6 +189,7 @@ impl Body for StreamJob {
         let mut result = Ok(());
         if end == End::Complete {
             result = stand_on(&self.top, self.work.base().as_ref(), &self.name).map_err(text);
+            self.place.follow(Vec::new());
         }
         if self.closed {
             to_the_back(&self.top);
@@ -347,7 +355,8 @@ pub fn commit(c: &Control, call: &mut Call) -> Reply {
             let name = given(a, "backing-file").map_or_else(|| file_of(&base_node), str::to_owned);
             let work = Commit::new(top_node, Arc::clone(&base_node));
             let above = Arc::clone(&chain[top - 1]);
-            return Ok(Box::new(CommitJob { work, above, base: Arc::clone(&base_node), name }));
+            let (base, place) = (Arc::clone(&base_node), Place::of(c));
+            return Ok(Box::new(CommitJob { work, above, base, name, place }));
         }
         let part = Part::Above(Arc::clone(&base_node));
         let work = Mirror::new(Arc::clone(&active), Arc::clone(&base_node), part).map_err(text)?;
@@ -389,7 +398,11 @@ pub fn stream(c: &Control, call: &mut Call) -> Reply {
         top.reopen(false).map_err(|e| QmpError::generic(e.to_string()))?;
     }
     let work = Stream::new(Arc::clone(&top), base);
-    let started = start(c, wanted, Box::new(StreamJob { work, top: Arc::clone(&top), closed, name }));
+    let started = start(
+        c,
+        wanted,
+        Box::new(StreamJob { work, top: Arc::clone(&top), closed, name, place: Place::of(c) }),
+    );
     if started.is_err() && closed {
         to_the_back(&top);
     }

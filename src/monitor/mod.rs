@@ -14,6 +14,7 @@ mod input;
 mod jobs;
 mod limits;
 mod machine;
+mod migrate;
 mod net;
 mod options;
 pub mod page;
@@ -162,8 +163,16 @@ const COMMANDS: &[(&str, Command)] = &[
     ("set_link", net::set_link),
     ("query-chardev", chars::query),
     ("query-chardev-backends", chars::backends),
-    ("query-migrate-capabilities", |_, _| Ok(json!([{"capability": "events", "state": true}]))),
-    ("migrate-set-capabilities", machine::migrate_capabilities),
+    ("migrate", migrate::migrate),
+    ("migrate_cancel", migrate::cancel),
+    ("migrate-continue", migrate::go_on),
+    ("migrate-incoming", migrate::incoming),
+    ("migrate-set-capabilities", migrate::set_capabilities),
+    ("query-migrate-capabilities", migrate::capabilities),
+    ("migrate-set-parameters", migrate::set_parameters),
+    ("query-migrate-parameters", migrate::parameters),
+    ("query-migrate", migrate::query),
+    ("announce-self", migrate::announce),
     ("query-ft", ft::query),
     ("ft-turn-on", ft::turn_on),
     ("ft-turn-off", ft::turn_off),
