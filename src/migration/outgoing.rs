@@ -149,6 +149,11 @@ pub fn blocked(rt: &Runtime) -> Option<String> {
         "the machine is recorded"
     } else if rt.shared.backends().drives.iter().flatten().any(|d| d.snapshot && d.file.is_some()) {
         "a drive has snapshot=on: its temporary file is on this host only"
+    } else if rt.shared.jobs.is_busy() {
+        "a block job runs"
+    } else if rt.shared.backends().is_rearranged() {
+        "an external snapshot has given the drives other numbers than a new command line would (commit it, or start the machine \
+         anew)"
     } else {
         return None;
     };

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use ftvm_block::track::Tracked;
-use ftvm_block::OpenOptions;
+use ftvm_block::{Image, Node, OpenOptions};
 
 use super::monitors::{control, open_outside, start_monitors};
 use super::Prepared;
@@ -30,17 +30,18 @@ use crate::runtime::record::{Header, Player, Recorder};
 use crate::runtime::{Event, Events};
 
 /// A drive's open image, if it has a medium.
-type Medium = Option<Box<dyn ftvm_block::Image>>;
+type Medium = Option<Arc<Node>>;
 
 fn sizes(config: &Config) -> Result<(Vec<u64>, Vec<Medium>), String> {
     let mut sizes = Vec::new();
-    let mut images = Vec::new();
+    let mut images: Vec<Medium> = Vec::new();
     for drive in &config.machine.drives {
         let mut drive = drive.clone();
         drive.snapshot |= config.machine.snapshot;
         // Overlays against late writes of others are for disks that others have.
         let shared = config.host.ft.as_ref().is_some_and(|f| !f.separate);
-        let image = open_live(&drive, shared, false).map_err(|e| e.to_string())?;
+        let find = |name: &str| images.iter().flatten().find(|n| n.name() == name).cloned();
+        let image = open_live(&drive, shared, false, &find).map_err(|e| e.to_string())?;
         sizes.push(image.as_ref().map_or(0, |i| i.size()));
         images.push(image);
     }
@@ -181,9 +182,12 @@ fn home(blueprint: &Blueprint, machine: &Machine, shared: &Arc<Shared>) -> Home 
 fn open_images(shared: &Shared, outside: &Arc<Outside>, events: &Events) -> Result<(), String> {
     let backends = shared.backends().clone();
     attach_hot_nets(&backends, outside, events)?;
-    for (i, drive) in backends.drives.iter().enumerate() {
-        let Some(drive) = drive.as_ref().filter(|_| outside.disk_image(i).is_none()) else { continue };
-        if let Some(image) = open_live(drive, false, false).map_err(|e| e.to_string())? {
+    for (i, drive) in backends.from_below() {
+        if outside.disk_image(i).is_some() {
+            continue;
+        }
+        let find = |name: &str| outside.find_node(name).map(|(_, node)| node);
+        if let Some(image) = open_live(drive, false, false, &find).map_err(|e| e.to_string())? {
             attach_image(i, drive, image, false, outside, events)?;
         }
     }
@@ -193,7 +197,7 @@ fn open_images(shared: &Shared, outside: &Arc<Outside>, events: &Events) -> Resu
 fn attach_image(
     index: usize,
     drive: &DriveConfig,
-    image: Box<dyn ftvm_block::Image>,
+    image: Arc<Node>,
     durable: bool,
     outside: &Outside,
     events: &Events,
@@ -304,8 +308,9 @@ fn lock_path(ft: &crate::cli::ft::FtConfig, blueprint: &Blueprint) -> Result<Str
 fn track(images: &mut [Medium]) -> Disks {
     let track = |medium: &mut Medium| {
         let image = medium.take_if(|i| !i.read_only())?;
-        let tracked = Tracked::new(image);
-        *medium = Some(Box::new(Arc::clone(&tracked)));
+        let name = image.name();
+        let tracked = Tracked::new(Box::new(image));
+        *medium = Some(Node::named(&name, Box::new(Arc::clone(&tracked))));
         Some(tracked)
     };
     images.iter_mut().map(track).collect()
@@ -392,7 +397,7 @@ fn prepare_backup(
             let image = image.map_err(|e| e.to_string())?;
             let size = image.as_ref().map_or(0, |i| i.size());
             if separate {
-                images.push(image);
+                images.push(image.map(|image| Node::named(&drive.id, image)));
             } else {
                 drop(image);
                 check_shared(drive)?;
@@ -431,7 +436,8 @@ fn prepare_backup(
             if tracked.get(i) == Some(&true) {
                 continue;
             }
-            let image = open_live(drive, !separate, !separate);
+            let find = |name: &str| outside.find_node(name).map(|(_, node)| node);
+            let image = open_live(drive, !separate, !separate, &find);
             if let Some(image) = image.map_err(|e| e.to_string())? {
                 attach_image(i, drive, image, !separate, outside, events)?;
             }

@@ -7,6 +7,7 @@ use serde::Serialize;
 use serde_json::json;
 
 use crate::host::backends::Backends;
+use crate::host::jobs::Jobs;
 use crate::migration::status::Migration;
 
 /// What the user wants of the pair, in vSphere's words.
@@ -134,6 +135,8 @@ pub struct Shared {
     ft: Mutex<FtStatus>,
     registers: Mutex<String>,
     backends: Mutex<Backends>,
+    /// Work on block nodes.
+    pub jobs: Jobs,
 }
 
 impl Shared {
@@ -146,6 +149,7 @@ impl Shared {
             ft: Mutex::new(FtStatus::default()),
             registers: Mutex::new(String::new()),
             backends: Mutex::default(),
+            jobs: Jobs::default(),
         })
     }
 

@@ -161,6 +161,7 @@ impl Runtime {
         if let Some(ft) = &mut self.ft {
             ft.end(stamp);
         }
+        self.shared.jobs.close();
         self.outside.close_disks();
         self.outside.drain_chars();
         self.shared.events.drain(Duration::from_secs(1));
