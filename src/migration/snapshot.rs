@@ -70,6 +70,9 @@ pub fn begin(rt: &mut Runtime, wish: Wish, reply: Sender<Result<(), String>>) ->
     if !matches!(rt.sink, Sink::None) {
         return Err("the machine is recorded".into());
     }
+    if rt.shared.jobs.is_busy() {
+        return Err("a block job is under way".into());
+    }
     let images = images(rt)?;
     if let Wish::Load(name) = &wish {
         check(rt, &images, name)?;
