@@ -209,6 +209,38 @@ impl Hosts {
         }
     }
 
+    /// What busctl prints on host `i`'s bus, as root or as another user.
+    pub fn busctl(&self, i: usize, user: Option<u32>, args: &[&str]) -> Result<String> {
+        let address = format!("--address=unix:path={}/bus", self.hosts[i].dir);
+        let mut command = Command::new(if user.is_some() { "setpriv" } else { "busctl" });
+        if let Some(user) = user {
+            command.args(["--reuid", &user.to_string(), "--clear-groups", "busctl"]);
+        }
+        // The answer to a request that moves machines takes its time.
+        let out = command.args([&address, "--timeout=120", "--"]).args(args).output().map_err(text)?;
+        match out.status.success() {
+            true => Ok(String::from_utf8_lossy(&out.stdout).trim().to_owned()),
+            false => Err(String::from_utf8_lossy(&out.stderr).into_owned()),
+        }
+    }
+
+    /// gdbus writes the signals of host `i`'s service to a file, one a line.
+    pub fn watch(&self, i: usize) -> Result<(Process, String)> {
+        let file = self.path(i, "signals");
+        let out = std::fs::File::create(&file).map_err(text)?;
+        let child = Command::new("gdbus")
+            .args(["monitor", "--address", &format!("unix:path={}/bus", self.hosts[i].dir)])
+            .args(["--dest", "org.ftvm"])
+            .stdin(Stdio::null())
+            .stdout(out)
+            .spawn()
+            .map_err(|e| format!("gdbus: {e}"))?;
+        let begun = || std::fs::read_to_string(&file).ok()?.contains("is owned by").then_some(());
+        let watch = Process(child);
+        wait_for("gdbus", LONG, begun)?;
+        Ok((watch, file))
+    }
+
     /// ftctl on host `i`, which takes its time.
     pub fn spawn_ftctl(&self, i: usize, args: &[&str]) -> Result<Process> {
         let mut command = self.command(i, &self.programs.1);
