@@ -420,7 +420,7 @@ impl SoftCpu {
         let mut at = first;
         while at <= last {
             let e = self.phys_read(at, 8);
-            let this = e & 0x21 == 0x21 || e >> 32 & 0x21 == 0x21;
+            let this = is_used(e);
             used |= this;
             free &= self.table_changes(at, this);
             at += 8;

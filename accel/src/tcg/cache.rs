@@ -29,12 +29,18 @@ pub type KeyMap<V> = HashMap<u64, V, BuildHasherDefault<KeyHasher>>;
 /// Sets of two of the table by linear address.
 pub const JUMPS: usize = 1 << 15;
 /// Blocks kept before all are dropped.
-const MAX_BLOCKS: usize = 200_000;
+const MAX_BLOCKS: usize = 400_000;
+/// In a block's key: it is one instruction that runs on into another page ([`Block::second`]).
+pub const CROSSING: u64 = 1 << 59;
 
 /// Two places for the addresses that share them, in one cache line.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
 pub struct JumpSet(pub [Jump; 2]);
+
+impl JumpSet {
+    pub const EMPTY: JumpSet = JumpSet([Jump::NONE; 2]);
+}
 
 /// Where execution goes on at a linear address.
 #[derive(Clone, Copy)]
@@ -42,19 +48,14 @@ pub struct JumpSet(pub [Jump; 2]);
 pub struct Jump {
     pub lin: u64,
     pub key: u64,
+    /// In the cache, or null.
     pub block: *const Block,
     /// Where compiled code goes on (see `jit`).
     pub code: u64,
 }
 
-/// Instructions that cross a page, kept by page.
-pub const LONE: usize = 1024;
-
-/// An instruction that crosses a page.
-pub struct Lone {
-    pub mode: u8,
-    pub bytes: Vec<u8>,
-    pub block: Box<Block>,
+impl Jump {
+    const NONE: Jump = Jump { lin: 0, key: u64::MAX, block: std::ptr::null(), code: 0 };
 }
 
 /// What is decoded of one physical page.
@@ -62,31 +63,130 @@ pub struct Lone {
 pub struct CodePage {
     /// Bit i: bytes 64i..64i+63 hold decoded code.
     mask: u64,
-    /// Each block's key and length in bytes.
-    blocks: Vec<(u64, u32)>,
+    /// (Boxed: a running block must not move.)
+    #[allow(clippy::vec_box)]
+    blocks: Vec<Box<Block>>,
+    /// Keys and blocks (null: free), hashed by the keys; a power of two, at most half full.
+    index: Vec<(u64, *const Block)>,
+    /// Pages whose crossing instruction ends in this one, and after how many bytes.
+    tails: Vec<(u64, u32)>,
 }
 
 impl CodePage {
-    /// Whether a write of `size` bytes at `phys` changes decoded bytes.
-    fn holds(&self, phys: u64, size: u64) -> bool {
-        let (first, end) = (phys & 0xFFF, (phys & 0xFFF) + size.max(1));
-        self.mask & mask_of(phys, size) != 0
-            && self.blocks.iter().any(|&(key, bytes)| {
-                let at = key & 0xFFF;
-                at < end && first < at + bytes as u64
-            })
+    fn home(&self, key: u64) -> usize {
+        (key ^ key >> 7 ^ key >> 53) as usize & (self.index.len() - 1)
     }
+
+    /// The block with a key.
+    pub fn find(&self, key: u64) -> Option<*const Block> {
+        if self.index.is_empty() {
+            return None;
+        }
+        let mut at = self.home(key);
+        loop {
+            let (k, b) = self.index[at];
+            if b.is_null() || k == key {
+                return (!b.is_null()).then_some(b);
+            }
+            at = (at + 1) & (self.index.len() - 1);
+        }
+    }
+
+    /// Add a block whose key is not there yet.
+    fn add(&mut self, block: Box<Block>) {
+        self.blocks.push(block);
+        if self.index.len() < 2 * self.blocks.len() {
+            self.rebuild();
+        } else {
+            self.enter(self.blocks.len() - 1);
+        }
+    }
+
+    fn rebuild(&mut self) {
+        self.index.clear();
+        self.index.resize((4 * self.blocks.len()).next_power_of_two().max(8), (0, std::ptr::null()));
+        for n in 0..self.blocks.len() {
+            self.enter(n);
+        }
+    }
+
+    fn enter(&mut self, n: usize) {
+        let b: &Block = &self.blocks[n];
+        let mut at = self.home(b.key);
+        while !self.index[at].1.is_null() {
+            at = (at + 1) & (self.index.len() - 1);
+        }
+        self.index[at] = (b.key, b);
+    }
+
+    /// Take out the blocks that a write of `size` bytes at `phys` changes, as long as nothing is compiled (a trace goes
+    /// through several blocks) and no other page's instruction is hit; `None` then.
+    #[allow(clippy::vec_box)]
+    fn take(&mut self, phys: u64, size: u64) -> Option<Vec<Box<Block>>> {
+        if self.blocks.iter().any(|b| !b.code.get().is_null())
+            || self.tails.iter().any(|t| near(phys, size, 0, t.1))
+        {
+            return None;
+        }
+        let (hit, rest) = std::mem::take(&mut self.blocks)
+            .into_iter()
+            .partition::<Vec<_>, _>(|b| near(phys, size, b.key & 0xFFF, b.bytes));
+        self.blocks = rest;
+        self.mask = self.tails.iter().fold(0, |m, t| m | mask_of(0, t.1 as u64));
+        for b in &self.blocks {
+            self.mask |= mask_of(b.key, (b.bytes as u64).min(4096 - (b.key & 0xFFF)));
+            b.unlink();
+        }
+        self.rebuild();
+        Some(hit)
+    }
+
+    /// Whether a write of `size` bytes at `phys` changes decoded bytes. (An empty page need not be looked after.)
+    fn holds(&self, phys: u64, size: u64) -> bool {
+        self.mask == 0
+            || self.mask & mask_of(phys, size) != 0
+                && (self.blocks.iter().any(|b| near(phys, size, b.key & 0xFFF, b.bytes))
+                    || self.tails.iter().any(|t| near(phys, size, 0, t.1)))
+    }
+}
+
+/// Whether a write of `size` bytes at `phys` changes `bytes` bytes at offset `at` of the page.
+fn near(phys: u64, size: u64, at: u64, bytes: u32) -> bool {
+    let (first, end) = (phys & 0xFFF, (phys & 0xFFF) + size.max(1));
+    at < end && first < at + bytes as u64
 }
 
 #[derive(Default)]
 pub struct Cache {
-    pub blocks: KeyMap<Box<Block>>,
-    pages: KeyMap<CodePage>,
+    /// By guest physical address. Once made they stay until all code is dropped.
+    pages: KeyMap<Box<CodePage>>,
+    blocks: usize,
     /// Blocks dropped while one of them may be running.
-    /// (Boxed: a running block must not move.)
     #[allow(clippy::vec_box)]
     pub graveyard: Vec<Box<Block>>,
+    /// Room to decode into.
+    pub ops: Vec<Op>,
 }
+
+impl Cache {
+    /// The code of the page that holds a guest physical address.
+    pub fn page(&mut self, phys: u64) -> *const CodePage {
+        &**self.pages.entry(phys & !0xFFF).or_default()
+    }
+    /// The block with a key.
+    pub fn get(&self, key: u64) -> Option<&Block> {
+        let found = self.pages.get(&(key & PHYS & !0xFFF))?.find(key)?;
+        // SAFETY: it is in the cache, which is borrowed.
+        Some(unsafe { &*found })
+    }
+    /// All blocks.
+    pub fn all(&self) -> impl Iterator<Item = &Block> {
+        self.pages.values().flat_map(|p| &p.blocks).map(|b| &**b)
+    }
+}
+
+/// The guest physical address in a key.
+const PHYS: u64 = CROSSING - 1;
 
 fn mask_of(phys: u64, len: u64) -> u64 {
     let first = (phys & 0xFFF) >> 6;
@@ -97,6 +197,15 @@ fn mask_of(phys: u64, len: u64) -> u64 {
 impl SoftCpu {
     /// Nothing in the table by linear address holds any more.
     pub(crate) fn new_epoch(&mut self) {
+        for h in &mut self.highs {
+            self.epochs += 1;
+            h.epoch = self.epochs;
+        }
+        self.new_low_epoch();
+    }
+
+    /// Nothing in the table in the lower half of linear addresses holds any more.
+    pub(crate) fn new_low_epoch(&mut self) {
         for s in &mut self.spaces {
             self.epochs += 1;
             s.epoch = self.epochs;
@@ -106,57 +215,124 @@ impl SoftCpu {
         self.update_key();
     }
 
-    /// The table's key: epoch, privilege and code mode.
+    /// The table's keys: epoch, a salt, privilege and code mode.
     pub(crate) fn update_key(&mut self) {
-        // The same code in different address spaces must not share a place.
-        self.st.gpr[SALT] = self.epoch.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 48;
-        self.jump_key = self.epoch << 4 | ((self.cpl == 3) as u64) << 2 | self.code_mode as u64;
+        let mode = ((self.cpl == 3) as u64) << 2 | self.code_mode as u64;
+        let salt = self.epoch.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 52;
+        self.more_slots[KEY - 32] = self.epoch << 16 | salt << 4 | mode;
+        self.more_slots[KEY - 31] = self.highs[0].epoch << 16 | mode;
     }
 
-    /// The set of a linear address in the table.
-    #[inline(always)]
-    pub(crate) fn place(&self, lin: u64) -> usize {
-        (lin ^ lin >> 13 ^ self.st.gpr[SALT]) as usize & (JUMPS - 1)
+    /// Put a block into the table by linear address; `known`: it is there already.
+    pub(crate) fn enter(&mut self, known: Option<usize>, lin: u64, b: &Block) {
+        let code = self.far_entry(b);
+        let (place, key) = (self.place(lin), self.key_of(lin));
+        let set = &mut self.jumps[place].0;
+        // In front; what was there takes the other place, unless that is this one's.
+        if known != Some(0) {
+            set[1] = set[0];
+        }
+        set[0] = Jump { lin, key, block: b, code };
+        let mut p = b.places.get();
+        let n = p.count as usize;
+        if n > p.sets.len() || p.sets[..n].contains(&(place as u16)) {
+            return;
+        }
+        if n < p.sets.len() {
+            p.sets[n] = place as u16;
+        }
+        p.count += 1;
+        b.places.set(p);
     }
 
     pub(crate) fn insert_block(&mut self, block: Box<Block>) -> *const Block {
-        if self.cache.blocks.len() >= MAX_BLOCKS {
+        if self.cache.blocks >= MAX_BLOCKS {
             self.drop_all_code();
         }
-        let phys = block.key & !(7 << 60);
+        let (phys, bytes) = (block.key & PHYS, block.bytes as u64);
         let p: *const Block = &*block;
+        let here = bytes.min(4096 - (phys & 0xFFF));
+        let second = (bytes > here).then_some(block.second);
         let page = self.cache.pages.entry(phys & !0xFFF).or_default();
-        page.mask |= mask_of(phys, block.bytes as u64);
-        page.blocks.push((block.key, block.bytes));
-        if let Some(old) = self.cache.blocks.insert(block.key, block) {
-            self.cache.graveyard.push(old);
+        page.mask |= mask_of(phys, here);
+        page.add(block);
+        self.cache.blocks += 1;
+        if let Some(second) = second {
+            let tail = (phys & !0xFFF, (bytes - here) as u32);
+            let page = self.cache.pages.entry(second).or_default();
+            page.mask |= mask_of(0, bytes - here);
+            if !page.tails.contains(&tail) {
+                page.tails.push(tail);
+            }
         }
-        if self.mem().protect(phys, CODE) {
-            self.drop_writes(phys & !0xFFF);
+        for page in [Some(phys & !0xFFF), second].into_iter().flatten() {
+            if self.mem().protect(page, CODE) {
+                self.drop_writes(page);
+            }
         }
         p
     }
 
     pub(crate) fn drop_all_code(&mut self) {
-        let old = std::mem::take(&mut self.cache.blocks);
-        self.cache.graveyard.extend(old.into_values());
-        self.cache.pages.clear();
-        self.code_epoch += 1;
+        for (_, page) in std::mem::take(&mut self.cache.pages) {
+            self.cache.graveyard.extend(page.blocks);
+        }
+        self.cache.blocks = 0;
+        self.jumps.fill(JumpSet::EMPTY);
+        self.forget_entries();
+        self.drop_fetches();
         self.end = std::ptr::null();
         self.new_epoch();
     }
 
     /// Drop the code decoded from one page.
     pub(crate) fn drop_code_page(&mut self, phys: u64) {
-        if let Some(page) = self.cache.pages.remove(&(phys & !0xFFF)) {
-            for (key, _) in page.blocks {
-                if let Some(b) = self.cache.blocks.remove(&key) {
-                    self.cache.graveyard.push(b);
+        let Some(page) = self.cache.pages.get_mut(&(phys & !0xFFF)) else { return };
+        page.mask = 0;
+        page.index.clear();
+        let tails = std::mem::take(&mut page.tails);
+        let blocks = std::mem::take(&mut page.blocks);
+        if !blocks.is_empty() {
+            self.cache.blocks -= blocks.len();
+            self.end = std::ptr::null();
+            self.forget_blocks(&blocks);
+            if blocks.iter().any(|b| !b.code.get().is_null()) {
+                // Compiled code that led there does so no more.
+                self.new_epoch();
+            }
+            self.cache.graveyard.extend(blocks);
+        }
+        for (first, _) in tails {
+            self.drop_code_page(first);
+        }
+    }
+
+    /// Take blocks out of the table by linear address.
+    fn forget_blocks(&mut self, blocks: &[Box<Block>]) {
+        let miss = self.miss();
+        let mut all = Vec::new();
+        for b in blocks {
+            let p = b.places.get();
+            if p.count as usize > p.sets.len() {
+                all.push(std::ptr::from_ref::<Block>(b));
+                continue;
+            }
+            for &place in &p.sets[..p.count as usize] {
+                for j in &mut self.jumps[place as usize].0 {
+                    if std::ptr::eq(j.block, &**b) {
+                        *j = Jump { code: miss, ..Jump::NONE };
+                    }
                 }
             }
-            self.end = std::ptr::null();
-            self.code_epoch += 1;
-            self.new_epoch();
+        }
+        if all.is_empty() {
+            return;
+        }
+        all.sort_unstable();
+        for j in self.jumps.iter_mut().flat_map(|set| &mut set.0) {
+            if all.binary_search(&j.block).is_ok() {
+                *j = Jump { code: miss, ..Jump::NONE };
+            }
         }
     }
 
@@ -174,8 +350,15 @@ impl SoftCpu {
 
     /// A page with decoded code is written at `phys`.
     pub(crate) fn code_written(&mut self, phys: u64, size: u64) {
-        let hit = self.cache.pages.get(&(phys & !0xFFF)).is_none_or(|p| p.holds(phys, size));
-        if hit {
+        let page = self.cache.pages.get_mut(&(phys & !0xFFF));
+        let hit = page.as_ref().is_none_or(|p| p.holds(phys, size));
+        let some = page.filter(|p| hit && p.mask != 0).and_then(|p| p.take(phys, size));
+        if let Some(blocks) = some {
+            self.cache.blocks -= blocks.len();
+            self.end = std::ptr::null();
+            self.forget_blocks(&blocks);
+            self.cache.graveyard.extend(blocks);
+        } else if hit {
             self.drop_code_page(phys);
             self.mem().unprotect(phys, CODE);
         }

@@ -13,6 +13,7 @@ mod debug;
 mod decode;
 mod decode0f;
 mod far;
+mod find;
 mod flags;
 mod interrupt;
 mod jit;
@@ -30,6 +31,8 @@ mod sys;
 mod task;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_code;
 mod undefined;
 mod vec;
 
@@ -40,7 +43,7 @@ use crate::bus::Ipi;
 use crate::mem::GuestMemory;
 use crate::state::{CpuState, Segment};
 use crate::{ApicMessage, Bus, CpuModel, Exception, Exit, Processor, RunResult};
-use cache::{Cache, Jump, JumpSet, Lone, JUMPS, LONE};
+use cache::{Cache, JumpSet, JUMPS};
 use flags::{IF, TF};
 use jit::Left;
 use lapic::Lapic;
@@ -49,6 +52,9 @@ use op::*;
 use paging::*;
 
 static IDLE: Op = decode::BLANK;
+
+/// Calls whose returns are predicted; a byte counts the bytes of as many addresses.
+const RING: usize = 32;
 
 /// At most so many instructions in a block.
 const MAX_BLOCK: usize = 48;
@@ -133,31 +139,33 @@ pub struct SoftCpu {
     code_filled: Vec<(u8, u16)>,
     cache: Cache,
     jumps: Box<[JumpSet]>,
-    /// `code_epoch` when each entry was made.
-    jumps_made: Box<[[u64; 2]]>,
-    jump_key: u64,
+    /// Of the lower half of linear addresses, in the address space in use.
     epoch: u64,
     /// The last epoch that was given.
     epochs: u64,
     spaces: Vec<Space>,
+    /// Upper halves of linear addresses, which address spaces share; the first is in use.
+    highs: Vec<High>,
     /// Where the table entry of each entry of `tlb` lies.
     leaves: [Box<[u64]>; 4],
-    /// A filter of the table entries that led walks to other tables.
+    /// A filter of the table entries that led walks to other tables, and how many bits of it are set.
     upper: Box<[u64]>,
+    marks: u32,
+    uppers: Box<[Upper]>,
     /// The table that was written last, how often, and when.
     table_writes: (u64, u32, u64),
     /// Counts droppings of translations.
     changes: u64,
     switches: u64,
-    /// Counts droppings of code.
-    code_epoch: u64,
-    /// Instructions that cross a page, decoded, with their bytes.
-    lone: Box<[Option<Lone>]>,
+    /// See `lone_block`.
+    lone: Option<Box<Block>>,
     generation: u32,
     seen: u64,
     jit: jit::Jit,
     /// More slots like those behind the registers in `gpr`.
-    more_slots: [u64; 9],
+    more_slots: [u64; 16],
+    /// Of the innermost calls: the address of the `Site` where the return is expected to lead.
+    ring: [u64; RING],
 }
 
 // SAFETY: the raw pointers `mem`, `bus`, `cur` and `end` mean something only within `run`; the others point
@@ -260,27 +268,24 @@ impl SoftCpu {
             filled: Vec::new(),
             code_filled: Vec::new(),
             cache: Cache::default(),
-            jumps: vec![
-                JumpSet([Jump { lin: 0, key: u64::MAX, block: std::ptr::null(), code: 0 }; 2]);
-                JUMPS
-            ]
-            .into_boxed_slice(),
-            jumps_made: vec![[0; 2]; JUMPS].into_boxed_slice(),
-            jump_key: 0,
+            jumps: vec![JumpSet::EMPTY; JUMPS].into_boxed_slice(),
             epoch: 1,
-            epochs: 1,
+            epochs: 2,
             spaces: Vec::new(),
+            highs: vec![High::new(2)],
             leaves: new_leaves(),
             upper: vec![0; UPPER_BITS / 64].into_boxed_slice(),
+            marks: 0,
+            uppers: vec![Upper::NONE; UPPERS].into_boxed_slice(),
             table_writes: (0, 0, 0),
             changes: 0,
             switches: 0,
-            code_epoch: 1,
-            lone: (0..LONE).map(|_| None).collect(),
+            lone: None,
             generation: 0,
             seen: 0,
             jit: jit::Jit::new(),
-            more_slots: [0; 9],
+            more_slots: [0; 16],
+            ring: [0; RING],
         };
         c.reset_state(false);
         c
@@ -492,202 +497,6 @@ impl SoftCpu {
         false
     }
 
-    /// The block at CS:RIP.
-    #[inline(always)]
-    fn find_block(&mut self) -> R<*const Block> {
-        let lin = if self.long { self.rip } else { self.segs[CS].base.wrapping_add(self.rip) & 0xFFFF_FFFF };
-        let place = self.place(lin);
-        for n in 0..2 {
-            let j = self.jumps[place].0[n];
-            if j.lin == lin && j.key == self.jump_key {
-                // SAFETY: a block of the current epoch is in the cache.
-                let block = unsafe { &*j.block };
-                if self.long || self.rip + block.bytes as u64 - 1 <= self.segs[CS].limit as u64 {
-                    // It may have been compiled since.
-                    self.jumps[place].0[n].code = self.far_entry(block);
-                    return Ok(j.block);
-                }
-            }
-        }
-        self.find_slow(lin)
-    }
-
-    /// The block at CS:RIP, which `from` led to.
-    #[inline(always)]
-    fn follow(&mut self, from: *const Block) -> R<*const Block> {
-        if !self.long {
-            return self.find_block();
-        }
-        // SAFETY: `from` has just run, and the graveyard is empty: it is in the cache.
-        let links = unsafe { &(*from).links };
-        for link in links {
-            let l = link.get();
-            if l.rip == self.rip && l.key == self.jump_key {
-                return Ok(l.block);
-            }
-        }
-        let block = self.find_block()?;
-        // A lone block holds only as long as its bytes are looked at.
-        // SAFETY: the block is in the cache, among the lone ones or in the graveyard.
-        if self.cache.graveyard.is_empty() && unsafe { (*block).key } != 0 {
-            let stale = links[0].get().key != self.jump_key;
-            links[!stale as usize].set(Link { rip: self.rip, key: self.jump_key, block });
-        }
-        Ok(block)
-    }
-
-    #[inline(never)]
-    fn find_slow(&mut self, lin: u64) -> R<*const Block> {
-        if self.long {
-            if !access::canonical(lin) {
-                return self.gp(0);
-            }
-        } else if self.rip > self.segs[CS].limit as u64 {
-            return self.gp(0);
-        }
-        let e = self.fetch_page(lin)?;
-        let phys = e.phys | lin & 0xFFF;
-        let key = phys | (self.code_mode as u64) << 60;
-        let mut block: *const Block = std::ptr::null();
-        let place = self.place(lin);
-        let (set, made) = (self.jumps[place].0, self.jumps_made[place]);
-        let known = (0..2).find(|&n| {
-            // SAFETY: no code was dropped since the entry was made, so its block is in the cache.
-            set[n].lin == lin && made[n] == self.code_epoch && unsafe { (*set[n].block).key } == key
-        });
-        if let (false, Some(n)) = (e.host.is_null(), known) {
-            // Only the TLB was flushed since.
-            block = set[n].block;
-        } else if !e.host.is_null() {
-            if let Some(b) = self.cache.blocks.get(&key) {
-                block = &**b;
-            } else if let Some(b) = self.decode_block(e, lin, key) {
-                block = self.insert_block(b);
-            }
-        }
-        // SAFETY: the block is in the cache.
-        let fits = !block.is_null()
-            && (self.long || self.rip + unsafe { (*block).bytes } as u64 - 1 <= self.segs[CS].limit as u64);
-        if !fits {
-            return self.lone_block(lin);
-        }
-        if jit::near_hole(lin) {
-            // Compiled code finds only what is in the table.
-            return Ok(block);
-        }
-        // SAFETY: as above.
-        let code = self.far_entry(unsafe { &*block });
-        // In front; what was there takes the other place, unless that is this one's.
-        if known != Some(0) {
-            self.jumps[place].0[1] = self.jumps[place].0[0];
-            self.jumps_made[place][1] = self.jumps_made[place][0];
-        }
-        self.jumps[place].0[0] = Jump { lin, key: self.jump_key, block, code };
-        self.jumps_made[place][0] = self.code_epoch;
-        Ok(block)
-    }
-
-    /// Decode from one page; `None` if the first instruction crosses into the next.
-    fn decode_block(&mut self, e: CodeEntry, lin: u64, key: u64) -> Option<Box<Block>> {
-        let at = (lin & 0xFFF) as usize;
-        // SAFETY: `host` is a whole page of guest memory; it is copied before anything can write to it.
-        let bytes: Vec<u8> =
-            unsafe { std::slice::from_raw_parts(e.host.add(at), (4096 - at).min(MAX_BLOCK * 15)) }.to_vec();
-        let whole = bytes.len() == 4096 - at;
-        let mut b = Block::new(key);
-        loop {
-            match decode::decode(&bytes[b.bytes as usize..], self.code_mode) {
-                Ok(d) => {
-                    let ends = d.ends;
-                    add_op(&mut b, d);
-                    if ends || b.ops.len() >= MAX_BLOCK {
-                        break;
-                    }
-                }
-                Err(_) => {
-                    debug_assert!(whole || !b.ops.is_empty());
-                    break;
-                }
-            }
-        }
-        b.count = b.ops.len() as u32;
-        (!b.ops.is_empty()).then(|| Box::new(b))
-    }
-
-    /// One instruction that crosses a page, runs into the code segment's limit, or is not in memory:
-    /// looked at afresh each time.
-    fn lone_block(&mut self, lin: u64) -> R<*const Block> {
-        let mut bytes = Vec::with_capacity(15);
-        let mut page = self.fetch_page(lin)?;
-        if let Some(block) = self.known_lone(lin, page)? {
-            return Ok(block);
-        }
-        let limit = self.segs[CS].limit as u64;
-        loop {
-            let n = bytes.len() as u64;
-            if !self.long && self.rip + n > limit {
-                return self.gp(0);
-            }
-            let mut at = lin.wrapping_add(n);
-            if !self.lma() {
-                at &= 0xFFFF_FFFF;
-            }
-            if at & !0xFFF != page.tag & !0xFFF {
-                if self.long && !access::canonical(at) {
-                    return self.gp(0);
-                }
-                page = self.fetch_page(at)?;
-            }
-            let v = if page.host.is_null() {
-                self.phys_load(page.phys | at & 0xFFF, 1) as u8
-            } else {
-                // SAFETY: `host` is a whole page of guest memory.
-                unsafe { *page.host.add((at & 0xFFF) as usize) }
-            };
-            bytes.push(v);
-            if let Ok(d) = decode::decode(&bytes, self.code_mode) {
-                let mut b = Block::new(0);
-                add_op(&mut b, d);
-                b.count = 1;
-                let b = Box::new(b);
-                let p: *const Block = &*b;
-                let lone = Lone { mode: self.code_mode, bytes, block: b };
-                if let Some(old) = self.lone[lin as usize >> 12 & (LONE - 1)].replace(lone) {
-                    self.cache.graveyard.push(old.block);
-                }
-                return Ok(p);
-            }
-        }
-    }
-
-    /// The same for an instruction in 64-bit mode whose bytes are those that were decoded before. What is
-    /// decoded follows from the bytes alone, so the second page is fetched only where decoding would.
-    fn known_lone(&mut self, lin: u64, page: CodeEntry) -> R<Option<*const Block>> {
-        let first = 4096 - (lin & 0xFFF) as usize;
-        let Some(lone) = &self.lone[lin as usize >> 12 & (LONE - 1)] else { return Ok(None) };
-        let (n, known): (usize, *const Block) = (lone.bytes.len(), &*lone.block);
-        if !self.long || lone.mode != self.code_mode || page.host.is_null() || n <= first {
-            return Ok(None);
-        }
-        let mut bytes = [0u8; 15];
-        bytes[..n].copy_from_slice(&lone.bytes);
-        // SAFETY: `host` is a whole page of guest memory; `first` bytes are left in it.
-        if unsafe { std::slice::from_raw_parts(page.host.add(4096 - first), first) } != &bytes[..first] {
-            return Ok(None);
-        }
-        let at = lin.wrapping_add(first as u64);
-        if !access::canonical(at) {
-            return self.gp(0);
-        }
-        let next = self.fetch_page(at)?;
-        if next.host.is_null() {
-            return Ok(None);
-        }
-        // SAFETY: as above, at the start of the page; n is at most 15.
-        let same = unsafe { std::slice::from_raw_parts(next.host, n - first) } == &bytes[first..n];
-        Ok(same.then_some(known))
-    }
-
     /// Whatever must be looked at between instructions. Some: `run` returns.
     fn attend_to(&mut self) -> Option<Exit> {
         self.attention = false;
@@ -757,18 +566,6 @@ impl SoftCpu {
         }
         None
     }
-}
-
-fn add_op(b: &mut Block, d: decode::Decoded) {
-    let mut op = d.op;
-    op.idx = b.ops.len() as u8;
-    op.off = b.bytes as u16;
-    if op.base == BLOCKIP {
-        op.disp += op.off as i64 + op.len as i64;
-    }
-    b.bytes += op.len as u32;
-    b.ops.push(op);
-    b.vecs.extend(d.vec);
 }
 
 impl Processor for SoftCpu {

@@ -27,22 +27,26 @@ pub const NOREG: u8 = 16;
 /// RIP at the start of the block.
 pub const BLOCKIP: u8 = 17;
 /// Slots behind the registers that compiled code uses (see `jit`): instructions left of the budget, flags,
-/// the TLB and the table by linear address, the linear page that runs, the table's key, RIP on the way out,
+/// the TLB and the table by linear address, the linear page that runs, RIP on the way out,
 /// whether the host's vector registers hold the guest's (1 XMM, 2 YMM), the host's MXCSR,
-/// what the address space adds to places in the table, and two for `touch`; between and behind them the host
-/// addresses of groups.
+/// two for `touch`, the table's keys for both halves of linear addresses, the key that is looked for, the site that asks,
+/// the code that was found, where in `SoftCpu::ring` the innermost return is (in bytes); between them the host addresses
+/// of groups.
 pub const LEFT: usize = 18;
 pub const FLAGS: usize = 19;
 pub const TLB: usize = 20;
 pub const JUMP_TABLE: usize = 21;
 pub const PAGE: usize = 22;
-pub const KEY: usize = 23;
 pub const RIP_OUT: usize = 24;
 pub const XMM_LIVE: usize = 25;
 pub const HOST_CSR: usize = 26;
-pub const SALT: usize = 27;
 pub const TOUCHED: usize = 31;
 pub const LEVEL: usize = 40;
+pub const KEY: usize = 41;
+pub const WANTED: usize = 43;
+pub const SITE: usize = 44;
+pub const CODE_AT: usize = 45;
+pub const RING_TOP: usize = 46;
 /// Marks the high-byte registers AH, CH, DH, BH (numbers 0..3).
 pub const HIGH: u8 = 0x80;
 
@@ -102,17 +106,11 @@ pub struct VecOp {
     pub f: VecHandler,
 }
 
-/// Straight-line decoded code: the unit of caching and of compilation.
+/// Straight-line decoded code: the unit of caching and of compilation. (What finding it again looks at comes first.)
+#[repr(C, align(64))]
 pub struct Block {
-    /// Guest physical address of the first byte, with the code mode in the top bits.
+    /// Guest physical address of the first byte, with the code mode in the top bits; 0: a lone one.
     pub key: u64,
-    pub ops: Vec<Op>,
-    pub bytes: u32,
-    /// Owns what the vector ops' `imm` points to.
-    #[allow(clippy::vec_box)]
-    pub vecs: Vec<Box<VecOp>>,
-    /// Where execution went on from here (64-bit mode).
-    pub links: [Cell<Link>; 2],
     /// Compiled code, or null.
     pub code: Cell<*const u8>,
     /// Instructions of that code, which may run on into other blocks.
@@ -121,6 +119,25 @@ pub struct Block {
     pub count: u32,
     /// How often it was interpreted; `NEVER`: it is not to be compiled.
     pub runs: Cell<u32>,
+    pub bytes: u32,
+    /// Where the table by linear address has it, or had it.
+    pub places: Cell<Places>,
+    pub ops: Box<[Op]>,
+    /// Where execution went on from here (64-bit mode).
+    pub links: [Cell<Link>; 2],
+    /// The guest physical page that its only instruction runs on into (see `cache::CROSSING`).
+    pub second: u64,
+    /// Owns what the vector ops' `imm` points to.
+    #[allow(clippy::vec_box)]
+    pub vecs: Vec<Box<VecOp>>,
+}
+
+/// Sets of the table by linear address.
+#[derive(Clone, Copy, Default)]
+pub struct Places {
+    pub sets: [u16; 4],
+    /// How many; more than there is room for: not all are known.
+    pub count: u8,
 }
 
 /// See [`Block::runs`].
@@ -134,22 +151,38 @@ pub struct Link {
     pub block: *const Block,
 }
 
+impl Link {
+    const NONE: Link = Link { rip: 0, key: u64::MAX, block: std::ptr::null() };
+}
+
 impl Block {
     /// An empty block.
     pub fn new(key: u64) -> Self {
-        let none = Link { rip: 0, key: u64::MAX, block: std::ptr::null() };
-        let links = [Cell::new(none), Cell::new(none)];
+        let links = [Cell::new(Link::NONE), Cell::new(Link::NONE)];
         Block {
             key,
-            ops: Vec::with_capacity(8),
+            ops: Box::default(),
             bytes: 0,
             vecs: Vec::new(),
+            second: 0,
+            places: Cell::default(),
             links,
             code: Cell::new(std::ptr::null()),
             code_count: Cell::new(0),
             count: 0,
             runs: Cell::new(0),
         }
+    }
+
+    /// Forget what followed.
+    pub fn unlink(&self) {
+        self.links.iter().for_each(|l| l.set(Link::NONE));
+    }
+
+    /// These are its instructions.
+    pub fn finish(&mut self, ops: &[Op]) {
+        self.ops = ops.into();
+        self.count = ops.len() as u32;
     }
 }
 

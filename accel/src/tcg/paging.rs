@@ -5,6 +5,7 @@
 //! the tables. That keeps accessed and dirty bits a function of the guest's instructions alone, whatever
 //! the TLB holds (SDM vol. 3, sections 4.8 and 4.10 allow it).
 
+use super::cache::CodePage;
 use super::flags::AC;
 use super::op::{Fault, R};
 use super::SoftCpu;
@@ -68,6 +69,8 @@ pub struct CodeEntry {
     pub phys: u64,
     /// See [`Walk::leaf`].
     pub leaf: u64,
+    /// The code of the physical page, where `host` is not null.
+    pub page: *const CodePage,
 }
 
 impl TlbEntry {
@@ -76,7 +79,8 @@ impl TlbEntry {
         TlbEntry { rtag: no_tag(slot), wtag: no_tag(slot), host: std::ptr::null_mut(), phys: 0 }
     }
 }
-pub const EMPTY_CODE: CodeEntry = CodeEntry { tag: 1, host: std::ptr::null(), phys: 0, leaf: NO_LEAF };
+pub const EMPTY_CODE: CodeEntry =
+    CodeEntry { tag: 1, host: std::ptr::null(), phys: 0, leaf: NO_LEAF, page: std::ptr::null() };
 
 /// Translations of an address space that is not in use, kept until it is again.
 pub struct Space {
@@ -90,6 +94,23 @@ pub struct Space {
     code_filled: Vec<(u8, u16)>,
     leaves: [Box<[u64]>; 4],
 }
+
+/// The upper half of linear addresses (the kernel's, as a rule), as far as code was fetched from it. Address spaces
+/// whose top tables have the same entries for it share what the table of blocks knows.
+pub struct High {
+    pub epoch: u64,
+    /// Top table entries that led to code: number and contents, accessed bit included.
+    entries: Vec<(u16, u64)>,
+}
+
+impl High {
+    pub fn new(epoch: u64) -> High {
+        High { epoch, entries: Vec::new() }
+    }
+}
+
+/// Upper halves kept beside the one in use.
+const HIGHS: usize = 3;
 
 /// Address spaces kept beside the one in use.
 const SPACES: usize = 7;
@@ -141,17 +162,44 @@ pub struct Walk {
 pub const NO_LEAF: u64 = u64::MAX;
 
 /// Bits of the filter of table entries that lead to other tables.
-pub const UPPER_BITS: usize = 1 << 16;
-/// Marks a page, not an entry, in the filter.
-const UPPER_PAGE: u64 = 1 << 63 | 8;
+pub const UPPER_BITS: usize = 1 << 18;
+/// Marks an entry that leads to a table of leaves: that table is all that depends on it.
+const DIRECTORY: u64 = 1 << 60;
+/// Marks an entry of a top table (of four levels).
+const TOP: u64 = 1 << 60 | 1 << 61;
 /// Mark an entry, and its page, that code was fetched by: the table of blocks outlives the fetch TLB's entries.
-const CODE_LEAF: u64 = 1 << 62;
-const CODE_PAGE: u64 = 1 << 62 | 1 << 63 | 8;
+/// (One for each half of linear addresses.)
+const CODE_LEAF: [u64; 2] = [1 << 62, 1 << 62 | 1 << 61];
+const CODE_PAGE: [u64; 2] = [1 << 62 | 1 << 63 | 8, 1 << 62 | 1 << 61 | 1 << 63 | 8];
 /// Writes to one table, each within so many instructions of the one before, until nothing of it is kept and its
 /// writes are free; an entry that a walk used counts as several.
 const MANY_WRITES: u32 = 16;
 const USED: u32 = 8;
 const WRITES_WITHIN: u64 = 1000;
+
+/// Bits set in the filter until it says too little.
+const MARKS: u32 = 1 << 15;
+
+/// An entry of the third level that led to another table: in which address space, and from which 2^30 linear addresses.
+#[derive(Clone, Copy)]
+pub struct Upper {
+    at: u64,
+    cr3: u64,
+    base: u64,
+}
+impl Upper {
+    pub const NONE: Upper = Upper { at: NO_LEAF, cr3: 0, base: 0 };
+}
+/// As many are known exactly.
+pub const UPPERS: usize = 512;
+fn upper_slot(at: u64) -> usize {
+    (at >> 3 ^ at >> 12) as usize & (UPPERS - 1)
+}
+
+/// Whether a word of a table may be an entry that a walk used, or two.
+pub fn is_used(e: u64) -> bool {
+    e & 0x21 == 0x21 || e >> 32 & 0x21 == 0x21
+}
 
 fn upper_bit(at: u64) -> (usize, u64) {
     let n = (at >> 3).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> (64 - UPPER_BITS.trailing_zeros());
@@ -185,6 +233,10 @@ impl SoftCpu {
             drain(&mut s.tlb, &mut s.filled, &mut s.code_tlb, &mut s.code_filled);
         }
         self.upper.fill(0);
+        self.marks = 0;
+        self.uppers.fill(Upper::NONE);
+        self.highs.truncate(1);
+        self.highs[0].entries.clear();
         self.changes += 1;
         // The next instruction is fetched anew.
         self.end = std::ptr::null();
@@ -199,36 +251,99 @@ impl SoftCpu {
         let again = last == page && self.pos.wrapping_sub(since) < WRITES_WITHIN;
         let count = if again { count + if used { USED } else { 1 } } else { 0 };
         self.table_writes = (page, count, self.pos);
-        if used {
-            let (word, bit) = upper_bit(at);
-            if self.upper[word] & bit != 0 {
-                self.flush_tlb();
-                return true;
-            }
-            if count <= MANY_WRITES {
-                self.drop_leaves(|leaf| leaf == at, at | CODE_LEAF);
-                return false;
-            }
+        if used && self.entry_changes(at) {
+            return true;
         }
         if count <= MANY_WRITES {
+            if used {
+                self.drop_leaves(|leaf| leaf == at, CODE_LEAF.map(|c| [at | c; 2]));
+            }
             return false;
         }
-        // The page is being filled, emptied, or no longer a table.
-        let (word, bit) = upper_bit(page | UPPER_PAGE);
-        if self.upper[word] & bit != 0 {
-            self.flush_tlb();
-        } else {
-            self.drop_leaves(|leaf| leaf & !0xFFF == page, page | CODE_PAGE);
+        // The page is being filled, emptied, or no longer a table. What depends on it depends on its used entries.
+        for at in (page..page + 4096).step_by(8) {
+            let e = self.phys_read(at, 8);
+            if is_used(e) && self.entry_changes(at) {
+                return true;
+            }
         }
+        self.drop_leaves(|leaf| leaf & !0xFFF == page, CODE_PAGE.map(|c| [page | c; 2]));
         true
     }
 
-    /// Drop translations by where their last table entry lies; `code` is the filter's key of those that code was
-    /// fetched by.
-    fn drop_leaves(&mut self, which: impl Fn(u64) -> bool, code: u64) {
+    /// The entry at `at` changes: drop what walks found through it in other tables. True: everything was dropped.
+    fn entry_changes(&mut self, at: u64) -> bool {
+        if self.marked(at | TOP) {
+            let (top, n) = (at & !0xFFF, at >> 3 & 0x1FF);
+            for k in 0..self.spaces.len() {
+                if self.spaces[k].cr3 & self.phys_mask & !0xFFF == top {
+                    let cr3 = self.spaces[k].cr3;
+                    self.drop_range(cr3, 0, 63);
+                    self.drop_range(cr3, 1 << 63, 63);
+                }
+            }
+            if self.cr3 & self.phys_mask & !0xFFF == top {
+                if n >= 256 {
+                    self.flush_tlb();
+                    return true;
+                }
+                self.drop_range(self.cr3, n << 39, 39);
+            }
+        }
+        if self.marked(at) {
+            self.flush_tlb();
+            return true;
+        }
+        let u = self.uppers[upper_slot(at)];
+        if u.at == at {
+            self.uppers[upper_slot(at)] = Upper::NONE;
+            self.drop_range(u.cr3, u.base, 30);
+        }
+        if self.marked(at | DIRECTORY) {
+            let table = self.phys_read(at, 8) & self.phys_mask & !0xFFF;
+            let code = CODE_PAGE.map(|c| [table | c; 2]);
+            self.drop_leaves(|leaf| leaf & !0xFFF == table, code);
+        }
+        false
+    }
+
+    /// Drop the translations of one address space whose linear addresses are those of `base` but for the low `bits`.
+    fn drop_range(&mut self, cr3: u64, base: u64, bits: u32) {
         self.changes += 1;
-        let (word, bit) = upper_bit(code);
-        let code = self.upper[word] & bit != 0;
+        self.epochs += 1;
+        let here = self.cr3 == cr3;
+        let (tlb, filled, code_tlb, code_filled, epoch) = if here {
+            (&mut self.tlb, &self.filled, &mut self.code_tlb, &self.code_filled, &mut self.epoch)
+        } else if let Some(s) = self.spaces.iter_mut().find(|s| s.cr3 == cr3) {
+            (&mut s.tlb, &s.filled, &mut s.code_tlb, &s.code_filled, &mut s.epoch)
+        } else {
+            return;
+        };
+        let hit = |tag: u64| (tag ^ base) >> bits == 0;
+        for &(mmu, slot) in filled {
+            let e = &mut tlb[mmu as usize][slot as usize];
+            if hit(e.rtag) || hit(e.wtag) {
+                (e.rtag, e.wtag) = (no_tag(slot as usize), no_tag(slot as usize));
+            }
+        }
+        for &(user, slot) in code_filled {
+            let e = &mut code_tlb[user as usize][slot as usize];
+            if hit(e.tag) {
+                e.tag = 1;
+            }
+        }
+        *epoch = self.epochs;
+        if here {
+            self.update_key();
+            self.end = std::ptr::null();
+        }
+    }
+
+    /// Drop translations by where their last table entry lies; `code` are the filter's keys of those that code was
+    /// fetched by, in each half.
+    fn drop_leaves(&mut self, which: impl Fn(u64) -> bool, code: [[u64; 2]; 2]) {
+        self.changes += 1;
+        let [low, high] = code.map(|keys| keys.iter().any(|&key| self.marked(key)));
         let here = (&mut self.tlb, &self.leaves, &self.filled, &mut self.code_tlb, &self.code_filled);
         let parked = self
             .spaces
@@ -248,11 +363,93 @@ impl SoftCpu {
                 }
             }
         }
-        if code {
+        if high {
+            self.new_epoch();
+        } else if low {
+            self.new_low_epoch();
+        }
+        if low || high {
             // The next instruction is fetched by the new tables.
             self.end = std::ptr::null();
-            self.new_epoch();
         }
+    }
+
+    /// Empty the fetch TLBs.
+    pub(crate) fn drop_fetches(&mut self) {
+        let spaces = self.spaces.iter_mut().map(|s| (&mut s.code_tlb, &mut s.code_filled));
+        for (tlb, filled) in spaces.chain([(&mut self.code_tlb, &mut self.code_filled)]) {
+            for (user, slot) in filled.drain(..) {
+                tlb[user as usize][slot as usize] = EMPTY_CODE;
+            }
+        }
+    }
+
+    /// Where the top table of the address space in use has entry `n`.
+    fn top_entry(&self, n: u16) -> u64 {
+        (self.cr3 & self.phys_mask & !0xFFF) + 8 * n as u64
+    }
+
+    /// Find the upper half of the address space that is now in use, among those known.
+    fn choose_high(&mut self) {
+        let fits = |c: &mut Self, at: usize| {
+            (0..c.highs[at].entries.len()).all(|k| {
+                let (n, value) = c.highs[at].entries[k];
+                let place = c.top_entry(n);
+                c.phys_read(place, 8) == value
+            })
+        };
+        match (0..self.highs.len()).find(|&at| fits(self, at)) {
+            Some(0) => {}
+            Some(at) => self.highs[..=at].rotate_right(1),
+            None => {
+                self.highs.truncate(HIGHS);
+                self.epochs += 1;
+                self.highs.insert(0, High::new(self.epochs));
+            }
+        }
+        // From now on these entries count as used by walks of this address space.
+        for k in 0..self.highs[0].entries.len() {
+            let place = self.top_entry(self.highs[0].entries[k].0);
+            self.protect_table(place);
+            self.mark(place | TOP);
+        }
+    }
+
+    /// Code was fetched at `lin` in the upper half.
+    fn note_high(&mut self, lin: u64) {
+        let n = (lin >> 39 & 0x1FF) as u16;
+        let place = self.top_entry(n);
+        let value = self.phys_read(place, 8);
+        match self.highs[0].entries.iter().position(|e| e.0 == n) {
+            None => self.highs[0].entries.push((n, value)),
+            Some(k) if self.highs[0].entries[k].1 == value => {}
+            Some(k) => {
+                self.highs[0].entries[k].1 = value;
+                self.epochs += 1;
+                self.highs[0].epoch = self.epochs;
+                self.update_key();
+            }
+        }
+    }
+
+    /// The walk to `lin` went through the third-level entry at `at`.
+    fn note_upper(&mut self, at: u64, lin: u64) {
+        let (cr3, base) = (self.cr3, lin & !0x3FFF_FFFF);
+        let u = &mut self.uppers[upper_slot(at)];
+        if u.at == NO_LEAF && lin >> 63 == 0 {
+            *u = Upper { at, cr3, base };
+        } else if (u.at, u.cr3, u.base) != (at, cr3, base) {
+            self.mark(at);
+        }
+    }
+    fn mark(&mut self, key: u64) {
+        let (word, bit) = upper_bit(key);
+        self.marks += (self.upper[word] & bit == 0) as u32;
+        self.upper[word] |= bit;
+    }
+    fn marked(&self, key: u64) -> bool {
+        let (word, bit) = upper_bit(key);
+        self.upper[word] & bit != 0
     }
 
     /// CR3 becomes `cr3`. Translations always agree with the tables, so none needs to be dropped: those of
@@ -262,6 +459,9 @@ impl SoftCpu {
             return;
         }
         self.switches += 1;
+        if self.marks > MARKS {
+            self.flush_tlb();
+        }
         let known = self.spaces.iter().position(|s| s.cr3 == cr3);
         let fresh = known.is_none();
         let at = match known {
@@ -296,6 +496,7 @@ impl SoftCpu {
         s.used = self.switches;
         s.cr3 = self.cr3;
         self.cr3 = cr3;
+        self.choose_high();
         self.update_key();
     }
 
@@ -462,11 +663,12 @@ impl SoftCpu {
                 }
                 dirty = new & 0x40 != 0;
             }
-            if i < n - 1 {
-                for key in [at & !7, at & !0xFFF | UPPER_PAGE] {
-                    let (word, bit) = upper_bit(key);
-                    self.upper[word] |= bit;
-                }
+            match (i + 1 < n, size, i) {
+                (false, ..) => {}
+                (_, 8, 0) if self.efer & EFER_LMA != 0 => self.mark(at | TOP),
+                (_, 8, _) if i + 2 == n => self.mark(at | DIRECTORY),
+                (_, 8, _) => self.note_upper(at, lin),
+                _ => self.mark(at & !7),
             }
             self.set_bits(at, e, new, size);
         }
@@ -529,13 +731,16 @@ impl SoftCpu {
         let phys = w.phys & !0xFFF;
         let host = if self.lapic.covers(phys) { std::ptr::null() } else { self.mem().backing(phys).read };
         if w.leaf != NO_LEAF {
-            for key in [w.leaf | CODE_LEAF, w.leaf & !0xFFF | CODE_PAGE] {
-                let (word, bit) = upper_bit(key);
-                self.upper[word] |= bit;
+            let half = (lin >> 63) as usize;
+            self.mark(w.leaf | CODE_LEAF[half]);
+            self.mark(w.leaf & !0xFFF | CODE_PAGE[half]);
+            if half == 1 {
+                self.note_high(lin);
             }
         }
-        let e = CodeEntry { tag: page, host, phys, leaf: w.leaf };
+        let mut e = CodeEntry { tag: page, host, phys, leaf: w.leaf, page: std::ptr::null() };
         if !host.is_null() {
+            e.page = self.cache.page(phys);
             if self.code_tlb[user][slot].host.is_null() {
                 self.code_filled.push((user as u8, slot as u16));
             }

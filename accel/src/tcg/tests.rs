@@ -44,11 +44,11 @@ impl Bus for TestBus {
     }
 }
 
-struct Machine {
-    mem: GuestMemory,
-    cpu: SoftCpu,
+pub(super) struct Machine {
+    pub mem: GuestMemory,
+    pub cpu: SoftCpu,
     bus: TestBus,
-    position: u64,
+    pub position: u64,
 }
 
 impl Machine {
@@ -68,7 +68,7 @@ impl Machine {
     /// 64-bit mode with paging: linear = physical for 2 MiB at PDE 0, page tables at 0x10000.., code at
     /// 0x1000. GDT at 0x8000: 08 kernel code, 10 kernel data, 1B user data, 23 user code, 28 TSS at 0x9000.
     /// IDT at 0xA000: every vector to a HLT at 0xC000 + 16 * vector.
-    fn long(code: &[u8]) -> Machine {
+    pub fn long(code: &[u8]) -> Machine {
         let mut m = Machine::real(code);
         let q = |m: &Machine, at: u64, v: u64| m.mem.write(at, &v.to_le_bytes()).unwrap();
         q(&m, 0x1_0000, 0x1_1007);
@@ -105,7 +105,7 @@ impl Machine {
         m
     }
 
-    fn run(&mut self, n: u64) -> RunResult {
+    pub fn run(&mut self, n: u64) -> RunResult {
         let r = self.cpu.run(&self.mem, &mut self.bus, self.position, n);
         self.position += r.retired;
         r

@@ -256,6 +256,15 @@ impl Asm {
     pub fn here(&mut self, f: Fix) {
         self.to(f, self.at());
     }
+    /// `reg = target`, an address near the code.
+    pub fn lea_abs(&mut self, reg: u8, target: u64) {
+        self.b(&[0x48 | reg >> 3 << 2, 0x8D, (reg & 7) << 3 | 5]);
+        self.rel(target);
+    }
+    pub fn jcc_abs(&mut self, cc: u8, target: u64) {
+        self.b(&[0x0F, 0x80 | cc]);
+        self.rel(target);
+    }
     fn rel(&mut self, target: u64) {
         let next = self.base + self.at() as u64 + 4;
         self.d32(target.wrapping_sub(next) as i32);

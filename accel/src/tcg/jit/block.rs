@@ -1,6 +1,6 @@
 //! Compiles one block: the order of things, memory operands, ways out.
 
-use super::super::cache::Cache;
+use super::super::cache::{Cache, CROSSING};
 use super::super::decode::MODE64;
 use super::super::op::FS;
 use super::super::paging::{TlbEntry, TLB_SIZE};
@@ -48,6 +48,11 @@ pub struct Compiler<'a> {
     alone: bool,
     cache: &'a Cache,
     stubs: Stubs,
+    /// The first site of the trace, and how many there are.
+    first_site: u64,
+    sites: usize,
+    /// The half of linear addresses that the trace is in, as a rule.
+    half: usize,
     cold: Vec<Cold>,
     edges: Vec<Edge>,
     first_edge: usize,
@@ -102,7 +107,7 @@ fn needs(kinds: &[Kind], calm: &[bool]) -> Vec<bool> {
 impl SoftCpu {
     /// Compile `block`; false when it cannot be.
     pub(super) fn compile(&mut self, block: &Block) -> bool {
-        if block.key >> 60 != MODE64 as u64 || block.key == 0 {
+        if block.key >> 60 != MODE64 as u64 {
             return false;
         }
         if self.jit.memory.is_none() {
@@ -112,6 +117,7 @@ impl SoftCpu {
                 return false;
             };
             self.jit.stubs = Stubs::build(&mut memory);
+            self.ring = [memory.site(0); super::super::RING];
             self.jit.memory = Some(memory);
             self.forget_entries();
         }
@@ -119,18 +125,20 @@ impl SoftCpu {
             let Some(base) = self.jit.memory.as_ref().map(CodeMemory::next) else { return false };
             let trace = Trace::new(block, &self.cache, self.cpus == 1);
             let (count, keys) = (trace.count, trace.keys());
-            let mut c = Compiler::new(trace, base, &self.cache, &self.jit, self.cpus == 1);
+            let mut c = Compiler::new(trace, base, self);
             c.body();
             let plan = Plan::new(&c.trace, &c.values.requests);
             if plan.grouped {
                 c.again(plan);
             }
             c.out_of_line();
-            let (code, edges, leaders, home) = (c.a.buf, c.edges, c.leaders, c.home);
-            if self.jit.memory.as_mut().is_some_and(|m| m.push(&code)) {
+            let (code, edges, leaders, home, sites) = (c.a.buf, c.edges, c.leaders, c.home, c.sites);
+            if self.jit.memory.as_mut().is_some_and(|m| m.take_sites(sites) && m.push(&code)) {
                 self.jit.edges.extend(edges);
                 if !leaders.is_empty() {
-                    self.jit.grouped.push(Grouped { keys, code: home, failures: 0 });
+                    let first = self.jit.leaders.len();
+                    let leaders_here = first..first + leaders.len();
+                    self.jit.grouped.push(Grouped { keys, leaders: leaders_here, code: home, failures: 0 });
                     self.jit.leaders.extend(leaders);
                 }
                 block.code.set(home as *const u8);
@@ -146,22 +154,21 @@ impl SoftCpu {
     pub(super) fn compile_plainly(&mut self, number: u32) {
         let Jit { memory: Some(memory), grouped, leaders, .. } = &self.jit else { return };
         let grouped = &grouped[number as usize];
-        let mine = |l: &Leader| l.grouped == number;
-        let entries = leaders.iter().filter(|l| mine(l)).map(|l| (l.i, 0)).collect();
+        let mine = grouped.leaders.clone();
+        let entries = leaders[mine.clone()].iter().map(|l| (l.i, 0)).collect();
         let Some(trace) = Trace::of(&grouped.keys, &self.cache, self.cpus == 1) else { return };
         let (base, home) = (memory.next(), grouped.code);
-        let jit = &self.jit;
-        let mut c = Compiler::new(trace, base, &self.cache, jit, self.cpus == 1);
+        let mut c = Compiler::new(trace, base, self);
         (c.home, c.entries) = (home, entries);
         c.body();
         c.out_of_line();
-        let (code, edges, entries) = (c.a.buf, c.edges, c.entries);
+        let (code, edges, entries, sites) = (c.a.buf, c.edges, c.entries, c.sites);
         let Jit { memory: Some(memory), leaders, .. } = &mut self.jit else { return };
-        if !memory.push(&code) {
+        if !memory.take_sites(sites) || !memory.push(&code) {
             self.drop_compiled();
             return;
         }
-        for l in leaders.iter().filter(|l| mine(l)) {
+        for l in &leaders[mine] {
             if let Some((_, at)) = entries.iter().find(|e| e.0 == l.i) {
                 memory.patch(l.jump_at, at.wrapping_sub(l.jump_at + 4) as i32);
             }
@@ -171,7 +178,8 @@ impl SoftCpu {
 }
 
 impl<'a> Compiler<'a> {
-    fn new(trace: Trace<'a>, base: u64, cache: &'a Cache, jit: &Jit, alone: bool) -> Compiler<'a> {
+    fn new(trace: Trace<'a>, base: u64, cpu: &'a SoftCpu) -> Compiler<'a> {
+        let (cache, jit, alone, half) = (&cpu.cache, &cpu.jit, cpu.cpus == 1, (cpu.rip >> 63) as usize);
         Compiler {
             a: Asm::new(base),
             need: needs(&trace.kinds, &[]),
@@ -185,6 +193,9 @@ impl<'a> Compiler<'a> {
             alone,
             cache,
             stubs: jit.stubs,
+            first_site: jit.memory.as_ref().map_or(0, |m| m.site(m.sites())),
+            sites: 0,
+            half,
             cold: Vec::new(),
             edges: Vec::new(),
             first_edge: jit.edges.len(),
@@ -207,6 +218,7 @@ impl<'a> Compiler<'a> {
         self.asked = 0;
         self.cold.clear();
         self.edges.clear();
+        self.sites = 0;
         self.body();
     }
 
@@ -453,15 +465,15 @@ impl<'a> Compiler<'a> {
             }
             self.a.load(8, RAX, mem(PAGE));
             self.a.lea(8, RAX, Rm::M(RAX, target as i32));
-            self.a.jmp_abs(self.stubs.lookup);
+            self.indirect();
             return;
         }
         let first = self.trace.parts[0].block;
-        let key = first.key & !0xFFF | target as u64;
+        let key = first.key & !CROSSING & !0xFFF | target as u64;
         let (mut count, mut code, mut need) = (0, 0, true);
         if key == first.key {
             (count, code, need) = (self.trace.count, self.home, self.need[0]);
-        } else if let Some(b) = self.cache.blocks.get(&key) {
+        } else if let Some(b) = self.cache.get(key) {
             need = needs_flags(b, self.alone);
             if !b.code.get().is_null() {
                 (count, code) = (b.code_count.get(), b.code.get() as u64);
@@ -482,13 +494,55 @@ impl<'a> Compiler<'a> {
             Some(self.a.jmp())
         };
         let jump_at = self.a.base + self.a.at() as u64 - 4;
-        self.edges.push(Edge { count_at, jump_at, count, back: back as u32 });
+        self.edges.push(Edge { count_at, jump_at, count, back: back as u32, leave_at: 0 });
         self.cold.push(Cold::Edge { n, link, budget, flags: self.fl, target: target as i32 });
     }
 
-    /// On at the guest address in RAX; the flags are kept.
+    /// A new site, its address into RDI.
+    fn site(&mut self) {
+        let at = self.first_site + (self.sites * size_of::<Site>()) as u64;
+        self.sites += 1;
+        self.a.lea_abs(RDI, at);
+    }
+
+    /// On at the guest address in RAX, for which there is a site of its own; the flags are kept.
     pub fn indirect(&mut self) {
-        self.a.jmp_abs(self.stubs.lookup);
+        self.site();
+        self.by_site();
+    }
+
+    /// The same for a return: by the site that its call left.
+    pub fn back(&mut self) {
+        self.a.word(4, 1, 0xB6, RDI, mem(RING_TOP)); // movzx
+        self.a.load(8, RDI, Rm::X(RBP, RDI, 0, at(offset_of!(SoftCpu, ring))));
+        self.a.alu_imm(1, 5, mem(RING_TOP), 8);
+        self.by_site();
+    }
+
+    /// Leave a site for the return of a call. Uses RAX and RDI.
+    pub fn call_site(&mut self) {
+        // Without a change of the flags. The byte wraps around by itself.
+        self.a.word(4, 1, 0xB6, RAX, mem(RING_TOP)); // movzx
+        self.a.lea(4, RAX, Rm::M(RAX, 8));
+        self.a.store(1, mem(RING_TOP), RAX);
+        self.a.word(4, 1, 0xB6, RAX, Rm::R(RAX)); // movzx
+        self.site();
+        self.a.store(8, Rm::X(RBP, RAX, 0, at(offset_of!(SoftCpu, ring))), RDI);
+    }
+
+    /// On at the guest address in RAX by the site in RDI, if it holds.
+    fn by_site(&mut self) {
+        let field = |offset: usize| Rm::M(RDI, offset as i32);
+        let a = &mut self.a;
+        a.store(8, mem(RIP_OUT), RAX);
+        a.alu_load(8, 7, RAX, field(offset_of!(Site, lin)));
+        a.jcc_abs(cc::NE, self.stubs.fill);
+        a.load(8, RAX, mem(KEY + self.half));
+        a.alu_load(8, 7, RAX, field(offset_of!(Site, key)));
+        a.jcc_abs(cc::NE, self.stubs.refill);
+        a.load(8, RAX, field(offset_of!(Site, page)));
+        a.store(8, mem(PAGE), RAX);
+        a.word(4, 0, 0xFF, 4, field(offset_of!(Site, code))); // jmp
     }
 
     /// The target in RAX is canonical, or else the handler deals with instruction `i`. Uses RDI.
@@ -579,6 +633,7 @@ impl<'a> Compiler<'a> {
                     self.a.lea(8, RDI, Rm::M(RDI, target));
                     self.a.store(8, mem(RIP_OUT), RDI);
                     self.a.jmp_abs(self.stubs.exit);
+                    self.edges[n as usize - self.first_edge].leave_at = self.a.base + self.a.at() as u64 - 4;
                 }
             }
         }

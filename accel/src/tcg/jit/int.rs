@@ -699,6 +699,7 @@ impl Compiler<'_> {
             Kind::Call { rel } => {
                 self.before(i, true);
                 let access = self.push_return(i);
+                self.call_site();
                 self.join(access);
                 self.after(i, true);
                 self.go(i, next + rel);
@@ -710,7 +711,7 @@ impl Compiler<'_> {
                 self.check_target(&mut access);
                 self.a.lea(8, SP, Rm::M(SP, 8 + extra));
                 self.join(access);
-                self.indirect();
+                self.back();
             }
             Kind::Indirect { call, s } => {
                 self.keep();
@@ -729,6 +730,7 @@ impl Compiler<'_> {
                 if call {
                     self.a.store(8, mem(RIP_OUT), RAX);
                     access.slow.extend(self.push_return(i).slow);
+                    self.call_site();
                     self.a.load(8, RAX, mem(RIP_OUT));
                 }
                 self.join(access);

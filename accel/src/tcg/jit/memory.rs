@@ -1,16 +1,33 @@
 //! Memory for compiled code: one file in memory mapped twice, once to write and once to run, so that no
-//! page is ever both.
+//! page is ever both. Behind the view that runs lies the data that compiled code changes itself.
 
 use std::ptr::NonNull;
 
 /// Bytes of the code cache. It is emptied as a whole when full.
-pub const SIZE: usize = 48 << 20;
+pub const SIZE: usize = 96 << 20;
+/// Jumps in it at most that remember where they led; likewise.
+const SITES: usize = 512 << 10;
+const DATA: usize = SITES * size_of::<Site>();
+
+/// Where a jump led to last: valid for this target while the table's key is the same. (Key 0 never is.)
+#[derive(Clone, Copy)]
+#[repr(C, align(32))]
+pub struct Site {
+    /// The target, a linear address.
+    pub lin: u64,
+    pub key: u64,
+    /// Where its code charges the budget.
+    pub code: u64,
+    /// The target's page.
+    pub page: u64,
+}
 
 /// The two views of the code cache.
 pub struct CodeMemory {
     write: NonNull<u8>,
     run: NonNull<u8>,
     used: usize,
+    sites: usize,
 }
 
 // SAFETY: the mappings belong to this value alone; nothing else writes them.
@@ -25,29 +42,32 @@ impl CodeMemory {
             if fd < 0 {
                 return None;
             }
-            let map = |prot| {
-                let p = libc::mmap(std::ptr::null_mut(), SIZE, prot, libc::MAP_SHARED, fd, 0);
+            let map = |at: *mut u8, size, prot, flags, fd| {
+                let p = libc::mmap(at.cast(), size, prot, flags, fd, 0);
                 if p == libc::MAP_FAILED {
                     None
                 } else {
                     NonNull::new(p.cast::<u8>())
                 }
             };
-            let views = if libc::ftruncate(fd, SIZE as i64) == 0 {
-                match (map(libc::PROT_READ | libc::PROT_WRITE), map(libc::PROT_READ | libc::PROT_EXEC)) {
-                    (Some(write), Some(run)) => Some((write, run)),
-                    (a, b) => {
-                        for p in [a, b].into_iter().flatten() {
-                            libc::munmap(p.as_ptr().cast(), SIZE);
-                        }
-                        None
-                    }
+            let views = || {
+                if libc::ftruncate(fd, SIZE as i64) != 0 {
+                    return None;
                 }
-            } else {
-                None
+                let anonymous = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+                let (null, rw) = (std::ptr::null_mut(), libc::PROT_READ | libc::PROT_WRITE);
+                let run = map(null, SIZE + DATA, rw, anonymous, -1)?;
+                let x = libc::PROT_READ | libc::PROT_EXEC;
+                let over = map(run.as_ptr(), SIZE, x, libc::MAP_SHARED | libc::MAP_FIXED, fd);
+                let write = over.and_then(|_| map(null, SIZE, rw, libc::MAP_SHARED, fd));
+                if write.is_none() {
+                    libc::munmap(run.as_ptr().cast(), SIZE + DATA);
+                }
+                Some(CodeMemory { write: write?, run, used: 0, sites: 1 })
             };
+            let memory = views();
             libc::close(fd);
-            views.map(|(write, run)| CodeMemory { write, run, used: 0 })
+            memory
         }
     }
 
@@ -77,9 +97,29 @@ impl CodeMemory {
         unsafe { self.write.as_ptr().add(at).cast::<i32>().write_unaligned(value) };
     }
 
-    /// Forget all code from offset `keep` on.
+    /// The address of site `n`. Number 0 stands for none.
+    pub fn site(&self, n: usize) -> u64 {
+        self.run.as_ptr() as u64 + (SIZE + n * size_of::<Site>()) as u64
+    }
+    /// Sites given out so far.
+    pub fn sites(&self) -> usize {
+        self.sites
+    }
+    /// Give out `count` sites; false when there are too few.
+    pub fn take_sites(&mut self, count: usize) -> bool {
+        if count > SITES - self.sites {
+            return false;
+        }
+        self.sites += count;
+        true
+    }
+
+    /// Forget all code from offset `keep` on, and all sites.
     pub fn truncate(&mut self, keep: usize) {
         self.used = keep;
+        // SAFETY: within the data, which nothing refers to.
+        unsafe { std::ptr::write_bytes(self.run.as_ptr().add(SIZE), 0, self.sites * size_of::<Site>()) };
+        self.sites = 1;
     }
     pub fn used(&self) -> usize {
         self.used
@@ -88,10 +128,10 @@ impl CodeMemory {
 
 impl Drop for CodeMemory {
     fn drop(&mut self) {
-        // SAFETY: both views were mapped with this size and nobody runs or writes them any more.
+        // SAFETY: both views were mapped with these sizes and nobody runs or writes them any more.
         unsafe {
             libc::munmap(self.write.as_ptr().cast(), SIZE);
-            libc::munmap(self.run.as_ptr().cast(), SIZE);
+            libc::munmap(self.run.as_ptr().cast(), SIZE + DATA);
         }
     }
 }

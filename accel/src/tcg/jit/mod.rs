@@ -27,15 +27,16 @@ mod trace;
 mod vector;
 
 use super::access::canonical;
+use super::cache::CROSSING;
 use super::decode::MODE64;
 use super::flags::{IF, TF};
 use super::op::{
-    Block, Op, BLOCKIP, FLAGS, HOST_CSR, JUMP_TABLE, KEY, LEFT, LEVEL, NEVER, PAGE, RIP_OUT, SALT, TLB,
-    TOUCHED, XMM_LIVE,
+    Block, Op, BLOCKIP, CODE_AT, FLAGS, HOST_CSR, JUMP_TABLE, KEY, LEFT, LEVEL, NEVER, PAGE, RING_TOP,
+    RIP_OUT, SITE, TLB, TOUCHED, WANTED, XMM_LIVE,
 };
 use super::paging::{Access, TLB_SIZE};
 use super::SoftCpu;
-use memory::CodeMemory;
+use memory::{CodeMemory, Site};
 use std::mem::offset_of;
 
 /// When blocks are compiled. The guest cannot tell.
@@ -95,6 +96,8 @@ struct Edge {
     count: u32,
     /// Instructions that the trace it leaves was charged for and does not run.
     back: u32,
+    /// Of the displacement of the jump that leaves while it is not linked.
+    leave_at: u64,
 }
 
 /// The first access of a group, which looks up the page for all of them.
@@ -121,6 +124,8 @@ struct Leader {
 struct Grouped {
     /// Its blocks.
     keys: Vec<u64>,
+    /// Its leaders.
+    leaders: std::ops::Range<usize>,
     code: u64,
     /// How often a group could not be translated as one.
     failures: u32,
@@ -233,7 +238,6 @@ impl SoftCpu {
         g[TLB] = self.tlb[self.mmu].as_ptr() as u64;
         g[JUMP_TABLE] = self.jumps.as_ptr() as u64;
         g[PAGE] = self.rip & !0xFFF;
-        g[KEY] = self.jump_key;
         let this: *mut SoftCpu = self;
         // SAFETY: `enter` follows the System V convention; the code of a block in the cache stands in code
         // memory and touches only this processor, its tables and guest memory.
@@ -269,6 +273,11 @@ impl SoftCpu {
         }
     }
 
+    /// Where compiled code goes that finds nothing in the table.
+    pub(super) fn miss(&self) -> u64 {
+        self.jit.stubs.miss
+    }
+
     /// Let an edge lead to `block` from now on.
     pub(super) fn link(&mut self, edge: u32, block: &Block) {
         let code = block.code.get();
@@ -278,6 +287,11 @@ impl SoftCpu {
         // Compiling may have emptied the code memory, and the edges with it.
         let Some(e) = self.jit.edges.get_mut(edge as usize) else { return };
         let Some(memory) = &mut self.jit.memory else { return };
+        if block.key & CROSSING != 0 {
+            // Where its second page is depends on more than this page: always by the table.
+            memory.patch(e.leave_at, self.jit.stubs.far.wrapping_sub(e.leave_at + 4) as i32);
+            return;
+        }
         e.count = block.code_count.get();
         memory.patch(e.count_at, e.count as i32 - e.back as i32);
         memory.patch(e.jump_at, (code as u64).wrapping_sub(e.jump_at + 4) as i32);
@@ -293,7 +307,7 @@ impl SoftCpu {
     }
 
     /// Nothing in the table is compiled.
-    fn forget_entries(&mut self) {
+    pub(super) fn forget_entries(&mut self) {
         for j in self.jumps.iter_mut().flat_map(|set| &mut set.0) {
             j.code = self.jit.stubs.miss;
         }
@@ -301,11 +315,12 @@ impl SoftCpu {
 
     /// Forget all compiled code.
     pub(super) fn drop_compiled(&mut self) {
-        for b in self.cache.blocks.values() {
+        for b in self.cache.all() {
             b.code.set(std::ptr::null());
             b.runs.set(0);
         }
         self.forget_entries();
+        self.new_epoch();
         if let Some(m) = &mut self.jit.memory {
             m.truncate(self.jit.stubs.size());
         }
@@ -344,7 +359,7 @@ unsafe extern "sysv64" fn step(c: *mut SoftCpu, op: *const Op, place: u32) -> u3
     c.cur = op;
     c.end = op;
     c.rip = start.wrapping_add(op.off as u64 + op.len as u64);
-    let changes = c.changes;
+    let (changes, key) = (c.changes, c.key_of(start));
     let neutral = place & NEUTRAL != 0;
     if !neutral {
         c.set_arith_flags(flags_from_raw(c.st.gpr[FLAGS]));
@@ -380,10 +395,8 @@ unsafe extern "sysv64" fn step(c: *mut SoftCpu, op: *const Op, place: u32) -> u3
         // The position moved on if the instruction repeated.
         g[LEFT] = c.limit - c.pos;
         g[TLB] = c.tlb[c.mmu].as_ptr() as u64;
-        let same = g[KEY] == c.jump_key;
-        g[KEY] = c.jump_key;
         g[RIP_OUT] = c.rip;
-        let on = place & JUMPS == 0 && c.rip == next && !c.end.is_null() && same;
+        let on = place & JUMPS == 0 && c.rip == next && !c.end.is_null() && key == c.key_of(start);
         keep(c);
         return if on { 0 } else { JUMP };
     }

@@ -4,7 +4,7 @@
 use super::super::cache::{Jump, JumpSet, JUMPS};
 use super::super::SoftCpu;
 use super::asm::*;
-use super::memory::CodeMemory;
+use super::memory::{CodeMemory, Site};
 use super::*;
 
 /// Where guest registers live: a host register, or 0xFF for their slot. RAX and RDI are scratch, RBP points
@@ -44,6 +44,12 @@ pub struct Stubs {
     pub load: [u64; 3],
     /// Jump to the guest address in RAX.
     pub lookup: u64,
+    /// The same, for the site in RDI.
+    pub fill: u64,
+    /// The same, to where the site in RDI led.
+    pub refill: u64,
+    /// Jump to the guest address in RIP_OUT.
+    pub far: u64,
     /// Leave; RIP_OUT says where to go on.
     pub miss: u64,
 }
@@ -215,55 +221,89 @@ impl Stubs {
             a.jmp_abs(exit2);
         }
 
+        s.miss = address(&a);
+        a.constant(RAX, NEXT as u64);
+        a.jmp_abs(s.exit);
+
         for f in jumps {
             a.here(f);
         }
         reload(&mut a);
+        s.far = address(&a);
         a.load(8, RAX, mem(RIP_OUT));
         s.lookup = address(&a);
-        a.store(8, Rm::R(RDI), RAX);
-        a.shift(8, 5, Rm::R(RDI), 13);
-        a.alu(4, 6, Rm::R(RDI), RAX);
-        a.alu_load(4, 6, RDI, mem(SALT));
-        a.alu_imm(4, 4, Rm::R(RDI), JUMPS as i32 - 1);
-        a.shift(4, 4, Rm::R(RDI), size_of::<JumpSet>().trailing_zeros() as u8);
-        a.alu_load(8, 0, RDI, mem(JUMP_TABLE));
-        a.store(8, mem(RIP_OUT), RAX);
-        let (lin, key) = (offset_of!(Jump, lin) as i32, offset_of!(Jump, key) as i32);
-        let second = size_of::<Jump>() as i32;
-        a.alu_load(8, 7, RAX, Rm::M(RDI, lin));
-        let m1 = a.jcc(cc::NE);
-        a.load(8, RAX, mem(KEY));
-        a.alu_load(8, 7, RAX, Rm::M(RDI, key));
-        let m2 = a.jcc(cc::NE);
-        let found = a.at();
-        a.load(8, RAX, mem(RIP_OUT));
-        a.alu_imm(8, 4, Rm::R(RAX), -4096);
-        a.store(8, mem(PAGE), RAX);
-        a.word(4, 0, 0xFF, 4, Rm::M(RDI, offset_of!(Jump, code) as i32)); // jmp
-        for m in [m1, m2] {
-            a.here(m);
-        }
-        a.load(8, RAX, mem(RIP_OUT));
-        a.alu_load(8, 7, RAX, Rm::M(RDI, second + lin));
-        let m1 = a.jcc(cc::NE);
-        a.load(8, RAX, mem(KEY));
-        a.alu_load(8, 7, RAX, Rm::M(RDI, second + key));
-        let m2 = a.jcc(cc::NE);
-        a.alu_imm(8, 0, Rm::R(RDI), second);
-        let back = a.jmp();
-        a.to(back, found);
-        for m in [m1, m2] {
-            a.here(m);
-        }
-        s.miss = address(&a);
-        a.constant(RAX, NEXT as u64);
-        a.jmp_abs(s.exit);
+        lookup(&mut a, s.miss, false);
+        s.refill = address(&a);
+        a.load(8, RAX, Rm::M(RDI, offset_of!(Site, lin) as i32));
+        s.fill = address(&a);
+        a.store(8, mem(SITE), RDI);
+        lookup(&mut a, s.miss, true);
 
         memory.push(&a.buf);
         s.size = memory.used();
         s
     }
+}
+
+/// Go on at the guest address in RAX by the table, or else at `miss`; with `fill`, let the site in SITE know.
+fn lookup(a: &mut Asm, miss: u64, fill: bool) {
+    a.store(8, mem(RIP_OUT), RAX);
+    a.store(8, Rm::R(RDI), RAX);
+    a.shift(8, 5, Rm::R(RDI), 63);
+    let Rm::M(base, keys) = mem(KEY) else { unreachable!() };
+    a.load(8, RDI, Rm::X(base, RDI, 3, keys));
+    a.store(8, mem(WANTED), RDI);
+    // As `SoftCpu::place`.
+    a.alu(4, 6, Rm::R(RDI), RAX);
+    a.shift(8, 5, Rm::R(RAX), 13);
+    a.alu(4, 6, Rm::R(RDI), RAX);
+    a.alu_imm(4, 4, Rm::R(RDI), JUMPS as i32 - 1);
+    a.shift(4, 4, Rm::R(RDI), size_of::<JumpSet>().trailing_zeros() as u8);
+    a.alu_load(8, 0, RDI, mem(JUMP_TABLE));
+    let (lin, key) = (offset_of!(Jump, lin) as i32, offset_of!(Jump, key) as i32);
+    let (code, second) = (offset_of!(Jump, code) as i32, size_of::<Jump>() as i32);
+    a.load(8, RAX, mem(RIP_OUT));
+    a.alu_load(8, 7, RAX, Rm::M(RDI, lin));
+    let m1 = a.jcc(cc::NE);
+    a.load(8, RAX, mem(WANTED));
+    a.alu_load(8, 7, RAX, Rm::M(RDI, key));
+    let m2 = a.jcc(cc::NE);
+    let found = a.at();
+    if fill {
+        a.load(8, RAX, Rm::M(RDI, code));
+        a.store(8, mem(CODE_AT), RAX);
+        // What is not compiled yet may be soon.
+        a.lea_abs(RDI, miss);
+        a.alu(8, 7, Rm::R(RAX), RDI);
+        a.jcc_abs(cc::E, miss);
+        a.load(8, RDI, mem(SITE));
+        a.store(8, Rm::M(RDI, offset_of!(Site, code) as i32), RAX);
+        a.load(8, RAX, mem(WANTED));
+        a.store(8, Rm::M(RDI, offset_of!(Site, key) as i32), RAX);
+        a.load(8, RAX, mem(RIP_OUT));
+        a.store(8, Rm::M(RDI, offset_of!(Site, lin) as i32), RAX);
+        a.alu_imm(8, 4, Rm::R(RAX), -4096);
+        a.store(8, Rm::M(RDI, offset_of!(Site, page) as i32), RAX);
+        a.store(8, mem(PAGE), RAX);
+        a.word(4, 0, 0xFF, 4, mem(CODE_AT)); // jmp
+    } else {
+        a.load(8, RAX, mem(RIP_OUT));
+        a.alu_imm(8, 4, Rm::R(RAX), -4096);
+        a.store(8, mem(PAGE), RAX);
+        a.word(4, 0, 0xFF, 4, Rm::M(RDI, code)); // jmp
+    }
+    for m in [m1, m2] {
+        a.here(m);
+    }
+    a.load(8, RAX, mem(RIP_OUT));
+    a.alu_load(8, 7, RAX, Rm::M(RDI, second + lin));
+    a.jcc_abs(cc::NE, miss);
+    a.load(8, RAX, mem(WANTED));
+    a.alu_load(8, 7, RAX, Rm::M(RDI, second + key));
+    a.jcc_abs(cc::NE, miss);
+    a.alu_imm(8, 0, Rm::R(RDI), second);
+    let back = a.jmp();
+    a.to(back, found);
 }
 
 fn push(a: &mut Asm, r: u8) {

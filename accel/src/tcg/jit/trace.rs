@@ -3,7 +3,7 @@
 //! The parts of a trace have one check of the budget and keep flags and vector registers in sight of each
 //! other. Where a conditional branch leaves the trace, code out of line gives the rest of the budget back.
 
-use super::super::cache::Cache;
+use super::super::cache::{Cache, CROSSING};
 use super::super::op::{Block, Op, NEVER};
 use super::kind::{classify, Kind};
 use super::HOT;
@@ -55,7 +55,7 @@ impl<'a> Trace<'a> {
     pub fn of(keys: &[u64], cache: &'a Cache, alone: bool) -> Option<Trace<'a>> {
         let mut t = Trace::default();
         for key in keys {
-            t.add(cache.blocks.get(key)?, alone);
+            t.add(cache.get(*key)?, alone);
         }
         (t.count > 0).then_some(t)
     }
@@ -103,8 +103,8 @@ impl<'a> Trace<'a> {
         }
         let first = self.parts[0].block;
         let find = |target: i64| {
-            let key = first.key & !0xFFF | target as u64;
-            let b: &Block = (0..4096).contains(&target).then(|| cache.blocks.get(&key)).flatten()?;
+            let key = first.key & !CROSSING & !0xFFF | target as u64;
+            let b = (0..4096).contains(&target).then(|| cache.get(key)).flatten()?;
             (b.runs.get() != NEVER).then_some(b)
         };
         let next = self.next(last);

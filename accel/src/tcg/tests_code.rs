@@ -1,0 +1,190 @@
+//! Tests of what is remembered of code: where calls return, where jumps led, what address spaces share.
+
+use super::tests::*;
+use super::*;
+
+/// Runs machines interpreted and compiled, in strides; the whole state must agree at every stop. Returns RBX in the end.
+fn in_every_tier(make: impl Fn() -> Machine) -> u64 {
+    let mut rbx = None;
+    for tier in [Tier::AtOnce, Tier::After(2), Tier::Random(5)] {
+        for stride in [1, 3, 7, 5000] {
+            let (mut a, mut b) = (make(), make());
+            a.cpu.set_tier(Tier::Never);
+            b.cpu.set_tier(tier);
+            loop {
+                let (x, y) = (a.run(stride), b.run(stride));
+                assert_eq!(x, y, "{tier:?}, {stride} at a time, at {}", a.position);
+                assert_eq!(a.cpu.save(), b.cpu.save(), "{tier:?}, {stride} at a time, at {}", a.position);
+                if x.exit != Exit::Budget {
+                    assert_eq!(x.exit, Exit::Halt);
+                    break;
+                }
+                assert!(a.position < 5000);
+            }
+            assert_eq!(*rbx.get_or_insert(b.cpu.st.gpr[RBX]), b.cpu.st.gpr[RBX]);
+        }
+    }
+    rbx.unwrap()
+}
+
+fn put(m: &Machine, parts: &[(u64, &[u8])]) {
+    for (at, bytes) in parts {
+        m.mem.write(*at, bytes).unwrap();
+    }
+}
+fn words(m: &Machine, words: &[(u64, u64)]) {
+    for (at, v) in words {
+        m.mem.write(*at, &v.to_le_bytes()).unwrap();
+    }
+}
+
+#[test]
+fn a_call_returns_to_code_that_changed_meanwhile() {
+    // mov ecx,21; a: call 5000h; inc ebx; dec ecx; jnz a; hlt
+    let code = [0xB9, 21, 0, 0, 0, 0xE8, 0xF6, 0x3F, 0, 0, 0xFF, 0xC3, 0xFF, 0xC9, 0x75, 0xF5, 0xF4];
+    let rbx = in_every_tier(|| {
+        let mut m = Machine::long(&code);
+        m.cpu.st.gpr[RSP] = 0x7800;
+        // xor byte [100Bh],8 (inc becomes dec, and back); ret
+        put(&m, &[(0x5000, &[0x80, 0x34, 0x25, 0x0B, 0x10, 0, 0, 8, 0xC3])]);
+        m
+    });
+    assert_eq!(rbx as u32, u32::MAX);
+}
+
+#[test]
+fn a_call_returns_to_another_page_at_the_same_address() {
+    // mov ecx,20; a: call 2000h; dec ecx; jnz a; hlt
+    let code = [0xB9, 20, 0, 0, 0, 0xE8, 0xF6, 0x0F, 0, 0, 0xFF, 0xC9, 0x75, 0xF7, 0xF4];
+    let rbx = in_every_tier(|| {
+        let mut m = Machine::long(&code);
+        m.cpu.st.gpr[RSP] = 0x7800;
+        put(
+            &m,
+            &[
+                // call 5000h; inc ebx; ret
+                (0x2000, &[0xE8, 0xFB, 0x2F, 0, 0, 0xFF, 0xC3, 0xC3]),
+                // call 5000h; add ebx,100; ret
+                (0x3000, &[0xE8, 0xFB, 0x2F, 0, 0, 0x83, 0xC3, 100, 0xC3]),
+                // xor byte [13011h],10h (2000h and 3000h show at 2000h in turn); ret
+                (0x5000, &[0x80, 0x34, 0x25, 0x11, 0x30, 0x01, 0, 0x10, 0xC3]),
+            ],
+        );
+        m
+    });
+    assert_eq!(rbx, 10 * 100 + 10);
+}
+
+#[test]
+fn an_instruction_across_pages_follows_both() {
+    // mov ecx,24; jmp 1FE0h
+    let code = [0xB9, 24, 0, 0, 0, 0xE9, 0xD6, 0x0F, 0, 0];
+    let rbx = in_every_tier(|| {
+        let m = Machine::long(&code);
+        // xor byte [2001h],2; test cl,1; jz c; xor byte [13011h],10h (the second page is 2000h or 3000h); c: nops;
+        // add ebx,imm32, of which three bytes are in the second page; dec ecx; jz d; jmp 1FE0h; d: hlt
+        let mut first = vec![
+            0x80, 0x34, 0x25, 0x01, 0x20, 0, 0, 2, 0xF6, 0xC1, 1, 0x74, 8, 0x80, 0x34, 0x25, 0x11, 0x30,
+            0x01, 0, 0x10,
+        ];
+        first.resize(0x1D, 0x90);
+        first.extend([0x81, 0xC3, 0x44]);
+        let rest = [0xFF, 0xC9, 0x74, 5, 0xE9, 0xD4, 0xFF, 0xFF, 0xFF, 0xF4];
+        put(
+            &m,
+            &[
+                (0x1FE0, &first),
+                (0x2000, &[0x33, 0x22, 0x11]),
+                (0x2003, &rest),
+                (0x3000, &[0xAA, 0xBB, 0xCC]),
+                (0x3003, &rest),
+            ],
+        );
+        m
+    });
+    let (mut pages, mut at, mut sum) = ([[0x33, 0x22, 0x11], [0xAA, 0xBB, 0xCC]], 0, 0u32);
+    for n in (1..=24).rev() {
+        pages[at][1] ^= 2;
+        at ^= n & 1;
+        let [a, b, c] = pages[at];
+        sum = sum.wrapping_add(u32::from_le_bytes([0x44, a, b, c]));
+    }
+    assert_eq!(rbx, u64::from(sum));
+}
+
+/// Where the tests' kernel half begins: entry 511 of the top table.
+const HIGH_HALF: u64 = 0xFFFF_FF80_0000_0000;
+
+#[test]
+fn address_spaces_share_kernel_code_only_while_they_agree() {
+    // mov ecx,20; a: CR3 changes between 10000h and 16000h; add rbx,[5000h]; call HIGH_HALF+7000h; if ecx is 10: the top
+    // entry 511 of the space that is not in use leads to 1A000h; dec ecx; jnz a; hlt
+    let code = [
+        0xB9, 0x14, 0x00, 0x00, 0x00, 0x0F, 0x20, 0xD8, 0x35, 0x00, 0x60, 0x00, 0x00, 0x0F, 0x22, 0xD8, 0x48,
+        0x03, 0x1C, 0x25, 0x00, 0x50, 0x00, 0x00, 0xE8, 0xE3, 0x5F, 0x00, 0x00, 0x83, 0xF9, 0x0A, 0x75, 0x1E,
+        0x0F, 0x20, 0xD8, 0x35, 0x00, 0x60, 0x00, 0x00, 0x48, 0xBA, 0x00, 0x00, 0x00, 0x00, 0x80, 0xFF, 0xFF,
+        0xFF, 0x48, 0xC7, 0x84, 0x02, 0xF8, 0x0F, 0x00, 0x00, 0x27, 0xA0, 0x01, 0x00, 0xFF, 0xC9, 0x75, 0xC1,
+        0xF4,
+    ];
+    let rbx = in_every_tier(|| {
+        let mut m = Machine::long(&code);
+        put(
+            &m,
+            &[
+                // add rbx,1000h; ret
+                (0x7000, &[0x48, 0x81, 0xC3, 0, 0x10, 0, 0, 0xC3]),
+                // add rbx,100000h; ret
+                (0xD000, &[0x48, 0x81, 0xC3, 0, 0, 0x10, 0, 0xC3]),
+            ],
+        );
+        words(&m, &[(0x5000, 1), (0x6000, 2)]);
+        // Both spaces have the upper half of the first's tables, accessed already.
+        words(&m, &[(0x1_0FF8, 0x1_1027), (0x1_6FF8, 0x1_1027)]);
+        // The second's lower half: 6000h at 5000h.
+        words(&m, &[(0x1_6000, 0x1_7007), (0x1_7000, 0x1_8007), (0x1_8000, 0x1_9007), (0x1_9028, 0x6007)]);
+        // Another upper half: D000h at 7000h.
+        words(&m, &[(0x1_A000, 0x1_B007), (0x1_B000, 0x1_C007)]);
+        for i in 0..512 {
+            words(&m, &[(0x1_C000 + 8 * i, i << 12 | 7)]);
+        }
+        words(&m, &[(0x1_C038, 0xD007)]);
+        m.cpu.rip = HIGH_HALF + 0x1000;
+        m.cpu.st.gpr[RSP] = HIGH_HALF + 0x6000;
+        m
+    });
+    assert_eq!(rbx, 30 + 15 * 0x1000 + 5 * 0x10_0000);
+}
+
+#[test]
+fn table_entries_of_every_level_are_noticed() {
+    // Four times: add rbx,[5000h]; then for the PTE, the PDE (after 40 writes beside it), the PDPTE and the top entry:
+    // xor of the entry; add rbx,[5000h]; xor back; add rbx,[5000h].
+    let code = [
+        0xB9, 0x04, 0x00, 0x00, 0x00, 0x48, 0xBF, 0x00, 0x00, 0x00, 0x00, 0x80, 0xFF, 0xFF, 0xFF, 0x48, 0x03,
+        0x1C, 0x25, 0x00, 0x50, 0x00, 0x00, 0x80, 0xB7, 0x29, 0x30, 0x01, 0x00, 0x30, 0x48, 0x03, 0x1C, 0x25,
+        0x00, 0x50, 0x00, 0x00, 0x80, 0xB7, 0x29, 0x30, 0x01, 0x00, 0x30, 0x48, 0x03, 0x1C, 0x25, 0x00, 0x50,
+        0x00, 0x00, 0xBA, 0x28, 0x00, 0x00, 0x00, 0x48, 0xC7, 0x84, 0xD7, 0x00, 0x24, 0x01, 0x00, 0x00, 0x00,
+        0x00, 0x00, 0xFF, 0xCA, 0x75, 0xF0, 0x80, 0xB7, 0x01, 0x20, 0x01, 0x00, 0xA0, 0x48, 0x03, 0x1C, 0x25,
+        0x00, 0x50, 0x00, 0x00, 0x80, 0xB7, 0x01, 0x20, 0x01, 0x00, 0xA0, 0x48, 0x03, 0x1C, 0x25, 0x00, 0x50,
+        0x00, 0x00, 0x80, 0xB7, 0x01, 0x10, 0x01, 0x00, 0xF0, 0x48, 0x03, 0x1C, 0x25, 0x00, 0x50, 0x00, 0x00,
+        0x80, 0xB7, 0x01, 0x10, 0x01, 0x00, 0xF0, 0x48, 0x03, 0x1C, 0x25, 0x00, 0x50, 0x00, 0x00, 0x80, 0xB7,
+        0x01, 0x00, 0x01, 0x00, 0xE0, 0x48, 0x03, 0x1C, 0x25, 0x00, 0x50, 0x00, 0x00, 0x80, 0xB7, 0x01, 0x00,
+        0x01, 0x00, 0xE0, 0x48, 0x03, 0x1C, 0x25, 0x00, 0x50, 0x00, 0x00, 0xFF, 0xC9, 0x0F, 0x85, 0x63, 0xFF,
+        0xFF, 0xFF, 0xF4,
+    ];
+    let rbx = in_every_tier(|| {
+        let mut m = Machine::long(&code);
+        words(&m, &[(0x5000, 1), (0x6000, 2), (0xD000, 4), (0xE000, 8), (0xF000, 16)]);
+        // The upper half has tables of its own.
+        words(&m, &[(0x1_0FF8, 0x1_A007), (0x1_A000, 0x1_B007), (0x1_B000, 0x1_C007)]);
+        for i in 0..512 {
+            words(&m, &[(0x1_C000 + 8 * i, i << 12 | 7)]);
+        }
+        words(&m, &[(0x1_9028, 0xD007)]);
+        words(&m, &[(0x1_D000, 0x1_E007), (0x1_E028, 0xE007)]);
+        words(&m, &[(0x1_F000, 0x2_0007), (0x2_0000, 0x2_1007), (0x2_1028, 0xF007)]);
+        m.cpu.rip = HIGH_HALF + 0x1000;
+        m
+    });
+    assert_eq!(rbx, 4 * (1 + 3 + 5 + 9 + 17));
+}
