@@ -1,5 +1,6 @@
 //! Decoded instructions, blocks of them, and access to general registers by width.
 
+use super::decode::FLAT32;
 use super::SoftCpu;
 use crate::simd::VecInsn;
 use crate::Exception;
@@ -172,6 +173,11 @@ impl Block {
             count: 0,
             runs: Cell::new(0),
         }
+    }
+
+    /// It is [`FLAT32`] code.
+    pub fn is_flat32(&self) -> bool {
+        self.key >> 60 == FLAT32 as u64
     }
 
     /// Forget what followed.
