@@ -4,13 +4,14 @@
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use ftvm_accel::model::CpuModel;
 use ftvm_accel::tcg::SoftCpu;
 use ftvm_accel::{ApicMessage, GuestMemory, Processor};
 use ftvm_block::iscsi::{is_device, is_lun, LunLock};
-use ftvm_block::{Image, OpenOptions, Reserve};
+use ftvm_block::{Image, Node, OpenOptions, Reserve};
 use ftvm_devices::registry::Attach;
 use ftvm_devices::{
     DeviceError, DeviceSpec, DriveSpec, FunctionView, InitrdFile, Input, Inventory, KernelImages,
@@ -19,7 +20,7 @@ use ftvm_devices::{
 use serde::{Deserialize, Serialize};
 
 use crate::cli::config::{Char, RtcBase};
-use crate::cli::drive::{Cache, DriveConfig, Interface};
+use crate::cli::drive::{Backing, Cache, DriveConfig, Interface};
 use crate::cli::net::{NetKind, NetdevConfig};
 use crate::cli::MachineConfig;
 use crate::machine::{Chipset, Machine};
@@ -163,22 +164,50 @@ fn open_snapshot(path: &str, options: &OpenOptions) -> Result<Box<dyn Image>, ft
     opened
 }
 
+/// Finds a node that is open by its name.
+pub type FindNode<'a> = &'a dyn Fn(&str) -> Option<Arc<Node>>;
+
+/// Open a drive's image as a node; `None` for a drive without a medium.
+fn open_node(
+    drive: &DriveConfig,
+    options: &OpenOptions,
+    find: FindNode,
+) -> Result<Option<Arc<Node>>, BuildError> {
+    let Some(path) = drive.file.as_deref().filter(|_| !drive.snapshot) else {
+        return Ok(open_drive(drive, options)?.map(|image| Node::named(&drive.id, image)));
+    };
+    let backing = match &drive.backing {
+        Backing::Header => None,
+        Backing::Nothing => Some(None),
+        Backing::Node(name) => Some(Some(
+            find(name)
+                .ok_or_else(|| BuildError::Plain(format!("Cannot find device='' nor node-name='{name}'")))?,
+        )),
+    };
+    Node::open(&drive.id, Path::new(path), options, backing)
+        .map(Some)
+        .map_err(|source| BuildError::Drive { path: ftvm_block::iscsi::hide_secret(path), source })
+}
+
 /// Open a drive for a live machine: with the overlays that a takeover left, if there are any or the machine is
 /// one of a pair; `over_stalled`: this side won the pair's lock, and the old primary may only be stalled.
+/// In a pair an image stands on what its header names: both sides find that.
 pub fn open_live(
     drive: &DriveConfig,
     pair: bool,
     over_stalled: bool,
-) -> Result<Option<Box<dyn Image>>, BuildError> {
+    find: FindNode,
+) -> Result<Option<Arc<Node>>, BuildError> {
     let mut options = open_options(drive);
     let Some(path) = drive.file.as_deref().map(Path::new) else { return Ok(None) };
+    let named = |image: Option<Box<dyn Image>>| image.map(|image| Node::named(&drive.id, image));
     if pair && !drive.read_only && is_device(path) {
         if let Err(e) = LunLock::open(&path.to_string_lossy()) {
             log::warn!(
                 "drive '{}': {e}; with a lock elsewhere nothing keeps what a paused primary still writes from the device",
                 drive.id
             );
-            return open_drive(drive, &options);
+            return open_drive(drive, &options).map(named);
         }
     }
     if pair && is_lun(path) {
@@ -187,7 +216,7 @@ pub fn open_live(
         random.copy_from_slice(&seed()?[..8]);
         let key = crate::lockstep::lun_lock::alone(&format!("{:x}", u64::from_be_bytes(random)));
         options.reserve = if over_stalled { Reserve::Seize(key) } else { Reserve::Free(key) };
-        return open_drive(drive, &options);
+        return open_drive(drive, &options).map(named);
     }
     let overlays = !is_lun(path)
         && ftvm_block::takeover::has_overlays(path)
@@ -200,10 +229,11 @@ pub fn open_live(
         )));
     }
     if drive.read_only || drive.snapshot || !(pair || overlays) {
-        return open_drive(drive, &options);
+        let own = DriveConfig { backing: Backing::Header, ..drive.clone() };
+        return open_node(if pair { &own } else { drive }, &options, find);
     }
     ftvm_block::takeover::Takeover::open(path, &options, over_stalled)
-        .map(|t| Some(Box::new(t) as Box<dyn Image>))
+        .map(|t| named(Some(Box::new(t))))
         .map_err(|source| BuildError::Drive { path: path.display().to_string(), source })
 }
 

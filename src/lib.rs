@@ -6,6 +6,7 @@ pub mod cli;
 pub mod host;
 pub mod lockstep;
 pub mod machine;
+pub mod migration;
 pub mod monitor;
 pub mod program;
 pub mod runtime;

@@ -232,6 +232,135 @@ fn libvirt_probes_starts_and_manages_a_pc() -> Result<()> {
     Ok(())
 }
 
+/// External snapshots, block jobs, limits and sizes through virsh, while the guest uses its disk.
+#[test]
+fn libvirt_changes_the_images_of_a_running_domain() -> Result<()> {
+    if let Some(reason) = missing() {
+        eprintln!("skipped: {reason}");
+        return Ok(());
+    }
+    let scratch = Scratch::new("libvirt-blocks")?;
+    let xml = domain(&scratch, "blocks")?;
+    let v = Libvirt::start(&scratch)?;
+    v.virsh(&["define", &xml])?;
+    v.virsh(&["start", "blocks"])?;
+    v.wait_state("blocks", "running", LONG)?;
+    let mut console = Console::open(&v, "blocks")?;
+    console.until("tiny guest ready", LONG)?;
+    console.until("Enter 'help'", LONG)?;
+    // Each step writes a block of its own; all of them must be there at the end.
+    let mut marks = 0;
+    let mut mark = |console: &mut Console| -> Result<()> {
+        marks += 1;
+        let write = format!(
+            "echo mark {marks} | dd of=/dev/vda bs=64k seek={} conv=sync,fsync 2>/dev/null",
+            marks * 7
+        );
+        console.run(&write).map(|_| ())
+    };
+    let file = |name: &str| scratch.path(name);
+    // The emulator is another user, and libvirt leaves owners alone here.
+    for name in ["s1.qcow2", "s2.qcow2", "s3.qcow2", "moved.qcow2"] {
+        std::fs::write(file(name), "").map_err(|e| e.to_string())?;
+        run("chmod", &["666", &file(name)])?;
+    }
+    let source = || -> Result<String> {
+        let list = v.virsh(&["domblklist", "blocks"])?;
+        let line = list.lines().find(|l| l.trim_start().starts_with("vda")).unwrap_or_default();
+        Ok(line.split_whitespace().nth(1).unwrap_or_default().to_owned())
+    };
+    mark(&mut console)?;
+    for name in ["s1", "s2"] {
+        let spec = format!("vda,snapshot=external,file={}", file(&format!("{name}.qcow2")));
+        v.virsh(&[
+            "snapshot-create-as",
+            "blocks",
+            name,
+            "--disk-only",
+            "--no-metadata",
+            "--diskspec",
+            &spec,
+            "--diskspec",
+            "hdc,snapshot=no",
+        ])?;
+        assert_eq!(source()?, file(&format!("{name}.qcow2")));
+        mark(&mut console)?;
+    }
+    // The two overlays become one, and that goes into the first image.
+    v.virsh(&[
+        "blockcommit",
+        "blocks",
+        "vda",
+        "--base",
+        &file("s1.qcow2"),
+        "--top",
+        &file("s2.qcow2"),
+        "--active",
+        "--pivot",
+        "--verbose",
+    ])?;
+    assert_eq!(source()?, file("s1.qcow2"));
+    mark(&mut console)?;
+    v.virsh(&["blockcommit", "blocks", "vda", "--active", "--pivot", "--verbose"])?;
+    assert_eq!(source()?, file("blocks.qcow2"));
+    mark(&mut console)?;
+    // Another overlay takes everything in; then the disk moves.
+    let spec = format!("vda,snapshot=external,file={}", file("s3.qcow2"));
+    v.virsh(&[
+        "snapshot-create-as",
+        "blocks",
+        "s3",
+        "--disk-only",
+        "--no-metadata",
+        "--diskspec",
+        &spec,
+        "--diskspec",
+        "hdc,snapshot=no",
+    ])?;
+    mark(&mut console)?;
+    v.virsh(&["blockpull", "blocks", "vda", "--wait", "--verbose"])?;
+    let info = run("qemu-img", &["info", "-U", &file("s3.qcow2")])?;
+    assert!(!info.contains("backing file"), "{info}");
+    mark(&mut console)?;
+    v.virsh(&[
+        "blockcopy",
+        "blocks",
+        "vda",
+        &file("moved.qcow2"),
+        "--transient-job",
+        "--wait",
+        "--pivot",
+        "--verbose",
+    ])?;
+    assert_eq!(source()?, file("moved.qcow2"));
+    mark(&mut console)?;
+    // Sizes and limits.
+    v.virsh(&["blockresize", "blocks", "vda", "96M"])?;
+    assert!(v.virsh(&["domblkinfo", "blocks", "vda"])?.contains("100663296"));
+    wait_for("the new size in the guest", LONG, || {
+        console.run("cat /sys/block/vda/size").ok().filter(|s| s.contains("196608"))
+    })?;
+    v.virsh(&["blkdeviotune", "blocks", "vda", "--total-iops-sec", "40", "--live"])?;
+    assert!(v.virsh(&["blkdeviotune", "blocks", "vda"])?.contains("total_iops_sec : 40"));
+    let timed = console.run(
+        "t=$(date +%s); dd if=/dev/vda of=/dev/null bs=4k count=120 iflag=direct 2>/dev/null; echo took $(($(date +%s) - t))",
+    )?;
+    assert!(!timed.contains("took 0") && !timed.contains("took 1\r"), "{timed}");
+    v.virsh(&["blkdeviotune", "blocks", "vda", "--total-iops-sec", "0", "--live"])?;
+    let seen = console.run(&format!(
+        "echo 3 > /proc/sys/vm/drop_caches; for i in $(seq 1 {marks}); do dd if=/dev/vda bs=64k skip=$((i*7)) count=1 \
+         2>/dev/null | head -1; done"
+    ))?;
+    for i in 1..=marks {
+        assert!(seen.contains(&format!("mark {i}")), "mark {i} is lost:\n{seen}");
+    }
+    v.virsh(&["destroy", "blocks"])?;
+    run("qemu-img", &["check", &file("moved.qcow2")])?;
+    let log = std::fs::read_to_string(&v.log).unwrap_or_default();
+    assert!(!log.contains("is not what the schema says"), "a reply or event disagrees with the schema");
+    Ok(())
+}
+
 /// A disk and a network card come and go, and the guest sees it.
 fn plug_and_pull(v: &Libvirt, name: &str, scratch: &Scratch, console: &mut Console) -> Result<()> {
     let more = image(scratch, "more.qcow2", 32)?;

@@ -4,9 +4,9 @@
 use std::io::Write;
 use std::time::Duration;
 
-use ftvm_harness::hosts::{become_root, Network};
+use ftvm_harness::hosts::Network;
 use ftvm_harness::pair::{Clients, Guest, Pair};
-use ftvm_harness::{guests, Result};
+use ftvm_harness::{guests, run_stories, Result};
 
 const WAIT: Duration = Duration::from_secs(60);
 
@@ -280,44 +280,20 @@ fn images() -> Result<()> {
     pair.finish(false)
 }
 
-type Test = fn() -> Result<()>;
-
 /// All in one process and one after the other: hosts have fixed addresses, and entering namespaces needs root.
 fn main() {
-    if let Err(e) = become_root() {
-        println!("pair tests skipped: {e}");
-        println!("0 passed, 0 failed");
-        return;
-    }
-    let wanted: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
-    let tests: [(&str, Test); 9] = [
-        ("kills", kills),
-        ("stall", stall),
-        ("cut", cut),
-        ("divergence", divergence),
-        ("operations", operations),
-        ("separate_disks", separate_disks),
-        ("turned_on_and_off", turned_on_and_off),
-        ("images", images),
-        ("refusals", refusals),
-    ];
-    let (mut passed, mut failed) = (0, 0);
-    for (name, test) in tests {
-        if !wanted.is_empty() && !wanted.iter().any(|w| name.contains(w.as_str())) {
-            continue;
-        }
-        let start = std::time::Instant::now();
-        match test() {
-            Ok(()) => {
-                passed += 1;
-                println!("test pair::{name} ... ok ({:.0?})", start.elapsed());
-            }
-            Err(e) => {
-                failed += 1;
-                println!("test pair::{name} ... FAILED\n{e}");
-            }
-        }
-    }
-    println!("{passed} passed, {failed} failed");
-    std::process::exit(i32::from(failed > 0));
+    run_stories(
+        "pair",
+        &[
+            ("kills", kills),
+            ("stall", stall),
+            ("cut", cut),
+            ("divergence", divergence),
+            ("operations", operations),
+            ("separate_disks", separate_disks),
+            ("turned_on_and_off", turned_on_and_off),
+            ("images", images),
+            ("refusals", refusals),
+        ],
+    );
 }

@@ -21,7 +21,7 @@ pub struct HostFile {
     length: AtomicU64,
     direct: bool,
     no_flush: bool,
-    locked: bool,
+    locked: AtomicBool,
     /// A flush has failed.
     unsafe_cache: AtomicBool,
     /// A block device: it does not grow.
@@ -34,7 +34,7 @@ pub struct HostFile {
 
 impl Drop for HostFile {
     fn drop(&mut self) {
-        if self.locked {
+        if self.locked.load(Ordering::SeqCst) {
             // If it fails the locks go with the descriptor.
             let _ = lock::release(&self.file);
         }
@@ -85,7 +85,7 @@ impl HostFile {
             length: AtomicU64::new(length),
             direct,
             no_flush: options.no_flush || options.read_only,
-            locked,
+            locked: AtomicBool::new(locked),
             device: !meta.is_file(),
             patching: Mutex::new(()),
             _lun: lun,
@@ -213,6 +213,14 @@ impl Store for HostFile {
         let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
         // SAFETY: fallocate on our own descriptor takes no pointers.
         unsafe { libc::fallocate(self.file.as_raw_fd(), mode, offset as i64, len as i64) };
+    }
+
+    fn lock(&self, write: bool) -> Result<(), BlockError> {
+        if !self.device && !self.locked.load(Ordering::SeqCst) {
+            lock::acquire(&self.file, &self.path, write)?;
+            self.locked.store(true, Ordering::SeqCst);
+        }
+        Ok(())
     }
 
     fn sync(&self) -> std::io::Result<()> {

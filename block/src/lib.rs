@@ -5,6 +5,7 @@
 //! that touch the same bytes.
 
 pub mod buffers;
+pub mod copy;
 mod error;
 mod file;
 pub mod files;
@@ -12,6 +13,7 @@ mod info;
 pub mod iscsi;
 mod lock;
 pub mod nfs;
+pub mod node;
 pub mod qcow2;
 pub mod queue;
 pub mod raw;
@@ -23,6 +25,7 @@ pub mod track;
 
 pub use error::BlockError;
 pub use info::{ImageInfo, Qcow2Info, Snapshot, SnapshotChange};
+pub use node::{Node, Root};
 pub use queue::{Queue, Request};
 use std::path::Path;
 use std::sync::Arc;
@@ -73,6 +76,35 @@ pub trait Image: Send + Sync {
     fn info(&self) -> ImageInfo {
         ImageInfo::default()
     }
+    /// The image below.
+    fn backing(&self) -> Option<Arc<Node>> {
+        None
+    }
+    /// Stand on another image from now on, whose contents fit; the file still names the old one.
+    fn set_backing(&self, _backing: Option<Arc<Node>>) -> Result<(), BlockError> {
+        Err(BlockError::Unsupported(format!("a {} image has no backing file", self.format())))
+    }
+    /// Name another image below (its name and format) in the file; durable when it returns.
+    fn name_backing(&self, _backing: Option<(&str, &str)>) -> Result<(), BlockError> {
+        Err(BlockError::Unsupported(format!("a {} image has no backing file", self.format())))
+    }
+    /// Whether what lies at `offset` is in this image, not in the one below, and for how many bytes the answer holds.
+    fn held(&self, offset: u64) -> Result<(Held, u64), BlockError> {
+        check_range(self, offset, 1, false)?;
+        Ok((Held::Whole, self.size() - offset))
+    }
+    /// Take the byte locks of a file that was opened without.
+    fn lock_file(&self) -> Result<(), BlockError> {
+        Ok(())
+    }
+}
+
+/// How much of a range is in an image itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Held {
+    None,
+    Part,
+    Whole,
 }
 
 impl<T: Image + ?Sized> Image for Arc<T> {
@@ -117,6 +149,21 @@ impl<T: Image + ?Sized> Image for Arc<T> {
     }
     fn info(&self) -> ImageInfo {
         (**self).info()
+    }
+    fn backing(&self) -> Option<Arc<Node>> {
+        (**self).backing()
+    }
+    fn set_backing(&self, backing: Option<Arc<Node>>) -> Result<(), BlockError> {
+        (**self).set_backing(backing)
+    }
+    fn name_backing(&self, backing: Option<(&str, &str)>) -> Result<(), BlockError> {
+        (**self).name_backing(backing)
+    }
+    fn held(&self, offset: u64) -> Result<(Held, u64), BlockError> {
+        (**self).held(offset)
+    }
+    fn lock_file(&self) -> Result<(), BlockError> {
+        (**self).lock_file()
     }
 }
 
@@ -176,13 +223,19 @@ pub fn open_store(path: &Path, options: &OpenOptions) -> Result<Arc<dyn Store>, 
 
 /// Open an image. Without a format the file is looked at: qcow2 by its magic number, else raw.
 pub fn open(path: &Path, options: &OpenOptions) -> Result<Box<dyn Image>, BlockError> {
-    open_depth(path, options, 0)
+    open_over(path, options, 0, None)
 }
 
 /// Backing chains longer than this are refused (a chain that refers to itself never ends).
 const MAX_DEPTH: u32 = 100;
 
-fn open_depth(path: &Path, options: &OpenOptions, depth: u32) -> Result<Box<dyn Image>, BlockError> {
+/// `given`: what the image stands on, instead of what its header names.
+fn open_over(
+    path: &Path,
+    options: &OpenOptions,
+    depth: u32,
+    given: Option<Option<Arc<Node>>>,
+) -> Result<Box<dyn Image>, BlockError> {
     if depth > MAX_DEPTH {
         return Err(BlockError::Format {
             path: path.to_owned(),
@@ -202,8 +255,8 @@ fn open_depth(path: &Path, options: &OpenOptions, depth: u32) -> Result<Box<dyn 
         return Err(encrypted(path));
     }
     match options.format.as_deref() {
-        Some("qcow2") => Ok(Box::new(qcow2::Qcow2::over(file, options, depth)?)),
-        None if is_qcow2 => Ok(Box::new(qcow2::Qcow2::over(file, options, depth)?)),
+        Some("qcow2") => Ok(Box::new(qcow2::Qcow2::open(file, options, depth, given)?)),
+        None if is_qcow2 => Ok(Box::new(qcow2::Qcow2::open(file, options, depth, given)?)),
         _ => Ok(Box::new(raw::Raw::over(file, options))),
     }
 }
@@ -232,7 +285,7 @@ fn check_resize(image: &dyn Image, size: u64) -> Result<(), BlockError> {
 }
 
 /// Check a request against an image's size and mode.
-fn check_range(image: &dyn Image, offset: u64, len: u64, write: bool) -> Result<(), BlockError> {
+fn check_range<T: Image + ?Sized>(image: &T, offset: u64, len: u64, write: bool) -> Result<(), BlockError> {
     if write && image.read_only() {
         return Err(BlockError::ReadOnly);
     }

@@ -393,6 +393,14 @@ impl Queue {
         Ok(())
     }
 
+    /// Other limits from now on, with empty buckets.
+    pub fn set_limits(&self, limits: Limits) {
+        let mut state = self.inner.lock();
+        state.throttle = Throttle::new(limits);
+        // Whoever waits for a bucket looks again.
+        state.wake_all();
+    }
+
     /// The image, for what is asked of it beside the requests.
     pub fn image(&self) -> Arc<dyn Image> {
         Arc::clone(&self.inner.image)

@@ -78,6 +78,9 @@ impl Image for Raw {
     fn flush(&self) -> Result<(), BlockError> {
         Ok(self.file.sync()?)
     }
+    fn lock_file(&self) -> Result<(), BlockError> {
+        self.file.lock(!self.read_only)
+    }
     fn resize(&self, size: u64) -> Result<(), BlockError> {
         check_resize(self, size)?;
         self.file.set_length(size)?;

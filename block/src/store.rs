@@ -32,6 +32,10 @@ pub trait Store: Send + Sync {
     fn zero_range(&self, offset: u64, len: u64, unmap: bool) -> bool;
     /// Give a range back, if the store takes it. What is read there afterwards is not defined.
     fn punch(&self, offset: u64, len: u64);
+    /// Take the byte locks of a file that was opened without, for reading or for writing, too.
+    fn lock(&self, _write: bool) -> Result<(), BlockError> {
+        Ok(())
+    }
     /// All that was written is on stable storage when this returns.
     fn sync(&self) -> io::Result<()>;
 }

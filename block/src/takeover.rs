@@ -24,8 +24,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, RwLock};
 
 use crate::files::{beside, beside_path, is_nfs, Files};
+use crate::node::Node;
 use crate::qcow2::{create_overlay, Qcow2};
-use crate::{BlockError, Image, ImageInfo, OpenOptions, Snapshot, SnapshotChange};
+use crate::{BlockError, Held, Image, ImageInfo, OpenOptions, Snapshot, SnapshotChange};
 
 /// Clusters merged in one step.
 const BATCH: usize = 16;
@@ -147,7 +148,7 @@ fn lower_layers(base: &Path, options: &OpenOptions, n: u32) -> Result<Vec<Arc<Qc
         let look = OpenOptions { read_only: true, force_share: true, ..layer_options(options, n) };
         let file = crate::store::open(&layer(base, n), &look)?;
         let opened = match stack.first() {
-            Some(below) => Qcow2::over_with(file, &look, Arc::clone(below) as _)?,
+            Some(below) => Qcow2::over_with(file, &look, Some(Node::around(Arc::clone(below) as _)))?,
             None => Qcow2::over(file, &look, 0)?,
         };
         stack.insert(0, Arc::new(opened));
@@ -217,7 +218,7 @@ impl Takeover {
         let own = layer_options(options, n);
         let file = crate::store::open(&layer(path, n), &own)?;
         let below = lower.first().cloned().ok_or_else(broken)?;
-        let top = Layer::Overlay(Box::new(Qcow2::over_with(file, &own, below)?));
+        let top = Layer::Overlay(Box::new(Qcow2::over_with(file, &own, Some(Node::around(below as _)))?));
         Ok(Mode::Top { top, rest: Rest::Below { n, lower, next: 0 } })
     }
 
@@ -229,8 +230,8 @@ impl Takeover {
             // What lies below is only read, whoever holds it.
             let file = crate::store::open(top, &layer_options(options, n))?;
             let look = OpenOptions { read_only: true, force_share: true, ..layer_options(options, below) };
-            let under = Arc::from(crate::open(&layer(path, below), &look)?);
-            Qcow2::over_with(file, &layer_options(options, n), under)
+            let under = Node::open_depth(&layer(path, below), &look, 0)?;
+            Qcow2::over_with(file, &layer_options(options, n), Some(under))
         };
         let opened = if n == 0 {
             crate::open(&top, options).map(|i| Layer::Image(Arc::from(i)))
@@ -291,7 +292,7 @@ impl Takeover {
         if let Mode::Top { top: Layer::Overlay(overlay), rest: Rest::Below { n, lower, .. } } = &mut *mode {
             let (files, name) = beside(&self.base)?;
             *lower = lower_layers(&self.base, &self.options, highest(files.as_ref(), &name, *n)?)?;
-            overlay.set_backing(lower.first().map(|l| Arc::clone(l) as _));
+            overlay.set_backing(lower.first().map(|l| Node::around(Arc::clone(l) as _)))?;
         }
         Ok(())
     }
@@ -324,8 +325,8 @@ impl Takeover {
                 log::info!("{} is free: merging into it", below.display());
                 let below = below.clone();
                 *mode = match std::mem::replace(mode, Mode::Broken) {
-                    Mode::Top { top: Layer::Overlay(mut overlay), .. } => {
-                        overlay.set_backing(Some(Arc::clone(&base)));
+                    Mode::Top { top: Layer::Overlay(overlay), .. } => {
+                        overlay.set_backing(Some(Node::around(Arc::clone(&base))))?;
                         Mode::Merging { overlay, base, base_path: below, next: 0 }
                     }
                     other => other,
@@ -379,7 +380,7 @@ impl Takeover {
         };
         let own = lower.last().and_then(|image| image.backing_name());
         overlay.flush()?;
-        overlay.name_backing(own.as_ref().map(|(name, format)| (name.as_str(), format.as_str())))?;
+        overlay.rename_overlay(own.as_ref().map(|(name, format)| (name.as_str(), format.as_str())))?;
         let (files, name) = beside(&self.base)?;
         for m in 1..n {
             if files.exists(&layer_name(&name, m))? {
@@ -388,10 +389,10 @@ impl Takeover {
         }
         files.rename(&layer_name(&name, n), &name)?;
         log::info!("{}: the image is a new file now", self.base.display());
-        let backing = lower.last().and_then(|image| image.backing_image());
+        let backing = lower.last().and_then(|image| image.below());
         *mode = match std::mem::replace(mode, Mode::Broken) {
-            Mode::Top { top: Layer::Overlay(mut overlay), .. } => {
-                overlay.set_backing(backing);
+            Mode::Top { top: Layer::Overlay(overlay), .. } => {
+                overlay.set_backing(backing)?;
                 Mode::Top { top: Layer::Image(Arc::from(overlay as Box<dyn Image>)), rest: Rest::Nothing }
             }
             other => other,
@@ -533,6 +534,18 @@ impl Image for Takeover {
             ));
         }
         self.alone(|image| image.snapshot(change))
+    }
+    fn backing(&self) -> Option<Arc<Node>> {
+        self.alone(|image| Ok(image.backing())).ok().flatten()
+    }
+    fn set_backing(&self, backing: Option<Arc<Node>>) -> Result<(), BlockError> {
+        self.alone(|image| image.set_backing(backing.clone()))
+    }
+    fn name_backing(&self, backing: Option<(&str, &str)>) -> Result<(), BlockError> {
+        self.alone(|image| image.name_backing(backing))
+    }
+    fn held(&self, offset: u64) -> Result<(Held, u64), BlockError> {
+        self.alone(|image| image.held(offset))
     }
     fn info(&self) -> ImageInfo {
         self.with(|mode| match mode {

@@ -1,10 +1,10 @@
 //! QEMU's `pc` and `q35` machines as one deterministic object.
 
 mod hotplug;
+mod saved;
 
 use ftvm_accel::mem::GuestMemory;
 use ftvm_accel::ApicMessage;
-use serde::{Deserialize, Serialize};
 
 use crate::acpi;
 use crate::boot;
@@ -21,7 +21,7 @@ use crate::chipset::serial::Serial;
 use crate::chipset::smbus::Ich9Smbus;
 use crate::chipset::southbridge::IsaBridge;
 use crate::config::{DeviceSpec, DriveSpec, PcConfig};
-use crate::ctx::{pack, unpack, Board, BoardState, Ctx, Device, DeviceError};
+use crate::ctx::{pack, Board, Ctx, Device, DeviceError};
 use crate::door::{Input, MachineRequest, Output};
 use crate::ide::ahci::{self, Ahci};
 use crate::ide::Ide;
@@ -82,16 +82,6 @@ pub struct Pc {
     users: Vec<User>,
 }
 
-#[derive(Serialize, Deserialize)]
-struct Section {
-    name: String,
-    version: u32,
-    data: Vec<u8>,
-}
-
-const BOARD_SECTION: &str = "board";
-const BOARD_VERSION: u32 = 2;
-const CHANGES_SECTION: &str = "hotplug";
 /// Devices at most, those that are gone counted.
 const MAX_DEVICES: usize = 4096;
 
@@ -574,69 +564,6 @@ impl Pc {
         self.board.s.a20
     }
 
-    /// The state of all devices. Guest memory (with its shadow modes) is saved by its owner.
-    pub fn save(&self) -> Vec<u8> {
-        let mut sections =
-            vec![Section { name: BOARD_SECTION.into(), version: BOARD_VERSION, data: pack(&self.board.s) }];
-        let changes = pack(&self.changes());
-        sections.push(Section { name: CHANGES_SECTION.into(), version: 1, data: changes });
-        sections.extend(self.devices.iter().map(|d| Section {
-            name: d.name().into(),
-            version: d.version(),
-            data: d.save(),
-        }));
-        pack(&sections)
-    }
-
-    /// Restore what [`Self::save`] returned on a machine of the same configuration. After an error the machine
-    /// is to be thrown away.
-    pub fn load(&mut self, saved: &[u8]) -> Result<(), DeviceError> {
-        let (sections, rest): (Vec<Section>, _) =
-            postcard::take_from_bytes(saved).map_err(DeviceError::NotAState)?;
-        if !rest.is_empty() {
-            return Err(DeviceError::Config("saved state: trailing bytes".into()));
-        }
-        let check = |s: &Section, known: u32| match s.version > known {
-            true => Err(DeviceError::NewerSection(s.name.clone(), s.version, known)),
-            false => Ok(()),
-        };
-        if let Some(s) = sections.iter().find(|s| s.name == CHANGES_SECTION) {
-            check(s, 1)?;
-            self.follow(unpack(CHANGES_SECTION, &s.data)?)?;
-        }
-        let mut seen = vec![false; self.devices.len()];
-        let mut board: Option<BoardState> = None;
-        for s in sections.iter().filter(|s| s.name != CHANGES_SECTION) {
-            if s.name == BOARD_SECTION {
-                check(s, BOARD_VERSION)?;
-                board = Some(unpack(BOARD_SECTION, &s.data)?);
-                continue;
-            }
-            let Some(i) = self.devices.iter().position(|d| d.name() == s.name) else {
-                return Err(DeviceError::UnknownSection(s.name.clone()));
-            };
-            check(s, self.devices[i].version())?;
-            self.devices[i].load(&s.data)?;
-            seen[i] = true;
-        }
-        if let Some(i) = seen.iter().position(|s| !s) {
-            return Err(DeviceError::MissingSection(self.devices[i].name().into()));
-        }
-        let Some(board) = board else { return Err(DeviceError::MissingSection(BOARD_SECTION.into())) };
-        let count = self.devices.len();
-        let valid = board.timers.keys().all(|(d, _)| usize::from(*d) < count);
-        if !valid {
-            return Err(DeviceError::Misfit(BOARD_SECTION.into()));
-        }
-        self.board.s = board;
-        self.board.deadline = None;
-        self.board.settle();
-        self.board.find_deadline();
-        self.board.changed.set(true);
-        self.remap();
-        Ok(())
-    }
-
     /// Disk requests issued and not completed, for reissue after a failover.
     pub fn pending_disk(&self) -> Vec<Output> {
         let one = |(id, p): (&u64, &crate::ctx::PendingDisk)| Output::Disk {
@@ -653,7 +580,7 @@ impl Pc {
         // What is on its way out depends on when it was last taken.
         board.messages.clear();
         board.outputs.clear();
-        let mut out = vec![(BOARD_SECTION.to_string(), fnv(&pack(&board)))];
+        let mut out = vec![(saved::BOARD_SECTION.to_string(), fnv(&pack(&board)))];
         out.extend(self.devices.iter().map(|d| (d.name().to_string(), fnv(&d.save()))));
         out
     }

@@ -28,6 +28,8 @@ const TEXTS: &[&str] = &[
     include_str!("../schema/machine.txt"),
     include_str!("../schema/objects.txt"),
     include_str!("../schema/backends.txt"),
+    include_str!("../schema/jobs.txt"),
+    include_str!("../schema/migration.txt"),
     include_str!("../schema/ft.txt"),
     include_str!("../schema/events.txt"),
 ];

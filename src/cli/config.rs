@@ -9,6 +9,7 @@ use super::keyval::{parse_number, KeyvalError, Params};
 use super::options::Given;
 use super::vnc::VncConfig;
 use super::{drive, net, CliError};
+use crate::migration::channel::Uri;
 
 /// A machine type.
 pub struct MachineType {
@@ -227,6 +228,8 @@ pub struct HostConfig {
     pub vnc: Option<VncConfig>,
     /// `-overcommit mem-lock=on`: keep the program's memory in RAM.
     pub lock_memory: bool,
+    /// The machine comes from elsewhere.
+    pub incoming: Option<Uri>,
 }
 
 /// Both parts, and the options they came from.
@@ -257,6 +260,7 @@ pub const HOST_OPTIONS: &[&str] = &[
     "overcommit",
     "vnc",
     "display",
+    "incoming",
 ];
 
 fn at(option: &str, value: &str) -> impl Fn(KeyvalError) -> CliError {
@@ -660,6 +664,9 @@ impl Config {
                     p.only(&keys("msg")).map_err(&err)?;
                     h.timestamps = p.bool("timestamp").map_err(&err)?.unwrap_or(false);
                 }
+                "incoming" => {
+                    h.incoming = Some(Uri::parse(v).map_err(|e| err(KeyvalError::Other(e.to_string())))?);
+                }
                 "ft" => h.ft = Some(FtConfig::parse(v).map_err(&err)?),
                 other => return Err(CliError::Plain(format!("-{other}: invalid option"))),
             }
@@ -690,6 +697,17 @@ impl Config {
                 let (nic, dev) = net::default_nic();
                 m.nics.push(nic);
                 m.netdevs.push(dev);
+            }
+        }
+        if h.incoming.is_some() {
+            let with = [
+                ("-ft", h.ft.is_some()),
+                ("-icount rr=", m.icount.record.is_some() || m.icount.replay.is_some()),
+                ("snapshot=on", m.snapshot || m.drives.iter().any(|d| d.snapshot)),
+                ("-machine none", m.machine == "none"),
+            ];
+            if let Some((name, _)) = with.iter().find(|(_, given)| *given) {
+                return Err(CliError::Plain(format!("-incoming and {name} cannot be used together")));
             }
         }
         if m.icount.record.is_some() && h.ft.is_some() {

@@ -80,6 +80,18 @@ impl ErrorPolicy {
     }
 }
 
+/// What a node's image stands on.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Backing {
+    /// What the image's header names.
+    #[default]
+    Header,
+    /// Nothing, whatever the header names (`backing: null`).
+    Nothing,
+    /// The node of this name.
+    Node(String),
+}
+
 /// One drive.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DriveConfig {
@@ -106,6 +118,7 @@ pub struct DriveConfig {
     pub protocol: Option<String>,
     /// It is a block node (`-blockdev`), not a `-drive`.
     pub node: bool,
+    pub backing: Backing,
 }
 
 impl DriveConfig {
@@ -257,6 +270,7 @@ pub fn from_drive(p: &Params, before: &[DriveConfig]) -> Result<DriveConfig, Key
         limits: limits(p)?,
         protocol: None,
         node: false,
+        backing: Backing::Header,
     })
 }
 
@@ -297,7 +311,7 @@ fn detect_zeroes(p: &Params) -> Result<bool, KeyvalError> {
 }
 
 /// The limits of `throttling.*` and their short forms (`bps`, `iops_rd`, `bps_wr_max`, ...).
-fn limits(p: &Params) -> Result<Limits, KeyvalError> {
+pub fn limits(p: &Params) -> Result<Limits, KeyvalError> {
     let mut limits = Limits::default();
     let mut known = vec!["throttling.iops-size".to_owned()];
     let mut number = |long: String, short: String| -> Result<u64, KeyvalError> {
@@ -489,6 +503,15 @@ pub fn add_blockdev(p: &Params, drives: &mut Vec<DriveConfig>) -> Result<(), Key
         return Err(KeyvalError::Other(format!("Duplicate nodes with node-name='{name}'")));
     }
     let driver = p.need("driver")?;
+    let backing = match p.get("backing") {
+        None => Backing::Header,
+        Some(_) if driver == "raw" => return Err(KeyvalError::Unknown("backing".into())),
+        Some("") => Backing::Nothing,
+        Some(node) if drives.iter().any(|d| d.id == node) => Backing::Node(node.to_owned()),
+        Some(node) => {
+            return Err(KeyvalError::Other(format!("Cannot find device='' nor node-name='{node}'")));
+        }
+    };
     let mut cache = cache_flags(p)?;
     let mut protocol = None;
     let (file, fmt, locking) = match driver {
@@ -537,6 +560,7 @@ pub fn add_blockdev(p: &Params, drives: &mut Vec<DriveConfig>) -> Result<(), Key
         limits: Limits::default(),
         protocol,
         node: true,
+        backing,
     });
     Ok(())
 }

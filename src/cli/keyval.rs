@@ -99,6 +99,8 @@ impl Params {
             Value::Bool(b) => self.put(prefix.to_owned(), if *b { "on" } else { "off" }.to_owned()),
             Value::String(s) => self.put(prefix.to_owned(), s.clone()),
             Value::Number(n) => self.put(prefix.to_owned(), n.to_string()),
+            // Nothing below, in the words of the command line.
+            Value::Null if prefix == "backing" => self.put(prefix.to_owned(), String::new()),
             Value::Null => {}
         }
         Ok(())

@@ -120,6 +120,12 @@ pub const OPTIONS: &[(&str, &str, &str, &str)] = &[
     ("vga", "std|none", "Display", "kind of video card (none)"),
     ("no-reboot", "", "Debug and expert", "exit instead of rebooting"),
     ("no-shutdown", "", "Debug and expert", "stop instead of exiting when the guest powers off"),
+    (
+        "incoming",
+        "tcp:host:port|unix:path|fd:n|exec:command|file:path|defer",
+        "Debug and expert",
+        "take the machine from a migration ('defer': 'migrate-incoming' says where)",
+    ),
     ("S", "", "Debug and expert", "do not start the processors ('cont' does)"),
     ("daemonize", "", "Debug and expert", "go to the background when the sockets listen"),
     ("pidfile", "file", "Debug and expert", "write the process id to a file"),

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::assembly::Blueprint;
-use crate::cli::drive::DriveConfig;
+use crate::cli::drive::{Backing, DriveConfig};
 use crate::cli::net::NetdevConfig;
 
 /// A network card's connection.
@@ -24,6 +24,14 @@ pub struct Tray {
     pub open: bool,
 }
 
+/// A node that comes to a device's front.
+#[derive(Clone, Debug)]
+pub struct Moved {
+    pub name: String,
+    pub file: Option<String>,
+    pub format: &'static str,
+}
+
 /// All of it.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Backends {
@@ -38,6 +46,8 @@ pub struct Backends {
     pub trays: BTreeMap<String, Tray>,
     /// Sizes in bytes of drives that were resized.
     pub sizes: BTreeMap<usize, u64>,
+    /// An image has taken another's place since the start.
+    pub moved: bool,
     /// The number of drives and cards that the machine began with.
     cold: (usize, usize),
 }
@@ -59,6 +69,7 @@ impl Backends {
             objects: blueprint.config.objects.clone(),
             trays: BTreeMap::new(),
             sizes: BTreeMap::new(),
+            moved: false,
         }
     }
 
@@ -87,10 +98,95 @@ impl Backends {
         *self = theirs;
     }
 
+    /// Whether every drive and network back end of another host's note is here too.
+    pub fn has_all_of(&self, note: &[u8]) -> bool {
+        let Ok(theirs) = postcard::from_bytes::<Backends>(note) else { return false };
+        theirs.drives.iter().flatten().all(|d| self.drive(&d.id).is_some())
+            && theirs.netdevs.iter().all(|d| self.netdevs.iter().any(|m| m.id == d.id))
+    }
+
     /// The number of the drive whose node or id is `name`.
     pub fn drive(&self, name: &str) -> Option<usize> {
         let is = |d: &Option<DriveConfig>| d.as_ref().is_some_and(|d| d.id == name);
         self.drives.iter().position(is)
+    }
+
+    /// The image `to` is in front of drive number `index` now: it takes the place of the node that was, which takes its.
+    pub fn exchange(&mut self, index: usize, to: &Moved) {
+        self.moved = true;
+        let Some(old) = self.drives.get(index).cloned().flatten() else { return };
+        let at = self.drives.iter().position(|d| d.as_ref().is_some_and(|d| d.id == to.name));
+        let node = at.and_then(|at| self.drives[at].clone()).unwrap_or_else(|| DriveConfig {
+            id: to.name.clone(),
+            file: to.file.clone(),
+            format: Some(to.format.to_owned()),
+            protocol: None,
+            backing: Backing::Header,
+            ..old.clone()
+        });
+        // What belongs to the device's side stays there.
+        let mut new = DriveConfig {
+            interface: old.interface,
+            index: old.index,
+            cdrom: old.cdrom,
+            serial: old.serial.clone(),
+            on_error: old.on_error,
+            limits: old.limits,
+            read_only: false,
+            snapshot: false,
+            node: old.node,
+            backing: Backing::Header,
+            ..node
+        };
+        if !old.node {
+            new.id.clone_from(&old.id);
+        }
+        self.drives[index] = Some(new);
+        let left = old.node.then_some(DriveConfig { read_only: true, ..old });
+        match (at, left) {
+            (Some(at), left) => self.drives[at] = left,
+            (None, Some(left)) => self.drives.push(Some(left)),
+            (None, None) => {}
+        }
+    }
+
+    /// Drive number `index` stands on the node `below` now.
+    pub fn stands_on(&mut self, index: usize, below: Option<&str>) {
+        let named = below.filter(|b| self.drives.iter().flatten().any(|d| d.id == **b)).map(str::to_owned);
+        if let Some(Some(drive)) = self.drives.get_mut(index).filter(|d| d.as_ref().is_some_and(|d| d.node)) {
+            drive.backing = match (named, below) {
+                (Some(named), _) => Backing::Node(named),
+                (None, None) if drive.backing == Backing::Nothing => Backing::Nothing,
+                // What has no place of its own is found by the header.
+                _ => Backing::Header,
+            };
+        }
+    }
+
+    /// The drives, each behind the one whose node it stands on.
+    pub fn from_below(&self) -> Vec<(usize, &DriveConfig)> {
+        let mut left: Vec<_> =
+            self.drives.iter().enumerate().filter_map(|(i, d)| Some((i, d.as_ref()?))).collect();
+        let mut out: Vec<(usize, &DriveConfig)> = Vec::new();
+        while !left.is_empty() {
+            let waits = |d: &DriveConfig| match &d.backing {
+                Backing::Node(below) => left.iter().any(|(_, l)| l.id == *below),
+                _ => false,
+            };
+            let (later, now): (Vec<_>, Vec<_>) = left.iter().copied().partition(|(_, d)| waits(d));
+            if now.is_empty() {
+                out.extend(later);
+                break;
+            }
+            out.extend(now);
+            left = later;
+        }
+        out
+    }
+
+    /// Whether drives have other numbers than on a command line that names the same nodes.
+    pub fn is_rearranged(&self) -> bool {
+        self.moved && self.drives.iter().skip(self.cold.0).flatten().any(|d| d.node && d.read_only)
     }
 
     /// Cards that were plugged in after the start, with their numbers.

@@ -7,7 +7,8 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use ftvm_block::queue::{Done, Settings};
-use ftvm_block::{Image, Queue, Request};
+use ftvm_block::throttle::Limits;
+use ftvm_block::{Image, Node, Queue, Request, Root};
 use ftvm_devices::{DiskOp, Input};
 
 use crate::lockstep::reads::{Reads, Span};
@@ -47,6 +48,7 @@ struct Account {
 /// A drive's queue and threads.
 pub struct DiskWorker {
     queue: Queue,
+    root: Arc<Root>,
     account: Arc<Mutex<Account>>,
     /// Which reads a backup does itself, and what waits for it.
     reads: Mutex<Reads<DiskOp>>,
@@ -55,19 +57,20 @@ pub struct DiskWorker {
 }
 
 impl DiskWorker {
-    /// Start serving `image` as drive `index`.
+    /// Start serving `node` as drive `index`.
     pub fn start(
         index: usize,
         name: &str,
-        image: Box<dyn Image>,
+        node: Arc<Node>,
         settings: Settings,
         events: Sender<Event>,
     ) -> std::io::Result<Self> {
         let drive = index as u32;
+        let root = Root::new(node);
+        let image: Arc<dyn Image> = Arc::clone(&root) as _;
         let counters = Counters { size: image.size(), ..Counters::default() };
         let account = Arc::new(Mutex::new(Account { counters, since: HashMap::new() }));
         let count = Arc::clone(&account);
-        let image: Arc<dyn Image> = Arc::from(image);
         let reads = Mutex::new(Reads::new(image.grain()));
         let shares_reads = Arc::new(AtomicBool::new(false));
         let (shares, places) = (Arc::clone(&shares_reads), Arc::clone(&image));
@@ -100,7 +103,7 @@ impl DiskWorker {
             let _ = events.send(event);
         };
         let queue = Queue::start(name, Box::new(image), settings, Box::new(done))?;
-        Ok(DiskWorker { queue, account, reads, shares_reads })
+        Ok(DiskWorker { queue, root, account, reads, shares_reads })
     }
 
     /// What it has done so far.
@@ -111,6 +114,16 @@ impl DiskWorker {
     /// The image, for what is asked of it beside the requests.
     pub fn image(&self) -> Arc<dyn Image> {
         self.queue.image()
+    }
+
+    /// What its requests go to.
+    pub fn root(&self) -> Arc<Root> {
+        Arc::clone(&self.root)
+    }
+
+    /// Other limits from now on.
+    pub fn set_limits(&self, limits: Limits) {
+        self.queue.set_limits(limits);
     }
 
     /// The image has another size now.

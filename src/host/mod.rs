@@ -5,6 +5,7 @@
 pub mod backends;
 pub mod chars;
 pub mod disk;
+pub mod jobs;
 pub mod keys;
 pub mod sandbox;
 pub mod signals;
@@ -55,6 +56,11 @@ impl Outside {
         }
     }
 
+    /// Whether network card `index` has a back end.
+    pub fn has_net(&self, index: usize) -> bool {
+        self.nets.lock().is_ok_and(|n| n.get(index).is_some_and(Option::is_some))
+    }
+
     /// Close drive `index`.
     pub fn detach_disk(&self, index: usize) {
         let worker = self.disks.lock().ok().and_then(|mut d| d.get_mut(index).and_then(Option::take));
@@ -75,6 +81,34 @@ impl Outside {
     /// The image of drive `index`, if it is open.
     pub fn disk_image(&self, index: usize) -> Option<Arc<dyn ftvm_block::Image>> {
         Some(self.disks.lock().ok()?.get(index)?.as_ref()?.image())
+    }
+
+    /// What the requests of drive `index` go to.
+    pub fn disk_root(&self, index: usize) -> Option<Arc<ftvm_block::Root>> {
+        Some(self.disks.lock().ok()?.get(index)?.as_ref()?.root())
+    }
+
+    /// Other limits for drive `index`.
+    pub fn set_limits(&self, index: usize, limits: ftvm_block::throttle::Limits) {
+        self.each_disk(|i, worker| {
+            if i == index {
+                worker.set_limits(limits);
+            }
+        });
+    }
+
+    /// The node named `name`, among all that are open, and the drive in whose chain it is.
+    pub fn find_node(&self, name: &str) -> Option<(usize, Arc<ftvm_block::Node>)> {
+        let mut found = None;
+        self.each_disk(|i, worker| {
+            for (depth, node) in worker.root().node().chain().into_iter().enumerate() {
+                // A node that is a drive itself is found there.
+                if node.name() == name && (found.is_none() || depth == 0) {
+                    found = Some((i, node));
+                }
+            }
+        });
+        found
     }
 
     /// The image of drive `index` has another size now.
@@ -169,10 +203,19 @@ impl Outside {
         }
     }
 
-    fn each_disk(&self, f: impl Fn(usize, &disk::DiskWorker)) {
+    fn each_disk(&self, mut f: impl FnMut(usize, &disk::DiskWorker)) {
         if let Ok(disks) = self.disks.lock() {
             disks.iter().enumerate().filter_map(|(i, d)| Some((i, d.as_ref()?))).for_each(|(i, d)| f(i, d));
         }
+    }
+
+    /// Everything that was written is on stable storage.
+    pub fn flush_disks(&self) -> Result<(), String> {
+        let images: Vec<_> = match self.disks.lock() {
+            Ok(disks) => disks.iter().flatten().map(|d| d.image()).collect(),
+            Err(_) => Vec::new(),
+        };
+        images.iter().filter(|i| !i.read_only()).try_for_each(|i| i.flush().map_err(|e| e.to_string()))
     }
 
     /// Wait until every disk has served what was submitted, and close them.

@@ -1,11 +1,13 @@
 //! Block nodes, the devices in front of them, and the trays of CD drives.
 
-use ftvm_block::ImageInfo;
+use std::sync::Arc;
+
+use ftvm_block::{Image, ImageInfo, Node};
 use ftvm_devices::{Input, Inventory};
 use ftvm_qmp::{Call, QmpError};
 use serde_json::{json, Map, Value};
 
-use super::{devices as hotplug, done, qom, snapshots, types, Control, Reply};
+use super::{devices as hotplug, done, graph, limits, qom, snapshots, types, Control, Reply};
 use crate::assembly::open_live;
 use crate::assembly::queue_settings;
 use crate::cli::drive::{self, Cache, DriveConfig};
@@ -85,14 +87,58 @@ pub fn inventory(c: &Control) -> Result<Vec<Inventory>, QmpError> {
     c.machine(|rt| rt.machine.chipset().inventory())
 }
 
-pub fn nodes(c: &Control, _: &mut Call) -> Reply {
+/// The entry of an open node; `d` is the drive in whose chain it is.
+fn open_node(c: &Control, d: &DriveConfig, of: &Arc<Node>, flat: bool) -> Value {
+    let info = of.info();
+    let own = DriveConfig {
+        id: of.name(),
+        file: of.path().map_or_else(|| d.file.clone(), |p| Some(p.to_string_lossy().into_owned())),
+        format: Some(of.format().to_owned()),
+        read_only: of.read_only(),
+        ..d.clone()
+    };
+    let mut entry = node(&own, of.size(), Some(&info));
+    if let Some(below) = of.backing() {
+        // What it stands on, whatever the header names.
+        entry["backing_file"] = json!(below.path());
+        if !flat {
+            entry["image"]["backing-image"] = open_node(c, d, &below, false)["image"].take();
+        }
+    }
+    let bitmaps = c.bitmaps().of(of);
+    if !bitmaps.is_empty() {
+        entry["dirty-bitmaps"] = json!(bitmaps);
+    }
+    entry
+}
+
+/// The entry of the node in front of drive number `index`.
+fn front_node(c: &Control, index: usize, d: &DriveConfig, flat: bool) -> Value {
+    let mut entry = match c.outside.disk_root(index) {
+        Some(root) => open_node(c, d, &root.node(), flat),
+        None => node(d, size(c, index), Some(&image_info(c, index))),
+    };
+    limits::describe(&d.limits, &mut entry);
+    entry
+}
+
+pub fn nodes(c: &Control, call: &mut Call) -> Reply {
+    let flat = call.bool("flat") == Some(true);
     let mut out = Vec::new();
-    for (i, d) in backends(c).drives.iter().enumerate() {
+    let backends = backends(c);
+    let mut seen: Vec<String> = backends.drives.iter().flatten().map(|d| d.id.clone()).collect();
+    for (i, d) in backends.drives.iter().enumerate() {
         let Some(d) = d.as_ref().filter(|d| d.file.is_some()) else { continue };
-        let size = size(c, i);
-        out.push(node(d, size, Some(&image_info(c, i))));
+        out.push(front_node(c, i, d, flat));
         if d.protocol.is_some() {
-            out.push(node(d, size, None));
+            out.push(node(d, size(c, i), None));
+        }
+        let chain = c.outside.disk_root(i).map(|root| root.node().chain()).unwrap_or_default();
+        for below in chain.iter().skip(1).filter(|n| n.path().is_some()) {
+            if !seen.contains(&below.name()) {
+                seen.push(below.name());
+                out.push(open_node(c, d, below, flat));
+            }
         }
     }
     Ok(json!(out))
@@ -160,7 +206,7 @@ pub fn devices(c: &Control, _: &mut Call) -> Reply {
         }
         let config = front.drive.and_then(|i| Some((i, backends.drives.get(i)?.as_ref()?)));
         if let Some((i, d)) = config.filter(|(_, d)| d.file.is_some()) {
-            entry["inserted"] = node(d, size(c, i), Some(&image_info(c, i)));
+            entry["inserted"] = front_node(c, i, d, false);
             entry["io-status"] = json!("ok");
         }
         out.push(entry);
@@ -225,6 +271,8 @@ fn flatten(prefix: &str, map: &Map<String, Value>, params: &mut Params) {
             Value::String(s) => params.set(&key, s),
             Value::Bool(b) => params.set(&key, if *b { "on" } else { "off" }),
             Value::Number(n) => params.set(&key, &n.to_string()),
+            // Nothing below, in the words of the command line.
+            Value::Null if key == "backing" => params.set(&key, ""),
             _ => {}
         }
     }
@@ -237,7 +285,8 @@ fn attach(rt: &mut Runtime, config: DriveConfig, at: Option<usize>) -> Result<us
     if rt.ft.as_ref().is_some_and(|ft| ft.common.config.separate) && !config.read_only {
         return Err(QmpError::generic("disks cannot be plugged while each host of the pair has its own"));
     }
-    let image = open_live(&config, pair, false).map_err(|e| {
+    let find = |name: &str| rt.outside.find_node(name).map(|(_, node)| node);
+    let image = open_live(&config, pair, false, &find).map_err(|e| {
         let text = e.to_string();
         // The option's name means nothing to a monitor.
         let text = text
@@ -333,6 +382,27 @@ fn is_used(rt: &Runtime, index: usize) -> bool {
     in_tray || rt.machine.chipset().inventory().iter().any(behind)
 }
 
+/// Neither a job nor another node may use a node that is deleted.
+fn check_unused(rt: &Runtime, index: usize, name: &str) -> Result<(), QmpError> {
+    let Some(node) = rt.outside.disk_root(index).map(|root| root.node()) else { return Ok(()) };
+    if let Some(kind) = rt.shared.jobs.user_of(&node) {
+        return Err(QmpError::generic(format!(
+            "Node '{name}' is busy: block device is in use by block job: {kind}"
+        )));
+    }
+    let count = rt.shared.backends().drives.len();
+    let chains = (0..count).filter_map(|i| rt.outside.disk_root(i)).map(|root| root.node().chain());
+    for chain in chains {
+        if let Some(pair) = chain.windows(2).find(|pair| Arc::ptr_eq(&pair[1], &node)) {
+            return Err(QmpError::generic(format!(
+                "Node '{name}' is busy: node is used as backing hd of '{}'",
+                pair[0].name()
+            )));
+        }
+    }
+    Ok(())
+}
+
 pub fn del(c: &Control, call: &mut Call) -> Reply {
     let name = call.text("node-name").to_owned();
     c.change(move |rt| {
@@ -350,6 +420,7 @@ pub fn del(c: &Control, call: &mut Call) -> Reply {
         if is_used(rt, index) {
             return Err(QmpError::generic(format!("Node {name} is in use")));
         }
+        check_unused(rt, index, &name)?;
         rt.outside.detach_disk(index);
         let mut backends = rt.shared.backends();
         // The protocol node below stays until it is deleted itself.
@@ -358,7 +429,7 @@ pub fn del(c: &Control, call: &mut Call) -> Reply {
         });
         backends.drives[index] = below;
         drop(backends);
-        hotplug::note(rt);
+        graph::note(rt);
         done()
     })
 }
@@ -461,4 +532,33 @@ pub fn change_medium(c: &Control, call: &mut Call) -> Reply {
     log::debug!("the new medium of {device} is {name}");
     change(c, device.clone(), Tray { open: true, medium: None })?;
     change(c, device, Tray { open: false, medium: Some(index) })
+}
+
+/// `block_set_io_throttle`
+pub fn set_io_throttle(c: &Control, call: &mut Call) -> Reply {
+    let limits = limits::from_arguments(call.arguments)?;
+    let (id, device) = (call.text("id"), call.text("device"));
+    if id.is_empty() == device.is_empty() {
+        return Err(QmpError::generic("Need exactly one of 'device' and 'id'"));
+    }
+    let front = fronts(c)?.into_iter().find(|f| {
+        let own = f.qdev.trim_end_matches("/virtio-backend");
+        if id.is_empty() {
+            f.device == device
+        } else {
+            // The device by its path or its id.
+            f.qdev == id || own == id || own.rsplit('/').next() == Some(id)
+        }
+    });
+    let name = if id.is_empty() { device } else { id };
+    let front = front.ok_or_else(|| QmpError::device_not_found(name))?;
+    let index = front.drive.ok_or_else(|| QmpError::generic(format!("Device '{name}' has no medium")))?;
+    c.change(move |rt| {
+        if let Some(Some(drive)) = rt.shared.backends().drives.get_mut(index) {
+            drive.limits = limits;
+        }
+        rt.outside.set_limits(index, limits);
+        hotplug::note(rt);
+        done()
+    })
 }

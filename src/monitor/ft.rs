@@ -53,6 +53,15 @@ pub fn turn_on(c: &Control, call: &mut Call) -> Reply {
         if rt.ft.is_some() {
             return Err(QmpError::generic("fault tolerance is on"));
         }
+        if rt.shared.jobs.is_busy() {
+            return Err(QmpError::generic("a block job runs: it must end before"));
+        }
+        if rt.shared.backends().moved {
+            return Err(QmpError::generic(
+                "the machine has other images than it was started with (external snapshots or block jobs): start it on \
+                 them with -ft primary",
+            ));
+        }
         if !matches!(rt.sink, Sink::None) {
             return Err(QmpError::generic("a machine that is recorded cannot be protected"));
         }

@@ -6,7 +6,7 @@ use ftvm_qmp::{Call, Fds, Handler, QmpError, Schema};
 use serde_json::{json, Map, Value};
 
 use super::qom::Object;
-use super::{input, pci, qom, snapshots, Control};
+use super::{input, migrate, pci, qom, snapshots, Control};
 use crate::cli::config::format_uuid;
 use crate::cli::keyval::Params;
 use crate::host::keys;
@@ -14,6 +14,7 @@ use crate::runtime::control::RunState;
 
 /// What `help` and `info` show.
 const HELP: &[(&str, &str)] = &[
+    ("announce_self", "tell the network where the cards' MAC addresses are"),
     ("balloon MB", "how much memory the guest is to have"),
     ("block_resize DEVICE SIZE", "change the size of an image (MiB without a suffix)"),
     ("c|cont", "let the processors run"),
@@ -22,6 +23,12 @@ const HELP: &[(&str, &str)] = &[
     ("eject DEVICE", "take the medium out of a drive"),
     ("help|?", "this help"),
     ("info ITEM", "show something; 'info' lists what"),
+    ("migrate [-d] URI", "send the machine elsewhere; -d: do not wait for it"),
+    ("migrate_cancel", "stop a migration"),
+    ("migrate_continue STATE", "let a migration go on that waits in pre-switchover"),
+    ("migrate_incoming URI", "with -incoming defer: where the machine comes from"),
+    ("migrate_set_capability NAME on|off", "set a capability of migrations"),
+    ("migrate_set_parameter NAME VALUE", "set a parameter of migrations"),
     ("netdev_add TYPE,id=ID[,prop=value]", "create a network back end"),
     ("netdev_del ID", "delete a network back end"),
     ("nmi", "a non-maskable interrupt for every processor"),
@@ -52,6 +59,9 @@ const INFO: &[(&str, &str, Info)] = &[
     ("cpus", "the processors", cpus),
     ("ft", "the pair", ft),
     ("kvm", "whether KVM is used", |_| Ok("kvm support: disabled\n".into())),
+    ("migrate", "how far the migration is", migrate::info),
+    ("migrate_capabilities", "capabilities of migrations", migrate::info_capabilities),
+    ("migrate_parameters", "parameters of migrations", migrate::info_parameters),
     ("mtree", "what answers memory and I/O addresses", mtree),
     ("name", "the machine's name", |c| {
         Ok(c.config.name.as_ref().map_or(String::new(), |n| format!("{n}\n")))
@@ -84,7 +94,7 @@ impl Control {
     }
 
     /// A QMP command that returns nothing worth showing.
-    fn run(&self, command: &str, arguments: Value, fds: &mut Fds) -> Result<String, QmpError> {
+    pub(super) fn run(&self, command: &str, arguments: Value, fds: &mut Fds) -> Result<String, QmpError> {
         self.ask(command, arguments, fds).map(|_| String::new())
     }
 
@@ -207,6 +217,9 @@ impl Control {
                 let arguments = json!({"path": need(0)?, "property": need(1)?, "value": value});
                 self.run("qom-set", arguments, fds)
             }
+            _ if verb.starts_with("migrate") || verb == "announce_self" => {
+                migrate::line(self, verb, &words, fds)
+            }
             _ => Ok(format!("unknown command: '{line}'\n")),
         }
     }
@@ -223,7 +236,7 @@ impl Control {
     }
 
     /// The answer of a QMP command without arguments.
-    fn query(&self, command: &str) -> Result<Value, QmpError> {
+    pub(super) fn query(&self, command: &str) -> Result<Value, QmpError> {
         self.ask(command, json!({}), &mut Fds::default())
     }
 }

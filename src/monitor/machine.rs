@@ -36,6 +36,14 @@ pub fn quit(c: &Control, _: &mut Call) -> Reply {
 
 pub fn stop(c: &Control, _: &mut Call) -> Reply {
     c.change(|rt| {
+        if rt.incoming.is_some() {
+            // It will not run when it has come.
+            rt.autostart = false;
+            return done();
+        }
+        if matches!(rt.shared.state(), RunState::FinishMigrate) {
+            return Err(QmpError::generic("Migration is not finalized yet"));
+        }
         rt.stop(RunState::Paused);
         done()
     })
@@ -51,7 +59,14 @@ pub fn cont(c: &Control, _: &mut Call) -> Reply {
         RunState::Shutdown | RunState::InternalError => {
             Err(QmpError::generic("Resetting the Virtual Machine is required"))
         }
+        RunState::InMigrate => {
+            rt.autostart = true;
+            done()
+        }
+        RunState::FinishMigrate => Err(QmpError::generic("Migration is not finalized yet")),
         _ => {
+            // Given away, or to a file: another host may have the images open by now.
+            rt.fetch_images().map_err(QmpError::generic)?;
             rt.cont();
             done()
         }
@@ -185,10 +200,5 @@ pub fn pmemsave(c: &Control, call: &mut Call) -> Reply {
         at += n;
         left -= n;
     }
-    done()
-}
-
-pub fn migrate_capabilities(_: &Control, _: &mut Call) -> Reply {
-    // The schema lets only `events` pass, and events come anyway.
     done()
 }

@@ -8,9 +8,13 @@ pub mod devices;
 mod display;
 mod fdsets;
 mod ft;
+mod graph;
 mod hmp;
 mod input;
+mod jobs;
+mod limits;
 mod machine;
+mod migrate;
 mod net;
 mod options;
 pub mod page;
@@ -47,6 +51,7 @@ pub struct Control {
     /// The character devices, the monitors' own among them.
     pub chars: Mutex<Vec<CharView>>,
     pub fdsets: fdsets::FdSets,
+    pub bitmaps: Mutex<graph::Bitmaps>,
     /// The VNC server, if there is one.
     pub vnc: OnceLock<Arc<crate::host::vnc::Vnc>>,
     /// The machine thread's id.
@@ -112,8 +117,36 @@ const COMMANDS: &[(&str, Command)] = &[
     ("query-named-block-nodes", block::nodes),
     ("query-block", block::devices),
     ("query-blockstats", block::stats),
-    ("query-jobs", |_, _| Ok(json!([]))),
-    ("query-block-jobs", |_, _| Ok(json!([]))),
+    ("query-jobs", jobs::query),
+    ("query-block-jobs", jobs::query_block),
+    ("job-pause", jobs::pause),
+    ("job-resume", jobs::resume),
+    ("job-cancel", jobs::cancel),
+    ("job-complete", jobs::complete),
+    ("job-dismiss", jobs::dismiss),
+    ("job-finalize", jobs::finalize),
+    ("block-job-set-speed", jobs::set_speed),
+    ("block-job-cancel", jobs::block_cancel),
+    ("block-job-pause", jobs::pause),
+    ("block-job-resume", jobs::resume),
+    ("block-job-complete", jobs::complete),
+    ("block-job-dismiss", jobs::dismiss),
+    ("block-job-finalize", jobs::finalize),
+    ("block-commit", jobs::commit),
+    ("block-stream", jobs::stream),
+    ("blockdev-mirror", jobs::mirror),
+    ("drive-mirror", jobs::drive_mirror),
+    ("blockdev-backup", jobs::backup),
+    ("drive-backup", jobs::drive_backup),
+    ("blockdev-create", jobs::create),
+    ("blockdev-snapshot", graph::snapshot),
+    ("blockdev-snapshot-sync", graph::snapshot_sync),
+    ("transaction", graph::transaction),
+    ("change-backing-file", graph::change_backing_file),
+    ("block-dirty-bitmap-add", graph::bitmap_add),
+    ("block-dirty-bitmap-remove", graph::bitmap_remove),
+    ("block-dirty-bitmap-clear", graph::bitmap_clear),
+    ("block_set_io_throttle", block::set_io_throttle),
     ("blockdev-add", block::add),
     ("blockdev-del", block::del),
     ("block_resize", snapshots::resize),
@@ -130,8 +163,16 @@ const COMMANDS: &[(&str, Command)] = &[
     ("set_link", net::set_link),
     ("query-chardev", chars::query),
     ("query-chardev-backends", chars::backends),
-    ("query-migrate-capabilities", |_, _| Ok(json!([{"capability": "events", "state": true}]))),
-    ("migrate-set-capabilities", machine::migrate_capabilities),
+    ("migrate", migrate::migrate),
+    ("migrate_cancel", migrate::cancel),
+    ("migrate-continue", migrate::go_on),
+    ("migrate-incoming", migrate::incoming),
+    ("migrate-set-capabilities", migrate::set_capabilities),
+    ("query-migrate-capabilities", migrate::capabilities),
+    ("migrate-set-parameters", migrate::set_parameters),
+    ("query-migrate-parameters", migrate::parameters),
+    ("query-migrate", migrate::query),
+    ("announce-self", migrate::announce),
     ("query-ft", ft::query),
     ("ft-turn-on", ft::turn_on),
     ("ft-turn-off", ft::turn_off),
@@ -173,9 +214,14 @@ impl Control {
             outside: Arc::default(),
             chars: Mutex::default(),
             fdsets: Default::default(),
+            bitmaps: Mutex::default(),
             vnc: OnceLock::new(),
             machine_thread: 0,
         }
+    }
+
+    fn bitmaps(&self) -> std::sync::MutexGuard<'_, graph::Bitmaps> {
+        self.bitmaps.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
     /// Do something on the machine thread and wait for it.

@@ -7,7 +7,7 @@ use ftvm_devices::Input;
 use ftvm_qmp::{Call, QmpError};
 use serde_json::{json, Value};
 
-use super::{devices, done, Control, Reply};
+use super::{devices, done, graph, Control, Reply};
 use crate::machine::MachineInput;
 
 const SECOND: u64 = 1_000_000_000;
@@ -76,6 +76,9 @@ fn image(c: &Control, device: &str, node: &str) -> Result<(usize, Arc<dyn Image>
         )),
         false => Ok(()),
     })?;
+    if let Some(root) = c.outside.disk_root(index) {
+        graph::free(c, &root.node())?;
+    }
     let image = c.outside.disk_image(index);
     Ok((index, image.ok_or_else(|| QmpError::generic(format!("Device '{name}' has no medium")))?))
 }

@@ -34,6 +34,7 @@ pub fn control(
         outside,
         chars: Mutex::default(),
         fdsets: Default::default(),
+        bitmaps: Default::default(),
         vnc: Default::default(),
         machine_thread: nix::unistd::gettid().as_raw(),
     })

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use ftvm_block::track::Tracked;
+use ftvm_block::{Image, Node, OpenOptions};
 
 use super::monitors::{control, open_outside, start_monitors};
 use super::Prepared;
@@ -17,26 +18,29 @@ use crate::cli::Config;
 use crate::host::disk::DiskWorker;
 use crate::host::{net_receiver, Outside};
 use crate::lockstep::{Arbiter, FileLock, LunArbiter};
-use crate::machine::MachineInput;
+use crate::machine::{Machine, MachineInput};
+use crate::migration::channel::Uri;
+use crate::migration::incoming::{self, Incoming};
 use crate::runtime::control::{RunState, Shared};
 use crate::runtime::ft::disks::{Disks, Generations};
 use crate::runtime::ft::{begin_own_writes, join, BackupReads, Common, FtSide, HostSide};
-use crate::runtime::live::{RunOptions, Runtime, Sink, TurnOn};
+use crate::runtime::live::{Home, RunOptions, Runtime, Sink, TurnOn};
 use crate::runtime::record::{Header, Player, Recorder};
 use crate::runtime::{Event, Events};
 
 /// A drive's open image, if it has a medium.
-type Medium = Option<Box<dyn ftvm_block::Image>>;
+type Medium = Option<Arc<Node>>;
 
 fn sizes(config: &Config) -> Result<(Vec<u64>, Vec<Medium>), String> {
     let mut sizes = Vec::new();
-    let mut images = Vec::new();
+    let mut images: Vec<Medium> = Vec::new();
     for drive in &config.machine.drives {
         let mut drive = drive.clone();
         drive.snapshot |= config.machine.snapshot;
         // Overlays against late writes of others are for disks that others have.
         let shared = config.host.ft.as_ref().is_some_and(|f| !f.separate);
-        let image = open_live(&drive, shared, false).map_err(|e| e.to_string())?;
+        let find = |name: &str| images.iter().flatten().find(|n| n.name() == name).cloned();
+        let image = open_live(&drive, shared, false, &find).map_err(|e| e.to_string())?;
         sizes.push(image.as_ref().map_or(0, |i| i.size()));
         images.push(image);
     }
@@ -82,6 +86,9 @@ pub fn prepare(config: &Config, events: Events, receiver: Receiver<Event>) -> Re
         let runtime = Runtime::new(machine, outside, shared, events, receiver, RunOptions::default());
         return Ok(Prepared::Replay(Box::new(runtime), Box::new(player)));
     }
+    if let Some(uri) = &config.host.incoming {
+        return prepare_incoming(config, uri, &shared, events, receiver);
+    }
     let (sizes, mut images) = sizes(config)?;
     let separate = config.host.ft.as_ref().is_some_and(|f| f.separate);
     let disks = if separate { track(&mut images) } else { Disks::new() };
@@ -92,15 +99,7 @@ pub fn prepare(config: &Config, events: Events, receiver: Receiver<Event>) -> Re
     attach_nets(&blueprint, &outside, &events)?;
     for (i, (image, drive)) in images.into_iter().zip(&config.machine.drives).enumerate() {
         if let Some(image) = image {
-            let worker = DiskWorker::start(
-                i,
-                &drive.id,
-                image,
-                queue_settings(drive, config.host.ft.is_some() && !separate),
-                events.clone(),
-            )
-            .map_err(|e| text(&e))?;
-            outside.attach_disk(i, worker);
+            attach_image(i, drive, image, config.host.ft.is_some() && !separate, &outside, &events)?;
         }
     }
     let ft = match &config.host.ft {
@@ -115,13 +114,7 @@ pub fn prepare(config: &Config, events: Events, receiver: Receiver<Event>) -> Re
         }
     };
     start_monitors(config, &control)?;
-    let options = RunOptions {
-        no_reboot: config.host.no_reboot,
-        no_shutdown: config.host.no_shutdown,
-        pause_on_panic: false,
-        sleep: config.machine.icount.sleep,
-        adaptive: config.machine.icount.shift.is_none(),
-    };
+    let options = run_options(config);
     let turn_on: Option<TurnOn> = config.host.ft.is_none().then(|| {
         let (blueprint, shared, events) = (blueprint.clone(), Arc::clone(&shared), events.clone());
         Box::new(move |ft| {
@@ -138,7 +131,9 @@ pub fn prepare(config: &Config, events: Events, receiver: Receiver<Event>) -> Re
             FtSide::primary(common).map_err(|e| e.to_string())
         }) as TurnOn
     });
+    let home = home(&blueprint, &machine, &shared);
     let mut runtime = Runtime::new(machine, outside, shared, events, receiver, options);
+    runtime.home = Some(home);
     runtime.turn_on = turn_on;
     runtime.ft = ft;
     runtime.errors.drives = error_policies(&blueprint);
@@ -160,6 +155,113 @@ pub fn prepare(config: &Config, events: Events, receiver: Receiver<Event>) -> Re
     }
     runtime.restart_pace();
     Ok(Prepared::Live(Box::new(runtime)))
+}
+
+/// What the machine needs of this host when it moves.
+fn home(blueprint: &Blueprint, machine: &Machine, shared: &Arc<Shared>) -> Home {
+    let features = blueprint.cpu_model.features().join(" ");
+    let shared = Arc::clone(shared);
+    Home {
+        identity: crate::migration::identity(machine, &blueprint.config, &features),
+        firmware: blueprint.pc.firmware.clone(),
+        open: Box::new(move |outside, events| open_images(&shared, outside, events)),
+    }
+}
+
+/// Open the images of a machine that is not one of a pair, and the networks of cards that were plugged in, where they are not
+/// open.
+fn open_images(shared: &Shared, outside: &Arc<Outside>, events: &Events) -> Result<(), String> {
+    let backends = shared.backends().clone();
+    attach_hot_nets(&backends, outside, events)?;
+    for (i, drive) in backends.from_below() {
+        if outside.disk_image(i).is_some() {
+            continue;
+        }
+        let find = |name: &str| outside.find_node(name).map(|(_, node)| node);
+        if let Some(image) = open_live(drive, false, false, &find).map_err(|e| e.to_string())? {
+            attach_image(i, drive, image, false, outside, events)?;
+        }
+    }
+    Ok(())
+}
+
+fn attach_image(
+    index: usize,
+    drive: &DriveConfig,
+    image: Arc<Node>,
+    durable: bool,
+    outside: &Outside,
+    events: &Events,
+) -> Result<(), String> {
+    let settings = queue_settings(drive, durable);
+    let worker = DiskWorker::start(index, &drive.id, image, settings, events.clone());
+    outside.attach_disk(index, worker.map_err(|e| e.to_string())?);
+    Ok(())
+}
+
+fn attach_hot_nets(
+    backends: &crate::host::backends::Backends,
+    outside: &Arc<Outside>,
+    events: &Events,
+) -> Result<(), String> {
+    for (index, nic) in backends.hot_nics() {
+        let Some(dev) = backends.netdevs.iter().find(|d| d.id == nic.netdev) else { continue };
+        if outside.has_net(index) {
+            continue;
+        }
+        let net = open_net(dev, net_receiver(index as u32, events.clone()))
+            .map_err(|e| format!("-netdev {}: {e}", dev.id))?;
+        outside.attach_net(index, net);
+    }
+    Ok(())
+}
+
+/// A machine that will come from elsewhere: everything is there but its images, which its source still writes.
+fn prepare_incoming(
+    config: &Config,
+    uri: &Uri,
+    shared: &Arc<Shared>,
+    events: Events,
+    receiver: Receiver<Event>,
+) -> Result<Prepared, String> {
+    let text = |e: &dyn std::fmt::Display| e.to_string();
+    shared.set_state(RunState::InMigrate);
+    shared.migration.state().incoming = true;
+    let mut sizes = Vec::new();
+    for drive in &config.machine.drives {
+        let look = OpenOptions { read_only: true, force_share: true, ..open_options(drive) };
+        let image = open_drive(drive, &look).map_err(|e| text(&e))?;
+        sizes.push(image.map_or(0, |i| i.size()));
+    }
+    let blueprint =
+        Blueprint::new(&config.machine, &config.host.firmware_dirs, &sizes).map_err(|e| text(&e))?;
+    let machine = blueprint.build().map_err(|e| text(&e))?;
+    let (outside, control) = open_outside(&blueprint, shared, &events)?;
+    attach_nets(&blueprint, &outside, &events)?;
+    let options = run_options(config);
+    let home = home(&blueprint, &machine, shared);
+    let mut runtime = Runtime::new(machine, outside, Arc::clone(shared), events.clone(), receiver, options);
+    runtime.home = Some(home);
+    runtime.errors.drives = error_policies(&blueprint);
+    runtime.incoming = Some(Incoming::default());
+    runtime.autostart = !config.host.start_paused;
+    runtime.images_away = true;
+    runtime.input(MachineInput::Paused(true));
+    if *uri != Uri::Defer {
+        incoming::start(uri, shared, &events).map_err(|e| format!("-incoming: {e}"))?;
+    }
+    start_monitors(config, &control)?;
+    Ok(Prepared::Live(Box::new(runtime)))
+}
+
+fn run_options(config: &Config) -> RunOptions {
+    RunOptions {
+        no_reboot: config.host.no_reboot,
+        no_shutdown: config.host.no_shutdown,
+        pause_on_panic: false,
+        sleep: config.machine.icount.sleep,
+        adaptive: config.machine.icount.shift.is_none(),
+    }
 }
 
 /// Each drive's name and what its errors do.
@@ -197,8 +299,9 @@ fn lock_path(ft: &crate::cli::ft::FtConfig, blueprint: &Blueprint) -> Result<Str
 fn track(images: &mut [Medium]) -> Disks {
     let track = |medium: &mut Medium| {
         let image = medium.take_if(|i| !i.read_only())?;
-        let tracked = Tracked::new(image);
-        *medium = Some(Box::new(Arc::clone(&tracked)));
+        let name = image.name();
+        let tracked = Tracked::new(Box::new(image));
+        *medium = Some(Node::named(&name, Box::new(Arc::clone(&tracked))));
         Some(tracked)
     };
     images.iter_mut().map(track).collect()
@@ -285,7 +388,7 @@ fn prepare_backup(
             let image = image.map_err(|e| e.to_string())?;
             let size = image.as_ref().map_or(0, |i| i.size());
             if separate {
-                images.push(image);
+                images.push(image.map(|image| Node::named(&drive.id, image)));
             } else {
                 drop(image);
                 check_shared(drive)?;
@@ -310,9 +413,7 @@ fn prepare_backup(
     let tracked: Vec<bool> = common.disks.iter().map(Option::is_some).collect();
     for (i, (image, drive)) in images.into_iter().zip(&blueprint.config.drives).enumerate() {
         if let Some(image) = image.filter(|_| tracked[i]) {
-            let worker = DiskWorker::start(i, &drive.id, image, queue_settings(drive, false), events.clone())
-                .map_err(|e| text(&e))?;
-            outside.attach_disk(i, worker);
+            attach_image(i, drive, image, false, &outside, &events)?;
         }
     }
     // Networks are opened now, so that a wrong name is found now; frames are taken when live.
@@ -320,24 +421,16 @@ fn prepare_backup(
     let backends_of = Arc::clone(shared);
     let attach = move |outside: &Arc<Outside>, events: &Events| -> Result<(), String> {
         let backends = backends_of.backends().clone();
-        for (index, nic) in backends.hot_nics() {
-            if let Some(dev) = backends.netdevs.iter().find(|d| d.id == nic.netdev) {
-                let net = open_net(dev, net_receiver(index as u32, events.clone()))
-                    .map_err(|e| format!("-netdev {}: {e}", dev.id))?;
-                outside.attach_net(index, net);
-            }
-        }
+        attach_hot_nets(&backends, outside, events)?;
         for (i, drive) in backends.drives.iter().enumerate() {
             let Some(drive) = drive else { continue };
             if tracked.get(i) == Some(&true) {
                 continue;
             }
-            let image = open_live(drive, !separate, !separate);
+            let find = |name: &str| outside.find_node(name).map(|(_, node)| node);
+            let image = open_live(drive, !separate, !separate, &find);
             if let Some(image) = image.map_err(|e| e.to_string())? {
-                let settings = queue_settings(drive, !separate);
-                let worker = DiskWorker::start(i, &drive.id, image, settings, events.clone())
-                    .map_err(|e| e.to_string())?;
-                outside.attach_disk(i, worker);
+                attach_image(i, drive, image, !separate, outside, events)?;
             }
         }
         Ok(())

@@ -7,6 +7,8 @@ use serde::Serialize;
 use serde_json::json;
 
 use crate::host::backends::Backends;
+use crate::host::jobs::Jobs;
+use crate::migration::status::Migration;
 
 /// What the user wants of the pair, in vSphere's words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,6 +38,13 @@ pub enum RunState {
     GuestPanicked,
     /// A disk request failed and the drive's policy is to stop.
     IoError,
+    /// Stopped for the last part of a migration.
+    FinishMigrate,
+    /// The machine was given away.
+    PostMigrate,
+    /// A snapshot is made or loaded.
+    SaveVm,
+    RestoreVm,
 }
 
 impl RunState {
@@ -50,6 +59,10 @@ impl RunState {
             RunState::InternalError => "internal-error",
             RunState::GuestPanicked => "guest-panicked",
             RunState::IoError => "io-error",
+            RunState::FinishMigrate => "finish-migrate",
+            RunState::PostMigrate => "postmigrate",
+            RunState::SaveVm => "save-vm",
+            RunState::RestoreVm => "restore-vm",
         }
     }
 }
@@ -116,10 +129,14 @@ impl Default for FtStatus {
 /// What all threads may look at.
 pub struct Shared {
     pub events: EventSink,
+    /// How far a machine on its way is, and what the user wants of it.
+    pub migration: Arc<Migration>,
     state: Mutex<RunState>,
     ft: Mutex<FtStatus>,
     registers: Mutex<String>,
     backends: Mutex<Backends>,
+    /// Work on block nodes.
+    pub jobs: Jobs,
 }
 
 impl Shared {
@@ -127,10 +144,12 @@ impl Shared {
     pub fn new() -> Arc<Self> {
         Arc::new(Shared {
             events: EventSink::default(),
+            migration: Arc::new(Migration::new()),
             state: Mutex::new(RunState::Prelaunch),
             ft: Mutex::new(FtStatus::default()),
             registers: Mutex::new(String::new()),
             backends: Mutex::default(),
+            jobs: Jobs::default(),
         })
     }
 

@@ -18,6 +18,11 @@ pub struct DiskErrors {
 }
 
 impl DiskErrors {
+    /// The requests that failed and wait for `cont`.
+    pub fn stopped_ids(&self) -> impl Iterator<Item = u64> + '_ {
+        self.stopped.iter().map(|f| f.id)
+    }
+
     /// A drive's name and policy.
     pub fn set(&mut self, index: usize, name: &str, policy: ErrorPolicy) {
         if self.drives.len() <= index {

@@ -18,6 +18,8 @@ use crate::cli::ft::FtConfig;
 use crate::host::Outside;
 use crate::lockstep::log::Entry;
 use crate::machine::{Machine, MachineInput, Stamp, StateHash, Stop};
+use crate::migration::incoming::Incoming;
+use crate::migration::outgoing::{self, Outgoing};
 
 /// How long the machine runs before it looks at its events.
 const CHUNK: Duration = Duration::from_micros(500);
@@ -58,11 +60,33 @@ pub struct Runtime {
     pub errors: DiskErrors,
     /// Makes this machine a primary while it runs (`ft-turn-on`).
     pub turn_on: Option<TurnOn>,
+    /// What a machine that moves needs of its host; `None`: it cannot move.
+    pub home: Option<Home>,
+    pub outgoing: Option<Box<Outgoing>>,
+    pub next_migration: u64,
+    /// The machine is to come from elsewhere.
+    pub incoming: Option<Incoming>,
+    /// It runs when it has come (no `-S`).
+    pub autostart: bool,
+    /// The images are closed, because another host may have them open.
+    pub images_away: bool,
     pacer: Pacer,
     chunk: u64,
     next_hash_ns: u64,
     shutdown: bool,
 }
+
+/// What a machine that moves needs of its host.
+pub struct Home {
+    /// Lines that must be the same on the other host; see [`crate::migration::identity`].
+    pub identity: String,
+    pub firmware: Vec<u8>,
+    /// Opens the images (and networks of cards that were plugged in) anew.
+    pub open: OpenImages,
+}
+
+/// Opens a machine's images.
+pub type OpenImages = Box<dyn Fn(&Arc<Outside>, &Events) -> Result<(), String> + Send>;
 
 /// Makes a running machine a primary.
 pub type TurnOn = Box<dyn Fn(FtConfig) -> Result<FtSide, String> + Send>;
@@ -94,6 +118,12 @@ impl Runtime {
             ft: None,
             errors: DiskErrors::default(),
             turn_on: None,
+            home: None,
+            outgoing: None,
+            next_migration: 0,
+            incoming: None,
+            autostart: true,
+            images_away: false,
             pacer,
             chunk: 20_000,
             next_hash_ns: 0,
@@ -127,6 +157,7 @@ impl Runtime {
         if let Some(ft) = &mut self.ft {
             ft.end(stamp);
         }
+        self.shared.jobs.close();
         self.outside.close_disks();
         self.outside.drain_chars();
         self.shared.events.drain(Duration::from_secs(1));
@@ -286,8 +317,20 @@ impl Runtime {
                 None
             }
             Event::Quit(quit) => Some(self.quit(quit)),
+            Event::Fail(text) => Some(Outcome::Failed(text)),
             Event::Ft(event) => super::ft::on_event(self, event),
         }
+    }
+
+    /// Open the images again that were given away.
+    pub fn fetch_images(&mut self) -> Result<(), String> {
+        if !self.images_away {
+            return Ok(());
+        }
+        let home = self.home.as_ref().ok_or("this machine cannot move")?;
+        (home.open)(&self.outside, &self.events)?;
+        self.images_away = false;
+        Ok(())
     }
 
     /// Stop the processors.
@@ -384,6 +427,15 @@ impl Runtime {
         None
     }
 
+    /// How long the thread may sleep when the machine has nothing to do.
+    fn nap(&self) -> Duration {
+        match &self.outgoing {
+            Some(out) if out.is_hungry() => Duration::ZERO,
+            Some(_) => Duration::from_millis(1),
+            None => NAP,
+        }
+    }
+
     fn sleep(&mut self, at_most: Duration) -> Option<Outcome> {
         if let Some(ft) = &mut self.ft {
             ft.flush(self.machine.stamp());
@@ -404,11 +456,12 @@ impl Runtime {
         if let Some(outcome) = super::ft::live_work(self) {
             return Some(outcome);
         }
+        outgoing::work(self);
         if self.ft.as_ref().is_some_and(FtSide::is_following) {
             return None;
         }
         if self.machine.is_paused() || self.ft.as_ref().is_some_and(FtSide::must_wait) {
-            let outcome = self.sleep(NAP);
+            let outcome = self.sleep(self.nap());
             self.restart_pace();
             return outcome;
         }
@@ -438,11 +491,12 @@ impl Runtime {
                 }
                 if let Some(ft) = &mut self.ft {
                     ft.flush(self.machine.stamp());
-                    let throttle = ft.throttle();
-                    if throttle > 0.0 {
-                        let nap = took.mul_f64((throttle / (1.0 - throttle)).min(20.0));
-                        return self.sleep(nap);
-                    }
+                }
+                let ft = self.ft.as_ref().map_or(0.0, FtSide::throttle);
+                let throttle = self.outgoing.as_ref().map_or(ft, |o| o.throttle());
+                if throttle > 0.0 {
+                    let nap = took.mul_f64((throttle / (1.0 - throttle)).min(100.0));
+                    return self.sleep(nap);
                 }
                 None
             }
@@ -454,7 +508,7 @@ impl Runtime {
                         return None;
                     }
                 }
-                let wait = next.map_or(NAP, |n| self.pacer.until(n)).min(NAP);
+                let wait = next.map_or(NAP, |n| self.pacer.until(n)).min(self.nap());
                 let outcome = if wait.is_zero() { None } else { self.sleep(wait) };
                 if self.machine.is_idle() && !self.machine.is_paused() && self.options.sleep {
                     let now = self.pacer.host_ns();
@@ -524,6 +578,7 @@ impl Runtime {
                 call(self);
                 None
             }
+            Event::Fail(text) => Some(Outcome::Failed(text)),
             Event::Quit(quit) => {
                 if let Some(ft) = &mut self.ft {
                     ft.resign("ended by its user");

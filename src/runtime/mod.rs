@@ -3,6 +3,7 @@
 //! One thread runs the machine. Everything else (disks, networks, monitors, the pair's channel) is on
 //! threads of its own and reaches it as [`Event`]s.
 
+pub mod announce;
 pub mod control;
 pub mod disk_errors;
 pub mod ft;
@@ -28,6 +29,8 @@ pub enum Event {
     Ft(ft::FtEvent),
     /// End the program.
     Quit(Quit),
+    /// End it with an error for the user.
+    Fail(String),
 }
 
 /// What a monitor does with the machine, on the machine thread.

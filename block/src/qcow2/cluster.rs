@@ -32,7 +32,7 @@ impl Qcow2 {
     }
 
     fn read_backing(&self, guest: u64, buf: &mut [u8]) -> Result<(), BlockError> {
-        let Some(backing) = &self.backing else {
+        let Some(backing) = self.below() else {
             buf.fill(0);
             return Ok(());
         };
@@ -222,7 +222,7 @@ impl Qcow2 {
         let end = within + data.len() as u64;
         let is_zero = |p: Place| match p {
             Place::Zero(_) => true,
-            Place::Unallocated => self.backing.is_none(),
+            Place::Unallocated => self.below().is_none(),
             _ => false,
         };
         let (head, tail) = (within > 0, end < whole);
@@ -251,11 +251,12 @@ impl Qcow2 {
             let valid = (self.size() - guest).min(self.cluster());
             return self.write_span(guest, &vec![0; valid as usize]);
         }
+        let bare = self.below().is_none();
         let mut state = self.when_settled(guest)?;
         match self.place(&mut state, guest)? {
-            Place::Unallocated if self.backing.is_none() => Ok(()),
+            Place::Unallocated if bare => Ok(()),
             Place::Zero(_) => Ok(()),
-            _ if self.backing.is_none() => self.set_entry(&mut state, guest, 0),
+            _ if bare => self.set_entry(&mut state, guest, 0),
             _ if self.header.version >= 3 => self.set_entry(&mut state, guest, ZERO),
             _ => {
                 drop(state);

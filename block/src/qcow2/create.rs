@@ -146,6 +146,32 @@ impl Layout {
 
 /// Make an image; the file must not exist.
 pub fn create(path: &Path, options: &CreateOptions) -> Result<(), BlockError> {
+    write_new(path, options, |all| {
+        let (files, name) = crate::files::beside(path)?;
+        files.create(&name, all)
+    })
+}
+
+/// Make an image of a file or device that exists; what it held is lost. The magic number comes last: half an image is
+/// none.
+pub fn format(path: &Path, options: &CreateOptions) -> Result<(), BlockError> {
+    let how = OpenOptions { format: Some("raw".into()), ..OpenOptions::default() };
+    let store = crate::store::open(path, &how)?;
+    write_new(path, options, |all| {
+        store.set_length(0)?;
+        store.write_at(0, &[0; 4])?;
+        store.write_at(4, &all[4..])?;
+        store.sync()?;
+        store.write_at(0, &all[..4])?;
+        store.sync()
+    })
+}
+
+fn write_new(
+    path: &Path,
+    options: &CreateOptions,
+    write: impl FnOnce(&[u8]) -> std::io::Result<()>,
+) -> Result<(), BlockError> {
     options.check().map_err(|text| BlockError::Unsupported(text.into()))?;
     let open = |source| BlockError::Open { path: path.to_owned(), source };
     let mut options = options.clone();
@@ -177,15 +203,15 @@ pub fn create(path: &Path, options: &CreateOptions) -> Result<(), BlockError> {
     for n in 0..used as usize {
         super::refcount::store(&mut all[first_block as usize..], order, n, 1);
     }
-    let (files, name) = crate::files::beside(path).map_err(open)?;
     if let Some(data) = &data_name {
+        let (files, _) = crate::files::beside(path).map_err(open)?;
         if !files.exists(data).map_err(open)? {
             files.create(data, &[]).map_err(open)?;
         }
     }
-    files.create(&name, &all).map_err(open)?;
+    write(&all).map_err(open)?;
     if options.preallocation != Preallocation::Off || options.data_file_raw {
-        let how = OpenOptions { format: Some("qcow2".into()), ..OpenOptions::default() };
+        let how = OpenOptions { format: Some("qcow2".into()), locking: false, ..OpenOptions::default() };
         let image = super::Qcow2::over(crate::store::open(path, &how)?, &how, 0)?;
         image.preallocate(options.preallocation)?;
         image.flush()?;

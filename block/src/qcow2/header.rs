@@ -227,10 +227,7 @@ impl Header {
                 .ok_or_else(|| bad("backing file name is misplaced".into()))?;
             let name =
                 String::from_utf8(name.to_vec()).map_err(|_| bad("backing file name is not UTF-8".into()))?;
-            let plain = PathBuf::from(name.strip_prefix("file:").unwrap_or(&name));
-            let is_url = name.starts_with("nfs://") || name.starts_with("iscsi://");
-            let dir = file.path().parent().unwrap_or(std::path::Path::new(""));
-            self.backing = Some(if is_url { plain } else { dir.join(plain) });
+            self.backing = Some(super::naming::resolve(file.path(), &name));
             self.backing_text = Some(name);
         }
         Ok(self)

@@ -35,21 +35,25 @@ mod create;
 mod flush;
 mod header;
 mod map;
+mod naming;
 mod refcount;
 mod repair;
 mod resize;
 mod snapshots;
 mod switch;
 
-pub use create::{create, create_overlay, CreateOptions, Preallocation};
+pub use create::{create, create_overlay, format, CreateOptions, Preallocation};
 pub use header::{Header, MAGIC};
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
+use crate::node::Node;
 use crate::store::Store;
-use crate::{check_range, BlockError, Image, ImageInfo, OpenOptions, Qcow2Info, Snapshot, SnapshotChange};
+use crate::{
+    check_range, BlockError, Held, Image, ImageInfo, OpenOptions, Qcow2Info, Snapshot, SnapshotChange,
+};
 use refcount::Refcounts;
 use snapshots::SnapshotTable;
 
@@ -102,7 +106,10 @@ pub struct Qcow2 {
     header: Header,
     /// Virtual size in bytes.
     size: AtomicU64,
-    backing: Option<Arc<dyn Image>>,
+    /// The image below as the header names it.
+    named: RwLock<Option<naming::Named>>,
+    /// Changed only while no request is under way.
+    backing: RwLock<Option<Arc<Node>>>,
     read_only: bool,
     discard: bool,
     detect_zeroes: bool,
@@ -164,16 +171,16 @@ impl Qcow2 {
     pub(crate) fn over_with(
         file: Arc<dyn Store>,
         options: &OpenOptions,
-        backing: Arc<dyn Image>,
+        backing: Option<Arc<Node>>,
     ) -> Result<Self, BlockError> {
         Self::open(file, options, 0, Some(backing))
     }
 
-    fn open(
+    pub(crate) fn open(
         file: Arc<dyn Store>,
         options: &OpenOptions,
         depth: u32,
-        given: Option<Arc<dyn Image>>,
+        given: Option<Option<Arc<Node>>>,
     ) -> Result<Self, BlockError> {
         let mut header = Header::read(file.as_ref())?;
         let bad = |reason: &str| BlockError::Format { path: file.path().to_owned(), reason: reason.into() };
@@ -190,7 +197,7 @@ impl Qcow2 {
             header.refcount_clusters,
         )?;
         let backing = match (&header.backing, given) {
-            (_, Some(given)) => Some(given),
+            (_, Some(given)) => given,
             (None, None) => None,
             (Some(path), None) => {
                 let below = OpenOptions {
@@ -204,7 +211,7 @@ impl Qcow2 {
                     detect_zeroes: false,
                     reserve: crate::Reserve::No,
                 };
-                Some(Arc::from(crate::open_depth(path, &below, depth + 1)?))
+                Some(Node::open_depth(path, &below, depth + 1)?)
             }
         };
         let data = match &header.data_file {
@@ -258,7 +265,7 @@ impl Qcow2 {
             data: data.clone().unwrap_or_else(|| Arc::clone(&file)),
             external: data.is_some(),
             file,
-            backing,
+            backing: RwLock::new(backing),
             read_only: options.read_only,
             discard: options.discard,
             detect_zeroes: options.detect_zeroes,
@@ -267,6 +274,13 @@ impl Qcow2 {
             flushing: Mutex::new(()),
             gate: RwLock::new(()),
             size: AtomicU64::new(header.size),
+            named: RwLock::new(
+                header.backing_text.clone().zip(header.backing.clone()).map(|(text, path)| naming::Named {
+                    text,
+                    path,
+                    format: header.backing_format.clone(),
+                }),
+            ),
             header,
         })
     }
@@ -276,20 +290,15 @@ impl Qcow2 {
         1 << self.header.cluster_bits
     }
 
-    /// Read what is not in this image from `backing`, an image of the same contents as the one so far.
-    pub(crate) fn set_backing(&mut self, backing: Option<Arc<dyn Image>>) {
-        self.backing = backing;
-    }
-
     /// The image below, if there is one.
-    pub(crate) fn backing_image(&self) -> Option<Arc<dyn Image>> {
-        self.backing.clone()
+    pub(crate) fn below(&self) -> Option<Arc<Node>> {
+        self.backing.read().map_or(None, |b| b.clone())
     }
 
     /// Name and format of the image below, as the header has them.
     pub(crate) fn backing_name(&self) -> Option<(String, String)> {
-        let name = self.header.backing_text.clone()?;
-        Some((name, self.header.backing_format.clone().unwrap_or_else(|| "raw".into())))
+        let named = self.named.read().ok()?.clone()?;
+        Some((named.text, named.format.unwrap_or_else(|| "raw".into())))
     }
 
     /// Whether the image has internal snapshots.
@@ -299,7 +308,7 @@ impl Qcow2 {
 
     /// Name another image below (or none) in the header of an image that [`create_overlay`] made. The write is one
     /// sector, or several of which only the first counts: it is there or not.
-    pub(crate) fn name_backing(&self, backing: Option<(&str, &str)>) -> Result<(), BlockError> {
+    pub(crate) fn rename_overlay(&self, backing: Option<(&str, &str)>) -> Result<(), BlockError> {
         let (path, h) = (self.file.path(), &self.header);
         let mut raw = vec![0u8; 104];
         self.file.read_at(0, &mut raw)?;
@@ -491,6 +500,36 @@ impl Image for Qcow2 {
         self.change_size(size)
     }
 
+    fn backing(&self) -> Option<Arc<Node>> {
+        self.below()
+    }
+
+    fn set_backing(&self, backing: Option<Arc<Node>>) -> Result<(), BlockError> {
+        let _alone = self.quiesce()?;
+        *self.backing.write().map_err(broken)? = backing;
+        Ok(())
+    }
+
+    fn name_backing(&self, backing: Option<(&str, &str)>) -> Result<(), BlockError> {
+        self.rewrite_backing(backing)
+    }
+
+    fn held(&self, offset: u64) -> Result<(Held, u64), BlockError> {
+        check_range(self, offset, 1, false)?;
+        let mut state = self.lock()?;
+        let held = match self.place(&mut state, offset)? {
+            Place::Unallocated => Held::None,
+            Place::Mixed(_, bitmap) if (bitmap | bitmap >> 32) & ALL_ALLOCATED != ALL_ALLOCATED => Held::Part,
+            _ => Held::Whole,
+        };
+        let end = (offset / self.cluster() + 1) * self.cluster();
+        Ok((held, end.min(self.size()) - offset))
+    }
+
+    fn lock_file(&self) -> Result<(), BlockError> {
+        self.file.lock(!self.read_only)
+    }
+
     fn snapshot(&self, change: &SnapshotChange) -> Result<Snapshot, BlockError> {
         self.change_snapshots(change)
     }
@@ -504,12 +543,12 @@ impl Image for Qcow2 {
         ImageInfo {
             cluster_size: Some(self.cluster()),
             snapshots,
-            backing: h
-                .backing_text
-                .clone()
-                .zip(h.backing.as_ref())
-                .map(|(name, path)| (name, path.to_string_lossy().into_owned(), h.backing_format.clone())),
-            depth: self.backing.as_ref().map_or(0, |b| b.info().depth + 1),
+            backing: self
+                .named
+                .read()
+                .map_or(None, |n| n.clone())
+                .map(|n| (n.text, n.path.to_string_lossy().into_owned(), n.format)),
+            depth: self.below().map_or(0, |b| b.info().depth + 1),
             qcow2: Some(Qcow2Info {
                 version: h.version,
                 refcount_bits: 1 << h.refcount_order,

@@ -104,7 +104,7 @@ impl Qcow2 {
     }
 
     fn reads_backing(&self, guest: u64) -> bool {
-        self.backing.as_ref().is_some_and(|b| b.size() > guest)
+        self.below().is_some_and(|b| b.size() > guest)
     }
 
     fn drop_cluster(&self, state: &mut State, guest: u64) -> Result<(), BlockError> {

@@ -3,7 +3,8 @@
 use ftvm_accel::mem::GuestMemory;
 use serde::{Deserialize, Serialize};
 
-use super::{address, find_bus, in_use, Mapped, Pc, Slots, CHANGES_SECTION, MAX_DEVICES, NONE};
+use super::saved::{gone, CHANGES_SECTION};
+use super::{address, find_bus, in_use, Mapped, Pc, Slots, MAX_DEVICES, NONE};
 use crate::config::DeviceSpec;
 use crate::ctx::{Ctx, Device, DeviceError};
 use crate::door::{GuestEvent, Output, Plug};
@@ -60,6 +61,18 @@ pub(super) struct Changes {
     gone: Vec<u16>,
 }
 
+impl Changes {
+    /// Where things were plugged in.
+    pub fn places(&self) -> impl Iterator<Item = u16> + '_ {
+        self.plugged.iter().map(|(at, _)| *at)
+    }
+
+    /// What was plugged in and where, and whether something was pulled.
+    pub fn into_parts(self) -> (Vec<(u16, Plug)>, bool) {
+        (self.plugged, !self.gone.is_empty())
+    }
+}
+
 /// The place of a device that is gone.
 struct Gone(String);
 
@@ -93,7 +106,7 @@ impl Pc {
         }
     }
 
-    fn build_plug(&mut self, plug: &Plug) -> Result<Box<dyn Device>, DeviceError> {
+    pub(super) fn build_plug(&mut self, plug: &Plug) -> Result<Box<dyn Device>, DeviceError> {
         let model = registry::model(&plug.spec.driver)?;
         model.check(&plug.spec)?;
         model.check_bus(&plug.spec, &self.config)?;
@@ -125,7 +138,7 @@ impl Pc {
         Ok(device)
     }
 
-    fn enter(&mut self, at: u16, plug: &Plug) {
+    pub(super) fn enter(&mut self, at: u16, plug: &Plug) {
         let place = self.devices[usize::from(at)].pci().map_or(0, |p| p.place().bus);
         let bus = usize::from(place);
         self.buses[bus].functions[usize::from(plug.devfn)] = at;
@@ -190,7 +203,7 @@ impl Pc {
             let Some(i) = self.users.iter().position(here) else { continue };
             self.with(mem, now, at, |d, ctx| d.reset(ctx));
             let user = self.users.remove(i);
-            self.devices[usize::from(at)] = Box::new(Gone(format!("gone@{at}")));
+            self.devices[usize::from(at)] = Box::new(Gone(gone(usize::from(at))));
             self.buses[bus].functions[usize::from(devfn)] = NONE;
             self.note_presence(bus);
             self.board.s.timers.retain(|(d, _), _| *d != at);
@@ -262,14 +275,10 @@ impl Pc {
     }
 
     pub(super) fn changes(&self) -> Changes {
-        let mut gone: Vec<u16> = Vec::new();
-        for (i, d) in self.devices.iter().enumerate() {
-            if d.name() == format!("gone@{i}") {
-                gone.push(i as u16);
-            }
-        }
+        let is_gone = |i: &usize| self.devices[*i].name() == gone(*i);
+        let lost: Vec<u16> = (0..self.devices.len()).filter(is_gone).map(|i| i as u16).collect();
         let plugged = |u: &User| Some((u.device?, u.plug.clone()?));
-        Changes { plugged: self.users.iter().filter_map(plugged).collect(), gone }
+        Changes { plugged: self.users.iter().filter_map(plugged).collect(), gone: lost }
     }
 
     /// Plug and pull what another machine of this configuration has seen plugged and pulled.
@@ -280,17 +289,11 @@ impl Pc {
             return Err(misfit());
         }
         while last.is_some_and(|l| usize::from(l) >= self.devices.len()) {
-            let name = format!("gone@{}", self.devices.len());
+            let name = gone(self.devices.len());
             self.devices.push(Box::new(Gone(name)));
         }
         for at in changes.gone {
-            if let Some(i) = self.users.iter().position(|u| u.device == Some(at)) {
-                let user = self.users.remove(i);
-                let devfn = usize::from(user.devfn.ok_or_else(misfit)?);
-                self.buses[user.bus].functions[devfn] = NONE;
-                self.note_presence(user.bus);
-            }
-            self.devices[usize::from(at)] = Box::new(Gone(format!("gone@{at}")));
+            self.pull(at)?;
         }
         for (at, plug) in changes.plugged {
             if self.users.iter().any(|u| u.device == Some(at)) {
@@ -299,6 +302,18 @@ impl Pc {
             self.devices[usize::from(at)] = self.build_plug(&plug)?;
             self.enter(at, &plug);
         }
+        Ok(())
+    }
+
+    /// Take out what is in a place.
+    pub(super) fn pull(&mut self, at: u16) -> Result<(), DeviceError> {
+        if let Some(i) = self.users.iter().position(|u| u.device == Some(at)) {
+            let user = self.users.remove(i);
+            let devfn = usize::from(user.devfn.ok_or_else(|| DeviceError::Misfit(CHANGES_SECTION.into()))?);
+            self.buses[user.bus].functions[devfn] = NONE;
+            self.note_presence(user.bus);
+        }
+        self.devices[usize::from(at)] = Box::new(Gone(gone(usize::from(at))));
         Ok(())
     }
 }

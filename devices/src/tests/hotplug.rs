@@ -100,3 +100,41 @@ fn the_xhci_command_ring_answers_though_nothing_is_connected() {
     rig.migrate();
     assert_eq!(rig.read32(BAR + 0x44) & 8, 8);
 }
+
+#[test]
+fn a_state_fits_a_machine_that_has_from_its_start_what_was_plugged_in_on_the_way() {
+    let mut rig = Rig::new();
+    let (one, two) = (plug(&mut rig, "one"), plug(&mut rig, "two"));
+    // "one" goes again; a driver has set up "two".
+    rig.input(Input::Unplug { id: "one".into() });
+    rig.outl(EJECT, 1 << (one >> 3));
+    rig.config_write(two, 0x3C, 0x0B);
+    let saved = rig.pc.save();
+
+    // The destination's command line has "two", at its address, and never had "one".
+    let mut config = rig.config.clone();
+    let mut spec = device("virtio-rng-pci", &[("addr", &(two >> 3).to_string())]);
+    spec.id = Some("two".into());
+    config.devices.push(spec);
+    let mut there = Rig::of(config);
+    there.pc.load(&saved).unwrap();
+    assert_eq!(there.config_read(two, 0x3C) & 0xFF, 0x0B);
+    assert_eq!(there.config_read(one, 0), u32::MAX);
+    assert_eq!(there.pc.next_deadline(), rig.pc.next_deadline(), "timers are with their devices");
+    let (here, there) = (rig.pc.device_hashes(), there.pc.device_hashes());
+    let lost = |name: &str| name.starts_with("gone@") || name == "board" || name == "fw_cfg";
+    for (name, hash) in here.iter().filter(|(name, _)| !lost(name)) {
+        assert!(there.iter().any(|(n, h)| n == name && h == hash), "{name} differs");
+    }
+
+    // A machine that has never heard of "two" gets it; one that has more is refused.
+    let mut without = Rig::new();
+    without.pc.load(&saved).unwrap();
+    assert_eq!(without.config_read(two, 0x3C) & 0xFF, 0x0B);
+    let mut config = Rig::new().config;
+    let mut spec = device("virtio-balloon-pci", &[]);
+    spec.id = Some("more".into());
+    config.devices.push(spec);
+    let e = Rig::of(config).pc.load(&Rig::new().pc.save()).unwrap_err().to_string();
+    assert!(e.contains("is missing"), "{e}");
+}

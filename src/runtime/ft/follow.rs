@@ -19,6 +19,7 @@ use crate::lockstep::log::Entry;
 use crate::lockstep::wire::{Epoch, Message};
 use crate::lockstep::Side;
 use crate::machine::{MachineInput, Stamp};
+use crate::runtime::announce::{announce, Card};
 use crate::runtime::control::{Failover, RunState};
 use crate::runtime::live::{follow_entry, is_held, Followed, Runtime};
 use crate::runtime::{Event, Events, Outcome};
@@ -32,7 +33,7 @@ const ACK_READS_EVERY: Duration = Duration::from_millis(1);
 /// A backup that cannot read the shared disk for so long is of no use to its primary, whose writes wait for it.
 const READ_PATIENCE: Duration = Duration::from_secs(10);
 /// How long MAC addresses are announced after go-live: rounds and the pause between them.
-const ANNOUNCE: (u32, Duration) = (6, Duration::from_millis(150));
+const ANNOUNCE: (usize, Duration) = (6, Duration::from_millis(150));
 
 /// Opens the images and attaches the networks of a machine that goes live.
 pub type Attach = Box<dyn FnMut(&Arc<Outside>, &Events) -> Result<(), String> + Send>;
@@ -476,7 +477,9 @@ fn go_live(rt: &mut Runtime) -> Option<Outcome> {
     // The loser's claim is gone already; this side's may go too: nobody can win this pairing any more.
     common.lock.retire(&f.epoch);
     common.alone();
-    announce(&outside, &macs, &addresses);
+    let address = |i: usize| addresses.get(i).copied().flatten();
+    let cards: Vec<Card> = macs.iter().enumerate().map(|(i, mac)| (i as u32, *mac, address(i))).collect();
+    announce(&outside, &cards, vec![ANNOUNCE.1; ANNOUNCE.0 - 1]);
     let pending = rt.machine.pending_disk();
     log::info!("ft: live; {} disk requests reissued, {} outputs sent again", pending.len(), unsent.len());
     for output in pending.into_iter().chain(unsent) {
@@ -518,30 +521,6 @@ fn go_live(rt: &mut Runtime) -> Option<Outcome> {
     super::note_failover(&common.shared, "primary", "live", failover);
     // The guest asked for a reset or the end, and the primary died before it could log it.
     request.and_then(|request| rt.request(request))
-}
-
-/// Tell the switches (and neighbours) where the machine's MAC addresses are now.
-fn announce(outside: &Arc<Outside>, macs: &[[u8; 6]], addresses: &[Option<[u8; 4]>]) {
-    let mut frames = Vec::new();
-    for (nic, mac) in macs.iter().enumerate() {
-        frames.push((nic as u32, ftvm_net::rarp_announcement(*mac)));
-        if let Some(Some(ip)) = addresses.get(nic) {
-            frames.push((nic as u32, ftvm_net::gratuitous_arp(*mac, *ip)));
-        }
-    }
-    let send = |outside: &Outside, frames: &[(u32, Vec<u8>)]| {
-        for (nic, frame) in frames {
-            outside.perform(Output::NetTx { nic: *nic, frame: frame.clone() });
-        }
-    };
-    send(outside, &frames);
-    let outside = Arc::clone(outside);
-    let _ = std::thread::Builder::new().name("ft-announce".into()).spawn(move || {
-        for _ in 1..ANNOUNCE.0 {
-            std::thread::sleep(ANNOUNCE.1);
-            send(&outside, &frames);
-        }
-    });
 }
 
 /// Hands a backup's messages to its state machine; used by the reader's thread.

@@ -5,6 +5,7 @@ pub mod client;
 pub mod guests;
 pub mod hosts;
 pub mod libvirt;
+pub mod moves;
 pub mod pair;
 pub mod qmp;
 pub mod service;
@@ -28,6 +29,39 @@ pub fn wait_for<T>(what: &str, limit: Duration, mut check: impl FnMut() -> Optio
         }
         std::thread::sleep(Duration::from_millis(20));
     }
+}
+
+/// A test that tells a story.
+pub type Story = fn() -> Result<()>;
+
+/// Run the stories of a test file whose names have one of the program's arguments in them (or all), as root of a user
+/// namespace where that is needed; ends the program.
+pub fn run_stories(file: &str, stories: &[(&str, Story)]) -> ! {
+    if let Err(e) = hosts::become_root() {
+        println!("{file} tests skipped: {e}");
+        println!("0 passed, 0 failed");
+        std::process::exit(0);
+    }
+    let wanted: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
+    let (mut passed, mut failed) = (0, 0);
+    for (name, story) in stories {
+        if !wanted.is_empty() && !wanted.iter().any(|w| name.contains(w.as_str())) {
+            continue;
+        }
+        let start = Instant::now();
+        match std::panic::catch_unwind(story).unwrap_or_else(|_| Err("it panicked".into())) {
+            Ok(()) => {
+                passed += 1;
+                println!("test {file}::{name} ... ok ({:.0?})", start.elapsed());
+            }
+            Err(e) => {
+                failed += 1;
+                println!("test {file}::{name} ... FAILED\n{e}");
+            }
+        }
+    }
+    println!("{passed} passed, {failed} failed");
+    std::process::exit(i32::from(failed > 0));
 }
 
 /// A scratch directory of this process, removed when dropped (unless FTVM_KEEP is set).

@@ -33,6 +33,8 @@ pub struct Pair {
     format: &'static str,
     /// Host 1 has an image of its own (`disks=separate`).
     pub second_image: Option<String>,
+    /// The machine's arguments, without `-ft`.
+    pub(crate) args: Vec<String>,
     started: u32,
 }
 
@@ -126,6 +128,7 @@ impl Pair {
             may_leak: false,
             format,
             second_image,
+            args: args.clone(),
             started: 0,
         };
         if let Some(ft_options) = ft_options {
@@ -185,7 +188,7 @@ impl Pair {
         guests::run("qemu-img", &["compare", a, b]).map(|_| ())
     }
 
-    fn spawn(&mut self, host: usize, args: &[&str]) -> Result<Vm> {
+    pub(crate) fn spawn(&mut self, host: usize, args: &[&str]) -> Result<Vm> {
         self.started += 1;
         let name = format!("vm{}-host{host}", self.started);
         Vm::start(self.net.on_host(host, &guests::ftvm()?), &self.scratch, &name, args)

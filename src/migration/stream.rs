@@ -1,0 +1,421 @@
+//! The form of a machine's state outside of its process: in a migration's stream, in a file, and in a snapshot.
+//!
+//! ```text
+//! head    "FTVMSTAT", version (u32), flags (u32)
+//! frame   kind (u8), length (u32), payload, CRC-32 of all three (u32)
+//! ```
+//!
+//! Numbers are little-endian. The frames are one [`Frame::Machine`], any number of [`Frame::Pages`], one [`Frame::State`]
+//! and [`Frame::End`]. Where the receiver can answer it does so by frames too ([`Answer`]). Nothing that was cut off, changed on
+//! its way or written by a later version is taken for a state.
+
+use std::io::{Read, Write};
+
+use serde::{Deserialize, Serialize};
+
+/// What every stream begins with.
+pub const MAGIC: &[u8; 8] = b"FTVMSTAT";
+/// Version of the form.
+pub const VERSION: u32 = 1;
+/// Flag: the sender waits for the receiver's answers.
+pub const ANSWERS: u32 = 1;
+/// The largest payload of a frame in bytes.
+pub const MAX_PAYLOAD: usize = 256 << 20;
+/// Bytes of a page of guest memory.
+pub const PAGE: usize = 4096;
+/// Pages of one frame at most.
+pub const MAX_PAGES: usize = 4096;
+
+const MACHINE: u8 = 1;
+const PAGES: u8 = 2;
+const STATE: u8 = 3;
+const END: u8 = 4;
+const PACKED_PAGES: u8 = 5;
+const LOADED: u8 = 16;
+const FAILED: u8 = 17;
+const GO: u8 = 18;
+
+/// Errors of a stream.
+#[derive(Debug, thiserror::Error)]
+pub enum StreamError {
+    #[error("the stream of the machine's state breaks off")]
+    Truncated,
+    #[error("the stream of the machine's state failed: {0}")]
+    Io(#[source] std::io::Error),
+    #[error("this is no state of an ftvm machine")]
+    Magic,
+    #[error("the machine's state is in version {0} of its form, this program reads up to {VERSION}")]
+    Version(u32),
+    #[error("the stream of the machine's state has unknown flags {0:#x}")]
+    Flags(u32),
+    #[error("the stream of the machine's state is damaged: {0}")]
+    Damaged(&'static str),
+    #[error("the stream of the machine's state has an unknown part of kind {0}")]
+    Unknown(u8),
+}
+
+impl From<std::io::Error> for StreamError {
+    fn from(e: std::io::Error) -> Self {
+        match e.kind() {
+            std::io::ErrorKind::UnexpectedEof => StreamError::Truncated,
+            _ => StreamError::Io(e),
+        }
+    }
+}
+
+/// What the machine is, so that a receiver sees whether it has the same.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MachineInfo {
+    /// The program that wrote it.
+    pub program: String,
+    /// Lines `name: value` that must be equal.
+    pub identity: String,
+    /// The firmware's bytes, which the machine has mapped.
+    pub firmware: Vec<u8>,
+}
+
+/// Pages of guest memory: guest physical address, and contents (`None`: all zero).
+pub type Pages = Vec<(u64, Option<Box<[u8; PAGE]>>)>;
+
+/// A part of a stream.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Frame {
+    Machine(MachineInfo),
+    Pages(Pages),
+    /// Everything but the contents of RAM: [`crate::machine::MachineState`]; `running`: the processors ran until they were stopped
+    /// for this.
+    State {
+        running: bool,
+        state: Vec<u8>,
+    },
+    /// The stream is whole: so many frames came before this one.
+    End {
+        frames: u64,
+    },
+}
+
+/// What receiver and sender say to one another behind the end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// Receiver: the machine is complete here, its images are open.
+    Loaded,
+    /// Receiver: it is not, for this reason; the sender's machine goes on.
+    Failed(String),
+    /// Sender: the machine is the receiver's now.
+    Go,
+}
+
+/// The head of a stream.
+pub fn head(flags: u32) -> Vec<u8> {
+    let mut out = MAGIC.to_vec();
+    out.extend(VERSION.to_le_bytes());
+    out.extend(flags.to_le_bytes());
+    out
+}
+
+/// Read a head; returns the flags.
+pub fn read_head(input: &mut impl Read) -> Result<u32, StreamError> {
+    let mut raw = [0; 16];
+    input.read_exact(&mut raw)?;
+    if &raw[..8] != MAGIC {
+        return Err(StreamError::Magic);
+    }
+    let version = word(&raw[8..]);
+    if version == 0 || version > VERSION {
+        return Err(StreamError::Version(version));
+    }
+    let flags = word(&raw[12..]);
+    match flags & !ANSWERS {
+        0 => Ok(flags),
+        other => Err(StreamError::Flags(other)),
+    }
+}
+
+fn word(raw: &[u8]) -> u32 {
+    raw.iter().take(4).rev().fold(0, |n, b| n << 8 | u32::from(*b))
+}
+
+fn long(raw: &[u8]) -> u64 {
+    raw.iter().take(8).rev().fold(0, |n, b| n << 8 | u64::from(*b))
+}
+
+fn put(kind: u8, payload: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(payload.len() + 9);
+    out.push(kind);
+    out.extend((payload.len() as u32).to_le_bytes());
+    out.extend(payload);
+    let sum = crc32fast::hash(&out);
+    out.extend(sum.to_le_bytes());
+    out
+}
+
+fn take(input: &mut impl Read) -> Result<(u8, Vec<u8>), StreamError> {
+    let mut head = [0; 5];
+    input.read_exact(&mut head)?;
+    let len = word(&head[1..]) as usize;
+    if len > MAX_PAYLOAD {
+        return Err(StreamError::Damaged("a part is too long"));
+    }
+    // Memory is taken as bytes come in, not as a stranger's length says.
+    let mut payload = Vec::with_capacity(len.min(1 << 20));
+    input.take(len as u64).read_to_end(&mut payload)?;
+    if payload.len() != len {
+        return Err(StreamError::Truncated);
+    }
+    let mut sum = [0; 4];
+    input.read_exact(&mut sum)?;
+    let mut hasher = crc32fast::Hasher::new();
+    hasher.update(&head);
+    hasher.update(&payload);
+    if hasher.finalize() != word(&sum) {
+        return Err(StreamError::Damaged("a checksum is wrong"));
+    }
+    Ok((head[0], payload))
+}
+
+fn pages_payload(pages: &Pages) -> Vec<u8> {
+    let full = pages.iter().filter(|(_, p)| p.is_some()).count();
+    let mut out = Vec::with_capacity(4 + pages.len() * 8 + full * PAGE);
+    out.extend((pages.len() as u32).to_le_bytes());
+    for (gpa, page) in pages {
+        // Addresses are those of pages: the lowest bit is free to say that there are contents.
+        out.extend((gpa | u64::from(page.is_some())).to_le_bytes());
+    }
+    for page in pages.iter().filter_map(|(_, p)| p.as_ref()) {
+        out.extend(page.as_slice());
+    }
+    out
+}
+
+fn read_pages(raw: &[u8]) -> Result<Pages, StreamError> {
+    let damaged = || StreamError::Damaged("pages of memory are not readable");
+    let (count, rest) = raw.split_at_checked(4).ok_or_else(damaged)?;
+    let count = word(count) as usize;
+    if count > MAX_PAGES {
+        return Err(damaged());
+    }
+    let (heads, mut contents) = rest.split_at_checked(count * 8).ok_or_else(damaged)?;
+    let mut pages = Vec::with_capacity(count);
+    for head in heads.chunks_exact(8) {
+        let head = long(head);
+        if head & (PAGE as u64 - 2) != 0 {
+            return Err(damaged());
+        }
+        let page = match head & 1 {
+            0 => None,
+            _ => {
+                let (page, more) = contents.split_first_chunk::<PAGE>().ok_or_else(damaged)?;
+                contents = more;
+                Some(Box::new(*page))
+            }
+        };
+        pages.push((head & !1, page));
+    }
+    match contents.is_empty() {
+        true => Ok(pages),
+        false => Err(damaged()),
+    }
+}
+
+impl Frame {
+    /// The frame's bytes; `pack`: pages are compressed where that pays.
+    pub fn to_bytes(&self, pack: bool) -> Vec<u8> {
+        match self {
+            Frame::Machine(info) => put(MACHINE, &postcard::to_stdvec(info).unwrap_or_default()),
+            Frame::Pages(pages) => {
+                let payload = pages_payload(pages);
+                if pack {
+                    let packed = lz4_flex::block::compress_prepend_size(&payload);
+                    if packed.len() < payload.len() - payload.len() / 8 {
+                        return put(PACKED_PAGES, &packed);
+                    }
+                }
+                put(PAGES, &payload)
+            }
+            Frame::State { running, state } => {
+                let mut payload = vec![u8::from(*running)];
+                payload.extend(state);
+                put(STATE, &payload)
+            }
+            Frame::End { frames } => put(END, &frames.to_le_bytes()),
+        }
+    }
+
+    /// Read a frame.
+    pub fn read(input: &mut impl Read) -> Result<Frame, StreamError> {
+        let (kind, payload) = take(input)?;
+        match kind {
+            MACHINE => {
+                let info = postcard::from_bytes(&payload);
+                Ok(Frame::Machine(
+                    info.map_err(|_| StreamError::Damaged("the machine's description is not readable"))?,
+                ))
+            }
+            PAGES => Ok(Frame::Pages(read_pages(&payload)?)),
+            PACKED_PAGES => {
+                let limit = 4 + MAX_PAGES * (8 + PAGE);
+                let damaged = StreamError::Damaged("compressed pages are not readable");
+                if payload.len() < 4 || word(&payload) as usize > limit {
+                    return Err(damaged);
+                }
+                let raw = lz4_flex::block::decompress_size_prepended(&payload).map_err(|_| damaged)?;
+                Ok(Frame::Pages(read_pages(&raw)?))
+            }
+            STATE => match payload.split_first() {
+                Some((running @ 0..=1, state)) => {
+                    Ok(Frame::State { running: *running == 1, state: state.to_vec() })
+                }
+                _ => Err(StreamError::Damaged("the state of its devices is not readable")),
+            },
+            END => match payload.len() {
+                8 => Ok(Frame::End { frames: long(&payload) }),
+                _ => Err(StreamError::Damaged("its end is not readable")),
+            },
+            other => Err(StreamError::Unknown(other)),
+        }
+    }
+}
+
+impl Answer {
+    /// Say it.
+    pub fn write(&self, output: &mut impl Write) -> Result<(), StreamError> {
+        let bytes = match self {
+            Answer::Loaded => put(LOADED, &[]),
+            Answer::Failed(reason) => put(FAILED, reason.as_bytes()),
+            Answer::Go => put(GO, &[]),
+        };
+        output.write_all(&bytes)?;
+        Ok(output.flush()?)
+    }
+
+    /// Hear it.
+    pub fn read(input: &mut impl Read) -> Result<Answer, StreamError> {
+        let (kind, payload) = take(input)?;
+        match kind {
+            LOADED => Ok(Answer::Loaded),
+            FAILED => Ok(Answer::Failed(String::from_utf8_lossy(&payload).into_owned())),
+            GO => Ok(Answer::Go),
+            other => Err(StreamError::Unknown(other)),
+        }
+    }
+}
+
+/// Reads a stream from its head to its end: each frame is where it belongs.
+pub struct Reader<R> {
+    input: R,
+    frames: u64,
+    machine: bool,
+    state: bool,
+    /// The sender waits for answers.
+    pub answers: bool,
+}
+
+impl<R: Read> Reader<R> {
+    /// Read the head.
+    pub fn new(mut input: R) -> Result<Self, StreamError> {
+        let flags = read_head(&mut input)?;
+        Ok(Reader { input, frames: 0, machine: false, state: false, answers: flags & ANSWERS != 0 })
+    }
+
+    /// The next frame; behind [`Frame::End`] there is none.
+    pub fn frame(&mut self) -> Result<Frame, StreamError> {
+        let frame = Frame::read(&mut self.input)?;
+        let fits = match &frame {
+            Frame::Machine(_) => !std::mem::replace(&mut self.machine, true),
+            Frame::Pages(_) => self.machine && !self.state,
+            Frame::State { .. } => self.machine && !std::mem::replace(&mut self.state, true),
+            Frame::End { frames } => self.state && *frames == self.frames,
+        };
+        self.frames += 1;
+        match fits {
+            true => Ok(frame),
+            false => Err(StreamError::Damaged("its parts are not in their order")),
+        }
+    }
+
+    /// The input, for the answers.
+    pub fn input(&mut self) -> &mut R {
+        &mut self.input
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn info() -> MachineInfo {
+        MachineInfo { program: "ftvm".into(), identity: "memory: 1".into(), firmware: vec![1, 2] }
+    }
+
+    fn stream(pack: bool) -> Vec<u8> {
+        let mut page = Box::new([7u8; PAGE]);
+        page[9] = 1;
+        let frames = [
+            Frame::Machine(info()),
+            Frame::Pages(vec![(0, None), (0x5000, Some(page)), (1 << 32, Some(Box::new([3; PAGE])))]),
+            Frame::State { running: true, state: vec![1, 2, 3] },
+            Frame::End { frames: 3 },
+        ];
+        let mut out = head(0);
+        frames.iter().for_each(|f| out.extend(f.to_bytes(pack)));
+        out
+    }
+
+    fn read(raw: &[u8]) -> Result<Vec<Frame>, StreamError> {
+        let mut reader = Reader::new(raw)?;
+        let mut frames = Vec::new();
+        loop {
+            let frame = reader.frame()?;
+            let end = matches!(frame, Frame::End { .. });
+            frames.push(frame);
+            if end {
+                return Ok(frames);
+            }
+        }
+    }
+
+    #[test]
+    fn a_stream_is_read_as_it_was_written() {
+        let (plain, packed) = (stream(false), stream(true));
+        assert!(packed.len() < plain.len() / 2);
+        let frames = read(&plain).unwrap();
+        assert_eq!(frames, read(&packed).unwrap());
+        assert_eq!(frames[0], Frame::Machine(info()));
+        let Frame::Pages(pages) = &frames[1] else { panic!() };
+        assert_eq!(pages[1].1.as_ref().unwrap()[9], 1);
+    }
+
+    #[test]
+    fn cut_off_anywhere_or_changed_anywhere_it_is_refused() {
+        for whole in [stream(false), stream(true)] {
+            for at in 0..whole.len() {
+                assert!(read(&whole[..at]).is_err(), "cut off at {at}");
+                let mut changed = whole.clone();
+                changed[at] ^= 0x10;
+                assert!(read(&changed).is_err(), "changed at {at}");
+            }
+        }
+    }
+
+    #[test]
+    fn later_versions_and_unknown_parts_are_named() {
+        let mut later = head(0);
+        later[8] = 2;
+        assert!(Reader::new(&later[..]).err().unwrap().to_string().contains("version 2"));
+        let mut unknown = head(0);
+        unknown.extend(put(9, b"x"));
+        assert!(read(&unknown).unwrap_err().to_string().contains("kind 9"));
+        let mut order = head(0);
+        order.extend(Frame::State { running: false, state: vec![] }.to_bytes(false));
+        assert!(read(&order).unwrap_err().to_string().contains("order"));
+    }
+
+    #[test]
+    fn answers_are_heard() {
+        for answer in [Answer::Loaded, Answer::Failed("no".into()), Answer::Go] {
+            let mut raw = Vec::new();
+            answer.write(&mut raw).unwrap();
+            assert_eq!(Answer::read(&mut &raw[..]).unwrap(), answer);
+        }
+    }
+}

@@ -1,0 +1,332 @@
+//! Block jobs and external snapshots of running machines: the guest writes all the time, its file system holds what it
+//! should, and qemu-img agrees on every image.
+
+mod common;
+
+use common::*;
+use ftvm_harness::guests::run;
+use ftvm_harness::libvirt::Console;
+use ftvm_harness::qmp::Qmp;
+use ftvm_harness::vm::Vm;
+use ftvm_harness::{wait_for, Result, Scratch};
+use serde_json::{json, Value};
+
+/// A machine with a shell, and a disk as a block node as libvirt makes it: `disk-storage` below `disk`.
+fn machine(scratch: &Scratch) -> Result<(Vm, Console)> {
+    let (raw, image) = (ext4(scratch, "disk.raw", 48)?, scratch.path("disk.qcow2"));
+    run("qemu-img", &["convert", "-O", "qcow2", &raw, &image])?;
+    let socket = scratch.path("tty");
+    let mut args = tiny_args("disk")?;
+    let more = format!(
+        "-serial unix:{socket},server=on,wait=off -net none \
+         -blockdev {{\"driver\":\"file\",\"filename\":\"{image}\",\"node-name\":\"disk-storage\"}} \
+         -blockdev {{\"driver\":\"qcow2\",\"node-name\":\"disk\",\"file\":\"disk-storage\",\"backing\":null}} \
+         -device virtio-blk-pci,drive=disk,id=vd"
+    );
+    args.extend(more.split_whitespace().map(str::to_owned));
+    let vm = start(scratch, "vm", &args.iter().map(String::as_str).collect::<Vec<_>>())?;
+    let mut console = Console::socket(&socket)?;
+    console.until("tiny guest ready", LONG)?;
+    // A writer that goes on until the file `stop` is there; every block carries its number.
+    console.run(
+        "(n=0; while ! [ -e /stop ]; do n=$((n+1)); echo line $n >> /mnt/log; [ $((n%20)) = 0 ] && sync; done; \
+         sync; touch /stopped) & true",
+    )?;
+    Ok((vm, console))
+}
+
+/// End the writer; the log must be whole. Returns how many lines it has.
+fn end(vm: &mut Vm, console: &mut Console, mut qmp: Qmp) -> Result<u64> {
+    console.run("touch /stop; while ! [ -e /stopped ]; do sleep 0.1; done")?;
+    let check = "awk '{n++; if ($2 != n) bad=1} END {print \"lines\", n, bad+0}' /mnt/log; umount /mnt";
+    let text = console.run(check)?;
+    qmp.command("quit", Value::Null)?;
+    ends_well(vm)?;
+    let words: Vec<&str> =
+        text.lines().find(|l| l.starts_with("lines ")).unwrap_or(&text).split_whitespace().collect();
+    match words[..] {
+        [_, n, "0"] => n.parse().map_err(|_| text.clone()),
+        _ => Err(format!("the log is torn: {text}")),
+    }
+}
+
+/// The image is consistent, its file system is clean, and it has the log's lines.
+fn check(scratch: &Scratch, image: &str, lines: u64) -> Result<()> {
+    run("qemu-img", &["check", "-q", image])?;
+    let raw = scratch.path("check.raw");
+    run("qemu-img", &["convert", "-O", "raw", image, &raw])?;
+    run("e2fsck", &["-fn", &raw])?;
+    let log = run("debugfs", &["-R", "cat /log", &raw])?;
+    let found = log.lines().filter(|l| l.starts_with("line ")).count() as u64;
+    assert_eq!(found, lines, "lines in {image}");
+    Ok(())
+}
+
+fn status(qmp: &mut Qmp, id: &str) -> Result<Value> {
+    let jobs = qmp.command("query-jobs", Value::Null)?;
+    let job = jobs.as_array().into_iter().flatten().find(|j| j["id"] == id).cloned();
+    Ok(job.unwrap_or_default())
+}
+
+fn until(qmp: &mut Qmp, id: &str, wanted: &str) -> Result<()> {
+    let mut last = Value::Null;
+    let came = wait_for(&format!("job {id} to be {wanted}"), LONG, || {
+        last = status(qmp, id).ok()?;
+        (last["status"] == wanted || last["status"] == "concluded").then_some(())
+    });
+    came?;
+    match last["status"] == wanted && last["error"].is_null() {
+        true => Ok(()),
+        false => Err(format!("job {id}: {last}")),
+    }
+}
+
+/// A job that has ended well is forgotten.
+fn dismiss(qmp: &mut Qmp, id: &str) -> Result<()> {
+    until(qmp, id, "concluded")?;
+    qmp.command("job-dismiss", json!({"id": id}))?;
+    Ok(())
+}
+
+/// Make an image as libvirt does: file, storage node, format, format node.
+fn create(qmp: &mut Qmp, file: &str, name: &str, below: Option<&str>) -> Result<()> {
+    let storage = format!("{name}-storage");
+    let job = format!("create-{name}");
+    let options = json!({"driver": "file", "filename": file, "size": 0});
+    qmp.command("blockdev-create", json!({"job-id": job, "options": options}))?;
+    dismiss(qmp, &job)?;
+    qmp.command("blockdev-add", json!({"driver": "file", "filename": file, "node-name": storage}))?;
+    let mut options = json!({"driver": "qcow2", "file": storage, "size": 48 << 20});
+    if let Some(below) = below {
+        options["backing-file"] = json!(below);
+        options["backing-fmt"] = json!("qcow2");
+    }
+    qmp.command("blockdev-create", json!({"job-id": job, "options": options}))?;
+    dismiss(qmp, &job)?;
+    qmp.command(
+        "blockdev-add",
+        json!({"driver": "qcow2", "file": storage, "node-name": name, "backing": null, "read-only": false}),
+    )?;
+    Ok(())
+}
+
+fn delete(qmp: &mut Qmp, name: &str) -> Result<()> {
+    qmp.command("blockdev-del", json!({"node-name": name}))?;
+    qmp.command("blockdev-del", json!({"node-name": format!("{name}-storage")}))?;
+    Ok(())
+}
+
+/// What is in front of the disk, and how many images are below.
+fn front(qmp: &mut Qmp) -> Result<(String, u64)> {
+    let block = qmp.command("query-block", Value::Null)?;
+    let inserted = &block[0]["inserted"];
+    let depth = inserted["backing_file_depth"].as_u64().unwrap_or_default();
+    Ok((inserted["node-name"].as_str().unwrap_or_default().to_owned(), depth))
+}
+
+#[test]
+fn snapshots_are_taken_and_committed_while_the_guest_writes() -> Result<()> {
+    let scratch = Scratch::new("jcommit")?;
+    let (mut vm, mut console) = machine(&scratch)?;
+    let mut qmp = vm.qmp()?;
+    let file = |n: &str| scratch.path(&format!("{n}.qcow2"));
+    for (name, below) in [("one", "disk"), ("two", "one"), ("three", "two")] {
+        create(&mut qmp, &file(name), name, Some(&file(below)))?;
+        let action = json!({"type": "blockdev-snapshot", "data": {"node": below, "overlay": name}});
+        qmp.command("transaction", json!({"actions": [action]}))?;
+        console.run(&format!("echo {name} > /mnt/{name}; sync"))?;
+    }
+    assert_eq!(front(&mut qmp)?, ("three".into(), 3));
+    // What is below can be read by others meanwhile, and is not deleted.
+    run("qemu-img", &["check", "-q", &file("one")])?;
+    assert!(run("qemu-img", &["check", "-q", &file("three")]).is_err(), "the active image is locked");
+    assert!(qmp.command("blockdev-del", json!({"node-name": "one"})).unwrap_err().contains("is busy"));
+    // Two into one, in the middle of the chain.
+    let middle = json!({"job-id": "c", "device": "three", "top-node": "two", "base-node": "one",
+                        "auto-dismiss": false});
+    qmp.command("block-commit", middle)?;
+    dismiss(&mut qmp, "c")?;
+    delete(&mut qmp, "two")?;
+    std::fs::remove_file(file("two")).map_err(|e| e.to_string())?;
+    assert_eq!(front(&mut qmp)?, ("three".into(), 2));
+    // And the active image down to the first.
+    let active = json!({"job-id": "a", "device": "three", "base-node": "disk", "auto-dismiss": false});
+    qmp.command("block-commit", active)?;
+    until(&mut qmp, "a", "ready")?;
+    let busy = json!({"job-id": "b", "device": "three", "base-node": "disk"});
+    assert!(qmp.command("block-commit", busy).unwrap_err().contains("in use by block job: commit"));
+    console.run("echo late > /mnt/late; sync")?;
+    qmp.command("job-complete", json!({"id": "a"}))?;
+    dismiss(&mut qmp, "a")?;
+    assert_eq!(front(&mut qmp)?, ("disk".into(), 0));
+    for name in ["three", "one"] {
+        delete(&mut qmp, name)?;
+        std::fs::remove_file(file(name)).map_err(|e| e.to_string())?;
+    }
+    let seen =
+        console.run("echo 3 > /proc/sys/vm/drop_caches; cat /mnt/one /mnt/two /mnt/three /mnt/late")?;
+    for word in ["one", "two", "three", "late"] {
+        assert!(seen.contains(word), "{word} is not in {seen}");
+    }
+    let lines = end(&mut vm, &mut console, qmp)?;
+    check(&scratch, &file("disk"), lines)
+}
+
+#[test]
+fn a_stream_makes_an_overlay_independent() -> Result<()> {
+    let scratch = Scratch::new("jstream")?;
+    let (mut vm, mut console) = machine(&scratch)?;
+    let mut qmp = vm.qmp()?;
+    let file = |n: &str| scratch.path(&format!("{n}.qcow2"));
+    for (node, name) in [("disk", "one"), ("one", "two")] {
+        let sync = json!({"node-name": node, "snapshot-file": file(name), "snapshot-node-name": name});
+        qmp.command("blockdev-snapshot-sync", sync)?;
+        console.run(&format!("echo {name} > /mnt/{name}; sync"))?;
+    }
+    assert_eq!(front(&mut qmp)?, ("two".into(), 2));
+    let above = json!({"job-id": "s", "device": "two", "base-node": "disk", "auto-dismiss": false});
+    qmp.command("block-stream", above)?;
+    dismiss(&mut qmp, "s")?;
+    assert_eq!(front(&mut qmp)?, ("two".into(), 1));
+    std::fs::remove_file(file("one")).map_err(|e| e.to_string())?;
+    let info = run("qemu-img", &["info", "-U", &file("two")])?;
+    assert!(info.contains(&format!("backing file: {}", file("disk"))), "{info}");
+    qmp.command("block-stream", json!({"job-id": "s", "device": "two"}))?;
+    wait_for("the end of the stream", LONG, || status(&mut qmp, "s").ok().filter(Value::is_null))?;
+    assert_eq!(front(&mut qmp)?, ("two".into(), 0));
+    std::fs::remove_file(file("disk")).map_err(|e| e.to_string())?;
+    let lines = end(&mut vm, &mut console, qmp)?;
+    check(&scratch, &file("two"), lines)
+}
+
+#[test]
+fn a_disk_moves_to_another_image_and_is_backed_up() -> Result<()> {
+    let scratch = Scratch::new("jmirror")?;
+    let (mut vm, mut console) = machine(&scratch)?;
+    let mut qmp = vm.qmp()?;
+    let file = |n: &str| scratch.path(&format!("{n}.qcow2"));
+    // One that is given up, one that ends without the switch, one with it.
+    create(&mut qmp, &file("copy"), "copy", None)?;
+    let mirror = |id: &str| {
+        json!({"job-id": id, "device": "disk", "target": "copy", "sync": "full",
+                                   "auto-dismiss": false})
+    };
+    let mut slow = mirror("m1");
+    slow["speed"] = json!(1 << 20);
+    qmp.command("blockdev-mirror", slow)?;
+    qmp.command("block-job-pause", json!({"device": "m1"}))?;
+    until(&mut qmp, "m1", "paused")?;
+    qmp.command("job-resume", json!({"id": "m1"}))?;
+    until(&mut qmp, "m1", "running")?;
+    let shown = qmp.command("query-block-jobs", Value::Null)?;
+    assert_eq!((&shown[0]["type"], &shown[0]["speed"]), (&json!("mirror"), &json!(1 << 20)));
+    qmp.command("block-job-set-speed", json!({"device": "m1", "speed": 2 << 20}))?;
+    assert!(qmp.command("job-complete", json!({"id": "m1"})).unwrap_err().contains("cannot be completed"));
+    assert!(qmp
+        .command("blockdev-del", json!({"node-name": "copy"}))
+        .unwrap_err()
+        .contains("block job: mirror"));
+    qmp.command("job-cancel", json!({"id": "m1"}))?;
+    wait_for("the end of the job", LONG, || {
+        status(&mut qmp, "m1").ok().filter(|s| s["status"] == "concluded")
+    })?;
+    qmp.command("job-dismiss", json!({"id": "m1"}))?;
+    qmp.command("blockdev-mirror", mirror("m2"))?;
+    until(&mut qmp, "m2", "ready")?;
+    qmp.command("block-job-cancel", json!({"device": "m2"}))?;
+    dismiss(&mut qmp, "m2")?;
+    assert_eq!(front(&mut qmp)?, ("disk".into(), 0));
+    qmp.command("blockdev-mirror", mirror("m3"))?;
+    until(&mut qmp, "m3", "ready")?;
+    console.run("echo moved > /mnt/moved; sync")?;
+    qmp.command("job-complete", json!({"id": "m3"}))?;
+    dismiss(&mut qmp, "m3")?;
+    assert_eq!(front(&mut qmp)?, ("copy".into(), 0));
+    delete(&mut qmp, "disk")?;
+    std::fs::remove_file(file("disk")).map_err(|e| e.to_string())?;
+    // A backup of one moment, while the guest writes on.
+    console.run("echo before > /mnt/state; sync")?;
+    let backup = json!({"job-id": "k", "device": "copy", "sync": "full", "target": scratch.path("kept.raw"),
+                        "format": "raw"});
+    qmp.command("drive-backup", backup)?;
+    console.run("echo after > /mnt/state; sync")?;
+    wait_for("the end of the backup", LONG, || status(&mut qmp, "k").ok().filter(Value::is_null))?;
+    let kept = scratch.path("kept.raw");
+    let _ = std::process::Command::new("e2fsck").args(["-fy", &kept]).output();
+    assert!(run("debugfs", &["-R", "cat /state", &kept])?.contains("before"));
+    // Limits at run time.
+    let none = json!({"id": "vd", "bps": 0, "bps_rd": 0, "bps_wr": 0, "iops": 0, "iops_rd": 0, "iops_wr": 0});
+    let mut limits = none.clone();
+    limits["iops"] = json!(50);
+    qmp.command("block_set_io_throttle", limits)?;
+    let block = qmp.command("query-block", Value::Null)?;
+    assert_eq!(block[0]["inserted"]["iops"], 50);
+    let timed = "t=$(date +%s); dd if=/dev/vda of=/dev/null bs=4k count=150 iflag=direct 2>/dev/null; \
+                 echo took $(($(date +%s) - t))";
+    let took = console.run(timed)?;
+    assert!(!took.contains("took 0") && !took.contains("took 1\n"), "{took}");
+    qmp.command("block_set_io_throttle", none)?;
+    let lines = end(&mut vm, &mut console, qmp)?;
+    check(&scratch, &file("copy"), lines)
+}
+
+#[test]
+fn a_transaction_happens_as_a_whole_or_not_at_all() -> Result<()> {
+    let scratch = Scratch::new("jtrans")?;
+    let (mut vm, mut console) = machine(&scratch)?;
+    let mut qmp = vm.qmp()?;
+    let file = |n: &str| scratch.path(&format!("{n}.qcow2"));
+    let bitmap = json!({"type": "block-dirty-bitmap-add", "data": {"node": "disk", "name": "b"}});
+    let internal =
+        json!({"type": "blockdev-snapshot-internal-sync", "data": {"device": "disk", "name": "i"}});
+    let external = json!({"type": "blockdev-snapshot-sync", "data":
+        {"node-name": "disk", "snapshot-file": file("over"), "snapshot-node-name": "over"}});
+    let abort = json!({"type": "abort", "data": {}});
+    let all = [&bitmap, &internal, &external, &abort];
+    let refused = qmp.command("transaction", json!({"actions": all})).unwrap_err();
+    assert!(refused.contains("Transaction aborted using Abort action"), "{refused}");
+    assert!(!std::path::Path::new(&file("over")).exists(), "the overlay's file is left");
+    assert_eq!(front(&mut qmp)?, ("disk".into(), 0));
+    let block = qmp.command("query-block", Value::Null)?;
+    assert!(
+        block[0]["inserted"]["dirty-bitmaps"].is_null()
+            && block[0]["inserted"]["image"]["snapshots"].is_null()
+    );
+    qmp.command("transaction", json!({"actions": &all[..3]}))?;
+    assert_eq!(front(&mut qmp)?, ("over".into(), 1));
+    let nodes = qmp.command("query-named-block-nodes", Value::Null)?;
+    let disk = nodes.as_array().into_iter().flatten().find(|n| n["node-name"] == "disk").cloned();
+    let disk = disk.unwrap_or_default();
+    assert_eq!(disk["image"]["snapshots"][0]["name"], "i", "{disk}");
+    assert_eq!(disk["dirty-bitmaps"][0]["name"], "b", "{disk}");
+    assert_eq!(disk["ro"], true, "{disk}");
+    // What one of a pair would do alone is refused, both ways.
+    let on = qmp.command("ft-turn-on", json!({"listen": "127.0.0.1:0"})).unwrap_err();
+    assert!(on.contains("other images than it was started with"), "{on}");
+    let lines = end(&mut vm, &mut console, qmp)?;
+    check(&scratch, &file("over"), lines)?;
+    run("qemu-img", &["check", "-q", &file("disk")])?;
+    Ok(())
+}
+
+/// One of a pair does none of this: the other side would not find what it has to open.
+#[test]
+fn a_pair_keeps_its_images() -> Result<()> {
+    let scratch = Scratch::new("jpair")?;
+    let image = scratch.path("disk.qcow2");
+    run("qemu-img", &["create", "-q", "-f", "qcow2", &image, "8M"])?;
+    let more =
+        format!("-S -net none -drive file={image},if=virtio,id=d0 -ft primary,listen={}", free_port()?);
+    let mut vm = start_tiny(&scratch, "vm", "", &more)?;
+    let mut qmp = vm.qmp()?;
+    let over = scratch.path("over.qcow2");
+    let sync = json!({"device": "d0", "snapshot-file": over});
+    let mirror = json!({"device": "d0", "target": over, "sync": "full"});
+    for (command, arguments) in [("blockdev-snapshot-sync", sync), ("drive-mirror", mirror)] {
+        let refused = qmp.command(command, arguments).unwrap_err();
+        assert!(refused.contains("refused while fault tolerance is on"), "{command}: {refused}");
+    }
+    assert!(!std::path::Path::new(&over).exists());
+    qmp.command("quit", Value::Null)?;
+    ends_well(&mut vm)
+}

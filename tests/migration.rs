@@ -1,0 +1,253 @@
+//! A machine that moves: between hosts that are network namespaces, into files and snapshots and back, with clients that
+//! remember every acknowledged answer.
+
+mod common;
+
+use std::time::Duration;
+
+use common::{ends_well, ext4, start_tiny, LONG};
+use ftvm_harness::guests::run;
+use ftvm_harness::moves::wait_migration;
+use ftvm_harness::pair::{Clients, Guest, Pair};
+use ftvm_harness::{run_stories, Result, Scratch};
+use serde_json::{json, Value};
+
+const WAIT: Duration = Duration::from_secs(60);
+
+fn capability(name: &str) -> Value {
+    json!({"capabilities": [{"capability": name, "state": true}]})
+}
+
+fn downtimes(mut all: Vec<u64>) -> String {
+    all.sort_unstable();
+    let at = |n: usize| all.get(n).copied().unwrap_or(0);
+    format!("downtime median {} ms, longest {} ms", at(all.len() / 2), at(all.len().saturating_sub(1)))
+}
+
+/// Under load there and back again: every connection lives on, no answer is wrong or lost.
+fn back_and_forth() -> Result<()> {
+    let long = std::env::var_os("FTVM_LONG").is_some_and(|v| v != "0");
+    let (guest, rounds) = if long { (Guest::Debian, 100) } else { (Guest::Tiny, 6) };
+    let mut pair = Pair::start_plain("moves", guest)?;
+    let clients = match guest {
+        Guest::Debian => Clients::start(&pair, 80, "Welcome to nginx", "moves").with_ssh(&pair),
+        Guest::Tiny => Clients::start(&pair, 8080, "HTTP/1.1 200", "moves"),
+    };
+    let mut stopped = Vec::new();
+    for round in 0..rounds {
+        clients.wait_progress(10, WAIT).map_err(|e| format!("round {round}: {e}\n{}", pair.logs()))?;
+        let done = pair.move_machine().map_err(|e| format!("round {round}: {e}"))?;
+        stopped.push(done["downtime"].as_u64().unwrap_or(u64::MAX));
+    }
+    clients.wait_progress(10, WAIT)?;
+    println!("{rounds} moves under load: {}", downtimes(stopped));
+    for (name, seen) in clients.finish()? {
+        println!("{name}: {} answers, longest pause {:.0?}", seen.answers, seen.longest);
+    }
+    let mut idle = Vec::new();
+    for _ in 0..3 {
+        std::thread::sleep(Duration::from_millis(500));
+        idle.push(pair.move_machine()?["downtime"].as_u64().unwrap_or(u64::MAX));
+    }
+    println!("3 moves of an idle guest: {}", downtimes(idle));
+    pair.finish(guest == Guest::Debian)
+}
+
+/// Whatever goes wrong on the way, the machine goes on where it was.
+fn failures_leave_the_source_running() -> Result<()> {
+    let mut pair = Pair::start_plain("failures", Guest::Tiny)?;
+    let clients = Clients::start(&pair, 8080, "HTTP/1.1 200", "failures");
+    clients.wait_progress(10, WAIT)?;
+
+    // Another machine is refused by what differs.
+    pair.destination(&["-m", "256M"])?;
+    let mut qmp = pair.begin_move()?;
+    let failed = wait_migration(&mut qmp, WAIT)?;
+    let text = failed["error-desc"].as_str().unwrap_or_default().to_owned();
+    if failed["status"] != "failed" || !text.contains("memory was 192 MiB, is 256 MiB") {
+        return Err(format!("another machine: {failed}"));
+    }
+    drop(qmp);
+    let said = pair.expect_refusal()?;
+    if !said.contains("memory was 192 MiB, is 256 MiB") {
+        return Err(format!("the destination said: {said}"));
+    }
+    clients.wait_progress(10, WAIT)?;
+
+    // The same memory but other devices is seen when the state arrives, after the source has let go of its image.
+    pair.destination(&["-device", "virtio-rng-pci,id=more"])?;
+    let mut qmp = pair.begin_move()?;
+    let failed = wait_migration(&mut qmp, WAIT)?;
+    if failed["status"] != "failed"
+        || !failed["error-desc"].as_str().unwrap_or_default().contains("is missing")
+    {
+        return Err(format!("other devices: {failed}"));
+    }
+    drop(qmp);
+    pair.expect_refusal()?;
+    clients.wait_progress(10, WAIT)?;
+
+    // The destination dies on the way.
+    pair.destination(&[])?;
+    pair.qmp()?.command("migrate-set-parameters", json!({"max-bandwidth": 8 << 20}))?;
+    let mut qmp = pair.begin_move()?;
+    std::thread::sleep(Duration::from_millis(300));
+    let other = pair.other();
+    if let Some(mut vm) = pair.hosts[other].take() {
+        vm.kill();
+    }
+    let failed = wait_migration(&mut qmp, WAIT)?;
+    if failed["status"] != "failed" {
+        return Err(format!("the destination died: {failed}"));
+    }
+    drop(qmp);
+    clients.wait_progress(10, WAIT)?;
+
+    // The user changes his mind, twice: on the way, and when the machine stands still.
+    for stop in [false, true] {
+        pair.destination(&[])?;
+        let mut qmp = pair.qmp()?;
+        let capabilities = json!([
+            {"capability": "pause-before-switchover", "state": stop},
+            {"capability": "events", "state": true},
+        ]);
+        qmp.command("migrate-set-capabilities", json!({"capabilities": capabilities}))?;
+        let bandwidth: u64 = if stop { 0 } else { 8 << 20 };
+        qmp.command("migrate-set-parameters", json!({"max-bandwidth": bandwidth}))?;
+        qmp.command("migrate", json!({"uri": pair.destination_uri()}))?;
+        if stop {
+            ftvm_harness::wait_for("pre-switchover", WAIT, || {
+                (qmp.command("query-migrate", Value::Null).ok()?["status"] == "pre-switchover").then_some(())
+            })?;
+            let refused = qmp.command("cont", Value::Null).err().unwrap_or_default();
+            if !refused.contains("not finalized") {
+                return Err(format!("cont in the middle: {refused:?}"));
+            }
+        }
+        qmp.command("migrate_cancel", Value::Null)?;
+        let cancelled = wait_migration(&mut qmp, WAIT)?;
+        if cancelled["status"] != "cancelled" {
+            return Err(format!("cancelled: {cancelled}"));
+        }
+        drop(qmp);
+        pair.expect_refusal()?;
+        clients.wait_progress(10, WAIT)?;
+    }
+
+    // And then it moves after all, when it is told to go on.
+    pair.destination(&[])?;
+    let mut qmp = pair.begin_move()?;
+    ftvm_harness::wait_for("pre-switchover", WAIT, || {
+        (qmp.command("query-migrate", Value::Null).ok()?["status"] == "pre-switchover").then_some(())
+    })?;
+    qmp.command("migrate-continue", json!({"state": "pre-switchover"}))?;
+    let done = wait_migration(&mut qmp, WAIT)?;
+    if done["status"] != "completed" {
+        return Err(format!("{done}\n{}", pair.logs()));
+    }
+    drop(qmp);
+    pair.arrive()?;
+    clients.wait_progress(10, WAIT)?;
+    clients.finish()?;
+    pair.finish(false)
+}
+
+/// Into a compressed file and back; what is cut off or changed is refused, and the source goes on.
+fn through_a_file() -> Result<()> {
+    let scratch = Scratch::new("file")?;
+    let (raw, image) = (ext4(&scratch, "disk.raw", 48)?, scratch.path("disk.qcow2"));
+    run("qemu-img", &["convert", "-O", "qcow2", &raw, &image])?;
+    let more = format!("-net none -smp 2 -drive file={image},if=virtio");
+    let words = "disk spin";
+    let mut vm = start_tiny(&scratch, "from", words, &more)?;
+    vm.wait_console("tiny guest ready", LONG)?;
+    let state = scratch.path("state.gz");
+    let mut qmp = vm.qmp()?;
+    qmp.command("migrate-set-capabilities", capability("compress"))?;
+    qmp.command("migrate", json!({"uri": format!("exec:gzip -1 > {state}")}))?;
+    let done = wait_migration(&mut qmp, WAIT)?;
+    assert_eq!(done["status"], "completed", "{}", vm.log());
+    assert_eq!(qmp.command("query-status", Value::Null)?["status"], "postmigrate");
+
+    let whole = std::fs::read(&state).map_err(|e| e.to_string())?;
+    let plain = scratch.path("state");
+    std::fs::write(&plain, run_bytes("gzip", &["-dc", &state])?).map_err(|e| e.to_string())?;
+    let plain_bytes = std::fs::read(&plain).map_err(|e| e.to_string())?;
+    println!("the state has {} bytes, compressed {}", plain_bytes.len(), whole.len());
+    let broken = scratch.path("broken");
+    let cut = |n: usize| plain_bytes[..n].to_vec();
+    let flip = |n: usize| {
+        let mut bytes = plain_bytes.clone();
+        bytes[n] ^= 1;
+        bytes
+    };
+    let len = plain_bytes.len();
+    for (bytes, what) in [
+        (cut(10), "breaks off"),
+        (cut(len / 2), "breaks off"),
+        (cut(len - 1), "breaks off"),
+        (flip(3), "no state of an ftvm machine"),
+        (flip(len / 2), "damaged"),
+        (flip(len - 20), ""),
+    ] {
+        std::fs::write(&broken, bytes).map_err(|e| e.to_string())?;
+        let mut there = start_tiny(&scratch, "refused", words, &format!("{more} -incoming file:{broken}"))?;
+        let status = there.wait_exit(LONG)?;
+        let said = there.log();
+        assert!(
+            status == 1 && said.contains("the machine did not arrive") && said.contains(what),
+            "{what}: {said}"
+        );
+    }
+
+    // The source may go on, and then nobody else gets its image.
+    qmp.command("cont", Value::Null)?;
+    let mut there = start_tiny(&scratch, "second", words, &format!("{more} -incoming file:{plain}"))?;
+    assert_eq!(there.wait_exit(LONG)?, 1);
+    assert!(there.log().contains("lock"), "{}", there.log());
+    qmp.command("stop", Value::Null)?;
+    qmp.command("migrate", json!({"uri": format!("exec:gzip -1 > {state}")}))?;
+    assert_eq!(wait_migration(&mut qmp, WAIT)?["status"], "completed");
+    qmp.command("quit", Value::Null)?;
+    ends_well(&mut vm)?;
+
+    // It was stopped: so it arrives, and goes on when it is told to.
+    let args = format!("{more} -incoming defer");
+    let mut there = start_tiny(&scratch, "to", words, &args)?;
+    let mut qmp = there.qmp()?;
+    assert_eq!(qmp.command("query-status", Value::Null)?["status"], "inmigrate");
+    qmp.command("migrate-incoming", json!({"uri": format!("exec:gzip -dc < {state}")}))?;
+    let paused = || (qmp.command("query-status", Value::Null).ok()?["status"] == "paused").then_some(());
+    ftvm_harness::wait_for("the machine", WAIT, paused).map_err(|e| format!("{e}\n{}", there.log()))?;
+    qmp.command("cont", Value::Null)?;
+    qmp.wait_event("RESUME", WAIT)?;
+    let icount = |qmp: &mut ftvm_harness::qmp::Qmp| {
+        qmp.command("query-replay", Value::Null).ok().and_then(|r| r["icount"].as_u64())
+    };
+    let before = icount(&mut qmp);
+    // Asleep between two ticks, it executes nothing for a moment.
+    ftvm_harness::wait_for("instructions", WAIT, || (icount(&mut qmp) > before).then_some(()))?;
+    qmp.command("quit", Value::Null)?;
+    ends_well(&mut there)?;
+    run("qemu-img", &["check", &image])?;
+    Ok(())
+}
+
+fn run_bytes(program: &str, args: &[&str]) -> Result<Vec<u8>> {
+    let out = std::process::Command::new(program).args(args).output().map_err(|e| e.to_string())?;
+    match out.status.success() {
+        true => Ok(out.stdout),
+        false => Err(String::from_utf8_lossy(&out.stderr).into_owned()),
+    }
+}
+
+fn main() {
+    run_stories(
+        "migration",
+        &[
+            ("back_and_forth", back_and_forth),
+            ("failures_leave_the_source_running", failures_leave_the_source_running),
+            ("through_a_file", through_a_file),
+        ],
+    );
+}
