@@ -31,7 +31,7 @@ use super::cache::CROSSING;
 use super::decode::{FLAT32, MODE64};
 use super::flags::{IF, TF};
 use super::op::{
-    Block, Op, BLOCKIP, CODE_AT, FLAGS, HOST_CSR, JUMP_TABLE, KEY, LEFT, LEVEL, NEVER, PAGE, RING_TOP,
+    Block, Op, ASKED, BLOCKIP, CODE_AT, FLAGS, HOST_CSR, JUMP_TABLE, KEY, LEFT, LEVEL, NEVER, PAGE, RING_TOP,
     RIP_OUT, SITE, TLB, TOUCHED, WANTED, XMM_LIVE,
 };
 use super::paging::{Access, TLB_SIZE};
