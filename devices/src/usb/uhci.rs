@@ -356,7 +356,7 @@ impl Uhci {
             return Outcome::Wait;
         }
         let (packet, address, endpoint) = (token as u8, (token >> 8 & 0x7F) as u8, (token >> 15 & 15) as u8);
-        let len = ((token >> 21) + 1 & LENGTH) as usize;
+        let len = (((token >> 21) + 1) & LENGTH) as usize;
         *bytes += len;
         let ports = self.s.ports;
         let enabled = |n: usize| ports[n] & (ENABLED | SUSPENDED) == ENABLED;
