@@ -6,6 +6,7 @@ mod chars;
 mod cpu;
 pub mod devices;
 mod display;
+pub mod dump;
 mod fdsets;
 mod ft;
 mod graph;
@@ -97,6 +98,9 @@ const COMMANDS: &[(&str, Command)] = &[
     ("query-memdev", machine::memdev),
     ("query-replay", machine::replay),
     ("pmemsave", machine::pmemsave),
+    ("dump-guest-memory", dump::dump),
+    ("query-dump", dump::query),
+    ("query-dump-guest-memory-capability", dump::capability),
     ("qom-list-types", types::list),
     ("qom-list", qom::list),
     ("qom-get", qom::get),
