@@ -184,6 +184,7 @@ const COMMANDS: &[(&str, Command)] = &[
     ("ft-resume", ft::resume),
     ("ft-test-failover", ft::test_failover),
     ("ft-test-restart", ft::test_restart),
+    ("ft-migrate-backup", ft::migrate_backup),
 ];
 
 /// The version of the interface, and of the program.

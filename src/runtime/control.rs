@@ -22,6 +22,8 @@ pub enum FtWish {
     TestFailover,
     /// The backup joins anew.
     RestartBackup,
+    /// The next backup that joins takes the present one's place.
+    MigrateBackup,
     /// Let the backup go, and be no primary any more.
     TurnOff,
 }
