@@ -512,3 +512,83 @@ fn a_pair_of_libvirts_keeps_a_domain_when_one_side_dies() -> Result<()> {
     run("qemu-img", &["check", &more])?;
     Ok(())
 }
+
+#[test]
+fn libvirt_saves_reverts_and_moves_a_domain() -> Result<()> {
+    if let Some(reason) = missing() {
+        eprintln!("skipped: {reason}");
+        return Ok(());
+    }
+    let (one, two) = (Scratch::new("libvirt-from")?, Scratch::new("libvirt-to")?);
+    let xml = one.path("moves.xml");
+    std::fs::write(&xml, q35_description(&one, "moves")?).map_err(|e| e.to_string())?;
+    let (a, b) = (Libvirt::start(&one)?, Libvirt::start(&two)?);
+    run("chmod", &["777", &one.0.display().to_string()])?;
+    a.virsh(&["define", &xml])?;
+    a.virsh(&["start", "moves"])?;
+    let mut console = Console::open(&a, "moves")?;
+    console.until("Enter 'help'", LONG)?;
+    console.run("MARK=first; modprobe virtio_blk; echo $MARK > /dev/vda; sync")?;
+    let says = |v: &Libvirt, mark: &str| -> Result<Console> {
+        let mut console = Console::open(v, "moves")?;
+        let shell = wait_for("the guest's shell", LONG, || console.run("echo is:$MARK").ok());
+        let shell = shell?;
+        assert!(shell.contains(&format!("is:{mark}")), "{shell}");
+        Ok(console)
+    };
+
+    // Into a file, and back.
+    let file = one.path("state");
+    a.virsh(&["save", "moves", &file])?;
+    assert!(a.virsh(&["domstate", "moves"])?.starts_with("shut off"));
+    a.virsh(&["restore", &file])?;
+    a.wait_state("moves", "running", LONG)?;
+    says(&a, "first")?;
+    a.virsh(&["managedsave", "moves"])?;
+    a.virsh(&["start", "moves"])?;
+    a.wait_state("moves", "running", LONG)?;
+    let mut console = says(&a, "first")?;
+
+    // A snapshot, and back.
+    a.virsh(&["snapshot-create-as", "moves", "before"])?;
+    assert!(a.virsh(&["snapshot-list", "moves"])?.contains("before"));
+    console.run("MARK=second; echo $MARK > /dev/vda; sync")?;
+    a.virsh(&["snapshot-revert", "moves", "before"])?;
+    a.wait_state("moves", "running", LONG)?;
+    let mut console = says(&a, "first")?;
+    let disk = console.run("echo 3 > /proc/sys/vm/drop_caches; head -n 1 /dev/vda")?;
+    assert!(disk.contains("first") && !disk.contains("second"), "{disk}");
+    a.virsh(&["snapshot-delete", "moves", "before"])?;
+
+    // To another host and back, with a disk that was plugged in on the way.
+    let more = image(&one, "more.qcow2", 32)?;
+    a.virsh(&["attach-disk", "moves", &more, "vdb", "--driver", "qemu", "--subdriver", "qcow2"])?;
+    wait_for("the disk in the guest", LONG, || {
+        console.run("cat /sys/block/vdb/size").ok().filter(|s| s.contains("65536"))
+    })?;
+    let to = |from: &Libvirt, to: &Libvirt| {
+        let uri = ["migrate", "--live", "--unsafe", "moves", to.uri(), "--migrateuri", "tcp://127.0.0.1"];
+        from.virsh(&uri)
+    };
+    to(&a, &b).map_err(|e| format!("{e}\n{}", emulator_log(&two, "moves")))?;
+    assert!(a.virsh(&["domstate", "moves"])?.starts_with("shut off"));
+    b.wait_state("moves", "running", LONG)?;
+    let mut console = says(&b, "first")?;
+    let wrote = console.run("MARK=there; dd if=/dev/zero of=/dev/vdb bs=1M count=4; sync")?;
+    assert!(wrote.contains("END:0"), "{wrote}");
+    b.virsh(&["detach-disk", "moves", "vdb"])?;
+    to(&b, &a).map_err(|e| format!("{e}\n{}", emulator_log(&one, "moves")))?;
+    a.wait_state("moves", "running", LONG)?;
+    let mut console = says(&a, "there")?;
+    assert!(console.run("test -e /dev/vdb")?.contains("END:1"), "the disk is back");
+    let _ = console.run("(sleep 1; poweroff -f) & true");
+    a.wait_state("moves", "shut off (shutdown)", LONG)?;
+    run("qemu-img", &["check", &more])?;
+    run("qemu-img", &["check", &one.path("moves.qcow2")])?;
+    Ok(())
+}
+
+/// What the emulator of a domain said.
+fn emulator_log(scratch: &Scratch, name: &str) -> String {
+    std::fs::read_to_string(scratch.path(&format!("libvirt4/qemu/{name}.log"))).unwrap_or_default()
+}

@@ -5,10 +5,12 @@ mod common;
 
 use std::time::Duration;
 
-use common::{ends_well, ext4, start_tiny, LONG};
+use common::{ends_well, ext4, free_port, start_tiny, LONG};
+use ftvm_harness::client::Line;
 use ftvm_harness::guests::run;
 use ftvm_harness::moves::wait_migration;
 use ftvm_harness::pair::{Clients, Guest, Pair};
+use ftvm_harness::qmp::Qmp;
 use ftvm_harness::{run_stories, Result, Scratch};
 use serde_json::{json, Value};
 
@@ -233,6 +235,64 @@ fn through_a_file() -> Result<()> {
     Ok(())
 }
 
+/// The whole machine in a snapshot, and back: what came later never happened, in memory and on the disk.
+fn snapshots() -> Result<()> {
+    let scratch = Scratch::new("snapshots")?;
+    let (raw, image) = (ext4(&scratch, "disk.raw", 48)?, scratch.path("disk.qcow2"));
+    run("qemu-img", &["convert", "-O", "qcow2", &raw, &image])?;
+    let tcp = free_port()?;
+    let words = "net disk serve";
+    let more = format!("-nic user,model=virtio,hostfwd=tcp:{tcp}-:7000 -smp 2 -drive file={image},if=virtio");
+    let mut vm = start_tiny(&scratch, "first", words, &more)?;
+    vm.wait_console("ftload: serving on 7000", LONG)?;
+    let put = |text: &str| Line::connect(tcp)?.ask(&format!("put {text}")).map(|(answer, _)| answer);
+    let get = |n: u32| Line::connect(tcp)?.ask(&format!("get {n}")).map(|(answer, _)| answer);
+    let mut qmp = vm.qmp()?;
+    let human = |qmp: &mut Qmp, line: &str| {
+        let said = qmp.command("human-monitor-command", json!({"command-line": line}))?;
+        Ok::<String, String>(said.as_str().unwrap_or_default().to_owned())
+    };
+    assert_eq!(put("one")?, "ok 0");
+    assert_eq!(human(&mut qmp, "savevm first")?, "");
+    assert_eq!(put("two")?, "ok 1");
+    assert_eq!(human(&mut qmp, "savevm \"second one\"")?, "");
+    assert_eq!(put("three")?, "ok 2");
+    let list = human(&mut qmp, "info snapshots")?;
+    assert!(
+        list.contains("present on all disks") && list.contains("first") && !list.contains("partial"),
+        "{list}"
+    );
+    assert!(human(&mut qmp, "loadvm third")?.contains("Snapshot 'third' does not exist"));
+    let status = qmp.command("query-status", Value::Null)?;
+    assert_eq!(status["status"], "running", "a snapshot that is not there stops nothing");
+
+    assert_eq!(human(&mut qmp, "loadvm first")?, "");
+    assert_eq!((get(0)?, put("other")?), ("one".into(), "ok 1".into()));
+    assert_eq!(human(&mut qmp, "loadvm \"second one\"")?, "");
+    assert_eq!((get(1)?, put("more")?), ("two".into(), "ok 2".into()));
+    assert_eq!(human(&mut qmp, "delvm \"second one\"")?, "");
+    assert!(human(&mut qmp, "info snapshots")?.matches("one").count() == 0);
+    qmp.command("quit", Value::Null)?;
+    ends_well(&mut vm)?;
+    run("qemu-img", &["check", &image])?;
+    let seen = run("qemu-img", &["snapshot", "-l", &image])?;
+    assert!(seen.contains("first") && seen.contains("MiB"), "{seen}");
+
+    // Another program goes on from it, stopped at first.
+    let mut vm = start_tiny(&scratch, "again", words, &format!("{more} -loadvm first -S"))?;
+    let mut qmp = vm.qmp()?;
+    assert_eq!(qmp.command("query-status", Value::Null)?["running"], false);
+    qmp.command("cont", Value::Null)?;
+    assert_eq!((get(0)?, put("after")?), ("one".into(), "ok 1".into()));
+    qmp.command("quit", Value::Null)?;
+    ends_well(&mut vm)?;
+    let mut vm = start_tiny(&scratch, "other", words, &format!("{more} -m 128 -loadvm first"))?;
+    assert_eq!(vm.wait_exit(LONG)?, 1);
+    assert!(vm.log().contains("memory was 256 MiB, is 128 MiB"), "{}", vm.log());
+    run("qemu-img", &["check", &image])?;
+    Ok(())
+}
+
 fn run_bytes(program: &str, args: &[&str]) -> Result<Vec<u8>> {
     let out = std::process::Command::new(program).args(args).output().map_err(|e| e.to_string())?;
     match out.status.success() {
@@ -248,6 +308,7 @@ fn main() {
             ("back_and_forth", back_and_forth),
             ("failures_leave_the_source_running", failures_leave_the_source_running),
             ("through_a_file", through_a_file),
+            ("snapshots", snapshots),
         ],
     );
 }

@@ -72,6 +72,19 @@ pub trait Image: Send + Sync {
     fn snapshot(&self, _change: &SnapshotChange) -> Result<Snapshot, BlockError> {
         Err(BlockError::Unsupported(format!("a {} image has no internal snapshots", self.format())))
     }
+    /// Store a piece of a machine's state, to be kept by the snapshot that is made next; `at` is a multiple of the cluster
+    /// size, and so is the length of all pieces but the last.
+    fn write_vm_state(&self, _at: u64, _data: &[u8]) -> Result<(), BlockError> {
+        Err(BlockError::Unsupported(format!("a {} image cannot keep a machine's state", self.format())))
+    }
+    /// Give the space of what [`Self::write_vm_state`] stored back; snapshots keep theirs.
+    fn drop_vm_state(&self) -> Result<(), BlockError> {
+        Ok(())
+    }
+    /// Read a piece of the state that the snapshot with this id keeps.
+    fn read_vm_state(&self, _id: &str, _at: u64, _buf: &mut [u8]) -> Result<(), BlockError> {
+        Err(BlockError::Unsupported(format!("a {} image keeps no machine's state", self.format())))
+    }
     /// What the image says of itself.
     fn info(&self) -> ImageInfo {
         ImageInfo::default()
@@ -146,6 +159,15 @@ impl<T: Image + ?Sized> Image for Arc<T> {
     }
     fn snapshot(&self, change: &SnapshotChange) -> Result<Snapshot, BlockError> {
         (**self).snapshot(change)
+    }
+    fn write_vm_state(&self, at: u64, data: &[u8]) -> Result<(), BlockError> {
+        (**self).write_vm_state(at, data)
+    }
+    fn drop_vm_state(&self) -> Result<(), BlockError> {
+        (**self).drop_vm_state()
+    }
+    fn read_vm_state(&self, id: &str, at: u64, buf: &mut [u8]) -> Result<(), BlockError> {
+        (**self).read_vm_state(id, at, buf)
     }
     fn info(&self) -> ImageInfo {
         (**self).info()

@@ -227,6 +227,15 @@ impl Image for Node {
     fn snapshot(&self, change: &SnapshotChange) -> Result<Snapshot, BlockError> {
         self.image().snapshot(change)
     }
+    fn write_vm_state(&self, at: u64, data: &[u8]) -> Result<(), BlockError> {
+        self.image().write_vm_state(at, data)
+    }
+    fn drop_vm_state(&self) -> Result<(), BlockError> {
+        self.image().drop_vm_state()
+    }
+    fn read_vm_state(&self, id: &str, at: u64, buf: &mut [u8]) -> Result<(), BlockError> {
+        self.image().read_vm_state(id, at, buf)
+    }
     fn info(&self) -> ImageInfo {
         self.image().info()
     }
@@ -307,6 +316,15 @@ impl Image for Root {
     }
     fn snapshot(&self, change: &SnapshotChange) -> Result<Snapshot, BlockError> {
         self.read().snapshot(change)
+    }
+    fn write_vm_state(&self, at: u64, data: &[u8]) -> Result<(), BlockError> {
+        self.read().write_vm_state(at, data)
+    }
+    fn drop_vm_state(&self) -> Result<(), BlockError> {
+        self.read().drop_vm_state()
+    }
+    fn read_vm_state(&self, id: &str, at: u64, buf: &mut [u8]) -> Result<(), BlockError> {
+        self.read().read_vm_state(id, at, buf)
     }
     fn info(&self) -> ImageInfo {
         self.read().info()

@@ -587,7 +587,7 @@ impl FaultTolerance {
     #[zbus(signal)]
     pub async fn reprotected(emitter: &SignalEmitter<'_>, epoch: u64, peer: &str) -> zbus::Result<()>;
 
-    /// The backup's state differed from the primary's in these parts; it starts over.
+    /// This backup's state differed from the primary's in these parts; it starts over.
     #[zbus(signal)]
     pub async fn diverged(emitter: &SignalEmitter<'_>, position: u64, parts: Vec<String>)
         -> zbus::Result<()>;

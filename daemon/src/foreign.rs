@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
@@ -74,11 +75,12 @@ fn ask(path: &Path, pid: u32) -> Result<Found, String> {
     let start = began(pid).ok_or("the process has ended")?;
     let text = |e: std::io::Error| e.to_string();
     let owner = std::fs::symlink_metadata(path).map_err(text)?.uid();
-    let (link, _events) = Link::connect(path).map_err(text)?;
-    let peer = link.with_socket(|s| getsockopt(s, PeerCredentials)).map_err(|e| e.to_string())?;
+    let stream = UnixStream::connect(path).map_err(text)?;
+    let peer = getsockopt(&stream, PeerCredentials).map_err(|e| e.to_string())?;
     if peer.pid() != pid as i32 || peer.uid() != owner {
         return Err(format!("the socket is process {}'s of user {}", peer.pid(), peer.uid()));
     }
+    let (link, _events) = Link::negotiate(stream).map_err(text)?;
     let name = link.command("query-name", Value::Null).map_err(|e| e.to_string())?;
     let name: String = name["name"].as_str().unwrap_or_default().chars().take(40).collect();
     let name = name.replace(|c: char| !c.is_ascii_alphanumeric() && !"._-".contains(c), "_");

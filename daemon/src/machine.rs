@@ -390,6 +390,8 @@ impl Machine {
                     let link = Arc::new(link);
                     *lock(&self.link) = Some(Arc::clone(&link));
                     self.follow(pid, &link, &events);
+                    // What it said last.
+                    events.try_iter().for_each(|event| self.happened(&event));
                     *lock(&self.link) = None;
                     if self.pid().is_none() {
                         *lock(&self.facts) = Facts::default();

@@ -218,8 +218,8 @@ pub fn configuration_page() -> String {
          that answers, is not in maintenance,\nhas the same version, does not run the machine, and has enough memory: the \
          one with the least load and the most room.\nThe definition goes with it, and is kept there. A host that has a \
          definition of the machine that differs\nstarts the backup with its arguments (another tap, another path); else \
-         the backup takes everything from the primary.\nAfter a planned switch the old primary is given 10 seconds to become \
-         the backup.\n.PP\nA primary whose host does not run ftvmd is not healed. Two hosts never heal one machine: only the \
+         the backup takes everything from the primary.\nAfter a planned switch the old primary, and a backup that is made \
+         anew, are given 10 seconds to join by themselves.\n.PP\nA primary whose host does not run ftvmd is not healed. Two hosts never heal one machine: only the \
          primary's does,\nand the lock on storage sees to it that there is one.\n\
          .SH FILES\n.TP\n.I /etc/ftvm/ftvmd.conf\n.TP\n.I /etc/ftvm/tls/\nCertificates and key.\n\
          .SH SEE ALSO\n.BR ftctl (1),\n.BR ftvm\\-ft (7),\n.BR ftvmd (8)\n",

@@ -30,7 +30,11 @@ struct Inner {
 impl Link {
     /// Connect and negotiate; the events that follow come on the receiver, which ends with the connection.
     pub fn connect(path: &Path) -> std::io::Result<(Link, Receiver<Value>)> {
-        let stream = UnixStream::connect(path)?;
+        Self::negotiate(UnixStream::connect(path)?)
+    }
+
+    /// As `connect`, over a connection that there is.
+    pub fn negotiate(stream: UnixStream) -> std::io::Result<(Link, Receiver<Value>)> {
         stream.set_write_timeout(Some(ANSWER))?;
         let input = stream.try_clone()?;
         let (to_replies, replies) = channel();
@@ -39,11 +43,6 @@ impl Link {
         let link = Link { inner: Mutex::new(Inner { stream, replies, next_id: 0 }) };
         link.command("qmp_capabilities", Value::Null).map_err(std::io::Error::other)?;
         Ok((link, events))
-    }
-
-    /// Look at the connection's socket.
-    pub fn with_socket<T>(&self, look: impl FnOnce(&UnixStream) -> T) -> T {
-        look(&self.inner.lock().unwrap_or_else(PoisonError::into_inner).stream)
     }
 
     /// Execute a command; its return value, or the sentence of its refusal.

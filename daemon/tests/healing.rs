@@ -3,11 +3,13 @@
 
 use std::io::Write;
 use std::net::SocketAddr;
+use std::path::Path;
+use std::process::Stdio;
 use std::time::Duration;
 
 use ftvm_harness::client::Client;
 use ftvm_harness::hosts::{become_root, Network, GUEST};
-use ftvm_harness::service::{name, Hosts, Inventory};
+use ftvm_harness::service::{name, Hosts, Inventory, Process};
 use ftvm_harness::{guests, wait_for, Result, Scratch};
 
 const LONG: Duration = Duration::from_secs(60);
@@ -119,6 +121,187 @@ fn static_peers() -> Result<()> {
     wait_for("the end of all sides", LONG, || (0..3).all(|i| hosts.machines(i).is_empty()).then_some(()))
 }
 
+/// Etcd, of Debian's package, with a member on each host.
+struct Etcd {
+    members: Vec<Process>,
+    urls: Vec<String>,
+}
+
+impl Etcd {
+    fn start(net: &Network, scratch: &Scratch) -> Result<Etcd> {
+        let ftctl = env!("CARGO_BIN_EXE_ftctl");
+        let tls = scratch.path("etcd");
+        let addresses: Vec<String> = (0..3).map(Network::address).collect();
+        guests::run(ftctl, &["cert", "ca", "--dir", &tls])?;
+        let mut args = vec!["cert", "host", "etcd"];
+        args.extend(addresses.iter().map(String::as_str));
+        args.extend(["--dir", &tls]);
+        guests::run(ftctl, &args)?;
+        let peers: Vec<String> =
+            addresses.iter().enumerate().map(|(i, a)| format!("m{i}=http://{a}:2380")).collect();
+        let mut members = Vec::new();
+        for (i, address) in addresses.iter().enumerate() {
+            let (data, log) = (scratch.path(&format!("etcd{i}")), scratch.path(&format!("etcd{i}.log")));
+            let log = std::fs::File::create(log).map_err(|e| e.to_string())?;
+            let child = net
+                .on_host(i, "etcd")
+                .args(["--name", &format!("m{i}"), "--data-dir", &data, "--log-level", "error"])
+                .args(["--listen-client-urls", &format!("https://{address}:2379")])
+                .args(["--advertise-client-urls", &format!("https://{address}:2379")])
+                .args(["--listen-peer-urls", &format!("http://{address}:2380")])
+                .args(["--initial-advertise-peer-urls", &format!("http://{address}:2380")])
+                .args(["--initial-cluster", &peers.join(","), "--initial-cluster-state", "new"])
+                .args(["--cert-file", &format!("{tls}/etcd.crt"), "--key-file", &format!("{tls}/etcd.key")])
+                .args(["--client-cert-auth", "--trusted-ca-file", &format!("{tls}/ca.crt")])
+                .stdin(Stdio::null())
+                .stdout(Stdio::null())
+                .stderr(log)
+                .spawn()
+                .map_err(|e| format!("etcd: {e}"))?;
+            members.push(Process(child));
+        }
+        let urls = addresses.iter().map(|a| format!("https://{a}:2379")).collect();
+        Ok(Etcd { members, urls })
+    }
+}
+
+/// Hosts find each other in etcd, one member of which dies with the first host and stays dead.
+fn shared_inventory() -> Result<()> {
+    if !Path::new("/usr/bin/etcd").exists() {
+        println!("skipped: etcd is not installed");
+        return Ok(());
+    }
+    let net = Network::new(3)?;
+    let scratch = Scratch::new("inventory")?;
+    let mut etcd = Etcd::start(&net, &scratch)?;
+    let urls = etcd.urls.clone();
+    let tls = scratch.path("etcd");
+    let programs = (env!("CARGO_BIN_EXE_ftvmd"), env!("CARGO_BIN_EXE_ftctl"));
+    let mut hosts = Hosts::start(net, scratch, programs, 3, Inventory::Etcd(&urls, &tls))?;
+    let know = |hosts: &Hosts, count: usize| {
+        wait_for("the hosts' knowledge of each other", LONG, || {
+            let all = hosts.up().into_iter().all(|i| {
+                let peers = hosts.json(i, &["peers"]).unwrap_or_default();
+                let ready = peers.as_object().into_iter().flatten().filter(|(_, p)| p["answers"] == true);
+                ready.count() == count
+            });
+            all.then_some(())
+        })
+        .map_err(|e| format!("{e}\n{}", hosts.logs()))
+    };
+    know(&hosts, 2)?;
+    start_web(&hosts, "-ft primary\n")?;
+    kill_in_turn(&mut hosts, if long() { 10 } else { 2 }, |round| {
+        if round == 0 {
+            etcd.members[0].kill();
+        }
+        Ok(())
+    })?;
+    know(&hosts, 2)?;
+    // A host that is gone is no longer listed when its lease is over.
+    let (primary, backup) = hosts.wait_protected("web", LONG)?;
+    let spare = 3 - primary - backup;
+    hosts.kill(spare)?;
+    wait_for("the end of the lease", LONG, || {
+        let peers = hosts.json(primary, &["peers"]).ok()?;
+        peers.get(name(spare)).is_none().then_some(())
+    })
+}
+
+/// A host is emptied, and takes part again; a backup is moved; both hosts race for a lock.
+fn maintenance() -> Result<()> {
+    let mut hosts = hosts("maintenance", Inventory::Static, Network::new(3)?)?;
+    start_web(&hosts, "")?;
+    // A machine without fault tolerance cannot move.
+    hosts.ftctl(0, &["protect", "web"])?;
+    let (primary, backup) = hosts.wait_protected("web", LONG)?;
+    assert_eq!(primary, 0);
+    let clients = clients(&hosts);
+    progress(&clients, &hosts)?;
+
+    // The backup goes where it is told to, and back where there is room.
+    let spare = 3 - primary - backup;
+    assert!(hosts.ftctl(primary, &["move-backup", "web", "nowhere"]).is_err());
+    let error = hosts.ftctl(primary, &["move-backup", "web", &name(backup)]).expect_err("it is there");
+    assert!(error.contains("already"), "{error}");
+    let said = hosts.ftctl(primary, &["move-backup", "web", &name(spare)])?;
+    assert!(said.contains(&name(spare)), "{said}");
+    assert_eq!(hosts.wait_protected("web", LONG)?, (primary, spare));
+    progress(&clients, &hosts)?;
+
+    // The primary's host is emptied: a planned switch, and a new backup elsewhere. Nothing is lost.
+    let said = hosts.ftctl(primary, &["maintenance", "on"]).map_err(|e| format!("{e}\n{}", hosts.logs()))?;
+    assert!(said.starts_with("on"), "{said}");
+    assert!(hosts.machines(primary).is_empty(), "{}", hosts.logs());
+    let (second, third) = hosts.wait_protected("web", LONG)?;
+    assert!(second != primary && third != primary);
+    progress(&clients, &hosts)?;
+    let error = hosts.ftctl(primary, &["start", "web"]).expect_err("in maintenance");
+    assert!(error.contains("maintenance"), "{error}");
+    // It is remembered when the service starts anew, and no backup comes here meanwhile.
+    hosts.kill_service(primary);
+    hosts.power_on(primary)?;
+    let on = || (hosts.json(primary, &["maintenance"]).ok()?["maintenance"] == "on").then_some(());
+    wait_for("maintenance after the restart", LONG, on)?;
+    let seen = || (hosts.json(second, &["peers"]).ok()?[name(primary)]["maintenance"] == true).then_some(());
+    wait_for("the word of the maintenance", LONG, seen)?;
+    let error = hosts.ftctl(second, &["move-backup", "web"]).expect_err("there is no other host");
+    assert!(error.contains("no host can have"), "{error}");
+
+    // A second host cannot be emptied while the first one takes nothing.
+    let mut entering = hosts.spawn_ftctl(third, &["maintenance", "on"])?;
+    let waits = || {
+        let state = hosts.json(third, &["maintenance"]).ok()?;
+        state["waits"].to_string().contains("no host can have").then_some(())
+    };
+    wait_for("the reason", LONG, waits).map_err(|e| format!("{e}\n{}", hosts.logs()))?;
+    assert_eq!(hosts.wait_protected("web", LONG)?, (second, third), "nothing was let go");
+    hosts.ftctl(primary, &["maintenance", "off"])?;
+    let status = wait_for("the end", LONG, || entering.0.try_wait().ok().flatten())
+        .map_err(|e| format!("{e}\n{}", hosts.logs()))?;
+    assert!(status.success());
+    assert_eq!(hosts.wait_protected("web", LONG)?, (second, primary));
+    hosts.ftctl(third, &["maintenance", "off"])?;
+    progress(&clients, &hosts)?;
+
+    // Are two hosts fit? Both race for names on the storage.
+    let (peer, ports) = (name(third), ["--port", "8199"]);
+    let check = |args: &[&str]| hosts.json(second, &[&["check", "--peer", &peer], args, &ports].concat());
+    let fit = check(&["--lock-dir", &hosts.scratch.path(""), "--memory", "192"])
+        .map_err(|e| format!("{e}\n{}", hosts.logs()))?;
+    let found = fit["checks"].as_array().cloned().unwrap_or_default();
+    for what in [
+        "service",
+        "versions",
+        "features",
+        "their memory",
+        "round trip",
+        "clocks",
+        "bandwidth",
+        "shared lock",
+    ] {
+        let one = found.iter().find(|f| f["check"] == what).ok_or_else(|| format!("{what}: {fit:#}"))?;
+        println!("{what}: {}", one["seen"]);
+    }
+    // A directory that each host has for itself is found out, and so is a machine that is too large.
+    let error = check(&["--lock-dir", &hosts.private()]).expect_err("not the same storage");
+    assert!(
+        error.contains("both hosts won a race") && error.contains("use storage that both hosts see"),
+        "{error}"
+    );
+    let error = check(&["--memory", "100000000"]).expect_err("too large");
+    assert!(error.contains("their memory") && error.contains("less (-m)"), "{error}");
+    finish(clients)?;
+
+    // The service dies, its machines do not; the next one finds them, and heals.
+    hosts.kill_service(second);
+    hosts.power_on(second)?;
+    assert_eq!(hosts.wait_protected("web", LONG)?, (second, primary));
+    hosts.kill(primary)?;
+    assert_eq!(hosts.wait_protected("web", LONG)?, (second, third));
+    Ok(())
+}
+
 type Test = (&'static str, fn() -> Result<()>);
 
 fn main() {
@@ -130,7 +313,11 @@ fn main() {
 }
 
 fn run() -> Result<()> {
-    let tests: &[Test] = &[("static_peers", static_peers)];
+    let tests: &[Test] = &[
+        ("static_peers", static_peers),
+        ("shared_inventory", shared_inventory),
+        ("maintenance", maintenance),
+    ];
     let wanted: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
     for (name, test) in tests {
         if !wanted.is_empty() && !wanted.iter().any(|w| name.contains(w.as_str())) {

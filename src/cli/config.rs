@@ -230,6 +230,8 @@ pub struct HostConfig {
     pub lock_memory: bool,
     /// The machine comes from elsewhere.
     pub incoming: Option<Uri>,
+    /// The snapshot from which the machine goes on.
+    pub loadvm: Option<String>,
 }
 
 /// Both parts, and the options they came from.
@@ -261,6 +263,7 @@ pub const HOST_OPTIONS: &[&str] = &[
     "vnc",
     "display",
     "incoming",
+    "loadvm",
 ];
 
 fn at(option: &str, value: &str) -> impl Fn(KeyvalError) -> CliError {
@@ -667,6 +670,7 @@ impl Config {
                 "incoming" => {
                     h.incoming = Some(Uri::parse(v).map_err(|e| err(KeyvalError::Other(e.to_string())))?);
                 }
+                "loadvm" => h.loadvm = Some(v.to_owned()),
                 "ft" => h.ft = Some(FtConfig::parse(v).map_err(&err)?),
                 other => return Err(CliError::Plain(format!("-{other}: invalid option"))),
             }
@@ -709,6 +713,10 @@ impl Config {
             if let Some((name, _)) = with.iter().find(|(_, given)| *given) {
                 return Err(CliError::Plain(format!("-incoming and {name} cannot be used together")));
             }
+        }
+        if h.loadvm.is_some() && (h.incoming.is_some() || h.ft.is_some() || m.machine == "none") {
+            let text = "-loadvm cannot be used together with -incoming, -ft and -machine none";
+            return Err(CliError::Plain(text.into()));
         }
         if m.icount.record.is_some() && h.ft.is_some() {
             return Err(CliError::Plain(

@@ -126,6 +126,7 @@ pub const OPTIONS: &[(&str, &str, &str, &str)] = &[
         "Debug and expert",
         "take the machine from a migration ('defer': 'migrate-incoming' says where)",
     ),
+    ("loadvm", "name", "Debug and expert", "go on from a snapshot of the machine ('savevm')"),
     ("S", "", "Debug and expert", "do not start the processors ('cont' does)"),
     ("daemonize", "", "Debug and expert", "go to the background when the sockets listen"),
     ("pidfile", "file", "Debug and expert", "write the process id to a file"),

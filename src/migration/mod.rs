@@ -9,6 +9,7 @@
 pub mod channel;
 pub mod incoming;
 pub mod outgoing;
+pub mod snapshot;
 pub mod status;
 pub mod stream;
 

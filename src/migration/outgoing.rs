@@ -147,6 +147,8 @@ pub fn blocked(rt: &Runtime) -> Option<String> {
         "the machine is one of a pair (ft-turn-off ends the pair)"
     } else if !matches!(rt.sink, Sink::None) {
         "the machine is recorded"
+    } else if rt.shared.jobs.is_busy() {
+        "a block job is under way"
     } else if rt.shared.backends().drives.iter().flatten().any(|d| d.snapshot && d.file.is_some()) {
         "a drive has snapshot=on: its temporary file is on this host only"
     } else if rt.shared.jobs.is_busy() {

@@ -22,6 +22,11 @@ pub fn model_of(c: &Control) -> String {
     CpuModel::parse(name).map_or_else(|_| name.to_owned(), |m| m.name().to_owned())
 }
 
+/// The features that the machine's model names and its processors do not have.
+pub fn unavailable(c: &Control) -> Vec<String> {
+    CpuModel::parse(&c.config.cpu_model).map_or_else(|_| Vec::new(), |m| m.missing().to_vec())
+}
+
 pub fn definitions(_: &Control, _: &mut Call) -> Reply {
     let one = |(name, unavailable): (String, Vec<String>)| {
         json!({

@@ -18,11 +18,13 @@ const HELP: &[(&str, &str)] = &[
     ("balloon MB", "how much memory the guest is to have"),
     ("block_resize DEVICE SIZE", "change the size of an image (MiB without a suffix)"),
     ("c|cont", "let the processors run"),
+    ("delvm NAME", "delete a snapshot of the machine"),
     ("device_add DRIVER[,prop=value]", "plug a device in"),
     ("device_del ID", "ask the guest to let go of a device"),
     ("eject DEVICE", "take the medium out of a drive"),
     ("help|?", "this help"),
     ("info ITEM", "show something; 'info' lists what"),
+    ("loadvm NAME", "go back to a snapshot of the machine"),
     ("migrate [-d] URI", "send the machine elsewhere; -d: do not wait for it"),
     ("migrate_cancel", "stop a migration"),
     ("migrate_continue STATE", "let a migration go on that waits in pre-switchover"),
@@ -39,6 +41,7 @@ const HELP: &[(&str, &str)] = &[
     ("qom-get PATH PROPERTY", "show a property of an object"),
     ("qom-list PATH", "list the properties of an object"),
     ("qom-set PATH PROPERTY VALUE", "set a property of an object"),
+    ("savevm [NAME]", "make a snapshot of the machine and its images"),
     ("screendump FILE [-f ppm|png] [DEVICE [HEAD]]", "a picture of the screen, in a file"),
     ("sendkey KEY[-KEY...] [HOLD_MS]", "press keys together"),
     ("set_link NAME on|off", "plug a network cable in or pull it"),
@@ -217,6 +220,7 @@ impl Control {
                 let arguments = json!({"path": need(0)?, "property": need(1)?, "value": value});
                 self.run("qom-set", arguments, fds)
             }
+            "savevm" | "loadvm" | "delvm" => snapshots::vm(self, verb, Some(rest).filter(|r| !r.is_empty())),
             _ if verb.starts_with("migrate") || verb == "announce_self" => {
                 migrate::line(self, verb, &words, fds)
             }

@@ -150,7 +150,7 @@ pub fn tree(c: &Control) -> Object {
         let mut object = Object::new(&format!("device[{i}]"), cpu::type_name(&model))
             .with("realized", "bool", json!(true))
             .with("hotplugged", "bool", json!(false))
-            .with("unavailable-features", "strList", json!([]));
+            .with("unavailable-features", "strList", json!(super::cpu::unavailable(c)));
         for (feature, on) in features.iter().flat_map(|m| m.all_features()) {
             object = object.with(feature, "bool", json!(on));
         }

@@ -9,6 +9,7 @@ use serde_json::{json, Value};
 
 use super::{devices, done, graph, Control, Reply};
 use crate::machine::MachineInput;
+use crate::migration::snapshot::{self as snapshot_of_machine, Wish};
 
 const SECOND: u64 = 1_000_000_000;
 
@@ -153,43 +154,88 @@ pub fn resize(c: &Control, call: &mut Call) -> Reply {
     })
 }
 
+/// `savevm`, `loadvm`, `delvm`: the whole machine.
+pub fn vm(c: &Control, verb: &str, name: Option<&str>) -> Result<String, QmpError> {
+    let name = match (name, verb) {
+        (Some(name), _) => name.trim_matches('"').to_owned(),
+        // As QEMU names them.
+        (None, "savevm") => date(Snapshot::new("", 0).date_sec).replace(['-', ' ', ':'], ""),
+        (None, _) => return Err(QmpError::generic(format!("{verb}: the snapshot's name is missing"))),
+    };
+    let wish = match verb {
+        "savevm" => Wish::Save(name),
+        "loadvm" => Wish::Load(name),
+        _ => {
+            c.change(move |rt| snapshot_of_machine::forget(rt, &name).map_err(QmpError::generic))?;
+            return Ok(String::new());
+        }
+    };
+    whole(c, wish)?;
+    Ok(String::new())
+}
+
+/// Make or load a snapshot of the machine, and wait for it.
+pub fn whole(c: &Control, wish: Wish) -> Result<(), QmpError> {
+    let (reply, done) = std::sync::mpsc::channel();
+    c.change(move |rt| snapshot_of_machine::begin(rt, wish, reply).map_err(QmpError::generic))?;
+    let ended = done.recv().map_err(|_| QmpError::generic("the program ends"))?;
+    ended.map_err(QmpError::generic)
+}
+
 /// `info snapshots`
 pub fn list(c: &Control) -> Result<String, QmpError> {
-    let backends = c.shared.backends().clone();
-    let mut out = "List of snapshots present on all disks:\nNone\n".to_owned();
-    let mut any = false;
-    for (i, drive) in backends.drives.iter().enumerate() {
-        let (Some(drive), Some(image)) = (drive, c.outside.disk_image(i)) else { continue };
-        let snapshots = image.info().snapshots;
-        if snapshots.is_empty() {
-            continue;
-        }
-        any = true;
-        out += &format!("\nList of partial (non-loadable) snapshots on '{}':\n", drive.id);
-        out += &format!(
-            "{:<10}{:<17}{:>8}{:>20}{:>13}{:>11}\n",
-            "ID", "TAG", "VM SIZE", "DATE", "VM CLOCK", "ICOUNT"
-        );
-        for s in snapshots {
-            let ms = s.vm_clock_nsec / 1_000_000;
-            let clock = format!(
-                "{:02}:{:02}:{:02}.{:03}",
-                ms / 3_600_000,
-                ms / 60_000 % 60,
-                ms / 1000 % 60,
-                ms % 1000
-            );
-            let icount = s.icount.map_or(String::new(), |n| n.to_string());
-            out += &format!(
-                "{:<9} {:<16} {:>8}{:>20}{clock:>13}{icount:>11}\n",
-                s.id,
-                s.name,
-                human(s.vm_state_size),
-                date(s.date_sec),
-            );
+    let drives = c.shared.backends().drives.clone();
+    let mut all: Vec<(String, Vec<Snapshot>)> = Vec::new();
+    for (i, drive) in drives.iter().enumerate() {
+        if let (Some(drive), Some(image)) = (drive, c.outside.disk_image(i)) {
+            if !image.read_only() {
+                all.push((drive.id.clone(), image.info().snapshots));
+            }
         }
     }
-    Ok(if any { out } else { "There is no snapshot available.\n".into() })
+    let everywhere = |name: &str| all.iter().all(|(_, list)| list.iter().any(|s| s.name == name));
+    let whole: Vec<&Snapshot> = all
+        .iter()
+        .flat_map(|(_, list)| list)
+        .filter(|s| s.vm_state_size > 0 && everywhere(&s.name))
+        .collect();
+    let is_whole = |s: &Snapshot| whole.iter().any(|w| w.name == s.name);
+    if all.iter().all(|(_, list)| list.is_empty()) {
+        return Ok("There is no snapshot available.\n".into());
+    }
+    let mut out = "List of snapshots present on all disks:\n".to_owned();
+    match whole.is_empty() {
+        true => out += "None\n",
+        false => out += &table(whole.iter().copied()),
+    }
+    for (device, list) in &all {
+        if list.iter().any(|s| !is_whole(s)) {
+            out += &format!("\nList of partial (non-loadable) snapshots on '{device}':\n");
+            out += &table(list.iter().filter(|s| !is_whole(s)));
+        }
+    }
+    Ok(out)
+}
+
+fn table<'a>(snapshots: impl Iterator<Item = &'a Snapshot>) -> String {
+    let mut out = format!(
+        "{:<10}{:<17}{:>8}{:>20}{:>13}{:>11}\n",
+        "ID", "TAG", "VM SIZE", "DATE", "VM CLOCK", "ICOUNT"
+    );
+    for s in snapshots {
+        let ms = s.vm_clock_nsec / 1_000_000;
+        let (hours, minutes) = (ms / 3_600_000, ms / 60_000 % 60);
+        let clock = format!("{hours:02}:{minutes:02}:{:02}.{:03}", ms / 1000 % 60, ms % 1000);
+        let icount = s.icount.map_or(String::new(), |n| n.to_string());
+        out += &format!(
+            "{:<9} {:<16} {:>8}{:>20}{clock:>13}{icount:>11}\n",
+            s.id,
+            s.name,
+            human(s.vm_state_size),
+            date(s.date_sec),
+        );
+    }
+    out
 }
 
 /// A number of bytes with three digits.

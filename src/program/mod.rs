@@ -32,7 +32,9 @@ pub fn main(args: &[String]) -> i32 {
     ftvm_block::iscsi::release_all();
     chars::restore_terminal();
     register::forget();
-    if let Some(path) = &config.host.pidfile {
+    // One that starts anew keeps its file: whoever looks is to see that it is there.
+    let over = !matches!(outcome, Ok(Outcome::Again(_) | Outcome::Rejoin(_)));
+    if let Some(path) = config.host.pidfile.as_ref().filter(|_| over) {
         let _ = std::fs::remove_file(path);
     }
     match outcome {

@@ -21,6 +21,7 @@ use crate::lockstep::{Arbiter, FileLock, LunArbiter};
 use crate::machine::{Machine, MachineInput};
 use crate::migration::channel::Uri;
 use crate::migration::incoming::{self, Incoming};
+use crate::migration::snapshot::{self, Wish};
 use crate::runtime::control::{RunState, Shared};
 use crate::runtime::ft::disks::{Disks, Generations};
 use crate::runtime::ft::{begin_own_writes, join, BackupReads, Common, FtSide, HostSide};
@@ -148,7 +149,15 @@ pub fn prepare(config: &Config, events: Events, receiver: Receiver<Event>) -> Re
         };
         runtime.sink = Sink::File(Box::new(Recorder::create(path, &header).map_err(|e| text(&e))?));
     }
-    if config.host.start_paused {
+    if let Some(name) = &config.host.loadvm {
+        runtime.input(MachineInput::Paused(true));
+        let (reply, done) = std::sync::mpsc::channel();
+        let loaded = snapshot::begin(&mut runtime, Wish::Load(name.clone()), reply);
+        loaded.and_then(|()| done.recv().unwrap_or(Ok(()))).map_err(|e| format!("-loadvm {name}: {e}"))?;
+        if !config.host.start_paused {
+            runtime.cont();
+        }
+    } else if config.host.start_paused {
         runtime.input(MachineInput::Paused(true));
     } else {
         runtime.set_running(true, RunState::Running);

@@ -23,6 +23,11 @@ impl DiskErrors {
         self.stopped.iter().map(|f| f.id)
     }
 
+    /// Another state was loaded: what failed before is of no concern.
+    pub fn forget(&mut self) {
+        self.stopped.clear();
+    }
+
     /// A drive's name and policy.
     pub fn set(&mut self, index: usize, name: &str, policy: ErrorPolicy) {
         if self.drives.len() <= index {

@@ -20,6 +20,7 @@ use crate::lockstep::log::Entry;
 use crate::machine::{Machine, MachineInput, Stamp, StateHash, Stop};
 use crate::migration::incoming::Incoming;
 use crate::migration::outgoing::{self, Outgoing};
+use crate::migration::snapshot;
 
 /// How long the machine runs before it looks at its events.
 const CHUNK: Duration = Duration::from_micros(500);
@@ -63,6 +64,8 @@ pub struct Runtime {
     /// What a machine that moves needs of its host; `None`: it cannot move.
     pub home: Option<Home>,
     pub outgoing: Option<Box<Outgoing>>,
+    /// A snapshot that is to be made or loaded.
+    pub snapshotting: Option<Box<snapshot::Pending>>,
     pub next_migration: u64,
     /// The machine is to come from elsewhere.
     pub incoming: Option<Incoming>,
@@ -120,6 +123,7 @@ impl Runtime {
             turn_on: None,
             home: None,
             outgoing: None,
+            snapshotting: None,
             next_migration: 0,
             incoming: None,
             autostart: true,
@@ -457,6 +461,7 @@ impl Runtime {
             return Some(outcome);
         }
         outgoing::work(self);
+        snapshot::work(self);
         if self.ft.as_ref().is_some_and(FtSide::is_following) {
             return None;
         }

@@ -110,8 +110,8 @@ pub(super) const ALIASES: &[(&str, &str)] = &[
 
 /// Features that QEMU knows by name and this processor does not have.
 pub(super) const ABSENT: &str =
-    "3dnow 3dnowext ace2 ace2-en acpi amd-no-ssb amd-ssbd amd-stibp amx-bf16 amx-int8 amx-tile arch- \
-    capabilities arch-lbr avic avx-vnni avx512-4fmaps avx512-4vnniw avx512-bf16 avx512-fp16 \
+    "3dnow 3dnowext ace2 ace2-en acpi amd-no-ssb amd-ssbd amd-stibp amx-bf16 amx-int8 amx-tile \
+    arch-capabilities arch-lbr avic avx-vnni avx512-4fmaps avx512-4vnniw avx512-bf16 avx512-fp16 \
     avx512-vp2intersect avx512-vpopcntdq avx512bitalg avx512bw avx512cd avx512dq avx512er avx512f \
     avx512ifma avx512pf avx512vbmi avx512vbmi2 avx512vl avx512vnni bus-lock-detect cid cldemote \
     clzero cmp-legacy core-capability cr8legacy dca decodeassists ds ds-cpl dtes64 est extapic \

@@ -5,7 +5,7 @@ mod cpuid;
 mod features;
 
 pub use cpuid::CpuidContext;
-use features::{canonical, find, is_absent, on_this_host, FEATURES, WORDS};
+use features::{canonical, find, is_absent, on_this_host, ABSENT, FEATURES, WORDS};
 use serde::{Deserialize, Serialize};
 
 /// QEMU's models, a line each: name, aliases, description, vendor, family, model, stepping, highest leaf, brand, features.
@@ -202,9 +202,11 @@ impl CpuModel {
         format!("{} ({})", self.name, self.features().join(" "))
     }
 
-    /// Every feature that the processor can have, and whether this model has it.
+    /// Every feature that has a name, and whether this model has it here.
     pub fn all_features(&self) -> impl Iterator<Item = (&'static str, bool)> + '_ {
-        FEATURES.iter().map(|(name, word, bit)| (*name, self.words[*word as usize] >> bit & 1 != 0))
+        let can =
+            FEATURES.iter().map(|(name, word, bit)| (*name, self.words[*word as usize] >> bit & 1 != 0));
+        can.chain(ABSENT.split_whitespace().map(|name| (name, false)))
     }
 
     /// Features of the named model that no processor of this kind has; they are left out.

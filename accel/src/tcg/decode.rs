@@ -43,6 +43,9 @@ pub struct Decoder<'a> {
 pub const MODE16: u8 = 0;
 pub const MODE32: u8 = 1;
 pub const MODE64: u8 = 2;
+/// 32-bit code in protected mode whose segments (but for FS and GS) are all of the linear addresses: what is compiled of
+/// it need not look at them.
+pub const FLAT32: u8 = 3;
 
 /// An operation that does nothing, also what `cur` points to between blocks.
 pub fn nop(_: &mut super::SoftCpu, _: &Op) -> R<()> {

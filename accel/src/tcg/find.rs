@@ -114,6 +114,15 @@ impl SoftCpu {
         Ok(block)
     }
 
+    /// How instructions are decoded.
+    fn decode_mode(&self) -> u8 {
+        if self.code_mode == decode::FLAT32 {
+            decode::MODE32
+        } else {
+            self.code_mode
+        }
+    }
+
     /// Decode from one page; `None` if the first instruction crosses into the next.
     fn decode_block(&mut self, e: CodeEntry, lin: u64, key: u64) -> Option<Box<Block>> {
         const MOST: usize = MAX_BLOCK * 15;
@@ -127,7 +136,7 @@ impl SoftCpu {
         let mut ops = std::mem::take(&mut self.cache.ops);
         ops.clear();
         loop {
-            match decode::decode(&bytes[b.bytes as usize..], self.code_mode) {
+            match decode::decode(&bytes[b.bytes as usize..], self.decode_mode()) {
                 Ok(d) => {
                     let ends = d.ends;
                     add_op(&mut b, &mut ops, d);
@@ -175,7 +184,7 @@ impl SoftCpu {
             bytes[..first].copy_from_slice(std::slice::from_raw_parts(e.host.add(4096 - first), first));
             bytes[first..].copy_from_slice(std::slice::from_raw_parts(next.host, 15 - first));
         }
-        let Ok(d) = decode::decode(&bytes, self.code_mode) else { return Ok(None) };
+        let Ok(d) = decode::decode(&bytes, self.decode_mode()) else { return Ok(None) };
         let mut b = Block::new(key);
         let mut ops = Vec::with_capacity(1);
         add_op(&mut b, &mut ops, d);
@@ -211,7 +220,7 @@ impl SoftCpu {
                 unsafe { *page.host.add((at & 0xFFF) as usize) }
             };
             bytes.push(v);
-            if let Ok(d) = decode::decode(&bytes, self.code_mode) {
+            if let Ok(d) = decode::decode(&bytes, self.decode_mode()) {
                 let mut b = Block::new(0);
                 let mut ops = Vec::with_capacity(1);
                 add_op(&mut b, &mut ops, d);

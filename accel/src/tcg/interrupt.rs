@@ -148,6 +148,7 @@ impl SoftCpu {
                     self.push_sz(size, old[i].selector as u64)?;
                     self.segs[i] = Default::default();
                 }
+                self.update_mode();
             }
             self.push_sz(size, ss as u64)?;
             self.push_sz(size, sp)?;

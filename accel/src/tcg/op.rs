@@ -1,5 +1,6 @@
 //! Decoded instructions, blocks of them, and access to general registers by width.
 
+use super::decode::FLAT32;
 use super::SoftCpu;
 use crate::simd::VecInsn;
 use crate::Exception;
@@ -30,7 +31,7 @@ pub const BLOCKIP: u8 = 17;
 /// the TLB and the table by linear address, the linear page that runs, RIP on the way out,
 /// whether the host's vector registers hold the guest's (1 XMM, 2 YMM), the host's MXCSR,
 /// two for `touch`, the table's keys for both halves of linear addresses, the key that is looked for, the site that asks,
-/// the code that was found, where in `SoftCpu::ring` the innermost return is (in bytes); between them the host addresses
+/// the code that was found, where in `SoftCpu::ring` the innermost return is (in bytes), how often sites asked in vain; between them the host addresses
 /// of groups.
 pub const LEFT: usize = 18;
 pub const FLAGS: usize = 19;
@@ -47,6 +48,7 @@ pub const WANTED: usize = 43;
 pub const SITE: usize = 44;
 pub const CODE_AT: usize = 45;
 pub const RING_TOP: usize = 46;
+pub const ASKED: usize = 47;
 /// Marks the high-byte registers AH, CH, DH, BH (numbers 0..3).
 pub const HIGH: u8 = 0x80;
 
@@ -172,6 +174,11 @@ impl Block {
             count: 0,
             runs: Cell::new(0),
         }
+    }
+
+    /// It is [`FLAT32`] code.
+    pub fn is_flat32(&self) -> bool {
+        self.key >> 60 == FLAT32 as u64
     }
 
     /// Forget what followed.

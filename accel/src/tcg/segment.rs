@@ -1,6 +1,6 @@
 //! Segment registers, descriptors, and what depends on the mode (SDM vol. 3, chapters 3 and 5).
 
-use super::decode::{MODE16, MODE32, MODE64};
+use super::decode::{FLAT32, MODE16, MODE32, MODE64};
 use super::flags::{IOPL, VM};
 use super::op::*;
 use super::paging::*;
@@ -70,13 +70,20 @@ impl SoftCpu {
     pub(crate) fn update_mode(&mut self) {
         let cs = self.segs[CS].attr;
         self.long = self.lma() && cs & 0x2000 != 0;
-        self.code_mode = if self.long {
+        let mode = if self.long {
             MODE64
-        } else if cs & 0x4000 != 0 {
-            MODE32
-        } else {
+        } else if cs & 0x4000 == 0 {
             MODE16
+        } else if self.flat() {
+            FLAT32
+        } else {
+            MODE32
         };
+        if mode != self.code_mode {
+            self.code_mode = mode;
+            // What follows is another block.
+            self.end = std::ptr::null();
+        }
         self.ip_mask = if self.long { u64::MAX } else { 0xFFFF_FFFF };
         self.sp_mask = if self.long {
             u64::MAX
@@ -86,6 +93,16 @@ impl SoftCpu {
             0xFFFF
         };
         self.update_mmu();
+    }
+
+    /// See [`FLAT32`].
+    fn flat(&self) -> bool {
+        let whole = |s: &Segment| s.base == 0 && s.limit == u32::MAX;
+        let data = |i: usize| whole(&self.segs[i]) && self.segs[i].attr & 0x9E == 0x92;
+        self.protected()
+            && whole(&self.segs[CS])
+            && self.segs[SS].attr & 0x4000 != 0
+            && [ES, SS, DS].into_iter().all(data)
     }
 
     /// Run `f`; if it faults, put the registers it may have changed back.
@@ -179,9 +196,7 @@ impl SoftCpu {
                 }
                 s.attr = s.attr & 0xF000 | 0x93;
             }
-            if seg == SS {
-                self.update_mode();
-            }
+            self.segment_changed(seg);
             return Ok(());
         }
         if sel & !3 == 0 {
@@ -191,8 +206,8 @@ impl SoftCpu {
             self.segs[seg] = Segment { selector: sel, base: 0, limit: 0, attr: 0 };
             if seg == SS {
                 self.segs[seg].attr = (self.cpl as u16) << 5;
-                self.update_mode();
             }
+            self.segment_changed(seg);
             return Ok(());
         }
         let d = self.read_desc(sel, 13)?;
@@ -220,10 +235,15 @@ impl SoftCpu {
         let mut s = d.segment(sel);
         s.attr |= 1;
         self.segs[seg] = s;
-        if seg == SS {
+        self.segment_changed(seg);
+        Ok(())
+    }
+
+    /// What the mode takes from a data segment follows it.
+    fn segment_changed(&mut self, seg: usize) {
+        if seg == SS || !self.long && matches!(seg, ES | DS) {
             self.update_mode();
         }
-        Ok(())
     }
 
     pub(crate) fn mark_accessed(&mut self, sel: u16, d: Desc) -> R<()> {
@@ -276,5 +296,6 @@ impl SoftCpu {
                 self.segs[i] = Segment { selector: 0, base: 0, limit: 0, attr: 0 };
             }
         }
+        self.update_mode();
     }
 }

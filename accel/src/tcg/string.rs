@@ -30,7 +30,7 @@ fn repeat_bulk(
     loop {
         let room = c.limit - c.position();
         let mut done = 0;
-        if n > 1 && room > 1 && !c.single && c.eflags & DF == 0 {
+        if n > 1 && room > 1 && !c.single {
             done = bulk(c, n.min(room));
         }
         let mut go_on = true;
@@ -93,10 +93,13 @@ fn span<T: Int>(c: &mut SoftCpu, op: &Op, seg: usize, r: usize, max: u64, write:
     (n, lin)
 }
 fn bump<T: Int>(c: &mut SoftCpu, op: &Op, r: usize, n: u64) {
-    let v = c.st.gpr[r].wrapping_add(n * T::BYTES);
+    let v = c.st.gpr[r].wrapping_add(n.wrapping_mul(T::BYTES));
     c.set_sz(r as u8, op.asz, v);
 }
 fn movs_bulk<T: Int>(c: &mut SoftCpu, op: &Op, max: u64) -> u64 {
+    if c.eflags & DF != 0 {
+        return movs_bulk_down::<T>(c, op, max);
+    }
     let (n, from) = span::<T>(c, op, op.seg as usize, RSI, max, false);
     let (n, to) = span::<T>(c, op, ES, RDI, n, true);
     if n == 0 {
@@ -118,7 +121,44 @@ fn movs_bulk<T: Int>(c: &mut SoftCpu, op: &Op, max: u64) -> u64 {
     bump::<T>(c, op, RDI, n);
     n
 }
+/// As `span`, downwards from `seg:off` on; the linear address is that of the last element.
+#[inline(always)]
+fn span_down<T: Int>(c: &mut SoftCpu, op: &Op, seg: usize, r: usize, max: u64, write: bool) -> (u64, u64) {
+    let off = c.get_sz(r as u8, op.asz);
+    let Ok(lin) = c.seg_lin(seg, off, T::BYTES, write) else { return (0, 0) };
+    if (lin & 0xFFF) + T::BYTES > 4096 {
+        return (0, 0);
+    }
+    let n = max.min((lin & 0xFFF).min(off) / T::BYTES + 1);
+    let down = (n - 1) * T::BYTES;
+    if n < 2 || c.seg_lin(seg, off - down, n * T::BYTES, write).is_err() {
+        return (0, 0);
+    }
+    (n, lin - down)
+}
+fn movs_bulk_down<T: Int>(c: &mut SoftCpu, op: &Op, max: u64) -> u64 {
+    let (n, _) = span_down::<T>(c, op, op.seg as usize, RSI, max, false);
+    let (n, to) = span_down::<T>(c, op, ES, RDI, n, true);
+    let (n, from) = span_down::<T>(c, op, op.seg as usize, RSI, n, false);
+    if n == 0 {
+        return 0;
+    }
+    let (Some(s), Some(d)) = (c.host_read(from), c.host_write(to)) else { return 0 };
+    let bytes = (n * T::BYTES) as usize;
+    if (s as usize).wrapping_sub(d as usize).wrapping_sub(1) < bytes {
+        // The destination lies closely below: elements repeat. (Moved onto itself nothing changes.)
+        return 0;
+    }
+    // SAFETY: both runs lie within their pages; `copy` bears the overlap that is left.
+    unsafe { std::ptr::copy(s, d, bytes) };
+    bump::<T>(c, op, RSI, n.wrapping_neg());
+    bump::<T>(c, op, RDI, n.wrapping_neg());
+    n
+}
 fn stos_bulk<T: Int>(c: &mut SoftCpu, op: &Op, max: u64) -> u64 {
+    if c.eflags & DF != 0 {
+        return 0;
+    }
     let (n, to) = span::<T>(c, op, ES, RDI, max, true);
     if n == 0 {
         return 0;

@@ -53,7 +53,7 @@ pub(super) struct Machine {
 
 impl Machine {
     /// Real mode, code at 0:1000, stack below it.
-    fn real(code: &[u8]) -> Machine {
+    pub fn real(code: &[u8]) -> Machine {
         let mem = GuestMemory::new(4 << 20).unwrap();
         mem.write(0x1000, code).unwrap();
         let mut cpu = SoftCpu::new(0, 1, &CpuModel::parse("max").unwrap());

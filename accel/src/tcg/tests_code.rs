@@ -188,3 +188,99 @@ fn table_entries_of_every_level_are_noticed() {
     });
     assert_eq!(rbx, 4 * (1 + 3 + 5 + 9 + 17));
 }
+
+/// 32-bit code in protected mode, in flat segments; the GDT has one at 18h that is not (it begins at 1000h).
+fn flat32(code: &[u8]) -> Machine {
+    let mut m = Machine::real(code);
+    words(
+        &m,
+        &[(0x8008, 0x00CF_9B00_0000_FFFF), (0x8010, 0x00CF_9300_0000_FFFF), (0x8018, 0x00CF_9300_1000_FFFF)],
+    );
+    let c = &mut m.cpu;
+    c.gdt = (0x8000, 0x1F);
+    c.segs[CS] = Segment { selector: 8, base: 0, limit: u32::MAX, attr: 0xC09B };
+    for s in [ES, SS, DS] {
+        c.segs[s] = Segment { selector: 0x10, base: 0, limit: u32::MAX, attr: 0xC093 };
+    }
+    c.st.cr0 |= CR0_PE;
+    c.st.gpr[RSP] = 0x7800;
+    c.update_mode();
+    m
+}
+
+#[test]
+fn flat_32_bit_code_is_compiled_until_a_segment_is_not_flat() {
+    // mov esi,6; o: mov ecx,9; a: push ecx; call 2000h; pop ecx; lea eax,[ecx*4+ebx-7]; xor ebx,eax; dec ecx; jnz a;
+    // DS becomes 10h or 18h in turn; add ebx,[5000h]; dec esi; jnz o; hlt
+    let code = [
+        0xBE, 0x06, 0x00, 0x00, 0x00, 0xB9, 0x09, 0x00, 0x00, 0x00, 0x51, 0xE8, 0xF0, 0x0F, 0x00, 0x00, 0x59,
+        0x8D, 0x44, 0x8B, 0xF9, 0x31, 0xC3, 0x49, 0x75, 0xF0, 0xB8, 0x18, 0x00, 0x00, 0x00, 0xF7, 0xC6, 0x01,
+        0x00, 0x00, 0x00, 0x74, 0x05, 0xB8, 0x10, 0x00, 0x00, 0x00, 0x8E, 0xD8, 0x03, 0x1D, 0x00, 0x50, 0x00,
+        0x00, 0x4E, 0x75, 0xCE, 0xF4,
+    ];
+    let make = || {
+        let m = flat32(&code);
+        // push ebp; mov ebp,esp; inc ebx; add ebx,[ebp+8]; add [5010h],ebx; push 3; push dword [5010h]; pop edx;
+        // mov eax,2100h; call eax; leave; ret
+        let f = [
+            0x55, 0x89, 0xE5, 0x43, 0x03, 0x5D, 0x08, 0x01, 0x1D, 0x10, 0x50, 0x00, 0x00, 0x6A, 0x03, 0xFF,
+            0x35, 0x10, 0x50, 0x00, 0x00, 0x5A, 0xB8, 0x00, 0x21, 0x00, 0x00, 0xFF, 0xD0, 0xC9, 0xC3,
+        ];
+        // add ebx,edx; jc q; ret; q: inc edi; ret
+        let g = [0x01, 0xD3, 0x72, 0x01, 0xC3, 0x47, 0xC3];
+        put(&m, &[(0x2000, &f), (0x2100, &g)]);
+        words(&m, &[(0x5000, 0x1234_5678), (0x6000, 0x0BAD_CAFE)]);
+        m
+    };
+    in_every_tier(make);
+    let mut m = make();
+    m.cpu.set_tier(Tier::AtOnce);
+    m.run(5000);
+    assert!(m.cpu.jit.compiled_bytes() > 0);
+    // The same, computed here.
+    let (mut ebx, mut ds, mut sums) = (0u32, 0u32, [0u32; 2]);
+    for esi in (1..=6).rev() {
+        for ecx in (1..=9u32).rev() {
+            ebx = ebx.wrapping_add(1).wrapping_add(ecx);
+            let sum = &mut sums[ds as usize];
+            *sum = sum.wrapping_add(ebx);
+            ebx = ebx.wrapping_add(*sum);
+            ebx ^= ecx.wrapping_mul(4).wrapping_add(ebx).wrapping_sub(7);
+        }
+        ds = 1 - (esi & 1);
+        ebx = ebx.wrapping_add([0x1234_5678, 0x0BAD_CAFE][ds as usize]);
+    }
+    assert_eq!(m.cpu.st.gpr[RBX], u64::from(ebx));
+}
+
+#[test]
+fn strings_move_downwards_as_one_by_one() {
+    // std; rep movsb or movsq; hlt
+    for (size, code) in [(1, &[0xFD, 0xF3, 0xA4, 0xF4][..]), (8, &[0xFD, 0xF3, 0x48, 0xA5, 0xF4][..])] {
+        for (from, to) in
+            [(0x2_4F80, 0x2_8013), (0x2_4F80, 0x2_4F90), (0x2_4F90, 0x2_4F80), (0x2_4F80, 0x2_4F80)]
+        {
+            let mut m = Machine::long(code);
+            let mut bytes: Vec<u8> = (0..0xA000u32).map(|i| (i ^ i >> 7) as u8).collect();
+            m.mem.write(0x2_0000, &bytes).unwrap();
+            let count = 0x2345 / size;
+            (m.cpu.st.gpr[RSI], m.cpu.st.gpr[RDI], m.cpu.st.gpr[RCX]) = (from, to, count);
+            let mut stride = 1;
+            while m.run(stride).exit == Exit::Budget {
+                stride = stride % 997 * 2 + 1;
+            }
+            assert_eq!(m.position, count + 2);
+            for i in 0..count {
+                for k in 0..size {
+                    let at = |base: u64| (base - i * size + k - 0x2_0000) as usize;
+                    // An element is read whole before it is written, which these distances do not show.
+                    bytes[at(to)] = bytes[at(from)];
+                }
+            }
+            let mut got = vec![0; bytes.len()];
+            m.mem.read(0x2_0000, &mut got).unwrap();
+            assert!(got == bytes, "{size}: {from:x} to {to:x}");
+            assert_eq!((m.cpu.st.gpr[RSI], m.cpu.st.gpr[RCX]), (from - count * size, 0));
+        }
+    }
+}

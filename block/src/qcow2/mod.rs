@@ -41,6 +41,7 @@ mod repair;
 mod resize;
 mod snapshots;
 mod switch;
+mod vmstate;
 
 pub use create::{create, create_overlay, format, CreateOptions, Preallocation};
 pub use header::{Header, MAGIC};
@@ -532,6 +533,18 @@ impl Image for Qcow2 {
 
     fn snapshot(&self, change: &SnapshotChange) -> Result<Snapshot, BlockError> {
         self.change_snapshots(change)
+    }
+
+    fn write_vm_state(&self, at: u64, data: &[u8]) -> Result<(), BlockError> {
+        self.store_vm_state(at, data)
+    }
+
+    fn drop_vm_state(&self) -> Result<(), BlockError> {
+        self.forget_vm_state()
+    }
+
+    fn read_vm_state(&self, id: &str, at: u64, buf: &mut [u8]) -> Result<(), BlockError> {
+        self.read_kept_vm_state(id, at, buf)
     }
 
     fn info(&self) -> ImageInfo {

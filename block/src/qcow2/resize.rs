@@ -98,8 +98,7 @@ impl Qcow2 {
 
     /// The first guest offset of the next L2 table.
     fn next_table(&self, guest: u64) -> u64 {
-        let l2_bits = self.header.cluster_bits - if self.header.has_subclusters() { 4 } else { 3 };
-        let covered = 1u64 << (self.header.cluster_bits + l2_bits);
+        let covered = self.table_span();
         (guest / covered + 1) * covered
     }
 

@@ -30,7 +30,7 @@ pub(super) struct Next {
 }
 
 impl Qcow2 {
-    fn stored_l2(&self, offset: u64) -> Result<Vec<u64>, BlockError> {
+    pub(super) fn stored_l2(&self, offset: u64) -> Result<Vec<u64>, BlockError> {
         if !offset.is_multiple_of(self.cluster()) || offset >= self.file.length() {
             return Err(BlockError::Corrupt(format!("an L2 table lies at {offset:#x}")));
         }
@@ -187,10 +187,15 @@ impl Qcow2 {
         Ok(())
     }
 
+    /// Bytes of the disk that one L2 table leads to.
+    pub(super) fn table_span(&self) -> u64 {
+        let l2_bits = self.header.cluster_bits - if self.header.has_subclusters() { 4 } else { 3 };
+        1 << (self.header.cluster_bits + l2_bits)
+    }
+
     /// L1 entries that a disk of this size needs.
     pub(super) fn l1_entries(&self, size: u64) -> usize {
-        let l2_bits = self.header.cluster_bits - if self.header.has_subclusters() { 4 } else { 3 };
-        size.div_ceil(1 << (self.header.cluster_bits + l2_bits)) as usize
+        size.div_ceil(self.table_span()) as usize
     }
 
     /// Store something in new clusters; its offset.

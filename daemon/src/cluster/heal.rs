@@ -15,7 +15,8 @@ use crate::{definition, Error, Result};
 
 /// How often machines are looked at.
 const LOOK: Duration = Duration::from_millis(250);
-/// A planned switch makes the old primary the backup by itself: it is given this long.
+/// After a planned switch the old primary becomes the backup by itself, and a backup that is made anew joins again by
+/// itself: they are given this long.
 const REJOIN: Duration = Duration::from_secs(10);
 /// A host that refused a machine is not asked for it again for this long.
 const REFUSED: Duration = Duration::from_secs(20);
@@ -58,6 +59,18 @@ impl<'a> Placing<'a> {
     fn begin(book: &'a Book, name: &str) -> Option<Placing<'a>> {
         lock(&book.placing).insert(name.to_owned()).then(|| Placing(book, name.to_owned()))
     }
+
+    /// Wait for another one's end.
+    fn wait(book: &'a Book, name: &str) -> Result<Placing<'a>> {
+        let until = Instant::now() + DISMISSED;
+        loop {
+            match Self::begin(book, name) {
+                Some(placing) => return Ok(placing),
+                None if Instant::now() < until => std::thread::sleep(Duration::from_millis(50)),
+                None => return Err(Error::State(format!("'{name}' is getting a backup just now"))),
+            }
+        }
+    }
 }
 
 impl Drop for Placing<'_> {
@@ -85,7 +98,8 @@ impl Cluster {
             }
             let begin = *since.entry(machine.name.clone()).or_insert_with(Instant::now);
             let planned = status.ft.last.as_ref().is_some_and(|f| f.reason.contains("planned"));
-            let wait = if planned { REJOIN } else { self.settings.heal.wait };
+            let comes_back = planned || self.backup_host(&machine.uuid()).is_some();
+            let wait = if comes_back { REJOIN } else { self.settings.heal.wait };
             if begin.elapsed() < wait || lock(&self.heal.placing).contains(&machine.name) {
                 continue;
             }
@@ -158,8 +172,7 @@ impl Cluster {
         if status.ft.role != "primary" {
             return Err(Error::State(format!("'{}' is no primary here", machine.name)));
         }
-        let _placing = Placing::begin(&self.heal, &machine.name)
-            .ok_or_else(|| Error::State(format!("'{}' is getting a backup just now", machine.name)))?;
+        let _placing = Placing::wait(&self.heal, &machine.name)?;
         // Nothing is let go before there is a place.
         let need = Need { uuid, memory: machine.memory(), version: env!("CARGO_PKG_VERSION") };
         let elsewhere = |h: &super::HostState| h.name != from && to.is_none_or(|to| to == h.name);

@@ -99,14 +99,15 @@ impl Talk<'_> {
                 *self.lease.insert(granted.await?.id())
             }
         };
-        // The lease is over when this host was silent for too long, or was given up by a person.
-        let alive = async {
-            let (_keeper, mut answers) = client.lease_keep_alive(lease).await?;
-            Ok::<bool, etcd_client::Error>(answers.message().await?.is_none_or(|a| a.ttl() > 0))
-        };
-        if !alive.await.inspect_err(|_| self.lease = None)? {
-            self.lease = None;
-            return Ok(());
+        // It renews the lease once.
+        match client.lease_keep_alive(lease).await {
+            Ok(_) => {}
+            // This host was silent for too long, or a person took the lease away: the next time with another one.
+            Err(etcd_client::Error::LeaseKeepAliveError(_)) => {
+                self.lease = None;
+                return Ok(());
+            }
+            Err(e) => return Err(e),
         }
         let own = self.cluster.own_state();
         let value = serde_json::to_vec(&own).map_err(|e| etcd_client::Error::InvalidArgs(e.to_string()))?;

@@ -146,7 +146,8 @@ impl Cluster {
     fn fresh(&self, since: Option<Instant>) -> Vec<HostState> {
         let one = |peer: Arc<Known>| {
             let (state, at) = peer.state()?;
-            (at.elapsed() < FRESH && since.is_none_or(|since| at > since)).then_some(state)
+            let answers = at.elapsed() < FRESH && peer.problem().is_empty();
+            (answers && since.is_none_or(|since| at > since)).then_some(state)
         };
         self.peers().into_iter().filter_map(one).collect()
     }

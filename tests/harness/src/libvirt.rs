@@ -40,7 +40,10 @@ impl Libvirt {
         let text = |e: std::io::Error| e.to_string();
         // The emulator runs as another user.
         open_to_all(&scratch.0)?;
-        let mut script = String::from("set -e\n");
+        // A host by itself: libvirt moves no machine between two of one name.
+        let own = scratch.0.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let mut script = format!("set -e\necho '{own}' > /proc/sys/kernel/hostname\n");
+        let uuid = host_uuid(&own);
         for (i, dir) in PRIVATE.iter().enumerate() {
             let own = scratch.path(&format!("libvirt{i}"));
             std::fs::create_dir_all(&own).map_err(text)?;
@@ -61,7 +64,7 @@ impl Libvirt {
             &conf,
             format!(
                 "unix_sock_dir = \"{sockets}\"\nauth_unix_ro = \"none\"\nauth_unix_rw = \"none\"\n\
-                 log_outputs = \"1:file:{log}\"\nlog_filters = \"1:qemu.qemu_monitor 1:qemu.qemu_capabilities\"\n"
+                 host_uuid = \"{uuid}\"\nlog_outputs = \"1:file:{log}\"\nlog_filters = \"1:qemu.qemu_monitor 1:qemu.qemu_capabilities\"\n"
             ),
         )
         .map_err(text)?;
@@ -72,7 +75,7 @@ impl Libvirt {
         )
         .map_err(text)?;
         let child = Command::new("unshare")
-            .args(["-m", "sh", "-c", &script])
+            .args(["-m", "-u", "sh", "-c", &script])
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(std::fs::File::create(scratch.path("libvirtd.err")).map_err(text)?)
@@ -144,6 +147,20 @@ impl Drop for Libvirt {
             let _ = self.child.wait();
         }
     }
+}
+
+/// A UUID that depends on the name.
+fn host_uuid(name: &str) -> String {
+    let hash = |seed: u64| name.bytes().fold(seed, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01B3));
+    let (a, b) = (hash(0xCBF2_9CE4_8422_2325), hash(0x9E37_79B9_7F4A_7C15));
+    format!(
+        "{:08x}-{:04x}-4{:03x}-8{:03x}-{:012x}",
+        a >> 32,
+        a >> 16 & 0xFFFF,
+        a & 0xFFF,
+        b >> 52,
+        b & 0xFFFF_FFFF_FFFF
+    )
 }
 
 fn set_mode(path: &str, mode: u32) -> Result<()> {

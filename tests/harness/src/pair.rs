@@ -486,7 +486,7 @@ fn first_partition(raw: &str) -> Result<u64> {
 }
 
 /// Flip a bit in every page in use of the upper half of a process's largest mapping, which is the guest's memory.
-fn flip_guest_memory(pid: i32) -> Result<()> {
+pub fn flip_guest_memory(pid: i32) -> Result<()> {
     use std::os::unix::fs::FileExt;
     let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).map_err(|e| e.to_string())?;
     let range = |line: &str| {

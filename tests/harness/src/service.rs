@@ -52,8 +52,8 @@ pub struct Hosts {
 pub enum Inventory<'a> {
     /// Each one's file names the others.
     Static,
-    /// In etcd; its members.
-    Etcd(&'a [String]),
+    /// In etcd: its members, and the directory of the certificates for it (`etcd.crt`, `etcd.key`, `ca.crt`).
+    Etcd(&'a [String], &'a str),
 }
 
 /// The name of host `i`.
@@ -95,8 +95,11 @@ impl Hosts {
                         config += &format!("[[peer]]\nname = \"{name}\"\naddress = \"{address}\"\n");
                     }
                 }
-                Inventory::Etcd(members) => {
-                    config += &format!("[etcd]\nendpoints = {members:?}\nlease = 3\n")
+                Inventory::Etcd(members, tls) => {
+                    config += &format!(
+                        "[etcd]\nendpoints = {members:?}\nlease = 3\nca = \"{tls}/ca.crt\"\n\
+                         certificate = \"{tls}/etcd.crt\"\nkey = \"{tls}/etcd.key\"\n"
+                    );
                 }
             }
             std::fs::write(format!("{dir}/ftvmd.conf"), config).map_err(text)?;
@@ -112,9 +115,18 @@ impl Hosts {
         format!("{}/{what}", self.hosts[i].dir)
     }
 
+    /// A directory of which the service of each host has its own: storage that is not shared.
+    pub fn private(&self) -> String {
+        self.scratch.path("private")
+    }
+
     fn command(&self, i: usize, program: &str) -> Command {
         let mut command = self.net.on_host(i, program);
         command.env("DBUS_SYSTEM_BUS_ADDRESS", format!("unix:path={}/bus", self.hosts[i].dir));
+        let found = guests::ftvm().unwrap_or_default();
+        let found = std::path::Path::new(&found).parent().unwrap_or(std::path::Path::new("/"));
+        let path = std::env::var("PATH").unwrap_or_default();
+        command.env("PATH", format!("{}:{path}", found.display()));
         command
     }
 
@@ -125,8 +137,10 @@ impl Hosts {
             .append(true)
             .open(self.path(i, "ftvmd.log"))
             .map_err(text)?;
+        std::fs::create_dir_all(self.private()).map_err(text)?;
         let child = self
-            .command(i, &self.programs.0)
+            .command(i, "sh")
+            .args(["-c", "mount -t tmpfs none \"$0\" && exec \"$@\"", &self.private(), &self.programs.0])
             .args(["--config", &self.path(i, "ftvmd.conf"), "--config-dir", &self.path(i, "machines")])
             .args(["--run-dir", &self.path(i, "run"), "--state-dir", &self.path(i, "state")])
             .args(["--ftvm", &guests::ftvm()?])
@@ -193,6 +207,45 @@ impl Hosts {
                 String::from_utf8_lossy(&out.stderr)
             )),
         }
+    }
+
+    /// What busctl prints on host `i`'s bus, as root or as another user.
+    pub fn busctl(&self, i: usize, user: Option<u32>, args: &[&str]) -> Result<String> {
+        let address = format!("--address=unix:path={}/bus", self.hosts[i].dir);
+        let mut command = Command::new(if user.is_some() { "setpriv" } else { "busctl" });
+        if let Some(user) = user {
+            command.args(["--reuid", &user.to_string(), "--clear-groups", "busctl"]);
+        }
+        // The answer to a request that moves machines takes its time.
+        let out = command.args([&address, "--timeout=120", "--"]).args(args).output().map_err(text)?;
+        match out.status.success() {
+            true => Ok(String::from_utf8_lossy(&out.stdout).trim().to_owned()),
+            false => Err(String::from_utf8_lossy(&out.stderr).into_owned()),
+        }
+    }
+
+    /// gdbus writes the signals of host `i`'s service to a file, one a line.
+    pub fn watch(&self, i: usize) -> Result<(Process, String)> {
+        let file = self.path(i, "signals");
+        let out = std::fs::File::create(&file).map_err(text)?;
+        let child = Command::new("gdbus")
+            .args(["monitor", "--address", &format!("unix:path={}/bus", self.hosts[i].dir)])
+            .args(["--dest", "org.ftvm"])
+            .stdin(Stdio::null())
+            .stdout(out)
+            .spawn()
+            .map_err(|e| format!("gdbus: {e}"))?;
+        let begun = || std::fs::read_to_string(&file).ok()?.contains("is owned by").then_some(());
+        let watch = Process(child);
+        wait_for("gdbus", LONG, begun)?;
+        Ok((watch, file))
+    }
+
+    /// ftctl on host `i`, which takes its time.
+    pub fn spawn_ftctl(&self, i: usize, args: &[&str]) -> Result<Process> {
+        let mut command = self.command(i, &self.programs.1);
+        let child = command.args(args).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
+        child.map(Process).map_err(text)
     }
 
     /// What ftctl prints on host `i`, as JSON.

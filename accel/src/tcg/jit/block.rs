@@ -68,9 +68,8 @@ pub struct Compiler<'a> {
 
 /// Whether `block` may need the flags as they are before it.
 fn needs_flags(block: &Block, alone: bool) -> bool {
-    let at = block.key & 0xFFF;
     for op in &block.ops {
-        let kind = classify(op, at, alone);
+        let kind = classify(op, block, alone);
         let e = kind.effects();
         if e.exits || e.reads != 0 || matches!(kind, Kind::Vector { .. }) {
             return true;
@@ -107,7 +106,7 @@ fn needs(kinds: &[Kind], calm: &[bool]) -> Vec<bool> {
 impl SoftCpu {
     /// Compile `block`; false when it cannot be.
     pub(super) fn compile(&mut self, block: &Block) -> bool {
-        if block.key >> 60 != MODE64 as u64 {
+        if block.key >> 60 != MODE64 as u64 && !block.is_flat32() {
             return false;
         }
         if self.jit.memory.is_none() {
@@ -241,7 +240,7 @@ impl<'a> Compiler<'a> {
                 self.entries[e].1 = self.a.base + self.a.at() as u64;
             }
             self.instruction(i);
-            self.values.follow(&self.trace.kinds[i], self.op(i));
+            self.values.follow(&self.trace.kinds[i], self.op(i), self.trace.word);
         }
         if !self.trace.kinds[n - 1].branches() {
             self.edge(n - 1, self.trace.next(n - 1));
@@ -341,7 +340,7 @@ impl<'a> Compiler<'a> {
     pub fn operand(&mut self, i: usize, size: u64, write: bool) -> Access {
         let op = self.op(i);
         let mut role = Role::Alone;
-        if op.asz == 8 {
+        if op.asz == self.trace.word {
             let at = self.trace.part(i).at;
             self.values.operand(i, op, at, size, write);
             role = self.role();
@@ -359,16 +358,17 @@ impl<'a> Compiler<'a> {
         self.translate(i, Role::Alone, size, write)
     }
 
-    /// The same for 8 bytes of memory `disp` above guest register `r`, which lives in the host's `h`.
+    /// The same for a word of memory `disp` above guest register `r`, which lives in the host's `h`.
     pub fn stack_slot(&mut self, i: usize, r: usize, h: u8, disp: i32, write: bool) -> Access {
-        self.values.at_register(i, r, disp, 8, write);
+        let word = self.trace.word;
+        self.values.at_register(i, r, disp, word as u64, write);
         let role = self.role();
         match role {
             Role::Member { slot, at } => return self.member(i, slot, at),
-            _ if disp == 0 => self.a.load(8, RDI, Rm::R(h)),
-            _ => self.a.lea(8, RDI, Rm::M(h, disp)),
+            _ if disp == 0 => self.a.load(word, RDI, Rm::R(h)),
+            _ => self.a.lea(word, RDI, Rm::M(h, disp)),
         }
-        self.translate(i, role, 8, write)
+        self.translate(i, role, word as u64, write)
     }
 
     fn member(&mut self, i: usize, slot: usize, at: i32) -> Access {
@@ -464,7 +464,7 @@ impl<'a> Compiler<'a> {
                 self.a.alu_imm(8, 0, mem(LEFT), back);
             }
             self.a.load(8, RAX, mem(PAGE));
-            self.a.lea(8, RAX, Rm::M(RAX, target as i32));
+            self.a.lea(self.trace.word, RAX, Rm::M(RAX, target as i32));
             self.indirect();
             return;
         }
@@ -547,6 +547,9 @@ impl<'a> Compiler<'a> {
 
     /// The target in RAX is canonical, or else the handler deals with instruction `i`. Uses RDI.
     pub fn check_target(&mut self, access: &mut Access) {
+        if self.trace.word == 4 {
+            return;
+        }
         self.a.load(8, RDI, Rm::R(RAX));
         self.a.shift(8, 7, Rm::R(RDI), 47);
         self.a.alu_imm(8, 0, Rm::R(RDI), 1);

@@ -76,7 +76,9 @@ impl Values {
         };
         let (base, index) = (part(op.base), part(op.index));
         let scale = if index.0 == NOTHING { 0 } else { op.scale & 3 };
-        let disp = op.disp.wrapping_add(base.1).wrapping_add(index.1 << scale);
+        let disp = (if op.asz == 4 { op.disp as i32 as i64 } else { op.disp })
+            .wrapping_add(base.1)
+            .wrapping_add(index.1 << scale);
         let seg = if op.seg >= FS as u8 { op.seg } else { 0 };
         self.push(i, (base.0, index.0, scale, seg), disp, size, write);
     }
@@ -90,29 +92,30 @@ impl Values {
     }
 
     /// After instruction `i`.
-    pub fn follow(&mut self, kind: &Kind, op: &Op) {
+    pub fn follow(&mut self, kind: &Kind, op: &Op, word: u8) {
+        let step = word as i64;
         let sp = self.regs[RSP];
         let known = match *kind {
-            Kind::Mov { size: 8, d, s } => Some((d, self.regs[s as usize])),
-            Kind::Alu { op: n @ (0 | 5), size: 8, d, s: Val::Imm(v) } => {
+            Kind::Mov { size, d, s } if size == word => Some((d, self.regs[s as usize])),
+            Kind::Alu { op: n @ (0 | 5), size, d, s: Val::Imm(v) } if size == word => {
                 let (base, more) = self.regs[d as usize];
                 let v = v as i64;
                 Some((d, (base, more.wrapping_add(if n == 0 { v } else { -v }))))
             }
-            Kind::Inc { dec, size: 8, d: Some(d) } => {
+            Kind::Inc { dec, size, d: Some(d) } if size == word => {
                 let (base, more) = self.regs[d as usize];
                 Some((d, (base, more.wrapping_add(if dec { -1 } else { 1 }))))
             }
-            Kind::Lea { size: 8, d } if op.base < 16 && op.index >= 16 => {
+            Kind::Lea { size, d } if size == word && op.base < 16 && op.index >= 16 => {
                 let (base, more) = self.regs[op.base as usize];
                 Some((d, (base, more.wrapping_add(op.disp))))
             }
-            Kind::Push(_) | Kind::PushMem | Kind::Call { .. } => Some((RSP as u8, (sp.0, sp.1 - 8))),
+            Kind::Push(_) | Kind::PushMem | Kind::Call { .. } => Some((RSP as u8, (sp.0, sp.1 - step))),
             Kind::Leave => {
                 let (base, more) = self.regs[RBP];
-                Some((RSP as u8, (base, more.wrapping_add(8))))
+                Some((RSP as u8, (base, more.wrapping_add(step))))
             }
-            Kind::Pop(d) if d != RSP as u8 => Some((RSP as u8, (sp.0, sp.1 + 8))),
+            Kind::Pop(d) if d != RSP as u8 => Some((RSP as u8, (sp.0, sp.1 + step))),
             Kind::Handler => {
                 self.era += 1;
                 None

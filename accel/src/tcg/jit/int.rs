@@ -621,42 +621,43 @@ impl Compiler<'_> {
     }
 
     fn stack(&mut self, i: usize) {
+        let word = self.trace.word;
         self.before(i, true);
         let access = match self.trace.kinds[i] {
             Kind::Push(v) => {
                 let access = self.push_at(i);
                 match v {
-                    Val::Imm(v) => self.a.store_imm(8, self.place, v),
+                    Val::Imm(v) => self.a.store_imm(word, self.place, v),
                     Val::Reg(r) => {
                         let r = self.reg(r, RAX);
-                        self.a.store(8, self.place, r);
+                        self.a.store(word, self.place, r);
                     }
                 }
-                self.a.lea(8, SP, Rm::M(SP, -8));
+                self.a.lea(word, SP, Rm::M(SP, -(word as i32)));
                 access
             }
             Kind::PushMem => {
-                let mut access = self.operand(i, 8, false);
-                self.a.load(8, RAX, self.place);
+                let mut access = self.operand(i, word as u64, false);
+                self.a.load(word, RAX, self.place);
                 self.a.store(8, mem(RIP_OUT), RAX);
                 access.slow.extend(self.push_at(i).slow);
                 self.a.load(8, RAX, mem(RIP_OUT));
-                self.a.store(8, self.place, RAX);
-                self.a.lea(8, SP, Rm::M(SP, -8));
+                self.a.store(word, self.place, RAX);
+                self.a.lea(word, SP, Rm::M(SP, -(word as i32)));
                 access
             }
             Kind::Pop(d) => {
                 let access = self.stack_slot(i, GUEST_SP, SP, 0, false);
                 match HOST[d as usize] {
-                    SP => self.a.load(8, SP, self.place),
+                    SP => self.a.load(word, SP, self.place),
                     NONE => {
-                        self.a.load(8, RAX, self.place);
+                        self.a.load(word, RAX, self.place);
                         self.a.store(8, place(d), RAX);
-                        self.a.lea(8, SP, Rm::M(SP, 8));
+                        self.a.lea(word, SP, Rm::M(SP, word as i32));
                     }
                     h => {
-                        self.a.load(8, h, self.place);
-                        self.a.lea(8, SP, Rm::M(SP, 8));
+                        self.a.load(word, h, self.place);
+                        self.a.lea(word, SP, Rm::M(SP, word as i32));
                     }
                 }
                 access
@@ -664,8 +665,8 @@ impl Compiler<'_> {
             _ => {
                 // LEAVE
                 let access = self.stack_slot(i, GUEST_BP, BP, 0, false);
-                self.a.lea(8, SP, Rm::M(BP, 8));
-                self.a.load(8, BP, self.place);
+                self.a.lea(word, SP, Rm::M(BP, word as i32));
+                self.a.load(word, BP, self.place);
                 access
             }
         };
@@ -675,21 +676,22 @@ impl Compiler<'_> {
 
     /// The access to the stack slot below the top.
     fn push_at(&mut self, i: usize) -> Access {
-        self.stack_slot(i, GUEST_SP, SP, -8, true)
+        self.stack_slot(i, GUEST_SP, SP, -(self.trace.word as i32), true)
     }
 
     /// Push the address of what follows instruction `i`.
     fn push_return(&mut self, i: usize) -> Access {
+        let word = self.trace.word;
         let access = self.push_at(i);
         self.a.load(8, RAX, mem(PAGE));
-        self.a.lea(8, RAX, Rm::M(RAX, self.trace.next(i) as i32));
-        self.a.store(8, self.place, RAX);
-        self.a.lea(8, SP, Rm::M(SP, -8));
+        self.a.lea(word, RAX, Rm::M(RAX, self.trace.next(i) as i32));
+        self.a.store(word, self.place, RAX);
+        self.a.lea(word, SP, Rm::M(SP, -(word as i32)));
         access
     }
 
     fn branch(&mut self, i: usize) {
-        let next = self.trace.next(i);
+        let (next, word) = (self.trace.next(i), self.trace.word);
         match self.trace.kinds[i] {
             Kind::Jcc { cc, rel } => {
                 self.want(condition(cc));
@@ -707,9 +709,9 @@ impl Compiler<'_> {
             Kind::Ret { extra } => {
                 self.keep();
                 let mut access = self.stack_slot(i, GUEST_SP, SP, 0, false);
-                self.a.load(8, RAX, self.place);
+                self.a.load(word, RAX, self.place);
                 self.check_target(&mut access);
-                self.a.lea(8, SP, Rm::M(SP, 8 + extra));
+                self.a.lea(word, SP, Rm::M(SP, word as i32 + extra));
                 self.join(access);
                 self.back();
             }
@@ -717,12 +719,12 @@ impl Compiler<'_> {
                 self.keep();
                 let mut access = match s {
                     Some(s) => {
-                        self.a.load(8, RAX, place(s));
+                        self.a.load(word, RAX, place(s));
                         Access { slow: Vec::new(), i, flags: self.fl }
                     }
                     None => {
-                        let access = self.operand(i, 8, false);
-                        self.a.load(8, RAX, self.place);
+                        let access = self.operand(i, word as u64, false);
+                        self.a.load(word, RAX, self.place);
                         access
                     }
                 };

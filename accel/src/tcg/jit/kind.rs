@@ -398,20 +398,29 @@ fn vector(op: &Op) -> Option<Kind> {
     Some(Kind::Vector { native, mem, changes })
 }
 
-/// The kind of an instruction of 64-bit code; `at` is the block's offset in its page, `alone` says that the
-/// machine has one processor.
-pub fn classify(op: &Op, at: u64, alone: bool) -> Kind {
-    known(op, at, alone).unwrap_or(Kind::Handler)
+/// The kind of an instruction of `block`; `alone` says that the machine has one processor.
+pub fn classify(op: &Op, block: &Block, alone: bool) -> Kind {
+    known(op, block.key & 0xFFF, block.is_flat32(), alone).unwrap_or(Kind::Handler)
 }
 
-fn known(op: &Op, at: u64, alone: bool) -> Option<Kind> {
+fn known(op: &Op, at: u64, flat: bool, alone: bool) -> Option<Kind> {
     let size = op.osz;
+    // Of addresses, and of what the stack holds.
+    let word = if flat { 4 } else { 8 };
+    // The distance of a near branch.
+    let rel = if flat { op.imm as i32 as i64 } else { op.imm as i64 };
     let reg = op.kind == K_REG;
     let o = op.opcode;
     // A memory operand whose address can be computed in a register or two.
     if !reg && o != 0x8D {
         let rip = if op.base == BLOCKIP { at as i64 } else { 0 };
-        if !matches!(op.asz, 8 | 4) || i32::try_from(op.disp + rip).is_err() {
+        // Constants of 32-bit addresses are sign-extended or not.
+        let disp = if flat { op.disp as u32 as i32 as i64 } else { op.disp };
+        if !matches!(op.asz, 8 | 4) || i32::try_from(disp + rip).is_err() {
+            return None;
+        }
+        // Where these lie is looked at each time.
+        if flat && (op.asz != 4 || op.seg as usize == CS || op.seg >= FS as u8) {
             return None;
         }
     }
@@ -432,12 +441,13 @@ fn known(op: &Op, at: u64, alone: bool) -> Option<Kind> {
                 _ => Kind::Alu { op: n, size, d: 0, s: imm },
             }
         }
-        (0, 0x50..=0x57) if size == 8 => Kind::Push(Val::Reg(op.rm)),
-        (0, 0x58..=0x5F) if size == 8 => Kind::Pop(op.rm),
-        (0, 0x63) if size == 8 => Kind::Extend { signed: true, from: 4, size, d: op.reg, s: rm()? },
-        (0, 0x68 | 0x6A) if size == 8 => Kind::Push(imm),
+        (0, 0x40..=0x4F) if flat => Kind::Inc { dec: o >= 0x48, size, d: Some(op.rm) },
+        (0, 0x50..=0x57) if size == word => Kind::Push(Val::Reg(op.rm)),
+        (0, 0x58..=0x5F) if size == word => Kind::Pop(op.rm),
+        (0, 0x63) if size == 8 && !flat => Kind::Extend { signed: true, from: 4, size, d: op.reg, s: rm()? },
+        (0, 0x68 | 0x6A) if size == word => Kind::Push(imm),
         (0, 0x69 | 0x6B) => Kind::Imul { size, d: op.reg, s: rm()?, imm: Some(constant(size, op.imm)) },
-        (0, 0x70..=0x7F) | (1, 0x80..=0x8F) => Kind::Jcc { cc: o & 15, rel: op.imm as i64 },
+        (0, 0x70..=0x7F) | (1, 0x80..=0x8F) if size == word => Kind::Jcc { cc: o & 15, rel },
         (0, 0x80 | 0x81 | 0x83) if reg && op.rm & HIGH == 0 => {
             Kind::Alu { op: group(op), size, d: low(op.rm)?, s: imm }
         }
@@ -451,7 +461,8 @@ fn known(op: &Op, at: u64, alone: bool) -> Option<Kind> {
         (0, 0x8A | 0x8B) => Kind::Load { size, d: low(op.reg)? },
         (0, 0x8D) => {
             let rip = if op.base == BLOCKIP { at as i64 } else { 0 };
-            if op.asz != 8 || i32::try_from(op.disp + rip).is_err() {
+            let disp = if flat { op.disp as u32 as i32 as i64 } else { op.disp };
+            if op.asz != word || i32::try_from(disp + rip).is_err() {
                 return None;
             }
             Kind::Lea { size, d: op.reg }
@@ -476,15 +487,15 @@ fn known(op: &Op, at: u64, alone: bool) -> Option<Kind> {
         (0, 0xD3) if reg && size >= 4 && matches!(group(op), 4..=7) => {
             Kind::ShiftCl { op: if group(op) == 6 { 4 } else { group(op) }, size, d: low(op.rm)? }
         }
-        (0, 0xC2 | 0xC3) => Kind::Ret { extra: op.imm as i32 },
+        (0, 0xC2 | 0xC3) if size == word => Kind::Ret { extra: op.imm as i32 },
         (0, 0xC6 | 0xC7) if reg => {
             let imm = if size == 8 { op.imm } else { op.imm & (u64::MAX >> (64 - 8 * size as u32)) };
             Kind::MovImm { size, d: low(op.rm)?, imm }
         }
         (0, 0xC6 | 0xC7) => Kind::Store { size, s: imm },
-        (0, 0xC9) if size == 8 => Kind::Leave,
-        (0, 0xE8) => Kind::Call { rel: op.imm as i64 },
-        (0, 0xE9 | 0xEB) => Kind::Jmp { rel: op.imm as i64 },
+        (0, 0xC9) if size == word => Kind::Leave,
+        (0, 0xE8) if size == word => Kind::Call { rel },
+        (0, 0xE9 | 0xEB) if size == word => Kind::Jmp { rel },
         (0, 0x80) if reg => Kind::AluHigh { op: group(op), d: op.rm & 3, imm: constant(1, op.imm) },
         (0, 0xF6) if reg && op.rm & HIGH != 0 && group(op) < 2 => {
             Kind::AluHigh { op: 8, d: op.rm & 3, imm: constant(1, op.imm) }
@@ -500,10 +511,10 @@ fn known(op: &Op, at: u64, alone: bool) -> Option<Kind> {
         },
         (0, 0xFE | 0xFF) => match group(op) {
             n @ (0 | 1) => Kind::Inc { dec: n == 1, size, d: rm()? },
-            2 => Kind::Indirect { call: true, s: rm()? },
-            4 => Kind::Indirect { call: false, s: rm()? },
-            6 if size == 8 && !reg => Kind::PushMem,
-            6 if size == 8 => Kind::Push(Val::Reg(op.rm)),
+            2 if size == word => Kind::Indirect { call: true, s: rm()? },
+            4 if size == word => Kind::Indirect { call: false, s: rm()? },
+            6 if size == word && !reg => Kind::PushMem,
+            6 if size == word => Kind::Push(Val::Reg(op.rm)),
             _ => return None,
         },
         (1, 0x0D | 0x18..=0x1F) => Kind::Nop,

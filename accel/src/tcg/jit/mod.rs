@@ -28,10 +28,10 @@ mod vector;
 
 use super::access::canonical;
 use super::cache::CROSSING;
-use super::decode::MODE64;
+use super::decode::{FLAT32, MODE64};
 use super::flags::{IF, TF};
 use super::op::{
-    Block, Op, BLOCKIP, CODE_AT, FLAGS, HOST_CSR, JUMP_TABLE, KEY, LEFT, LEVEL, NEVER, PAGE, RING_TOP,
+    Block, Op, ASKED, BLOCKIP, CODE_AT, FLAGS, HOST_CSR, JUMP_TABLE, KEY, LEFT, LEVEL, NEVER, PAGE, RING_TOP,
     RIP_OUT, SITE, TLB, TOUCHED, WANTED, XMM_LIVE,
 };
 use super::paging::{Access, TLB_SIZE};
@@ -167,6 +167,12 @@ impl Jit {
         }
     }
 
+    /// Bytes of compiled code.
+    #[cfg(test)]
+    pub fn compiled_bytes(&self) -> usize {
+        self.memory.as_ref().map_or(0, |m| m.used() - self.stubs.size())
+    }
+
     fn draw(&mut self) -> u64 {
         self.random ^= self.random << 13;
         self.random ^= self.random >> 7;
@@ -211,7 +217,15 @@ impl SoftCpu {
         if matches!(self.jit.tier, Tier::Random(_)) && self.jit.draw() & 3 == 0 {
             return false;
         }
-        block.code_count.get() as u64 <= self.limit - self.pos && !self.single && !near_hole(self.rip)
+        block.code_count.get() as u64 <= self.limit - self.pos
+            && !self.single
+            && !near_hole(self.rip)
+            && self.plain_stack()
+    }
+
+    /// Compiled 32-bit code does not keep the upper half of RSP, and nothing in that mode sets it.
+    fn plain_stack(&self) -> bool {
+        self.long || self.st.gpr[super::op::RSP] >> 32 == 0
     }
 
     #[cold]
@@ -358,7 +372,7 @@ unsafe extern "sysv64" fn step(c: *mut SoftCpu, op: *const Op, place: u32) -> u3
     c.pos = c.limit - c.st.gpr[LEFT] - count;
     c.cur = op;
     c.end = op;
-    c.rip = start.wrapping_add(op.off as u64 + op.len as u64);
+    c.rip = start.wrapping_add(op.off as u64 + op.len as u64) & c.ip_mask;
     let (changes, key) = (c.changes, c.key_of(start));
     let neutral = place & NEUTRAL != 0;
     if !neutral {
@@ -385,8 +399,17 @@ unsafe extern "sysv64" fn step(c: *mut SoftCpu, op: *const Op, place: u32) -> u3
     }
     let last = op.idx as u64 + 1 == count;
     if last && !c.rep_again {
-        let next = start.wrapping_add(op.off as u64 + op.len as u64);
+        let next = start.wrapping_add(op.off as u64 + op.len as u64) & c.ip_mask;
         c.pos += count;
+        // After STI nothing waits if nothing is pending: what becomes due by the next instruction is due after it in
+        // any case. (Where the run ends here, the shadow is part of the state.)
+        if c.shadow && op.map == 0 && op.opcode == 0xFB && c.pos < c.limit {
+            c.shadow = false;
+            let attention = c.attention;
+            if !c.settled() {
+                (c.shadow, c.attention) = (true, attention);
+            }
+        }
         if !c.settled() {
             settle(c);
             return LEAVE;
@@ -478,8 +501,8 @@ impl SoftCpu {
             }
             self.attention = false;
         }
-        self.code_mode == MODE64
-            && self.long
+        matches!(self.code_mode, MODE64 | FLAT32)
+            && self.plain_stack()
             && self.eflags & TF == 0
             && !self.dr_exec
             && self.cache.graveyard.is_empty()

@@ -233,9 +233,14 @@ impl Stubs {
         a.load(8, RAX, mem(RIP_OUT));
         s.lookup = address(&a);
         lookup(&mut a, s.miss, false);
+        // A jump may have many targets: of its misses only some change the site.
+        s.fill = address(&a);
+        a.alu_imm(1, 0, mem(ASKED), 64);
+        a.jcc_abs(cc::B ^ 1, s.lookup);
+        let some = a.jmp();
         s.refill = address(&a);
         a.load(8, RAX, Rm::M(RDI, offset_of!(Site, lin) as i32));
-        s.fill = address(&a);
+        a.here(some);
         a.store(8, mem(SITE), RDI);
         lookup(&mut a, s.miss, true);
 

@@ -11,6 +11,8 @@ use super::HOT;
 /// At most so many blocks, and instructions, in one.
 const PARTS: usize = 8;
 const LENGTH: usize = 64;
+/// Loops are unrolled to at most so many instructions.
+const UNROLLED: usize = 32;
 
 /// One block of a trace.
 pub struct Part<'a> {
@@ -30,6 +32,8 @@ pub struct Trace<'a> {
     part_of: Vec<u8>,
     /// Instructions in all.
     pub count: u32,
+    /// Bytes of an address, and of what the stack holds.
+    pub word: u8,
 }
 
 /// How often a block ran, as far as was counted.
@@ -46,9 +50,27 @@ impl<'a> Trace<'a> {
         let mut t = Trace::default();
         t.add(first, alone);
         while let Some(next) = t.successor(cache) {
+            if std::ptr::eq(next, first) {
+                t.unroll(alone);
+                break;
+            }
+            if t.parts.iter().any(|p| std::ptr::eq(p.block, next)) {
+                break;
+            }
             t.add(next, alone);
         }
         t
+    }
+
+    /// The trace leads back to its start: a short loop goes round more than once for one check of the budget.
+    fn unroll(&mut self, alone: bool) {
+        let body: Vec<&'a Block> = self.parts.iter().map(|p| p.block).collect();
+        let length = self.count as usize;
+        for _ in 1..UNROLLED / length {
+            for b in &body {
+                self.add(b, alone);
+            }
+        }
     }
 
     /// The same trace again, by the keys of its blocks.
@@ -65,7 +87,8 @@ impl<'a> Trace<'a> {
 
     fn add(&mut self, block: &'a Block, alone: bool) {
         let at = block.key & 0xFFF;
-        self.kinds.extend(block.ops.iter().map(|op| classify(op, at, alone)));
+        self.word = if block.is_flat32() { 4 } else { 8 };
+        self.kinds.extend(block.ops.iter().map(|op| classify(op, block, alone)));
         self.part_of.extend(block.ops.iter().map(|_| self.parts.len() as u8));
         self.parts.push(Part { block, at, before: self.count });
         self.count += block.count;
@@ -123,9 +146,11 @@ impl<'a> Trace<'a> {
             Kind::Ret { .. } | Kind::Indirect { .. } | Kind::Handler => return None,
             _ => find(next)?,
         };
-        let known = self.parts.iter().any(|p| std::ptr::eq(p.block, on));
+        if std::ptr::eq(on, first) {
+            return Some(on);
+        }
         let fits = self.count as usize + on.ops.len() <= LENGTH;
         // What rarely follows is not worth the room.
-        (!known && fits && weight(on) >= weight(first).min(HOT) / 3).then_some(on)
+        (fits && weight(on) >= weight(first).min(HOT) / 3).then_some(on)
     }
 }

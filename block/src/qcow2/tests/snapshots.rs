@@ -301,3 +301,63 @@ fn snapshots_beside_writers() {
     assert!(contents(&path, "m5") == then);
     std::fs::remove_dir_all(d).unwrap();
 }
+
+#[test]
+fn a_snapshot_keeps_a_machines_state_that_qemu_finds() {
+    let d = dir("vmstate");
+    for (i, shape) in [
+        "cluster_size=512",
+        "cluster_size=4096,refcount_bits=8",
+        "cluster_size=65536",
+        "compat=0.10",
+        "extended_l2=on,cluster_size=16K",
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let path = d.join(format!("v{i}.qcow2"));
+        let p = path.to_str().unwrap();
+        assert!(qemu_img(&["create", "-q", "-f", "qcow2", "-o", shape, p, "2M"]));
+        let mut rng = Rng(0x77 + i as u64);
+        let mut model = vec![0u8; 2 << 20];
+        let image = crate::open(&path, &OpenOptions { discard: true, ..OpenOptions::default() }).unwrap();
+        scribble(image.as_ref(), &mut model, &mut rng);
+        let cluster = image.info().cluster_size.unwrap();
+        let mut states = Vec::new();
+        for (n, size) in [300_000u64, 5 << 20].into_iter().enumerate() {
+            let state: Vec<u8> = (0..size).map(|b| (b / 512 + n as u64 * 3) as u8 | 1).collect();
+            let piece = (cluster as usize) * 3;
+            for (k, part) in state.chunks(piece).enumerate() {
+                image.write_vm_state((k * piece) as u64, part).unwrap();
+            }
+            let mut new = Snapshot::new(&format!("s{n}"), 7);
+            new.vm_state_size = size;
+            let id = image.snapshot(&SnapshotChange::Create(new)).unwrap().id;
+            image.drop_vm_state().unwrap();
+            scribble(image.as_ref(), &mut model, &mut rng);
+            states.push((id, state));
+        }
+        for (id, state) in &states {
+            let mut got = vec![0u8; state.len()];
+            image.read_vm_state(id, 0, &mut got).unwrap();
+            assert!(got == *state, "{shape}: the state of {id}");
+            image.read_vm_state(id, 1000, &mut got[..70_000]).unwrap();
+            assert!(got[..70_000] == state[1000..71_000], "{shape}: a piece of it");
+            assert!(image.read_vm_state(id, state.len() as u64 - 1, &mut [0; 2]).is_err());
+        }
+        let mut now = vec![0u8; model.len()];
+        image.read_at(0, &mut now).unwrap();
+        assert!(now == model, "{shape}: the disk");
+        drop(image);
+        assert!(qemu_img(&["check", "-q", p]), "{shape}");
+        assert!(qemu_img(&["snapshot", "-q", "-a", "s1", p]));
+        let byte = |at: u64| (at / 512 + 3) as u8 | 1;
+        let look = format!("read -b -P {} {} 512", byte(102_400), 102_400);
+        let out =
+            std::process::Command::new("qemu-io").args(["-f", "qcow2", "-c", &look, p]).output().unwrap();
+        let text = String::from_utf8_lossy(&out.stdout).into_owned();
+        assert!(text.contains("read 512/512") && !text.contains("verification failed"), "{shape}: {text}");
+        assert!(qemu_img(&["snapshot", "-q", "-d", "s1", p]) && qemu_img(&["snapshot", "-q", "-d", "s0", p]));
+        assert!(qemu_img(&["check", "-q", p]), "{shape}");
+    }
+}
