@@ -42,6 +42,7 @@ need openssh-client ssh
 need dbus dbus-daemon
 need etcd-server etcd
 need polkitd /usr/lib/polkit-1/polkitd
+need man-db man
 need lintian lintian
 need rpm rpmbuild
 need rpmlint rpmlint
