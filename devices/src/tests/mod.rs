@@ -7,6 +7,7 @@ mod hotplug;
 mod nets;
 mod q35;
 mod scsi;
+mod usb;
 
 use ftvm_accel::mem::GuestMemory;
 
