@@ -91,7 +91,7 @@ pub fn full_config() -> PcConfig {
             port,
             device("qemu-xhci", &[("addr", "9")]),
             device("VGA", &[("addr", "a"), ("vgamem_mb", "1")]),
-            device("virtio-scsi-pci", &[("addr", "b")]),
+            device("virtio-scsi-pci", &[("addr", "c")]),
             scsi_disk,
             scsi_cd,
             device("piix3-usb-uhci", &[("addr", "1.2")]),

@@ -5,7 +5,7 @@ use crate::door::GuestEvent;
 const REQUEST: u64 = 0x4000;
 const RESPONSE: u64 = 0x5000;
 const DATA: u64 = 0x6000;
-const HOST: u8 = 0x58;
+const HOST: u8 = 0x60;
 
 /// Status, response, sense key and code, bytes not transferred.
 type Answer = (u8, u8, (u8, u8), u32);
