@@ -26,3 +26,4 @@ put 644 "$here/packaging/dbus/org.ftvm.policy" /usr/share/polkit-1/actions/org.f
 put 644 "$here/packaging/systemd/ftvmd.service" /usr/lib/systemd/system/ftvmd.service
 put 644 "$here/packaging/systemd/tmpfiles.conf" /usr/lib/tmpfiles.d/ftvm.conf
 put 644 "$here/packaging/systemd/sysusers.conf" /usr/lib/sysusers.d/ftvm.conf
+put 755 "$here/packaging/ocf/ftvm" /usr/lib/ocf/resource.d/ftvm/ftvm

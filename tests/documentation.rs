@@ -44,3 +44,93 @@ fn the_protocols_constants_are_those_of_the_page() {
     assert!(page.contains(&format!("({})", ftvm::cli::ft::DEFAULT_PORT)));
     assert!(page.contains(&format!("{} MiB of log", ftvm::lockstep::primary::LOG_BUFFER >> 20)));
 }
+
+/// All pages.
+fn pages() -> Vec<std::path::PathBuf> {
+    let dir = format!("{}/man", env!("CARGO_MANIFEST_DIR"));
+    let mut pages: Vec<_> = std::fs::read_dir(dir).unwrap().flatten().map(|f| f.path()).collect();
+    pages.sort();
+    pages
+}
+
+#[test]
+fn every_page_is_rendered_without_a_warning() {
+    for page in pages() {
+        let out = std::process::Command::new("man")
+            .args(["--warnings", "-E", "UTF-8", "-Tutf8", "-l"])
+            .arg(&page)
+            .env("MANWIDTH", "80")
+            .env("LC_ALL", "C.UTF-8")
+            .output();
+        let Ok(out) = out else {
+            println!("skipped: man is not installed");
+            return;
+        };
+        let said = String::from_utf8_lossy(&out.stderr);
+        assert!(out.status.success() && said.is_empty(), "{}: {said}", page.display());
+        assert!(out.stdout.len() > 500, "{} is nearly empty", page.display());
+    }
+}
+
+/// The text of a page, without what is troff's.
+fn text(page: &str) -> String {
+    read(page).replace("\\-", "-").replace("\\:", "").replace("\\(aq", "'").replace("\\&", "")
+}
+
+#[test]
+fn every_option_command_and_key_is_in_its_page() {
+    let page = text("man/ftvm.1");
+    let heads: Vec<&str> = page
+        .lines()
+        .filter_map(|l| l.strip_prefix(".B -").or_else(|| l.strip_prefix(".BI -"))?.split_whitespace().next())
+        .collect();
+    for (name, ..) in ftvm::cli::options::OPTIONS {
+        assert!(heads.contains(name), "ftvm(1) lacks -{name}");
+    }
+    let page = text("man/ftvm-qmp.7");
+    let schema = ftvm_qmp::schema::Schema::get();
+    for [name, ..] in ftvm_qmp::manual::commands(schema) {
+        assert!(page.contains(&format!("\n.B {name}\n")), "ftvm-qmp(7) lacks {name}");
+    }
+}
+
+#[test]
+fn every_member_on_the_bus_is_in_its_page() {
+    let page = text("man/org.ftvm.5");
+    let dir = format!("{}/packaging/dbus", env!("CARGO_MANIFEST_DIR"));
+    let mut members = 0;
+    for file in
+        std::fs::read_dir(dir).unwrap().flatten().filter(|f| f.path().extension().is_some_and(|e| e == "xml"))
+    {
+        let xml = std::fs::read_to_string(file.path()).unwrap();
+        let comments = xml.split("<!--").skip(1).filter_map(|c| c.split("-->").next());
+        assert!(!comments.into_iter().any(|c| c.contains("--")), "{:?} is no XML", file.path());
+        for line in xml.lines().map(str::trim) {
+            for kind in ["method", "signal", "property"] {
+                let Some(rest) = line.strip_prefix(&format!("<{kind} name=\"")) else { continue };
+                let name = rest.split('"').next().unwrap();
+                assert!(
+                    page.contains(&format!("\n{kind} \\fB{name}\\fR")),
+                    "org.ftvm(5) lacks {kind} {name}"
+                );
+                members += 1;
+            }
+        }
+    }
+    assert!(members > 40, "{members} members");
+}
+
+/// The commands that the README gives for ftctl are ftctl's.
+#[test]
+fn the_commands_of_the_readme_are_in_the_page() {
+    let page = text("man/ftctl.1");
+    let readme = read("README.md");
+    let commands = readme.lines().filter_map(|l| l.trim().strip_prefix("ftctl "));
+    let mut seen = 0;
+    for line in commands {
+        let verb = line.split_whitespace().next().unwrap();
+        assert!(page.contains(&format!("\n.SS {verb}\n")), "ftctl(1) lacks {verb}");
+        seen += 1;
+    }
+    assert!(seen > 8);
+}

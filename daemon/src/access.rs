@@ -97,7 +97,7 @@ pub fn policy() -> String {
         "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n\
          <!DOCTYPE policyconfig PUBLIC \"-//freedesktop//DTD PolicyKit Policy Configuration 1.0//EN\"\n \
          \"http://www.freedesktop.org/standards/PolicyKit/1/policyconfig.dtd\">\n\
-         <!-- Made by \"cargo run -p ftvm-daemon --example generate\": do not edit. -->\n\
+         <!-- Made by the example \"generate\" of ftvm-daemon: do not edit. -->\n\
          <policyconfig>\n  <vendor>ftvm</vendor>\n",
     );
     for Verb { action, message } in VERBS {

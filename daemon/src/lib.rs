@@ -14,6 +14,7 @@ pub mod definition;
 pub mod foreign;
 mod launch;
 pub mod machine;
+mod machined;
 pub mod page;
 pub mod qmp;
 pub mod registry;

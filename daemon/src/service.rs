@@ -118,11 +118,20 @@ async fn tell_maintenance(connection: &Connection, state: &str, waits: &[String]
     emitter.emit("org.freedesktop.DBus.Properties", "PropertiesChanged", &body).await
 }
 
-async fn tell_one(connection: &Connection, machine: &Machine, notice: Notice) -> zbus::Result<()> {
+/// Machined may have to be started first: what happens is told meanwhile.
+fn introduce(connection: &Connection, machine: &Arc<Machine>, pid: u32) {
+    let (connection, machine) = (connection.clone(), Arc::clone(machine));
+    std::thread::spawn(move || block_on(crate::machined::register(&connection, &machine, pid)));
+}
+
+async fn tell_one(connection: &Connection, machine: &Arc<Machine>, notice: Notice) -> zbus::Result<()> {
     let emitter = SignalEmitter::new(connection, path(&machine.name))?;
     match notice {
         Notice::Changed(change) => {
             let (old, new) = *change;
+            if new.pid != 0 && new.pid != old.pid && machine.origin == Origin::Service {
+                introduce(connection, machine, new.pid);
+            }
             for ((interface, was), (_, is)) in properties(&old).into_iter().zip(properties(&new)) {
                 let changed: std::collections::BTreeMap<_, _> =
                     is.into_iter().filter(|(key, value)| was.get(key) != Some(value)).collect();

@@ -333,6 +333,204 @@ fn denied_without_rights() -> Result<()> {
     Ok(())
 }
 
+/// What a registration says.
+type Registration = (String, Vec<u8>, String, String, u32);
+
+/// Stands in for systemd-machined, which needs systemd as process 1.
+struct Machined(Arc<Mutex<Vec<Registration>>>);
+
+#[zbus::interface(name = "org.freedesktop.machine1.Manager")]
+impl Machined {
+    #[allow(clippy::too_many_arguments)]
+    async fn create_machine(
+        &self,
+        name: String,
+        id: Vec<u8>,
+        service: String,
+        class: String,
+        leader: u32,
+        _root: String,
+        _properties: Vec<(String, zbus::OwnedVariant)>,
+    ) -> OwnedObjectPath {
+        self.0.lock().unwrap().push((name, id, service, class, leader));
+        zbus::ObjectPath::try_from("/org/freedesktop/machine1/machine/x").unwrap().into()
+    }
+}
+
+/// Machines are registered with systemd-machined under their process and UUID. (All other tests are without it.)
+#[test]
+fn machines_are_known_to_machined() -> Result<()> {
+    let host = Host::start("dbus-machined", "system")?;
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    let _machined = block_on(
+        zbus::connection::Builder::address(host.address.as_str())
+            .serve_at("/org/freedesktop/machine1", Machined(Arc::clone(&seen)))
+            .name("org.freedesktop.machine1")
+            .build(),
+    )
+    .map_err(|e| e.to_string())?;
+    let path = host.define("known_1", "-uuid 00112233-4455-6677-8899-aabbccddeeff\n")?;
+    let client = host.client()?;
+    client.call::<_, ()>(&path, MACHINE, "Start", &())?;
+    let pid = client.properties(&path, MACHINE)?["Pid"].as_u64();
+    let first = || seen.lock().unwrap().first().cloned();
+    let (name, id, service, class, leader) = wait_for("the registration", LONG, first)?;
+    assert_eq!((name.as_str(), service.as_str(), class.as_str()), ("ftvm-known-1", "ftvm", "vm"));
+    assert_eq!((id.len(), id[1], Some(u64::from(leader))), (16, 0x11, pid));
+    Ok(())
+}
+
+/// Polkit's own daemon decides: an administrator's rule lets one user start machines, and nothing else.
+#[test]
+fn polkit_decides() -> Result<()> {
+    let polkitd = "/usr/lib/polkit-1/polkitd";
+    if !nix::unistd::geteuid().is_root() || !std::path::Path::new(polkitd).exists() {
+        println!("skipped: it needs root, and polkitd");
+        return Ok(());
+    }
+    let host = Host::start("dbus-polkit", "system")?;
+    // Its directories are its own: the actions of this tree, and a rule.
+    let (actions, rules) = (host.scratch.path("actions"), host.scratch.path("rules"));
+    std::fs::create_dir_all(&actions).map_err(|e| e.to_string())?;
+    std::fs::create_dir_all(&rules).map_err(|e| e.to_string())?;
+    let policy = guests::root().join("packaging/dbus/org.ftvm.policy");
+    std::fs::copy(policy, format!("{actions}/org.ftvm.policy")).map_err(|e| e.to_string())?;
+    let rule = "polkit.addRule(function(action, subject) {\n\
+                if (action.id == 'org.ftvm.start' && subject.user == 'nobody') return polkit.Result.YES;\n});\n";
+    std::fs::write(format!("{rules}/10-test.rules"), rule).map_err(|e| e.to_string())?;
+    let log = std::fs::File::create(host.scratch.path("polkit.log")).map_err(|e| e.to_string())?;
+    let script = format!(
+        "mount --bind '{actions}' /usr/share/polkit-1/actions && mount --bind '{rules}' /etc/polkit-1/rules.d && \
+         exec {polkitd} --no-debug"
+    );
+    let child = Command::new("unshare")
+        .args(["-m", "sh", "-c", &script])
+        .envs(host.environment())
+        .stdout(log.try_clone().map_err(|e| e.to_string())?)
+        .stderr(log)
+        .spawn()
+        .map_err(|e| e.to_string())?;
+    let _polkit = Process(child);
+    host.define("shared", "")?;
+    let nobody = Some(65534);
+    let said = || std::fs::read_to_string(host.scratch.path("polkit.log")).unwrap_or_default();
+    wait_for("polkit's yes", LONG, || host.ftctl(nobody, &["start", "shared"]).ok())
+        .map_err(|e| format!("{e}\n{}\n{}", said(), host.ftctl(nobody, &["start", "shared"]).unwrap_err()))?;
+    host.wait("/org/ftvm/machine/shared", MACHINE, "State", "running")?;
+    for verb in ["pause", "destroy", "protect"] {
+        let error = host.ftctl(nobody, &[verb, "shared"]).expect_err("there is no rule for it");
+        assert!(error.contains("polkit refuses it"), "{verb}: {error}");
+    }
+    host.ftctl(None, &["destroy", "shared"]).map(drop)
+}
+
+/// A machine that a person started appears, is controlled, and goes; a socket that lies about its process does not.
+#[test]
+fn machines_that_others_start_appear() -> Result<()> {
+    let host = Host::start("dbus-foreign", "session")?;
+    let client = host.client()?;
+    let seen = host.listen()?;
+    let registry = host.scratch.path("run/machines");
+    let (kernel, initrd) = guests::tiny()?;
+    let hand = |name: &str| {
+        Command::new(guests::ftvm()?)
+            .args(["-name", name, "-m", "192", "-kernel", &kernel, "-initrd", &initrd, "-nic", "none"])
+            .args(["-append", "console=ttyS0 quiet", "-display", "none", "-serial", "null"])
+            .args(["-uuid", "00112233-4455-6677-8899-aabbccddee00"])
+            .env("FTVM_REGISTRY", &registry)
+            .spawn()
+            .map(Process)
+            .map_err(|e| e.to_string())
+    };
+    let mut process = hand("by hand")?;
+    let path = "/org/ftvm/machine/by_5fhand";
+    wait_signal(&seen, ftvm_daemon::ROOT, "InterfacesAdded", |a| a[0] == path)?;
+    host.wait(path, MACHINE, "State", "running")?;
+    let known = client.properties(path, MACHINE)?;
+    assert_eq!(
+        (known["Origin"].as_str(), known["Pid"].as_u64()),
+        (Some("foreign"), Some(process.0.id().into()))
+    );
+    assert_eq!(known["Uuid"], "00112233-4455-6677-8899-aabbccddee00");
+    client.call::<_, ()>(path, MACHINE, "Pause", &())?;
+    host.wait(path, MACHINE, "State", "paused")?;
+    client.call::<_, ()>(path, MACHINE, "Resume", &())?;
+    let lock = host.scratch.path("lock");
+    let options = HashMap::from([("lock", Variant::from(lock.as_str()))]);
+    client.call::<_, ()>(path, FT, "TurnOn", &options)?;
+    host.wait(path, FT, "State", "unprotected")?;
+    let error = client.call::<_, ()>(path, MACHINE, "Start", &()).unwrap_err();
+    assert!(error.contains("was not started by this service"), "{error}");
+
+    // A socket under the name of a process that is not at its other end.
+    let other = Process(Command::new("sleep").arg("60").spawn().map_err(|e| e.to_string())?);
+    let lie = format!("{registry}/{}.qmp", other.0.id());
+    let liar = std::os::unix::net::UnixListener::bind(&lie).map_err(|e| e.to_string())?;
+    let taken = std::thread::spawn(move || liar.accept().map(drop));
+    taken.join().map_err(|_| "the liar")?.map_err(|e| e.to_string())?;
+    std::thread::sleep(Duration::from_secs(2));
+    assert_eq!(client.manager::<_, Vec<(OwnedObjectPath, String, String)>>("List", &())?.len(), 1);
+
+    // Killed, it leaves its socket; the service takes both away.
+    let socket = format!("{registry}/{}.qmp", process.0.id());
+    assert!(std::path::Path::new(&socket).exists());
+    process.kill();
+    wait_signal(&seen, ftvm_daemon::ROOT, "InterfacesRemoved", |a| a[0] == path)?;
+    wait_for("the socket's end", LONG, || (!std::path::Path::new(&socket).exists()).then_some(()))?;
+
+    // One that ends in order takes its socket away itself.
+    let mut process = hand("orderly")?;
+    host.wait("/org/ftvm/machine/orderly", MACHINE, "State", "running")?;
+    let socket = format!("{registry}/{}.qmp", process.0.id());
+    client.call::<_, ()>("/org/ftvm/machine/orderly", MACHINE, "Destroy", &())?;
+    let _ = process.0.wait();
+    assert!(!std::path::Path::new(&socket).exists());
+    Ok(())
+}
+
+/// A machine of libvirt's appears beside the service's own, and libvirt sees what is done to it.
+#[test]
+fn machines_of_libvirt_appear() -> Result<()> {
+    use ftvm_harness::libvirt::{missing, share, Libvirt};
+    if let Some(why) = missing() {
+        println!("skipped: {why}");
+        return Ok(());
+    }
+    let host = Host::start("dbus-libvirt", "session")?;
+    let libvirt = Libvirt::start(&host.scratch)?;
+    let registry = host.scratch.path("run/machines");
+    // libvirt's emulator runs as a user of its own: the packages give the directory to its group.
+    for dir in [host.scratch.path("run"), registry.clone()] {
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o1777);
+        std::fs::set_permissions(dir, mode).map_err(|e| e.to_string())?;
+    }
+    let (kernel, initrd) = guests::tiny()?;
+    let kernel = share(&kernel, &host.scratch.path("vmlinuz"), 0o644)?;
+    let initrd = share(&initrd, &host.scratch.path("initrd"), 0o644)?;
+    let emulator = share(&guests::ftvm()?, &host.scratch.path("ftvm"), 0o755)?;
+    let xml = format!(
+        "<domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'><name>theirs</name>\
+         <memory unit='MiB'>192</memory><os><type arch='x86_64' machine='pc'>hvm</type><kernel>{kernel}</kernel>\
+         <initrd>{initrd}</initrd><cmdline>console=ttyS0 quiet</cmdline></os><features><acpi/></features><devices><emulator>{emulator}</emulator>\
+         <serial type='pty'/><memballoon model='none'/></devices><qemu:commandline>\
+         <qemu:env name='FTVM_REGISTRY' value='{registry}'/></qemu:commandline></domain>"
+    );
+    let file = host.scratch.path("theirs.xml");
+    std::fs::write(&file, xml).map_err(|e| e.to_string())?;
+    libvirt.virsh(&["define", &file])?;
+    libvirt.virsh(&["start", "theirs"])?;
+    let path = "/org/ftvm/machine/theirs";
+    host.wait(path, MACHINE, "State", "running")?;
+    let client = host.client()?;
+    assert_eq!(client.properties(path, MACHINE)?["Origin"], "foreign");
+    client.call::<_, ()>(path, MACHINE, "Pause", &())?;
+    libvirt.wait_state("theirs", "paused", LONG)?;
+    libvirt.virsh(&["resume", "theirs"])?;
+    host.wait(path, MACHINE, "State", "running")?;
+    libvirt.virsh(&["destroy", "theirs"])?;
+    wait_for("its end", LONG, || client.find("theirs").is_err().then_some(()))
+}
+
 /// What is installed is what the service is.
 #[test]
 fn the_generated_files_are_those_of_the_interfaces() {

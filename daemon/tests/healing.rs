@@ -302,6 +302,80 @@ fn maintenance() -> Result<()> {
     Ok(())
 }
 
+/// Pacemaker's part is played: it asks the resource agent, sees promotion scores, and promotes where the best one is.
+fn resource_agent() -> Result<()> {
+    let mut hosts = hosts("agent", Inventory::Static, Network::new(3)?)?;
+    // What Pacemaker's tool is told.
+    let bin = hosts.scratch.path("bin");
+    std::fs::create_dir_all(&bin).map_err(|e| e.to_string())?;
+    let tool = format!("{bin}/crm_attribute");
+    let script = "#!/bin/sh\nfor last; do :; done\n[ \"$last\" = -D ] && last=none\necho \"$last\" > \"$HA_RSCTMP/score\"\n";
+    std::fs::write(&tool, script).map_err(|e| e.to_string())?;
+    guests::run("chmod", &["755", &tool])?;
+    let agent = guests::root().join("packaging/ocf/ftvm").display().to_string();
+    let ask = |hosts: &Hosts, i: usize, action: &str| -> Result<i32> {
+        let mut command = hosts.command(i, "sh");
+        let path = format!("PATH={bin}:$PATH; export PATH; exec \"$0\" \"$1\"");
+        let out = command
+            .args(["-c", &path, &agent, action])
+            .envs([("OCF_RESKEY_name", "web"), ("OCF_RESKEY_shutdown_seconds", "2")])
+            .env("HA_RSCTMP", hosts.path(i, "rsctmp"))
+            .output()
+            .map_err(|e| e.to_string())?;
+        let said = String::from_utf8_lossy(&out.stderr).into_owned();
+        if !said.is_empty() {
+            println!("{action} on {}: {}", name(i), said.trim());
+        }
+        Ok(out.status.code().unwrap_or(-1))
+    };
+    let score = |hosts: &Hosts, i: usize| {
+        std::fs::read_to_string(hosts.path(i, "rsctmp/score")).unwrap_or_default().trim().to_owned()
+    };
+    const PROMOTED: i32 = 8;
+    start_web(&hosts, "-ft primary\n")?;
+    hosts.ftctl(0, &["destroy", "web"])?;
+    assert_eq!(ask(&hosts, 0, "meta-data")?, 0);
+    for i in 0..3 {
+        assert_eq!(ask(&hosts, i, "monitor")?, 7, "not started");
+        assert_eq!(ask(&hosts, i, "start")?, 0);
+        assert_eq!(ask(&hosts, i, "monitor")?, 0);
+    }
+    // Where the machine is defined it may be promoted.
+    assert_eq!((score(&hosts, 0).as_str(), score(&hosts, 1).as_str()), ("5", "none"));
+    wait_for("the end", LONG, || hosts.primary("web").is_none().then_some(()))?;
+    assert_eq!(ask(&hosts, 0, "promote")?, 0);
+    assert_eq!(ask(&hosts, 0, "monitor")?, PROMOTED);
+    let (_, backup) = hosts.wait_protected("web", LONG)?;
+    assert_eq!((ask(&hosts, backup, "monitor")?, score(&hosts, backup).as_str()), (0, "100"));
+
+    // Its host dies: the backup goes live by itself, asks to be promoted, and is.
+    hosts.kill(0)?;
+    wait_for("the takeover", LONG, || hosts.primary("web"))?;
+    assert_eq!((ask(&hosts, backup, "monitor")?, score(&hosts, backup).as_str()), (0, "1000"));
+    assert_eq!(ask(&hosts, backup, "promote")?, 0);
+    assert_eq!(ask(&hosts, backup, "monitor")?, PROMOTED);
+    hosts.power_on(0)?;
+    // The one that comes back was promoted, and is not any more: it has failed, and is stopped and started.
+    assert_eq!(ask(&hosts, 0, "monitor")?, 9);
+    assert_eq!((ask(&hosts, 0, "demote")?, ask(&hosts, 0, "stop")?, ask(&hosts, 0, "start")?), (0, 0, 0));
+
+    // Moved as planned: demoted here, promoted there; the guest goes on.
+    let (primary, second) = hosts.wait_protected("web", LONG)?;
+    assert_eq!(primary, backup);
+    assert_eq!(ask(&hosts, primary, "demote")?, 0);
+    assert_eq!(ask(&hosts, second, "promote")?, 0);
+    assert_eq!((ask(&hosts, second, "monitor")?, ask(&hosts, primary, "monitor")?), (PROMOTED, 0));
+    hosts.wait_protected("web", LONG)?;
+
+    // Stopped everywhere, the backup first.
+    for i in [primary, 3 - primary - second, second] {
+        assert_eq!(ask(&hosts, i, "stop")?, 0);
+        assert_eq!(ask(&hosts, i, "monitor")?, 7);
+    }
+    assert!((0..3).all(|i| hosts.machines(i).is_empty()), "{}", hosts.logs());
+    Ok(())
+}
+
 type Test = (&'static str, fn() -> Result<()>);
 
 fn main() {
@@ -317,6 +391,7 @@ fn run() -> Result<()> {
         ("static_peers", static_peers),
         ("shared_inventory", shared_inventory),
         ("maintenance", maintenance),
+        ("resource_agent", resource_agent),
     ];
     let wanted: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
     for (name, test) in tests {

@@ -133,6 +133,9 @@ pub fn roff(text: &str) -> String {
             '^' => out.push_str("\\(ha"),
             '~' => out.push_str("\\(ti"),
             '`' => out.push_str("\\(ga"),
+            // Where a long word may be broken.
+            '|' | '&' => out.extend([c, '\\', ':']),
+            '[' => out.push_str("\\:["),
             c => out.push(c),
         }
     }

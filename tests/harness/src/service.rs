@@ -120,13 +120,15 @@ impl Hosts {
         self.scratch.path("private")
     }
 
-    fn command(&self, i: usize, program: &str) -> Command {
+    /// A command on host `i`, with its bus, ftvm and ftctl.
+    pub fn command(&self, i: usize, program: &str) -> Command {
         let mut command = self.net.on_host(i, program);
         command.env("DBUS_SYSTEM_BUS_ADDRESS", format!("unix:path={}/bus", self.hosts[i].dir));
         let found = guests::ftvm().unwrap_or_default();
         let found = std::path::Path::new(&found).parent().unwrap_or(std::path::Path::new("/"));
         let path = std::env::var("PATH").unwrap_or_default();
-        command.env("PATH", format!("{}:{path}", found.display()));
+        let ftctl = std::path::Path::new(&self.programs.1).parent().unwrap_or(found);
+        command.env("PATH", format!("{}:{}:{path}", ftctl.display(), found.display()));
         command
     }
 
