@@ -29,6 +29,8 @@ fi
 need libvirt-daemon-driver-qemu /usr/lib/x86_64-linux-gnu/libvirt/connection-driver/libvirt_driver_qemu.so
 need libvirt-clients virsh
 need virtinst virt-install
+need python3 python3
+need python3-pip pip3
 need mmdebstrap mmdebstrap
 need busybox-static /usr/share/doc/busybox-static
 need kmod depmod

@@ -142,8 +142,23 @@ fn the_generic_kernel_on_the_ide_disk_with_the_default_network_card() -> Result<
     if !long("the generic kernel's boot from the IDE disk") {
         return Ok(());
     }
-    let marks = ["SeaBIOS (version", "Debian 12 (generic kernel)", "e1000: Intel(R) PRO/1000"];
-    story("debian-ide", "if=ide", "", &[], true, &marks)
+    // With the USB controllers that virt-install gives a guest it does not know.
+    let marks = [
+        "SeaBIOS (version",
+        "Debian 12 (generic kernel)",
+        "e1000: Intel(R) PRO/1000",
+        "ehci-pci 0000:00:0b.7: USB 2.0 started",
+        "Product: QEMU USB Tablet",
+        "hid-generic",
+    ];
+    let companion =
+        |n: u8, addr| format!("ich9-usb-uhci{n},masterbus=usb.0,firstport={},{addr}", 2 * (n - 1));
+    let companions =
+        [companion(1, "multifunction=on,addr=b.0"), companion(2, "addr=b.1"), companion(3, "addr=b.2")];
+    let mut more = vec!["-device", "ich9-usb-ehci1,id=usb,addr=b.7"];
+    companions.iter().for_each(|c| more.extend(["-device", c]));
+    more.extend(["-device", "usb-tablet,bus=usb.0,port=1", "-device", "usb-kbd,bus=usb.0,port=4"]);
+    story("debian-ide", "if=ide", "", &more, true, &marks)
 }
 
 #[test]

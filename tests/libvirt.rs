@@ -5,7 +5,7 @@ mod common;
 use std::process::Command;
 
 use common::*;
-use ftvm_harness::guests::{root, run, tiny};
+use ftvm_harness::guests::{debian, root, run, tiny};
 use ftvm_harness::libvirt::{missing, share, Console, Libvirt};
 use ftvm_harness::{wait_for, Result, Scratch};
 
@@ -579,4 +579,65 @@ fn libvirt_saves_reverts_and_moves_a_domain() -> Result<()> {
 /// What the emulator of a domain said.
 fn emulator_log(scratch: &Scratch, name: &str) -> String {
     std::fs::read_to_string(scratch.path(&format!("libvirt4/qemu/{name}.log"))).unwrap_or_default()
+}
+
+/// `virt-install --import` of the Debian image with nothing said of graphics and controllers, for a guest that it knows, and
+/// for one that it does not: what it adds is there, and there is a picture of it.
+#[test]
+fn virt_install_imports_debian_as_people_do() -> Result<()> {
+    if let Some(reason) = missing() {
+        eprintln!("skipped: {reason}");
+        return Ok(());
+    }
+    let scratch = Scratch::new("virt-install")?;
+    let emulator = share(env!("CARGO_BIN_EXE_ftvm"), &scratch.path("ftvm"), 0o755)?;
+    let v = Libvirt::start(&scratch)?;
+    for (name, osinfo, parts) in [
+        ("known", "debian11", ["machine='pc-q35-7.2'", "qemu-xhci", "model type='vga'", "type='tablet'"]),
+        (
+            "unknown",
+            "generic",
+            ["machine='pc-i440fx-7.2'", "ich9-uhci3", "model type='e1000'", "type='tablet'"],
+        ),
+    ] {
+        let disk = share(&debian()?, &scratch.path(&format!("{name}.qcow2")), 0o666)?;
+        let done = Command::new("timeout")
+            .args([
+                "100",
+                "virt-install",
+                "--connect",
+                v.uri(),
+                "--virt-type",
+                "qemu",
+                "--import",
+                "--name",
+                name,
+            ])
+            .args(["--osinfo", osinfo, "--memory", "768", "--vcpus", "2", "--network", "user"])
+            .args(["--disk", &format!("path={disk},format=qcow2"), "--boot", &format!("emulator={emulator}")])
+            .args(["--noautoconsole"])
+            .output()
+            .map_err(|e| format!("virt-install: {e}"))?;
+        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+        let xml = v.virsh(&["dumpxml", name])?;
+        for part in parts.iter().chain(&["<graphics type='vnc'"]) {
+            assert!(xml.contains(part), "{part} is not in\n{xml}");
+        }
+        let shot = scratch.path(&format!("{name}.png"));
+        let mut console = Console::open(&v, name)?;
+        console.until("Debian 12", LONG)?;
+        v.virsh(&["screenshot", name, "--file", &shot])?;
+        let grub = std::fs::metadata(&shot).map_err(|e| e.to_string())?.len();
+        console.until("login:", LONG)?;
+        v.virsh(&["screenshot", name, "--file", &shot])?;
+        let text = std::fs::metadata(&shot).map_err(|e| e.to_string())?.len();
+        // An empty screen takes fewer.
+        assert!(grub > 1_900 && text > 1_900, "pictures of {grub} and {text} bytes");
+        assert!(v.virsh(&["vncdisplay", name])?.contains("127.0.0.1:"));
+        v.virsh(&["shutdown", name])?;
+        v.wait_state(name, "shut off (shutdown)", LONG)?;
+        v.virsh(&["undefine", name])?;
+        run("qemu-img", &["check", &disk])?;
+    }
+    Ok(())
 }

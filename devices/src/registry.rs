@@ -10,8 +10,9 @@ use crate::display::Vga;
 use crate::net::e1000::E1000;
 use crate::pci::Place;
 use crate::rootport::RootPort;
+use crate::usb::ehci::{is_ehci, Ehci};
 use crate::usb::hid;
-use crate::usb::uhci::Uhci;
+use crate::usb::uhci::{Chip, Uhci};
 use crate::usb::xhci::Xhci;
 use crate::virtio::balloon::Balloon;
 use crate::virtio::blk::Blk;
@@ -85,9 +86,12 @@ const NIC: &[(&str, Kind, &str)] = &[
     ("rombar", Kind::Text, "Option ROM BAR (none is shown)"),
 ];
 
-const USB: &[(&str, Kind, &str)] = &[
-    ("bus", Kind::Text, "ID.0 of a USB controller that takes devices (qemu-xhci)"),
-    ("port", Kind::Text, "Port, from 1"),
+const USB: &[(&str, Kind, &str)] =
+    &[("bus", Kind::Text, "ID.0 of a USB controller"), ("port", Kind::Text, "Port, from 1")];
+
+const COMPANION: &[(&str, Kind, &str)] = &[
+    ("masterbus", Kind::Text, "Bus of the USB 2 controller whose companion this is"),
+    ("firstport", Kind::Number, "First port of that bus that it serves"),
 ];
 
 const VIRTIO: &[(&str, Kind, &str)] = &[
@@ -225,9 +229,57 @@ pub static MODELS: &[Model] = &[
         name: "piix3-usb-uhci",
         attach: Attach::Pci,
         category: "USB",
-        description: "USB controller without devices",
+        description: "PIIX3 USB controller",
+        properties: COMPANION,
+        build: Some(|b| Ok(Box::new(Uhci::new(b, Chip::Piix3)?))),
+    },
+    Model {
+        name: "ich9-usb-uhci1",
+        attach: Attach::Pci,
+        category: "USB",
+        description: "ICH9 USB controller",
+        properties: COMPANION,
+        build: Some(|b| Ok(Box::new(Uhci::new(b, Chip::Ich9(1))?))),
+    },
+    Model {
+        name: "ich9-usb-uhci2",
+        attach: Attach::Pci,
+        category: "USB",
+        description: "ICH9 USB controller",
+        properties: COMPANION,
+        build: Some(|b| Ok(Box::new(Uhci::new(b, Chip::Ich9(2))?))),
+    },
+    Model {
+        name: "ich9-usb-uhci3",
+        attach: Attach::Pci,
+        category: "USB",
+        description: "ICH9 USB controller",
+        properties: COMPANION,
+        build: Some(|b| Ok(Box::new(Uhci::new(b, Chip::Ich9(3))?))),
+    },
+    Model {
+        name: "ich9-usb-ehci1",
+        attach: Attach::Pci,
+        category: "USB",
+        description: "ICH9 USB 2 controller",
         properties: &[],
-        build: Some(|b| Ok(Box::new(Uhci::new(b.pci_name(), b.devfn)))),
+        build: Some(|b| Ok(Box::new(Ehci::new(b, 0x293A, 3)?))),
+    },
+    Model {
+        name: "ich9-usb-ehci2",
+        attach: Attach::Pci,
+        category: "USB",
+        description: "ICH9 USB 2 controller",
+        properties: &[],
+        build: Some(|b| Ok(Box::new(Ehci::new(b, 0x293C, 3)?))),
+    },
+    Model {
+        name: "usb-ehci",
+        attach: Attach::Pci,
+        category: "USB",
+        description: "USB 2 controller",
+        properties: &[],
+        build: Some(|b| Ok(Box::new(Ehci::new(b, 0x24CD, 0x10)?))),
     },
     Model {
         name: "qemu-xhci",
@@ -498,7 +550,11 @@ pub(crate) fn usb_devices(config: &PcConfig) -> impl Iterator<Item = (&DeviceSpe
 pub(crate) fn usb_controller<'a>(config: &'a PcConfig, spec: &DeviceSpec) -> Option<&'a DeviceSpec> {
     let named = spec.properties.get("bus").map(String::as_str);
     let mut unnamed = 0;
-    config.devices.iter().filter(|d| d.driver == "qemu-xhci").find(|d| {
+    let takes = |d: &&DeviceSpec| {
+        let uhci = d.driver == "piix3-usb-uhci" || d.driver.starts_with("ich9-usb-uhci");
+        d.driver == "qemu-xhci" || is_ehci(&d.driver) || uhci && !d.properties.contains_key("masterbus")
+    };
+    config.devices.iter().filter(takes).find(|d| {
         // QEMU calls the buses of controllers without id usb-bus.N.
         let name = match &d.id {
             Some(id) => format!("{id}.0"),

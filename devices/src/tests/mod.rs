@@ -6,6 +6,7 @@ mod garbage;
 mod hotplug;
 mod nets;
 mod q35;
+mod usb;
 
 use ftvm_accel::mem::GuestMemory;
 

@@ -61,11 +61,11 @@ impl Rig {
         MAPPED + (bus << 20) + (devfn << 12) + offset
     }
 
-    fn put(&mut self, at: u64, bytes: &[u8]) {
+    pub(super) fn put(&mut self, at: u64, bytes: &[u8]) {
         self.mem.write(at, bytes).unwrap();
     }
 
-    fn get<const N: usize>(&mut self, at: u64) -> [u8; N] {
+    pub(super) fn get<const N: usize>(&mut self, at: u64) -> [u8; N] {
         let mut out = [0; N];
         self.mem.read(at, &mut out).unwrap();
         out

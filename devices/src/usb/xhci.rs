@@ -5,12 +5,13 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::hid::{Hid, Kind};
+use super::hid::Hid;
+use super::ports;
 use super::slots::Slot;
 use crate::ctx::{pack, unpack, Ctx, Device, DeviceError};
 use crate::door::Input;
 use crate::pci::{Bar, Express, PciFunction, PciId, PciSaved};
-use crate::registry::{self, Build};
+use crate::registry::Build;
 
 /// Where the parts of BAR 0 lie.
 const OPERATIONAL: u64 = 0x40;
@@ -154,7 +155,7 @@ impl Xhci {
         }
         pci.seal();
         let mut devices = vec![None; (ports[0] + ports[1]) as usize];
-        for (port, kind) in plugged(b, ports[0])? {
+        for (port, kind) in ports::on_bus(b, b.spec, ports[0])? {
             devices[port] = Some(Hid::new(kind));
         }
         Ok(Xhci { name: b.pci_name(), pci, ports, devices, s: State::default() })
@@ -454,37 +455,6 @@ impl Xhci {
         s.output = u64::from_le_bytes(output) & !0x3F;
         (s.command(ctx, kind, parameter, control, &connected), slot)
     }
-}
-
-/// The devices of the machine that are in a controller's ports (from 0) of USB 2.
-fn plugged(b: &Build, count: u32) -> Result<Vec<(usize, Kind)>, DeviceError> {
-    let mut out: Vec<(usize, Kind)> = Vec::new();
-    for (spec, kind) in registry::usb_devices(b.config) {
-        if !registry::usb_controller(b.config, spec).is_some_and(|c| std::ptr::eq(c, b.spec)) {
-            continue;
-        }
-        let free = |n: &usize| out.iter().all(|(m, _)| m != n);
-        let port = match spec.properties.get("port") {
-            None => (0..count as usize).find(free),
-            Some(text) => {
-                let n = text.parse::<usize>().ok().and_then(|n| n.checked_sub(1));
-                Some(n.filter(|n| *n < count as usize && free(n)).ok_or_else(|| {
-                    DeviceError::Config(format!(
-                        "usb port {text} (bus {}) not found (in use?)",
-                        b.spec.id.as_deref().unwrap_or("usb")
-                    ))
-                })?)
-            }
-        };
-        let port = port.ok_or_else(|| {
-            DeviceError::Config(format!(
-                "tried to attach usb device {} to a bus with no free ports",
-                spec.driver
-            ))
-        })?;
-        out.push((port, kind));
-    }
-    Ok(out)
 }
 
 impl Device for Xhci {
