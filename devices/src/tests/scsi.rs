@@ -172,3 +172,32 @@ fn a_change_of_size_or_medium_is_told_once() {
     let (_, data) = h.read(&mut r, (4, 1), &[0x28, 0, 0, 0, 0, 3, 0, 0, 1, 0], 2048);
     assert_eq!(data, r.disks[1][3 * 2048..4 * 2048]);
 }
+
+#[test]
+fn whatever_a_guest_sends_is_answered() {
+    let mut r = Rig::new();
+    let mut h = Host::start(&mut r);
+    let mut seed = 5u64;
+    let mut random = move || {
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        (seed >> 33) as u32
+    };
+    let known = [
+        0x00u8, 0x03, 0x08, 0x0A, 0x12, 0x15, 0x1A, 0x1B, 0x1E, 0x25, 0x28, 0x2A, 0x2E, 0x2F, 0x35, 0x41,
+        0x42, 0x43, 0x46, 0x4A, 0x51, 0x55, 0x5A, 0x88, 0x8A, 0x8F, 0x93, 0x9E, 0xA0, 0xA8, 0xAA, 0xBD,
+    ];
+    for n in 0..4000 {
+        let mut cdb: Vec<u8> = (0..32).map(|_| if random() % 3 == 0 { random() as u8 } else { 0 }).collect();
+        cdb[0] = if random() % 8 == 0 { random() as u8 } else { known[random() as usize % known.len()] };
+        let place = [(0, 0), (4, 1), (4, 0)][random() as usize % 3];
+        let before = h.0.used(&r);
+        if random() % 2 == 0 {
+            h.read(&mut r, place, &cdb, random() % 8192);
+        } else {
+            let data: Vec<u8> = (0..1 + random() % 4096).map(|_| (random() % 40) as u8).collect();
+            h.write(&mut r, place, &cdb, &data);
+        }
+        assert_eq!(h.0.used(&r), before.wrapping_add(1), "command {n}: {cdb:x?}");
+    }
+    r.migrate();
+}

@@ -129,7 +129,8 @@ impl Scsi {
         let room = total(&r.writable).saturating_sub(head);
         let n = scatter(io.ctx, &r.writable, head, data) as u64;
         let mut reply = Vec::with_capacity(head as usize);
-        let bytes = sense.map_or(Vec::new(), |s| sense_bytes(s).to_vec());
+        let mut bytes = sense.map_or(Vec::new(), |s| sense_bytes(s).to_vec());
+        bytes.truncate(self.s.sense_size as usize);
         reply.extend((bytes.len() as u32).to_le_bytes());
         // What was expected and did not come.
         reply.extend((room.saturating_sub(n) as u32).to_le_bytes());
