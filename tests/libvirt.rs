@@ -15,7 +15,7 @@ fn guest(scratch: &Scratch) -> Result<(String, String)> {
     let modules = root().join("build/guests/kernel/lib/modules");
     let script = format!(
         "set -e; mkdir -p {0}/extra; cd {0}; cp {1}/*/kernel/drivers/virtio/virtio_balloon.ko \
-         {1}/*/kernel/drivers/char/virtio_console.ko {1}/*/kernel/drivers/scsi/sr_mod.ko \
+         {1}/*/kernel/drivers/char/virtio_console.ko {1}/*/kernel/drivers/scsi/sr_mod.ko {1}/*/kernel/drivers/scsi/virtio_scsi.ko \
          {1}/*/kernel/drivers/cdrom/cdrom.ko extra; find extra | cpio -o -H newc --quiet | gzip > {0}.gz",
         scratch.path("overlay"),
         modules.display()
@@ -109,7 +109,7 @@ const MODULES: &str =
     "cd /extra; insmod virtio_balloon.ko; insmod virtio_console.ko; insmod cdrom.ko; insmod sr_mod.ko";
 
 /// An agent of a few lines: answers the synchronisation, and a ping.
-const AGENT: &str = r#"(exec 3<>/dev/vport1p1; while read -r l <&3; do case "$l" in *sync*) echo "{\"return\": $(echo "$l" | tr -cd 0-9)}" >&3;; *) echo '{"return": {}}' >&3;; esac; done) &
+const AGENT: &str = r#"(exec 3<>$(ls /dev/vport*p1); while read -r l <&3; do case "$l" in *sync*) echo "{\"return\": $(echo "$l" | tr -cd 0-9)}" >&3;; *) echo '{"return": {}}' >&3;; esac; done) &
 true"#;
 
 #[test]
@@ -394,7 +394,16 @@ fn libvirt_runs_a_q35_as_virt_install_writes_it() -> Result<()> {
     }
     let scratch = Scratch::new("libvirt-q35")?;
     let xml = scratch.path("q.xml");
-    std::fs::write(&xml, q35_description(&scratch, "q")?).map_err(|e| e.to_string())?;
+    // With disks on the SCSI bus, too.
+    let scsi = format!(
+        "<disk type='file' device='disk'><driver name='qemu' type='qcow2' discard='unmap'/><source file='{}'/>
+      <target dev='sda' bus='scsi'/><serial>SCSI0</serial></disk>
+    <disk type='file' device='cdrom'><target dev='sdb' bus='scsi'/><readonly/></disk>
+    <controller type='scsi' model='virtio-scsi'/><controller type='usb'",
+        image(&scratch, "q-scsi.qcow2", 48)?
+    );
+    let description = q35_description(&scratch, "q")?.replacen("<controller type='usb'", &scsi, 1);
+    std::fs::write(&xml, description).map_err(|e| e.to_string())?;
     let v = Libvirt::start(&scratch)?;
     v.virsh(&["define", &xml])?;
     v.virsh(&["start", "q"])?;
@@ -408,6 +417,9 @@ fn libvirt_runs_a_q35_as_virt_install_writes_it() -> Result<()> {
     let seen =
         console.run("insmod /extra/virtio_balloon.ko; insmod /extra/virtio_console.ko; ls /dev/vport*")?;
     assert!(seen.contains("END:0"), "{seen}");
+    console.run("insmod /extra/virtio_scsi.ko; sleep 1")?;
+    assert!(console.run("cat /sys/block/sda/size /sys/block/sda/device/vendor")?.contains("98304"));
+    assert!(v.virsh(&["domblkinfo", "q", "sda"])?.contains("50331648"));
     plug_and_pull(&v, "q", &scratch, &mut console)?;
     console.run(AGENT)?;
     wait_for("the agent", LONG, || {
@@ -536,6 +548,16 @@ fn libvirt_saves_reverts_and_moves_a_domain() -> Result<()> {
     a.virsh(&["start", "moves"])?;
     a.wait_state("moves", "running", LONG)?;
     let mut console = says(&a, "first")?;
+
+    // A core file, by libvirt and by the emulator.
+    for (option, magic) in [("--memory-only", &b"\x7FELF"[..]), ("--live", &b"LibvirtQemudSave"[..4])] {
+        let dump = one.path("dump");
+        a.virsh(&["dump", "moves", &dump, option])?;
+        let bytes = std::fs::read(&dump).map_err(|e| e.to_string())?;
+        assert!(bytes.starts_with(magic) || option == "--live" && bytes.len() > 1 << 20, "{option}");
+        std::fs::remove_file(&dump).map_err(|e| e.to_string())?;
+        a.wait_state("moves", "running", LONG)?;
+    }
 
     // A snapshot, and back.
     a.virsh(&["snapshot-create-as", "moves", "before"])?;

@@ -15,6 +15,7 @@ pub mod pci;
 mod random;
 pub mod registry;
 mod rootport;
+mod scsi;
 mod smbios;
 mod usb;
 mod virtio;

@@ -817,16 +817,26 @@ struct BootOrder {
 
 impl BootOrder {
     fn add(&mut self, b: &Build) -> Result<(), DeviceError> {
-        if b.text("bootindex").is_none() {
-            return Ok(());
-        }
-        let index = b.number("bootindex", 0)?;
         let unit = |devfn: u8| match (devfn >> 3, devfn & 7) {
             (slot, 0) => format!("{slot:x}"),
             (slot, function) => format!("{slot:x},{function:x}"),
         };
         let bridges = b.place.bridges.iter().rev().map(|d| format!("/pci-bridge@{}", unit(*d)));
         let (bridges, at): (String, _) = (bridges.collect(), unit(b.devfn));
+        if registry::base_name(&b.spec.driver) == "virtio-scsi-pci" {
+            for (spec, unit) in crate::scsi::units(b.config, b.spec)? {
+                let b = Build { config: b.config, spec, devfn: 0, place: Place::default() };
+                if b.text("bootindex").is_some() {
+                    let place = format!("channel@0/disk@{:x},{:x}", unit.target, unit.lun);
+                    let path = format!("/pci@i0cf8{bridges}/scsi@{at}/{place}");
+                    self.insert(b.number("bootindex", 0)?, path)?;
+                }
+            }
+        }
+        if b.text("bootindex").is_none() {
+            return Ok(());
+        }
+        let index = b.number("bootindex", 0)?;
         let path = match registry::base_name(&b.spec.driver) {
             "virtio-blk-pci" => format!("/pci@i0cf8{bridges}/scsi@{at}/disk@0,0"),
             _ => format!("/pci@i0cf8{bridges}/ethernet@{at}/ethernet-phy@0"),

@@ -18,6 +18,7 @@ use crate::virtio::balloon::Balloon;
 use crate::virtio::blk::Blk;
 use crate::virtio::net::Net;
 use crate::virtio::rng::Rng;
+use crate::virtio::scsi::Scsi;
 use crate::virtio::serial::Serial;
 use crate::virtio::VirtioPci;
 
@@ -32,6 +33,8 @@ pub enum Attach {
     VirtioSerial,
     /// A port of a USB controller; built by it.
     Usb,
+    /// A logical unit of a SCSI controller; built by it.
+    Scsi,
     /// Part of the board: always there, not to be named with `-device`.
     Board,
 }
@@ -92,6 +95,19 @@ const USB: &[(&str, Kind, &str)] =
 const COMPANION: &[(&str, Kind, &str)] = &[
     ("masterbus", Kind::Text, "Bus of the USB 2 controller whose companion this is"),
     ("firstport", Kind::Number, "First port of that bus that it serves"),
+];
+
+const SCSI: &[(&str, Kind, &str)] = &[
+    ("bus", Kind::Text, "ID.0 of a virtio-scsi device"),
+    ("channel", Kind::Number, "0"),
+    ("scsi-id", Kind::Number, "Target, 0 to 255 (the next free one)"),
+    ("lun", Kind::Number, "Logical unit, 0 to 16383 (0)"),
+    ("device_id", Kind::Text, "Name in the identification page (the serial number, or the id)"),
+    ("wwn", Kind::Number, "World wide name"),
+    ("vendor", Kind::Text, "Vendor the guest sees (QEMU)"),
+    ("product", Kind::Text, "Product the guest sees"),
+    ("ver", Kind::Text, "Version the guest sees"),
+    ("rotation_rate", Kind::Number, "Rotations a minute; 1: no rotating disk"),
 ];
 
 const VIRTIO: &[(&str, Kind, &str)] = &[
@@ -303,6 +319,22 @@ pub static MODELS: &[Model] = &[
         }),
     },
     Model {
+        name: "scsi-cd",
+        attach: Attach::Scsi,
+        category: "Storage",
+        description: "virtual SCSI CD-ROM",
+        properties: SCSI,
+        build: None,
+    },
+    Model {
+        name: "scsi-hd",
+        attach: Attach::Scsi,
+        category: "Storage",
+        description: "virtual SCSI disk",
+        properties: SCSI,
+        build: None,
+    },
+    Model {
         name: "usb-kbd",
         attach: Attach::Usb,
         category: "Input",
@@ -370,6 +402,14 @@ pub static MODELS: &[Model] = &[
         build: Some(|b| Ok(Box::new(VirtioPci::new(b, Box::new(Rng))?))),
     },
     Model {
+        name: "virtio-scsi-pci",
+        attach: Attach::Pci,
+        category: "Storage",
+        description: "virtio SCSI controller",
+        properties: &[("num_queues", Kind::Number, "request queues, 1 to 64 (1)")],
+        build: Some(|b| Ok(Box::new(VirtioPci::new(b, Box::new(Scsi::new(b)?))?))),
+    },
+    Model {
         name: "virtio-serial-pci",
         attach: Attach::Pci,
         category: "Input",
@@ -417,9 +457,9 @@ impl Model {
         match self.attach {
             Attach::Pci => out.extend(PCI_PROPERTIES),
             Attach::Ide => out.push(("bus", Kind::Text, "ide.0 or ide.1, on a q35 up to ide.5")),
-            Attach::Isa | Attach::VirtioSerial | Attach::Usb | Attach::Board => {}
+            Attach::Isa | Attach::VirtioSerial | Attach::Usb | Attach::Scsi | Attach::Board => {}
         }
-        if self.category == "Storage" {
+        if self.category == "Storage" && self.name != "virtio-scsi-pci" {
             out.extend(BLOCK);
         }
         if self.category == "Network" {
@@ -440,6 +480,7 @@ impl Model {
             Attach::Ide => "ide.0",
             Attach::VirtioSerial => "virtio-serial0.0",
             Attach::Usb => "usb.0",
+            Attach::Scsi => "scsi.0",
             Attach::Board => "",
         }
         .to_owned()
@@ -453,6 +494,7 @@ impl Model {
             Attach::Ide => "IDE",
             Attach::VirtioSerial => "virtio-serial-bus",
             Attach::Usb => "usb-bus",
+            Attach::Scsi => "SCSI",
             Attach::Board => "none",
         }
     }
@@ -478,7 +520,11 @@ impl Model {
                     self.name
                 )));
             }
+            (Attach::Scsi, None) if crate::scsi::controller(config, spec).is_none() => {
+                return Err(DeviceError::Config(format!("No 'SCSI' bus found for device '{}'", self.name)));
+            }
             (_, None) => true,
+            (Attach::Scsi, Some(_)) => crate::scsi::controller(config, spec).is_some(),
             (Attach::Usb, Some(_)) => usb_controller(config, spec).is_some(),
             (Attach::Pci | Attach::Ide, Some(_)) => true,
             (Attach::Isa, Some(bus)) => bus == "isa.0",

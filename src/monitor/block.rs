@@ -162,7 +162,7 @@ fn fronts(c: &Control) -> Result<Vec<Front>, QmpError> {
         let spec = &item.spec;
         let path = qom::device_path(spec, anonymous);
         anonymous += usize::from(spec.id.is_none());
-        let cd = spec.driver == "ide-cd";
+        let cd = matches!(spec.driver.as_str(), "ide-cd" | "scsi-cd");
         if spec.drive.is_none() && !cd {
             continue;
         }
@@ -448,7 +448,9 @@ fn tray(c: &Control, call: &Call) -> Result<(String, Tray), QmpError> {
         .iter()
         .find(|i| i.spec.id.as_deref() == Some(name) || (by_drive.is_some() && i.spec.drive == by_drive))
         .ok_or_else(|| QmpError::device_not_found(name))?;
-    let Some(device) = item.spec.id.clone().filter(|_| item.spec.driver == "ide-cd") else {
+    let Some(device) =
+        item.spec.id.clone().filter(|_| matches!(item.spec.driver.as_str(), "ide-cd" | "scsi-cd"))
+    else {
         return Err(QmpError::generic(format!("Device '{name}' is not removable")));
     };
     let first = item.spec.drive.filter(|d| {

@@ -25,6 +25,7 @@ const ABSTRACT: &[(&str, &str)] = &[
     ("isa-device", "device"),
     ("ide-device", "device"),
     ("usb-device", "device"),
+    ("scsi-device", "device"),
     ("virtio-serial-port", "device"),
     ("virtio-pci", "pci-device"),
     ("virtio-device", "device"),
@@ -62,6 +63,7 @@ fn parent(model: &Model) -> &'static str {
         Attach::Ide => "ide-device",
         Attach::VirtioSerial => "virtio-serial-port",
         Attach::Usb => "usb-device",
+        Attach::Scsi => "scsi-device",
     }
 }
 

@@ -132,13 +132,13 @@ fn the_cd_drive_answers_packets() {
 /// Places in memory of a legacy queue of 256 entries.
 const RING: u64 = 0x10_0000;
 
-struct LegacyQueue {
-    io: u16,
+pub struct LegacyQueue {
+    pub io: u16,
     next: u16,
 }
 
 impl LegacyQueue {
-    fn start(r: &mut Rig, devfn: u8, io: u16, queue: u16) -> LegacyQueue {
+    pub fn start(r: &mut Rig, devfn: u8, io: u16, queue: u16) -> LegacyQueue {
         r.config_write(devfn, 0x10, io.into());
         r.config_write(devfn, 4, 7);
         r.outb(io + 0x12, 0);
@@ -152,7 +152,7 @@ impl LegacyQueue {
     }
 
     /// Make a chain of (address, length, device writes) available and notify.
-    fn put(&mut self, r: &mut Rig, queue: u16, pieces: &[(u64, u32, bool)]) {
+    pub fn put(&mut self, r: &mut Rig, queue: u16, pieces: &[(u64, u32, bool)]) {
         let avail = RING + 4096;
         for (i, (addr, len, write)) in pieces.iter().enumerate() {
             let flags = u16::from(i + 1 < pieces.len()) | u16::from(*write) << 1;
@@ -168,7 +168,7 @@ impl LegacyQueue {
         r.outw(self.io + 0x10, queue);
     }
 
-    fn used(&self, r: &Rig) -> u16 {
+    pub fn used(&self, r: &Rig) -> u16 {
         let mut b = [0; 2];
         r.mem.read(RING + 8192 + 2, &mut b).unwrap();
         u16::from_le_bytes(b)

@@ -6,6 +6,7 @@ mod garbage;
 mod hotplug;
 mod nets;
 mod q35;
+mod scsi;
 mod usb;
 
 use ftvm_accel::mem::GuestMemory;
@@ -61,6 +62,10 @@ pub fn full_config() -> PcConfig {
     con.chardev = Some(7);
     let mut port = device("virtserialport", &[("name", "agent")]);
     port.chardev = Some(8);
+    let mut scsi_disk = device("scsi-hd", &[("bootindex", "2"), ("wwn", "0x5000c50015ea71ac")]);
+    scsi_disk.drive = Some(3);
+    let mut scsi_cd = device("scsi-cd", &[("scsi-id", "4"), ("lun", "1")]);
+    scsi_cd.drive = Some(4);
     PcConfig {
         ram_size: 16 << 20,
         cpus: 2,
@@ -68,7 +73,7 @@ pub fn full_config() -> PcConfig {
         boot_order: "cad".into(),
         rtc_base_unix: 1_704_067_199,
         serial_ports: vec![SerialSpec { index: 0, port: 0 }, SerialSpec { index: 1, port: 1 }],
-        drives: vec![drive(0, 1 << 20, false), drive(1, 1 << 20, true), drive(2, 1 << 20, false)],
+        drives: (0..5).map(|i| drive(i, 1 << 20, i == 1 || i == 4)).collect(),
         nics: vec![
             NicSpec { index: 0, mac: [0x52, 0x54, 0, 0, 0, 1] },
             NicSpec { index: 1, mac: [0x52, 0x54, 0, 0, 0, 9] },
@@ -86,6 +91,9 @@ pub fn full_config() -> PcConfig {
             port,
             device("qemu-xhci", &[("addr", "9")]),
             device("VGA", &[("addr", "a"), ("vgamem_mb", "1")]),
+            device("virtio-scsi-pci", &[("addr", "c")]),
+            scsi_disk,
+            scsi_cd,
             device("piix3-usb-uhci", &[("addr", "1.2")]),
             device("pvpanic", &[]),
             device("isa-debug-exit", &[]),
@@ -105,7 +113,7 @@ impl Rig {
         let mem = GuestMemory::new(config.ram_size).unwrap();
         let pc = Pc::new(config.clone(), &mem).unwrap();
         let pattern = |seed: usize| (0..1 << 20).map(|i: usize| (i / 512 * 7 + i + seed) as u8).collect();
-        Rig { pc, mem, now: 0, config, disks: vec![pattern(0), pattern(1), pattern(2)] }
+        Rig { pc, mem, now: 0, config, disks: (0..5).map(pattern).collect() }
     }
 
     pub fn inb(&mut self, port: u16) -> u8 {

@@ -4,6 +4,7 @@ pub mod balloon;
 pub mod blk;
 pub mod net;
 pub mod rng;
+pub mod scsi;
 pub mod serial;
 mod transport;
 
