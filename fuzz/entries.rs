@@ -44,6 +44,7 @@ pub const ALL: &[(&str, Entry)] = &[
     ("iscsi", iscsi),
     ("nfs", nfs),
     ("rfb", rfb),
+    ("migration", migration),
 ];
 
 /// What a target sends while a command is under way.
@@ -54,6 +55,30 @@ pub fn iscsi(data: &[u8]) {
 /// What an NFS server answers.
 pub fn nfs(data: &[u8]) {
     ftvm_block::nfs::fuzz(data);
+}
+
+/// A machine's state that comes in: as it is, and as frames whose checksums are right (kind, length in 16 bits, payload).
+pub fn migration(data: &[u8]) {
+    use ftvm::migration::stream::{head, put, Frame, Reader};
+    let read = |bytes: &[u8]| {
+        let Ok(mut reader) = Reader::new(bytes) else { return };
+        while let Ok(frame) = reader.frame() {
+            match frame {
+                Frame::State { state, .. } => drop(ftvm::machine::MachineState::from_bytes(&state)),
+                Frame::End { .. } => break,
+                _ => {}
+            }
+        }
+    };
+    read(data);
+    let mut stream = head(0);
+    let mut rest = data;
+    while let [kind, low, high, more @ ..] = rest {
+        let (payload, behind) = more.split_at(usize::from(u16::from_le_bytes([*low, *high])).min(more.len()));
+        stream.extend(put(*kind, payload));
+        rest = behind;
+    }
+    read(&stream);
 }
 
 /// What a VNC client sends.

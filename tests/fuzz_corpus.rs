@@ -128,4 +128,5 @@ entry_points! {
     iscsi 2000
     nfs 5000
     rfb 5000
+    migration 5000
 }

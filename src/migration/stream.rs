@@ -139,7 +139,8 @@ fn long(raw: &[u8]) -> u64 {
     raw.iter().take(8).rev().fold(0, |n, b| n << 8 | u64::from(*b))
 }
 
-fn put(kind: u8, payload: &[u8]) -> Vec<u8> {
+/// The bytes of a frame of any kind, with its checksum.
+pub fn put(kind: u8, payload: &[u8]) -> Vec<u8> {
     let mut out = Vec::with_capacity(payload.len() + 9);
     out.push(kind);
     out.extend((payload.len() as u32).to_le_bytes());
