@@ -569,6 +569,16 @@ fn libvirt_saves_reverts_and_moves_a_domain() -> Result<()> {
     a.wait_state("moves", "running", LONG)?;
     let mut console = says(&a, "first")?;
 
+    // A core file, by libvirt and by the emulator.
+    for (option, magic) in [("--memory-only", &b"\x7FELF"[..]), ("--live", &b"LibvirtQemudSave"[..4])] {
+        let dump = one.path("dump");
+        a.virsh(&["dump", "moves", &dump, option])?;
+        let bytes = std::fs::read(&dump).map_err(|e| e.to_string())?;
+        assert!(bytes.starts_with(magic) || option == "--live" && bytes.len() > 1 << 20, "{option}");
+        std::fs::remove_file(&dump).map_err(|e| e.to_string())?;
+        a.wait_state("moves", "running", LONG)?;
+    }
+
     // A snapshot, and back.
     a.virsh(&["snapshot-create-as", "moves", "before"])?;
     assert!(a.virsh(&["snapshot-list", "moves"])?.contains("before"));

@@ -186,3 +186,37 @@ fn start_paused_waits_for_cont_and_a_signal_ends_the_machine() -> Result<()> {
     assert_eq!(event["data"], json!({"guest": false, "reason": "host-signal"}));
     ends_well(&mut vm)
 }
+
+#[test]
+fn a_dump_is_a_core_file_with_memory_and_registers() -> Result<()> {
+    let scratch = Scratch::new("dump")?;
+    let mut vm = start_tiny(&scratch, "vm", "spin", "-net none -smp 2")?;
+    vm.wait_console("tiny guest ready", LONG)?;
+    let mut qmp = vm.qmp()?;
+    qmp.command("stop", Value::Null)?;
+    let (core, plain) = (scratch.path("core"), scratch.path("plain"));
+    let arguments = json!({"paging": false, "protocol": format!("file:{core}"), "detach": true});
+    qmp.command("dump-guest-memory", arguments)?;
+    let event = qmp.wait_event("DUMP_COMPLETED", LONG)?;
+    assert_eq!(event["data"]["result"]["status"], "completed", "{event}");
+    assert_eq!(qmp.command("query-dump", Value::Null)?["completed"], 256 << 20);
+    qmp.command("pmemsave", json!({"val": 0, "size": 256 << 20, "filename": plain}))?;
+    let (core_bytes, plain) =
+        (std::fs::read(&core).map_err(|e| e.to_string())?, std::fs::read(plain).map_err(|e| e.to_string())?);
+    let headers = core_bytes.len() - plain.len();
+    assert!(headers < 4096 && core_bytes[headers..] == plain[..], "the memory is another");
+    let said = run("readelf", &["-ln", &core])?;
+    assert_eq!(said.matches("NT_PRSTATUS").count(), 2, "{said}");
+    assert_eq!(said.matches("  QEMU ").count(), 2, "{said}");
+    assert!(said.contains("CORE (Core file)") && said.contains("LOAD"), "{said}");
+    // The registers are those that the monitor shows: RIP of the first processor lies in its first note.
+    let text = qmp.command("human-monitor-command", json!({"command-line": "info registers"}))?;
+    let text = text.as_str().unwrap_or_default();
+    let rip = text.split("RIP=").nth(1).and_then(|t| u64::from_str_radix(t.get(..16)?, 16).ok());
+    let at = 64 + 2 * 56 + 20 + 112 + 16 * 8;
+    let noted = core_bytes[at..at + 8].iter().rev().fold(0u64, |n, b| n << 8 | u64::from(*b));
+    assert_eq!(Some(noted), rip, "{text}");
+    let refused = qmp.command("dump-guest-memory", json!({"paging": true, "protocol": "file:/dev/null"}));
+    assert!(refused.is_err_and(|e| e.contains("paging")));
+    Ok(())
+}

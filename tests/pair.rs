@@ -69,6 +69,37 @@ fn cut() -> Result<()> {
     pair.finish(false)
 }
 
+/// Backup and primary move round three hosts, and hosts die in between.
+fn moves() -> Result<()> {
+    let long = std::env::var_os("FTVM_LONG").is_some_and(|v| v != "0");
+    let (guest, rounds) = if long { (Guest::Debian, 20) } else { (Guest::Tiny, 4) };
+    let mut pair = Pair::start("pair-moves", guest, "")?;
+    let clients = match guest {
+        Guest::Debian => Clients::start(&pair, 80, "Welcome to nginx", "moves").with_ssh(&pair),
+        Guest::Tiny => clients(&pair, "moves"),
+    };
+    pair.protect()?;
+    for round in 0..rounds {
+        clients.wait_progress(10, WAIT).map_err(|e| format!("round {round}: {e}\n{}", pair.logs()))?;
+        let took = pair.move_backup().map_err(|e| format!("round {round}: {e}"))?;
+        println!("round {round}: the backup moved within {took:.1?}");
+        if round % 4 == 3 {
+            clients.wait_progress(10, WAIT)?;
+            pair.kill_primary()?;
+            clients.wait_progress(10, WAIT)?;
+            pair.protect()?;
+        } else if round % 2 == 1 {
+            // With the roles changed, the next move is the old primary's.
+            pair.switch()?;
+        }
+    }
+    for (name, seen) in clients.finish()? {
+        println!("{name}: {} answers, longest pause {:.0?}", seen.answers, seen.longest);
+    }
+    std::thread::sleep(Duration::from_secs(2));
+    pair.finish(guest == Guest::Debian)
+}
+
 /// The backup's host has bad memory: the difference is found, the backup made anew, and the new one is good.
 fn divergence() -> Result<()> {
     let mut pair = Pair::start("divergence", Guest::Tiny, "")?;
@@ -288,6 +319,7 @@ fn main() {
             ("kills", kills),
             ("stall", stall),
             ("cut", cut),
+            ("moves", moves),
             ("divergence", divergence),
             ("operations", operations),
             ("separate_disks", separate_disks),

@@ -112,4 +112,8 @@ pub trait Processor: Send {
     fn load(&mut self, saved: &[u8]) -> Result<(), String>;
     /// One line a register for people (`info registers`).
     fn describe(&self) -> String;
+    /// The registers for programs (dumps, debuggers), if they can be had.
+    fn view(&self) -> Option<crate::tcg::registers::View> {
+        None
+    }
 }

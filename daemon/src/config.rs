@@ -93,7 +93,8 @@ pub const KEYS: &[Key] = &[
         "foreign",
         "false",
         "false",
-        "Whether this holds for machines too that neither this service nor a peer's started.",
+        "Whether this holds for machines too that neither this service nor a peer's started. Whoever may write to \
+         /run/ftvm/machines (root, and the group kvm) then has backups started as root on the peers.",
     ),
     key(
         "etcd",

@@ -252,6 +252,11 @@ pub fn ftvmd_page(command: &clap::Command) -> String {
          .I /run/ftvm/NAME.control\nThe QMP socket of the service.\n\
          .TP\n.I /run/ftvm/machines/PID.qmp\nA machine that others started.\n\
          .TP\n.I /var/lib/ftvm/maintenance\nExists while the host is in maintenance.\n\
+         .SH PACEMAKER\nThe resource agent ocf:ftvm:ftvm makes a machine a promotable clone; the promoted instance is where it \
+         lives.\nftvm itself decides that, by its lock, and ftvmd makes the backups: the agent tells Pacemaker, which \
+         follows.\n.PP\n.nf\npcs resource create web ocf:ftvm:ftvm name=web promotable\n.fi\n.SH SYSTEMD\n\
+         systemd\\-machined, where it runs, is told of every machine that ftvmd starts: machinectl lists it as \
+         ftvm\\-NAME,\nand it is a scope of its own.\n\
          .SH SEE ALSO\n.BR ftctl (1),\n.BR ftvm (1),\n.BR ftvmd.conf (5),\n.BR org.ftvm (5),\n.BR ftvm\\-ft (7)\n",
     );
     out

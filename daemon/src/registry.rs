@@ -172,9 +172,15 @@ impl Registry {
         }
         added.extend(found.into_iter().filter_map(|f| self.adopt(f, &mut machines)));
         names.extend(machines.values().filter(|m| m.runs()).map(|m| m.name.clone()));
-        let gone: Vec<String> = machines.keys().filter(|n| !names.contains(*n)).cloned().collect();
-        let gone: Vec<_> = gone.iter().filter_map(|n| machines.remove(n)).collect();
+        // A definition of the same name takes the place of a machine of others' that has ended.
+        let over = |m: &Machine| m.origin != Origin::Service && !m.runs();
+        let gone = machines.iter().filter(|(name, m)| !names.contains(*name) || over(m));
+        let gone: Vec<String> = gone.map(|(name, _)| name.clone()).collect();
+        let mut gone: Vec<_> = gone.iter().filter_map(|n| machines.remove(n)).collect();
         gone.iter().for_each(|m| m.remove());
+        // One that came and went between two scans (a backup that could not be started) was never shown.
+        gone.retain(|m| !added.iter().any(|a| Arc::ptr_eq(a, m)));
+        added.retain(|a| machines.contains_key(&a.name));
         (added, gone)
     }
 

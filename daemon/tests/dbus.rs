@@ -478,14 +478,16 @@ fn machines_that_others_start_appear() -> Result<()> {
     wait_signal(&seen, ftvm_daemon::ROOT, "InterfacesRemoved", |a| a[0] == path)?;
     wait_for("the socket's end", LONG, || (!std::path::Path::new(&socket).exists()).then_some(()))?;
 
-    // One that ends in order takes its socket away itself.
+    // One that ends in order takes its socket away itself; a definition of its name takes its place.
     let mut process = hand("orderly")?;
     host.wait("/org/ftvm/machine/orderly", MACHINE, "State", "running")?;
+    host.define("orderly", "")?;
+    assert_eq!(client.properties("/org/ftvm/machine/orderly", MACHINE)?["Origin"], "foreign");
     let socket = format!("{registry}/{}.qmp", process.0.id());
     client.call::<_, ()>("/org/ftvm/machine/orderly", MACHINE, "Destroy", &())?;
     let _ = process.0.wait();
     assert!(!std::path::Path::new(&socket).exists());
-    Ok(())
+    host.wait("/org/ftvm/machine/orderly", MACHINE, "Origin", "defined")
 }
 
 /// A machine of libvirt's appears beside the service's own, and libvirt sees what is done to it.

@@ -16,6 +16,7 @@ pub use state::{MachineState, StateError};
 use std::collections::BTreeMap;
 
 use ftvm_accel::bus::Ipi;
+use ftvm_accel::tcg::registers::View;
 use ftvm_accel::{GuestMemory, Processor};
 use ftvm_devices::{FunctionView, Input, Inventory, MachineRequest, Output, Plug, Screen, WindowView};
 use serde::{Deserialize, Serialize};
@@ -213,6 +214,11 @@ impl Machine {
     /// Whether the guest is stopped by the user.
     pub fn is_paused(&self) -> bool {
         self.paused
+    }
+
+    /// The registers of each processor for programs.
+    pub fn views(&self) -> Vec<View> {
+        self.cpus.iter().filter_map(|c| c.view()).collect()
     }
 
     /// The registers of processor `index` for people.

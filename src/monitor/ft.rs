@@ -91,6 +91,10 @@ pub fn test_failover(c: &Control, _: &mut Call) -> Reply {
     wish(c, FtWish::TestFailover, &["protected"])
 }
 
+pub fn migrate_backup(c: &Control, _: &mut Call) -> Reply {
+    wish(c, FtWish::MigrateBackup, &["synchronizing", "protected"])
+}
+
 pub fn test_restart(c: &Control, _: &mut Call) -> Reply {
     wish(c, FtWish::RestartBackup, &["synchronizing", "protected"])
 }

@@ -21,6 +21,7 @@ const HELP: &[(&str, &str)] = &[
     ("delvm NAME", "delete a snapshot of the machine"),
     ("device_add DRIVER[,prop=value]", "plug a device in"),
     ("device_del ID", "ask the guest to let go of a device"),
+    ("dump-guest-memory FILE", "write guest memory and registers to an ELF core file"),
     ("eject DEVICE", "take the medium out of a drive"),
     ("help|?", "this help"),
     ("info ITEM", "show something; 'info' lists what"),
@@ -168,6 +169,10 @@ impl Control {
                 let (val, size) = (number(need(0)?)?, number(need(1)?)?);
                 let filename = need(2)?.trim_matches('"');
                 self.run("pmemsave", json!({"val": val, "size": size, "filename": filename}), fds)
+            }
+            "dump-guest-memory" => {
+                let protocol = format!("file:{}", need(0)?.trim_matches('"'));
+                self.run("dump-guest-memory", json!({"paging": false, "protocol": protocol}), fds)
             }
             "screendump" => {
                 let mut arguments = Map::new();

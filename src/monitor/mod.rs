@@ -6,6 +6,7 @@ mod chars;
 mod cpu;
 pub mod devices;
 mod display;
+pub mod dump;
 mod fdsets;
 mod ft;
 mod graph;
@@ -97,6 +98,9 @@ const COMMANDS: &[(&str, Command)] = &[
     ("query-memdev", machine::memdev),
     ("query-replay", machine::replay),
     ("pmemsave", machine::pmemsave),
+    ("dump-guest-memory", dump::dump),
+    ("query-dump", dump::query),
+    ("query-dump-guest-memory-capability", dump::capability),
     ("qom-list-types", types::list),
     ("qom-list", qom::list),
     ("qom-get", qom::get),
@@ -180,6 +184,7 @@ const COMMANDS: &[(&str, Command)] = &[
     ("ft-resume", ft::resume),
     ("ft-test-failover", ft::test_failover),
     ("ft-test-restart", ft::test_restart),
+    ("ft-migrate-backup", ft::migrate_backup),
 ];
 
 /// The version of the interface, and of the program.

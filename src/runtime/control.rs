@@ -9,6 +9,7 @@ use serde_json::json;
 use crate::host::backends::Backends;
 use crate::host::jobs::Jobs;
 use crate::migration::status::Migration;
+use crate::monitor::dump::Progress;
 
 /// What the user wants of the pair, in vSphere's words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,6 +22,8 @@ pub enum FtWish {
     TestFailover,
     /// The backup joins anew.
     RestartBackup,
+    /// The next backup that joins takes the present one's place.
+    MigrateBackup,
     /// Let the backup go, and be no primary any more.
     TurnOff,
 }
@@ -134,6 +137,7 @@ pub struct Shared {
     state: Mutex<RunState>,
     ft: Mutex<FtStatus>,
     registers: Mutex<String>,
+    dump: Mutex<Progress>,
     backends: Mutex<Backends>,
     /// Work on block nodes.
     pub jobs: Jobs,
@@ -148,6 +152,7 @@ impl Shared {
             state: Mutex::new(RunState::Prelaunch),
             ft: Mutex::new(FtStatus::default()),
             registers: Mutex::new(String::new()),
+            dump: Mutex::default(),
             backends: Mutex::default(),
             jobs: Jobs::default(),
         })
@@ -180,6 +185,18 @@ impl Shared {
             let data = json!({"role": ft.role, "state": ft.state, "epoch": ft.epoch, "peer": ft.peer});
             drop(ft);
             self.events.emit("FT_STATE_CHANGED", data);
+        }
+    }
+
+    /// How far the dump of guest memory is.
+    pub fn dump(&self) -> Progress {
+        self.dump.lock().map_or_else(|_| Progress::default(), |d| *d)
+    }
+
+    /// See [`Self::dump`].
+    pub fn set_dump(&self, progress: Progress) {
+        if let Ok(mut dump) = self.dump.lock() {
+            *dump = progress;
         }
     }
 

@@ -22,7 +22,7 @@ mod mov;
 mod msr;
 pub(crate) mod op;
 mod paging;
-mod registers;
+pub mod registers;
 mod save;
 mod segment;
 mod shift;
@@ -635,6 +635,10 @@ impl Processor for SoftCpu {
 
     fn describe(&self) -> String {
         self.describe_registers()
+    }
+
+    fn view(&self) -> Option<registers::View> {
+        Some(SoftCpu::view(self))
     }
 }
 

@@ -23,7 +23,31 @@ pub struct Registers {
     pub halted: bool,
 }
 
+/// What a debugger or a dump wants to know of a processor.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct View {
+    /// RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI, R8 to R15.
+    pub gpr: [u64; 16],
+    pub registers: Registers,
+    pub cr0: u64,
+    pub cr4: u64,
+    pub kernel_gs_base: u64,
+}
+
 impl SoftCpu {
+    /// The registers as they are now.
+    pub fn view(&self) -> View {
+        let mut gpr = [0; 16];
+        gpr.copy_from_slice(&self.st.gpr[..16]);
+        View {
+            gpr,
+            registers: self.registers(),
+            cr0: self.st.cr0,
+            cr4: self.st.cr4,
+            kernel_gs_base: self.msr.kernel_gs_base,
+        }
+    }
+
     /// General, vector, x87 and control registers 0 and 4.
     pub fn state(&self) -> &CpuState {
         &self.st

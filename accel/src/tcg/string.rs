@@ -130,8 +130,11 @@ fn span_down<T: Int>(c: &mut SoftCpu, op: &Op, seg: usize, r: usize, max: u64, w
         return (0, 0);
     }
     let n = max.min((lin & 0xFFF).min(off) / T::BYTES + 1);
+    if n < 2 {
+        return (0, 0);
+    }
     let down = (n - 1) * T::BYTES;
-    if n < 2 || c.seg_lin(seg, off - down, n * T::BYTES, write).is_err() {
+    if c.seg_lin(seg, off - down, n * T::BYTES, write).is_err() {
         return (0, 0);
     }
     (n, lin - down)

@@ -284,3 +284,17 @@ fn strings_move_downwards_as_one_by_one() {
         }
     }
 }
+
+#[test]
+fn interrupts_come_on_alike_in_compiled_code() {
+    // mov ecx,5; a: cli; inc ebx; sti; dec ecx; sti; jnz a; hlt
+    let code = [0xB9, 5, 0, 0, 0, 0xFA, 0xFF, 0xC3, 0xFB, 0xFF, 0xC9, 0xFB, 0x75, 0xF7, 0xF4];
+    for rf in [0, flags::RF] {
+        let rbx = in_every_tier(|| {
+            let mut m = Machine::long(&code);
+            m.cpu.eflags |= rf;
+            m
+        });
+        assert_eq!(rbx, 5);
+    }
+}

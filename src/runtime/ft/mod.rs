@@ -42,6 +42,8 @@ pub enum FtEvent {
     Verdict(String, Verdict),
     /// The backup received log entries.
     Wake,
+    /// A backup is here that takes the present one's place.
+    Replace,
 }
 
 /// What is shared by both roles.

@@ -33,6 +33,8 @@ const COPY_WINDOW: usize = 16 << 20;
 const FINAL_PAGES: u64 = 2048;
 /// Rounds after which it is finished whatever is left.
 const ROUNDS: u32 = 12;
+/// How long a backup may take to go when its successor is there.
+const REPLACED_WITHIN: Duration = Duration::from_secs(8);
 /// How often the status is brought up to date.
 const STATUS_EVERY: Duration = Duration::from_millis(100);
 
@@ -67,6 +69,8 @@ pub struct PrimaryRole {
     peer_waits_at: Option<SocketAddr>,
     /// The user suspended fault tolerance: backups are refused.
     suspended: Arc<AtomicBool>,
+    /// The next backup takes the present one's place.
+    replace: Arc<AtomicBool>,
     /// The user turned fault tolerance off: it ends when there is no backup any more.
     ending: bool,
     /// Tells the listener's thread to end, which is woken by a connection to its address.
@@ -108,10 +112,12 @@ impl PrimaryRole {
         let busy = Arc::new(AtomicBool::new(false));
         let epochs = Arc::new(Mutex::new(epoch_number));
         let suspended = Arc::new(AtomicBool::new(false));
+        let replace = Arc::new(AtomicBool::new(false));
         let closed = Arc::new(AtomicBool::new(false));
         let stop = Arc::clone(&closed);
         let port = common.config.listen.rsplit_once(':').and_then(|(_, p)| p.parse().ok()).unwrap_or(0);
         let (c, b, e, s) = (Arc::clone(common), Arc::clone(&busy), epochs, Arc::clone(&suspended));
+        let r = Arc::clone(&replace);
         std::thread::Builder::new().name("ft-listen".into()).spawn(move || {
             let listener = loop {
                 match listener.take().map_or_else(|| TcpListener::bind(&c.config.listen), Ok) {
@@ -126,8 +132,9 @@ impl PrimaryRole {
                 }
                 let peer = stream.peer_addr().map_or_else(|_| "?".into(), |a| a.to_string());
                 let (c, b, e, s) = (Arc::clone(&c), Arc::clone(&b), Arc::clone(&e), Arc::clone(&s));
+                let r = Arc::clone(&r);
                 let _ = std::thread::Builder::new().name("ft-hello".into()).spawn(move || {
-                    if let Err(error) = welcome(stream, &c, &b, &e, &s) {
+                    if let Err(error) = welcome(stream, &c, &b, &e, &s, &r) {
                         log::warn!("ft: the backup at {peer} was not accepted: {error}");
                     }
                 });
@@ -154,6 +161,7 @@ impl PrimaryRole {
             suspected_at: None,
             peer_waits_at: None,
             suspended,
+            replace,
             ending: false,
             closed,
             port,
@@ -245,6 +253,7 @@ fn welcome(
     busy: &AtomicBool,
     epochs: &Mutex<u64>,
     suspended: &AtomicBool,
+    replace: &AtomicBool,
 ) -> Result<(), WireError> {
     stream.set_nodelay(true)?;
     stream.set_read_timeout(Some(Duration::from_secs(10)))?;
@@ -272,7 +281,17 @@ fn welcome(
             "fault tolerance is suspended on the primary (ft-resume ends that)".into(),
         );
     }
-    if busy.swap(true, Ordering::SeqCst) {
+    let mut taken = busy.swap(true, Ordering::SeqCst);
+    if taken && replace.swap(false, Ordering::SeqCst) {
+        // The successor is here: only now the present backup is let go.
+        let _ = common.events.send(Event::Ft(FtEvent::Replace));
+        let until = Instant::now() + REPLACED_WITHIN;
+        while taken && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(2));
+            taken = busy.swap(true, Ordering::SeqCst);
+        }
+    }
+    if taken {
         return refuse(&mut stream, "the primary already has a backup".into());
     }
     let result = prepare(stream, port, common, epochs);
@@ -418,6 +437,11 @@ pub fn on_event(rt: &mut Runtime, event: FtEvent) -> Option<Outcome> {
             let outcome = actions.into_iter().find_map(|a| act(rt, a));
             drop(core);
             outcome
+        }
+        FtEvent::Replace => {
+            let core = Arc::clone(&p.core);
+            let actions = core.lock().map(|mut c| c.dismiss("another backup takes its place", false));
+            actions.unwrap_or_default().into_iter().find_map(|a| act(rt, a))
         }
         FtEvent::Wake => None,
     }
@@ -731,6 +755,10 @@ pub fn wish(rt: &mut Runtime, wish: FtWish) {
             p.suspended.store(true, Ordering::SeqCst);
             p.ending = true;
             core.dismiss("fault tolerance is turned off", false)
+        }
+        FtWish::MigrateBackup => {
+            p.replace.store(true, Ordering::SeqCst);
+            Vec::new()
         }
         FtWish::RestartBackup => core.dismiss("a new backup is wanted", true),
         FtWish::TestFailover => {

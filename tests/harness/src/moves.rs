@@ -35,7 +35,7 @@ impl Pair {
     pub fn destination(&mut self, more: &[&str]) -> Result<()> {
         let other = self.other();
         let mut args = self.args.clone();
-        let uri = format!("tcp:{}:{PORT}", Network::address(other));
+        let uri = format!("tcp:{}:{PORT}", Network::address(self.place[other]));
         args.extend(["-incoming", &uri].iter().chain(more).map(|s| (*s).to_owned()));
         let words: Vec<&str> = args.iter().map(String::as_str).collect();
         let vm = self.spawn(other, &words)?;
@@ -48,7 +48,7 @@ impl Pair {
 
     /// Where the other host's destination is.
     pub fn destination_uri(&self) -> String {
-        format!("tcp:{}:{PORT}", Network::address(self.other()))
+        format!("tcp:{}:{PORT}", Network::address(self.place[self.other()]))
     }
 
     /// Begin to send the machine to the destination.

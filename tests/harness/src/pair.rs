@@ -20,6 +20,8 @@ pub struct Pair {
     pub image: String,
     /// Where it lies, if not on a path.
     pub server: Option<Server>,
+    /// Where in the network each of the two hosts is; there is a third that can take one's place.
+    pub(crate) place: [usize; 2],
     /// The program on each host.
     pub hosts: [Option<Vm>; 2],
     /// The host on which the machine lives.
@@ -88,7 +90,7 @@ impl Pair {
                 "GUEST READY"
             }
         };
-        let mut net = Network::new(2)?;
+        let mut net = Network::new(3)?;
         let mut server = None;
         let mut second_image = None;
         let mut ft_options = if ft_options == PLAIN { None } else { Some(ft_options.to_owned()) };
@@ -122,6 +124,7 @@ impl Pair {
             scratch,
             image,
             server,
+            place: [0, 1],
             hosts: [None, None],
             live: 0,
             ft_options: ft_options.clone().unwrap_or_default(),
@@ -191,7 +194,7 @@ impl Pair {
     pub(crate) fn spawn(&mut self, host: usize, args: &[&str]) -> Result<Vm> {
         self.started += 1;
         let name = format!("vm{}-host{host}", self.started);
-        Vm::start(self.net.on_host(host, &guests::ftvm()?), &self.scratch, &name, args)
+        Vm::start(self.net.on_host(self.place[host], &guests::ftvm()?), &self.scratch, &name, args)
     }
 
     /// The host that does not (yet) run the machine.
@@ -214,7 +217,7 @@ impl Pair {
     pub fn protect(&mut self) -> Result<Duration> {
         let start = Instant::now();
         let other = self.other();
-        let ft = format!("backup,peer={}{}", Network::address(self.live), self.ft_options);
+        let ft = format!("backup,peer={}{}", Network::address(self.place[self.live]), self.ft_options);
         let drive = format!("file={},if=virtio", self.image_of(other));
         let mut args = vec!["-ft", &ft];
         if self.second_image.is_some() {
@@ -228,7 +231,7 @@ impl Pair {
 
     /// Start a backup that the primary must refuse; what it says.
     pub fn refused_backup(&mut self) -> Result<String> {
-        let ft = format!("backup,peer={}{}", Network::address(self.live), self.ft_options);
+        let ft = format!("backup,peer={}{}", Network::address(self.place[self.live]), self.ft_options);
         let mut vm = self.spawn(self.other(), &["-ft", &ft])?;
         match vm.wait_exit(Duration::from_secs(30))? {
             0 => Err(format!("the backup was not refused\n{}", vm.log())),
@@ -294,10 +297,10 @@ impl Pair {
     pub fn unplug_primary(&mut self, time: Duration) -> Result<serde_json::Value> {
         let old = self.live;
         let mut vm = self.hosts[old].take().ok_or("the live side is gone")?;
-        self.net.set_link(old, false)?;
+        self.net.set_link(self.place[old], false)?;
         let ft = self.expect_takeover();
         std::thread::sleep(time);
-        self.net.set_link(old, true)?;
+        self.net.set_link(self.place[old], true)?;
         let ft = ft?;
         let status = vm
             .wait_exit(Duration::from_secs(40))
@@ -330,6 +333,31 @@ impl Pair {
         let ft = self.expect_takeover()?;
         self.wait_protected()?;
         Ok(ft)
+    }
+
+    /// The backup moves to the third host: the old one protects until the new one is there, and ends in order. How long
+    /// it took.
+    pub fn move_backup(&mut self) -> Result<Duration> {
+        let other = self.other();
+        let spare = 3 - self.place[0] - self.place[1];
+        self.qmp()?.command("ft-migrate-backup", serde_json::Value::Null)?;
+        let state = self.qmp()?.ft()?["state"].clone();
+        if state != "protected" {
+            return Err(format!("before the new backup is there the machine is {state}"));
+        }
+        let start = Instant::now();
+        self.place[other] = spare;
+        let ft = format!("backup,peer={}{}", Network::address(self.place[self.live]), self.ft_options);
+        let new = self.spawn(other, &["-ft", &ft])?;
+        let mut old = self.hosts[other].replace(new).ok_or("there is no backup")?;
+        match old.wait_exit(Duration::from_secs(30))? {
+            0 => {}
+            status => return Err(format!("the old backup ended with {status}\n{}", old.log())),
+        }
+        let mut new = self.hosts[other].as_ref().ok_or("there is no backup")?.qmp()?;
+        new.wait_ft("following", Duration::from_secs(120)).map_err(|e| format!("{e}\n{}", self.logs()))?;
+        self.wait_protected()?;
+        Ok(start.elapsed())
     }
 
     /// The backup is made anew on the user's wish.
@@ -367,7 +395,7 @@ impl Pair {
 
     /// Cut the hosts from each other while both reach the storage and the clients: exactly one goes on.
     pub fn cut_apart(&mut self) -> Result<()> {
-        self.net.set_isolated(&[0, 1], true)?;
+        self.net.set_isolated(&self.place, true)?;
         let deadline = Instant::now() + Duration::from_secs(30);
         let ended = loop {
             let gone: Vec<usize> =
@@ -387,7 +415,7 @@ impl Pair {
         self.live = 1 - ended;
         std::thread::sleep(Duration::from_secs(1));
         let state = self.qmp()?.ft()?["state"].clone();
-        self.net.set_isolated(&[0, 1], false)?;
+        self.net.set_isolated(&self.place, false)?;
         if state != "unprotected" && state != "live" {
             return Err(format!("the survivor is {state}\n{}", self.logs()));
         }

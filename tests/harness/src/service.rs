@@ -110,6 +110,15 @@ impl Hosts {
         Ok(hosts)
     }
 
+    /// Add lines to the configuration of host `i`'s service and start it anew.
+    pub fn configure(&mut self, i: usize, lines: &str) -> Result<()> {
+        let path = self.path(i, "ftvmd.conf");
+        let old = std::fs::read_to_string(&path).map_err(text)?;
+        std::fs::write(&path, format!("{old}{lines}")).map_err(text)?;
+        self.kill_service(i);
+        self.power_on(i)
+    }
+
     /// A file of host `i`.
     pub fn path(&self, i: usize, what: &str) -> String {
         format!("{}/{what}", self.hosts[i].dir)

@@ -29,7 +29,7 @@ mod vector;
 use super::access::canonical;
 use super::cache::CROSSING;
 use super::decode::{FLAT32, MODE64};
-use super::flags::{IF, TF};
+use super::flags::{IF, RF, TF};
 use super::op::{
     Block, Op, ASKED, BLOCKIP, CODE_AT, FLAGS, HOST_CSR, JUMP_TABLE, KEY, LEFT, LEVEL, NEVER, PAGE, RING_TOP,
     RIP_OUT, SITE, TLB, TOUCHED, WANTED, XMM_LIVE,
@@ -402,8 +402,8 @@ unsafe extern "sysv64" fn step(c: *mut SoftCpu, op: *const Op, place: u32) -> u3
         let next = start.wrapping_add(op.off as u64 + op.len as u64) & c.ip_mask;
         c.pos += count;
         // After STI nothing waits if nothing is pending: what becomes due by the next instruction is due after it in
-        // any case. (Where the run ends here, the shadow is part of the state.)
-        if c.shadow && op.map == 0 && op.opcode == 0xFB && c.pos < c.limit {
+        // any case. (Where the run ends here, the shadow is part of the state, and with it goes RF.)
+        if c.shadow && op.map == 0 && op.opcode == 0xFB && c.pos < c.limit && c.eflags & RF == 0 {
             c.shadow = false;
             let attention = c.attention;
             if !c.settled() {
