@@ -150,6 +150,7 @@ fn the_generic_kernel_on_the_ide_disk_with_the_default_network_card() -> Result<
         "ehci-pci 0000:00:0b.7: USB 2.0 started",
         "Product: QEMU USB Tablet",
         "hid-generic",
+        "snd_hda_codec_generic hdaudioC0D0: autoconfig",
     ];
     let companion =
         |n: u8, addr| format!("ich9-usb-uhci{n},masterbus=usb.0,firstport={},{addr}", 2 * (n - 1));
@@ -158,6 +159,7 @@ fn the_generic_kernel_on_the_ide_disk_with_the_default_network_card() -> Result<
     let mut more = vec!["-device", "ich9-usb-ehci1,id=usb,addr=b.7"];
     companions.iter().for_each(|c| more.extend(["-device", c]));
     more.extend(["-device", "usb-tablet,bus=usb.0,port=1", "-device", "usb-kbd,bus=usb.0,port=4"]);
+    more.extend(["-device", "ich9-intel-hda", "-device", "hda-duplex"]);
     story("debian-ide", "if=ide", "", &more, true, &marks)
 }
 

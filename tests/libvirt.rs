@@ -657,7 +657,7 @@ fn virt_install_imports_debian_as_people_do() -> Result<()> {
             ])
             .args(["--osinfo", osinfo, "--memory", "768", "--vcpus", "2", "--network", "user"])
             .args(["--disk", &format!("path={disk},format=qcow2"), "--boot", &format!("emulator={emulator}")])
-            .args(["--noautoconsole"])
+            .args(["--sound", "ich9", "--noautoconsole"])
             .output()
             .map_err(|e| format!("virt-install: {e}"))?;
         assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));

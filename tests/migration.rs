@@ -32,7 +32,7 @@ fn back_and_forth() -> Result<()> {
     let (guest, rounds) = if long { (Guest::Debian, 100) } else { (Guest::Tiny, 6) };
     let mut pair = Pair::start_plain("moves", guest)?;
     let clients = match guest {
-        Guest::Debian => Clients::start(&pair, 80, "Welcome to nginx", "moves").with_ssh(&pair),
+        Guest::Debian => Clients::start(&pair, 80, "ftvm guest", "moves").with_ssh(&pair),
         Guest::Tiny => Clients::start(&pair, 8080, "HTTP/1.1 200", "moves"),
     };
     let mut stopped = Vec::new();

@@ -75,7 +75,7 @@ fn moves() -> Result<()> {
     let (guest, rounds) = if long { (Guest::Debian, 20) } else { (Guest::Tiny, 4) };
     let mut pair = Pair::start("pair-moves", guest, "")?;
     let clients = match guest {
-        Guest::Debian => Clients::start(&pair, 80, "Welcome to nginx", "moves").with_ssh(&pair),
+        Guest::Debian => Clients::start(&pair, 80, "ftvm guest", "moves").with_ssh(&pair),
         Guest::Tiny => clients(&pair, "moves"),
     };
     pair.protect()?;

@@ -2,6 +2,7 @@
 //! line and the doors ([`door`]); it never names a file, a socket, a thread or a host clock.
 
 mod acpi;
+mod audio;
 mod boot;
 mod chipset;
 pub mod config;

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use crate::audio::hda::{self, Hda};
 use crate::chipset::debug::{DebugCon, DebugExit, PvPanic};
 use crate::chipset::testdev::PcTestDev;
 use crate::config::{DeviceSpec, DriveSpec, NicSpec, PcConfig};
@@ -35,6 +36,8 @@ pub enum Attach {
     Usb,
     /// A logical unit of a SCSI controller; built by it.
     Scsi,
+    /// A codec of an HDA controller; built by it.
+    Hda,
     /// Part of the board: always there, not to be named with `-device`.
     Board,
 }
@@ -108,6 +111,13 @@ const SCSI: &[(&str, Kind, &str)] = &[
     ("product", Kind::Text, "Product the guest sees"),
     ("ver", Kind::Text, "Version the guest sees"),
     ("rotation_rate", Kind::Number, "Rotations a minute; 1: no rotating disk"),
+];
+
+const CODEC: &[(&str, Kind, &str)] = &[
+    ("bus", Kind::Text, "ID.0 of an HDA controller"),
+    ("cad", Kind::Number, "Codec address"),
+    ("audiodev", Kind::Text, "ID of an audiodev to use as a backend"),
+    ("mixer", Kind::Bool, "no effect"),
 ];
 
 const VIRTIO: &[(&str, Kind, &str)] = &[
@@ -319,6 +329,52 @@ pub static MODELS: &[Model] = &[
         }),
     },
     Model {
+        name: "ich9-intel-hda",
+        attach: Attach::Pci,
+        category: "Sound",
+        description: "Intel HD Audio controller (ICH9)",
+        properties: &[
+            ("msi", Kind::Text, "on/off/auto (none is shown)"),
+            ("debug", Kind::Number, "no effect"),
+        ],
+        build: Some(|b| Ok(Box::new(Hda::new(b, true)?))),
+    },
+    Model {
+        name: "intel-hda",
+        attach: Attach::Pci,
+        category: "Sound",
+        description: "Intel HD Audio controller (ICH6)",
+        properties: &[
+            ("msi", Kind::Text, "on/off/auto (none is shown)"),
+            ("debug", Kind::Number, "no effect"),
+        ],
+        build: Some(|b| Ok(Box::new(Hda::new(b, false)?))),
+    },
+    Model {
+        name: "hda-duplex",
+        attach: Attach::Hda,
+        category: "Sound",
+        description: "HDA codec: line out, line in (to nobody, of silence)",
+        properties: CODEC,
+        build: None,
+    },
+    Model {
+        name: "hda-micro",
+        attach: Attach::Hda,
+        category: "Sound",
+        description: "HDA codec: speaker, microphone (to nobody, of silence)",
+        properties: CODEC,
+        build: None,
+    },
+    Model {
+        name: "hda-output",
+        attach: Attach::Hda,
+        category: "Sound",
+        description: "HDA codec: line out (to nobody)",
+        properties: CODEC,
+        build: None,
+    },
+    Model {
         name: "scsi-cd",
         attach: Attach::Scsi,
         category: "Storage",
@@ -457,7 +513,8 @@ impl Model {
         match self.attach {
             Attach::Pci => out.extend(PCI_PROPERTIES),
             Attach::Ide => out.push(("bus", Kind::Text, "ide.0 or ide.1, on a q35 up to ide.5")),
-            Attach::Isa | Attach::VirtioSerial | Attach::Usb | Attach::Scsi | Attach::Board => {}
+            Attach::Isa | Attach::VirtioSerial | Attach::Usb | Attach::Scsi | Attach::Hda | Attach::Board => {
+            }
         }
         if self.category == "Storage" && self.name != "virtio-scsi-pci" {
             out.extend(BLOCK);
@@ -481,6 +538,7 @@ impl Model {
             Attach::VirtioSerial => "virtio-serial0.0",
             Attach::Usb => "usb.0",
             Attach::Scsi => "scsi.0",
+            Attach::Hda => "hda.0",
             Attach::Board => "",
         }
         .to_owned()
@@ -495,6 +553,7 @@ impl Model {
             Attach::VirtioSerial => "virtio-serial-bus",
             Attach::Usb => "usb-bus",
             Attach::Scsi => "SCSI",
+            Attach::Hda => "HDA",
             Attach::Board => "none",
         }
     }
@@ -523,7 +582,11 @@ impl Model {
             (Attach::Scsi, None) if crate::scsi::controller(config, spec).is_none() => {
                 return Err(DeviceError::Config(format!("No 'SCSI' bus found for device '{}'", self.name)));
             }
+            (Attach::Hda, None) if hda::controller(config, spec).is_none() => {
+                return Err(DeviceError::Config(format!("No 'HDA' bus found for device '{}'", self.name)));
+            }
             (_, None) => true,
+            (Attach::Hda, Some(_)) => hda::controller(config, spec).is_some(),
             (Attach::Scsi, Some(_)) => crate::scsi::controller(config, spec).is_some(),
             (Attach::Usb, Some(_)) => usb_controller(config, spec).is_some(),
             (Attach::Pci | Attach::Ide, Some(_)) => true,

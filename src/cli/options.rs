@@ -142,7 +142,7 @@ pub const OPTIONS: &[(&str, &str, &str, &str)] = &[
         "refuse system calls that the program does not need",
     ),
     ("overcommit", "mem-lock=on|off[,cpu-pm=on|off]", "Debug and expert", "keep the program's memory in RAM"),
-    ("audiodev", "none,id=a", "Debug and expert", "a sound back end (there is no sound)"),
+    ("audiodev", "none,id=a", "Debug and expert", "a sound back end (none: what is played is not heard)"),
     ("msg", "timestamp=on|off", "Debug and expert", "put the time before messages"),
     (
         "ft",

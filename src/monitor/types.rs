@@ -64,6 +64,7 @@ fn parent(model: &Model) -> &'static str {
         Attach::VirtioSerial => "virtio-serial-port",
         Attach::Usb => "usb-device",
         Attach::Scsi => "scsi-device",
+        Attach::Hda => "hda-codec",
     }
 }
 

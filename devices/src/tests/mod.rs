@@ -1,5 +1,6 @@
 //! Tests of the machine through its ports, as a guest would drive it.
 
+mod audio;
 mod board;
 mod disks;
 mod garbage;

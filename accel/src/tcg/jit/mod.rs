@@ -11,7 +11,9 @@
 //!   whole state in place ([`step`]).
 //! - A hot block is compiled together with what mostly follows it in its page, as one trace.
 //! - Traces of one guest page are linked directly; they are dropped together. Everything else goes through
-//!   the table by linear address, whose key changes whenever a translation may have changed.
+//!   the table by linear address, whose key changes whenever a translation may have changed; jumps out of the page
+//!   and returns keep what they found there ([`Site`]), with the key.
+//! - 32-bit code is compiled where its segments are flat, which is a mode of its own ([`FLAT32`]).
 //!
 //! [`CpuState::gpr`]: crate::state::CpuState::gpr
 
