@@ -420,6 +420,26 @@ fn libvirt_runs_a_q35_as_virt_install_writes_it() -> Result<()> {
     console.run("insmod /extra/virtio_scsi.ko; sleep 1")?;
     assert!(console.run("cat /sys/block/sda/size /sys/block/sda/device/vendor")?.contains("98304"));
     assert!(v.virsh(&["domblkinfo", "q", "sda"])?.contains("50331648"));
+    let hot = image(&scratch, "hot.qcow2", 24)?;
+    v.virsh(&[
+        "attach-disk",
+        "q",
+        &hot,
+        "sdc",
+        "--targetbus",
+        "scsi",
+        "--driver",
+        "qemu",
+        "--subdriver",
+        "qcow2",
+    ])?;
+    wait_for("the SCSI disk in the guest", LONG, || {
+        console.run("cat /sys/block/sd?/size").ok().filter(|s| s.contains("49152"))
+    })?;
+    v.virsh(&["detach-disk", "q", "sdc"])?;
+    wait_for("the SCSI disk to be gone", LONG, || {
+        console.run("cat /sys/block/sd?/size").ok().filter(|s| !s.contains("49152"))
+    })?;
     plug_and_pull(&v, "q", &scratch, &mut console)?;
     console.run(AGENT)?;
     wait_for("the agent", LONG, || {

@@ -41,6 +41,8 @@ fn linux_uses_a_disk_and_a_cd_drive() -> Result<()> {
         data.resize(1 << 20, 0);
         std::fs::write(path, data).map_err(|e| e.to_string())?;
     }
+    let more_disk = scratch.path("more.raw");
+    std::fs::write(&more_disk, vec![0; 8 << 20]).map_err(|e| e.to_string())?;
     let socket = scratch.path("tty");
     let more = format!(
         "-m 256 -kernel {kernel} -initrd {} -append console=ttyS0 -serial unix:{socket},server=on,wait=off -net none \
@@ -83,6 +85,24 @@ fn linux_uses_a_disk_and_a_cd_drive() -> Result<()> {
     says(&console.run("head -c 11 /dev/sr0")?, "second disc")?;
     qmp.command("eject", json!({"id": "cd"}))?;
     says(&console.run("head -c 11 /dev/sr0")?, "END:1")?;
+    // Another disk comes and goes; the guest hears of it by itself.
+    let node = json!({"driver": "raw", "node-name": "m", "file": {"driver": "file", "filename": more_disk}});
+    qmp.command("blockdev-add", node)?;
+    qmp.command(
+        "device_add",
+        json!({"driver": "scsi-hd", "bus": "scsi0.0", "scsi-id": 9, "drive": "m", "id": "hot"}),
+    )?;
+    wait_for("the disk in the guest", LONG, || {
+        console.run("cat /sys/block/sdb/size").ok().filter(|s| s.contains("16384"))
+    })?;
+    says(&console.run("echo hot | dd of=/dev/sdb bs=512 conv=sync,fsync 2>/dev/null")?, "END:0")?;
+    qmp.command("device_del", json!({"id": "hot"}))?;
+    qmp.wait_event("DEVICE_DELETED", LONG)?;
+    qmp.command("blockdev-del", json!({"node-name": "m"}))?;
+    wait_for("the disk to be gone", LONG, || {
+        console.run("test ! -e /sys/block/sdb").ok().filter(|s| s.contains("END:0"))
+    })?;
+    assert!(std::fs::read(&more_disk).is_ok_and(|d| d.starts_with(b"hot")), "what was written is lost");
     // So does the size: the guest hears of it by itself.
     qmp.command("block_resize", json!({"device": "d", "size": 96 << 20}))?;
     wait_for("the new size", LONG, || {

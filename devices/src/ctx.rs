@@ -106,6 +106,8 @@ pub trait Device: Send {
     fn ask_to_eject(&mut self, ctx: &mut Ctx, bus: u8, slot: u8) {}
     /// Something was put into slot `slot` of bus `bus`; the guest is to be told (as above).
     fn announce(&mut self, ctx: &mut Ctx, bus: u8, slot: u8) {}
+    /// The devices behind it may be others now; `tell`: the guest is to hear of it (with the next input).
+    fn rescan(&mut self, config: &crate::config::PcConfig, tell: bool) {}
     /// Facts for people and management, by name (`guest-stats`, `actual`).
     fn facts(&self) -> Vec<(String, i64)> {
         Vec::new()

@@ -80,6 +80,8 @@ pub struct Pc {
     /// The machine's description, for what is plugged in later (without firmware and kernel).
     config: PcConfig,
     users: Vec<User>,
+    /// Ids of devices of the configuration that were pulled from behind their controllers.
+    lost: Vec<String>,
 }
 
 /// Devices at most, those that are gone counted.
@@ -192,6 +194,7 @@ impl Pc {
             pm,
             config: PcConfig { firmware: Vec::new(), video_bios: Vec::new(), kernel: None, ..config },
             users,
+            lost: Vec::new(),
         };
         (0..pc.buses.len()).for_each(|bus| pc.note_presence(bus));
         pc.reset(mem, 0);
@@ -492,7 +495,9 @@ impl Pc {
             return;
         }
         match input {
+            Input::Plug(plug) if hotplug::is_child(&plug.spec) => self.plug_child(plug, true),
             Input::Plug(plug) => return self.plug(mem, now_ns, plug),
+            Input::Unplug { id } if self.unplug_child(id, true) => {}
             Input::Unplug { id } => {
                 let user = self.users.iter().find(|u| u.spec.id.as_deref() == Some(id));
                 if let Some((bus, devfn)) = user.and_then(|u| Some((u.bus as u8, u.devfn?))) {

@@ -158,7 +158,9 @@ pub fn plug(rt: &mut Runtime, mut spec: DeviceSpec) -> Result<(), QmpError> {
     let mut plug = Plug { spec, devfn: 0, drive, nic: nic.as_ref().map(|(n, _)| n.clone()) };
     plug.devfn = rt.machine.check_plug(&plug).map_err(QmpError::generic)?;
     // Every replica puts it in the same place.
-    plug.spec.properties.insert("addr".into(), format!("{:x}.{:x}", plug.devfn >> 3, plug.devfn & 7));
+    if registry::model(&plug.spec.driver).is_ok_and(|m| m.attach == registry::Attach::Pci) {
+        plug.spec.properties.insert("addr".into(), format!("{:x}.{:x}", plug.devfn >> 3, plug.devfn & 7));
+    }
     if let Some((nic, dev)) = nic {
         open_hot(&dev, nic.index as usize, rt)?;
         let mut backends = rt.shared.backends();

@@ -59,12 +59,26 @@ pub(super) struct Changes {
     plugged: Vec<(u16, Plug)>,
     /// Devices that are gone, by their place.
     gone: Vec<u16>,
+    /// Devices behind controllers, which have no place of their own.
+    children: Vec<Plug>,
+    /// Those of the configuration that are gone, by their ids.
+    lost: Vec<String>,
+}
+
+/// Whether a device has its place behind another one and can come and go there.
+pub(super) fn is_child(spec: &DeviceSpec) -> bool {
+    registry::model(&spec.driver).is_ok_and(|m| m.attach == Attach::Scsi)
 }
 
 impl Changes {
     /// Where things were plugged in.
     pub fn places(&self) -> impl Iterator<Item = u16> + '_ {
         self.plugged.iter().map(|(at, _)| *at)
+    }
+
+    /// What was plugged in and pulled behind controllers.
+    pub fn take_children(&mut self) -> (Vec<Plug>, Vec<String>) {
+        (std::mem::take(&mut self.children), std::mem::take(&mut self.lost))
     }
 
     /// What was plugged in and where, and whether something was pulled.
@@ -110,6 +124,9 @@ impl Pc {
         let model = registry::model(&plug.spec.driver)?;
         model.check(&plug.spec)?;
         model.check_bus(&plug.spec, &self.config)?;
+        if is_child(&plug.spec) {
+            return Err(DeviceError::Config(format!("{} has no place of its own", plug.spec.driver)));
+        }
         let fixed = |bus: &str| DeviceError::Config(format!("Bus '{bus}' does not support hotplugging"));
         let Some(build) = model.build.filter(|_| model.attach == Attach::Pci) else {
             return Err(fixed(&model.bus(self.config.root_bus())));
@@ -159,6 +176,17 @@ impl Pc {
             return Err(DeviceError::Config(format!("Duplicate device ID '{id}'")));
         }
         let model = registry::model(&plug.spec.driver)?;
+        if is_child(&plug.spec) {
+            model.check(&plug.spec)?;
+            model.check_bus(&plug.spec, &self.config)?;
+            let mut with = self.config.clone();
+            with.devices.push(plug.spec.clone());
+            with.drives.extend(plug.drive.clone());
+            if let Some(controller) = crate::scsi::controller(&with, &plug.spec) {
+                crate::scsi::units(&with, controller)?;
+            }
+            return Ok(0);
+        }
         // Only PCI devices name a PCI bus.
         let bus = if model.attach == Attach::Pci { find_bus(&self.buses, &plug.spec)? } else { 0 };
         let mut slots = if bus == 0 { Slots::board(&self.config) } else { Slots::port() };
@@ -182,6 +210,7 @@ impl Pc {
         let user = self.users.iter().find(|u| u.spec.id.as_deref() == Some(id));
         let user = user.ok_or_else(|| DeviceError::NoDevice(id.to_owned()))?;
         match registry::model(&user.spec.driver)?.attach {
+            Attach::Scsi => Ok(()),
             Attach::Pci if self.buses[user.bus].hotplug => Ok(()),
             Attach::Pci => {
                 let text = format!("Bus '{}' does not support hotplugging", self.buses[user.bus].name);
@@ -278,7 +307,66 @@ impl Pc {
         let is_gone = |i: &usize| self.devices[*i].name() == gone(*i);
         let lost: Vec<u16> = (0..self.devices.len()).filter(is_gone).map(|i| i as u16).collect();
         let plugged = |u: &User| Some((u.device?, u.plug.clone()?));
-        Changes { plugged: self.users.iter().filter_map(plugged).collect(), gone: lost }
+        let child = |u: &&User| is_child(&u.spec);
+        Changes {
+            plugged: self.users.iter().filter_map(plugged).collect(),
+            gone: lost,
+            children: self.users.iter().filter(child).filter_map(|u| u.plug.clone()).collect(),
+            lost: self.lost.clone(),
+        }
+    }
+
+    /// Put a device in behind its controller.
+    pub(super) fn plug_child(&mut self, plug: &Plug, tell: bool) {
+        if let Some(drive) = &plug.drive {
+            self.config.drives.retain(|d| d.index != drive.index);
+            self.config.drives.push(drive.clone());
+        }
+        self.config.devices.push(plug.spec.clone());
+        self.users.push(User {
+            spec: plug.spec.clone(),
+            bus: 0,
+            devfn: None,
+            device: None,
+            plug: Some(plug.clone()),
+        });
+        self.rescan(tell);
+    }
+
+    /// Take one out, if it is one.
+    pub(super) fn unplug_child(&mut self, id: &str, tell: bool) -> bool {
+        let here = |u: &User| u.spec.id.as_deref() == Some(id) && is_child(&u.spec);
+        let Some(i) = self.users.iter().position(here) else { return false };
+        let user = self.users.remove(i);
+        self.config.devices.retain(|d| *d != user.spec);
+        if user.plug.is_none() {
+            self.lost.push(id.to_owned());
+        }
+        self.rescan(tell);
+        if tell {
+            let event = GuestEvent::DeviceDeleted { spec: Box::new(user.spec) };
+            self.board.s.outputs.push(Output::Event(event));
+        }
+        true
+    }
+
+    fn rescan(&mut self, tell: bool) {
+        for device in &mut self.devices {
+            device.rescan(&self.config, tell);
+        }
+    }
+
+    /// Become what another machine of this configuration is behind its controllers.
+    pub(super) fn follow_children(&mut self, (plugged, lost): (Vec<Plug>, Vec<String>)) {
+        for id in lost {
+            self.unplug_child(&id, false);
+        }
+        for plug in plugged {
+            // It may be part of this machine's configuration.
+            if !self.users.iter().any(|u| u.spec.id.is_some() && u.spec.id == plug.spec.id) {
+                self.plug_child(&plug, false);
+            }
+        }
     }
 
     /// Plug and pull what another machine of this configuration has seen plugged and pulled.

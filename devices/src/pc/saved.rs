@@ -29,7 +29,7 @@ impl Pc {
         let mut sections =
             vec![Section { name: BOARD_SECTION.into(), version: BOARD_VERSION, data: pack(&self.board.s) }];
         let changes = pack(&self.changes());
-        sections.push(Section { name: CHANGES_SECTION.into(), version: 1, data: changes });
+        sections.push(Section { name: CHANGES_SECTION.into(), version: 2, data: changes });
         sections.extend(self.devices.iter().map(|d| Section {
             name: d.name().into(),
             version: d.version(),
@@ -50,13 +50,14 @@ impl Pc {
             true => Err(DeviceError::NewerSection(s.name.clone(), s.version, known)),
             false => Ok(()),
         };
-        let changes = match sections.iter().find(|s| s.name == CHANGES_SECTION) {
+        let mut changes = match sections.iter().find(|s| s.name == CHANGES_SECTION) {
             Some(s) => {
-                check(s, 1)?;
+                check(s, 2)?;
                 unpack(CHANGES_SECTION, &s.data)?
             }
             None => Changes::default(),
         };
+        self.follow_children(changes.take_children());
         let is_device = |s: &&Section| s.name != CHANGES_SECTION && s.name != BOARD_SECTION;
         let names: Vec<&str> = sections.iter().filter(is_device).map(|s| s.name.as_str()).collect();
         // A replica has its devices in the same places: places are part of its state.

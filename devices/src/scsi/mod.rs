@@ -52,6 +52,8 @@ pub enum Act {
 /// What of a unit changes.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct UnitState {
+    /// Target and logical unit.
+    pub place: (u8, u16),
     /// The drive's number; a CD drive's is that of its medium.
     pub drive: u32,
     pub bytes: u64,
@@ -183,6 +185,7 @@ impl Unit {
             version: own("ver", "2.5+"),
             rotation: b.number("rotation_rate", 0)? as u16,
             s: UnitState {
+                place: (target as u8, lun as u16),
                 drive: drive.index,
                 bytes: drive.size_bytes,
                 write_back: b.flag("write-cache", true),
@@ -191,6 +194,12 @@ impl Unit {
                 locked: false,
             },
         })
+    }
+
+    /// Move it to another target.
+    pub fn move_to(&mut self, target: u8) {
+        self.target = target;
+        self.s.place.0 = target;
     }
 
     fn blocks(&self) -> Option<u64> {

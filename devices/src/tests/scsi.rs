@@ -1,6 +1,6 @@
 use super::disks::LegacyQueue;
 use super::*;
-use crate::door::GuestEvent;
+use crate::door::{GuestEvent, Plug};
 
 const REQUEST: u64 = 0x4000;
 const RESPONSE: u64 = 0x5000;
@@ -200,4 +200,37 @@ fn whatever_a_guest_sends_is_answered() {
         assert_eq!(h.0.used(&r), before.wrapping_add(1), "command {n}: {cdb:x?}");
     }
     r.migrate();
+}
+
+#[test]
+fn units_come_and_go_on_every_replica() {
+    let mut r = Rig::new();
+    let mut h = Host::start(&mut r);
+    let plug = |id: &str, target: &str| {
+        let mut spec = device("scsi-hd", &[("scsi-id", target)]);
+        (spec.id, spec.drive) = (Some(id.into()), Some(2));
+        Plug { spec, devfn: 0, drive: Some(drive(2, 1 << 20, false)), nic: None }
+    };
+    assert!(r.pc.check_plug(&plug("x", "0")).unwrap_err().to_string().contains("already used"));
+    r.pc.check_plug(&plug("x", "7")).unwrap();
+    r.input(Input::Plug(Box::new(plug("x", "7"))));
+    let (a, data) = h.read(&mut r, (7, 0), &[0x28, 0, 0, 0, 0, 3, 0, 0, 1, 0], 512);
+    assert_eq!((a.0, a.1, data), (0, 0, r.disks[2][3 * 512..4 * 512].to_vec()));
+    r.migrate();
+    assert_eq!(h.read(&mut r, (7, 0), &[0; 6], 0).0 .1, 0);
+    assert!(r.pc.inventory().iter().any(|i| i.spec.id.as_deref() == Some("x") && i.hotplugged));
+    // A read that is under way when its unit goes ends all the same.
+    Host::request(&mut r, 7, 0, &[0x28, 0, 0, 0, 0, 3, 0, 0, 1, 0]);
+    h.0.put(&mut r, 2, &[(REQUEST, 51, false), (RESPONSE, 108, true), (DATA, 512, true)]);
+    let before = h.0.used(&r);
+    r.pc.check_unplug("x").unwrap();
+    r.input(Input::Unplug { id: "x".into() });
+    let told = r.serve();
+    let deleted = |o: &Output| matches!(o, Output::Event(GuestEvent::DeviceDeleted { .. }));
+    assert!(told.iter().any(deleted), "{told:?}");
+    assert_eq!(h.0.used(&r), before + 1);
+    assert_eq!(h.read(&mut r, (7, 0), &[0; 6], 0).0 .1, 3);
+    r.migrate();
+    assert_eq!(h.read(&mut r, (7, 0), &[0; 6], 0).0 .1, 3);
+    assert_eq!(h.read(&mut r, (0, 0), &[0; 6], 0).0 .1, 0);
 }

@@ -245,6 +245,8 @@ pub trait Model: Send {
     fn facts(&self) -> Vec<(String, i64)> {
         Vec::new()
     }
+    /// See [`crate::ctx::Device::rescan`].
+    fn rescan(&mut self, config: &crate::config::PcConfig, tell: bool) {}
     fn reset(&mut self);
     /// The driver notified queue `queue`.
     fn notify(&mut self, io: &mut Io, queue: usize);

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, VecDeque};
 use serde::{Deserialize, Serialize};
 
 use super::{gather, scatter, total, Chain, Io, Model, Piece};
+use crate::config::{DeviceSpec, PcConfig};
 use crate::ctx::{pack, unpack, DeviceError};
 use crate::door::{DiskOp, GuestEvent, Input};
 use crate::registry::Build;
@@ -41,7 +42,10 @@ const I_T_NEXUS_RESET: u32 = 4;
 const QUERY_TASK: u32 = 6;
 const QUERY_TASK_SET: u32 = 7;
 
+const EVENT_TRANSPORT_RESET: u32 = 1;
 const EVENT_PARAM_CHANGE: u32 = 3;
+const RESCAN: u32 = 1;
+const REMOVED: u32 = 2;
 const EVENTS_MISSED: u32 = 1 << 31;
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -80,6 +84,7 @@ struct State {
 
 /// The host.
 pub struct Scsi {
+    spec: DeviceSpec,
     queues: usize,
     units: Vec<Unit>,
     s: State,
@@ -102,7 +107,7 @@ impl Scsi {
             events: VecDeque::new(),
             missed: false,
         };
-        Ok(Scsi { queues, units, s })
+        Ok(Scsi { spec: b.spec.clone(), queues, units, s })
     }
 
     fn drain(&mut self, io: &mut Io) {
@@ -292,14 +297,13 @@ impl Scsi {
         }
     }
 
-    /// Tell the driver of what happened to a unit.
-    fn tell(&mut self, io: &mut Io, event: u32, target: u8, lun: u16, reason: u32) {
+    /// Note for the driver what happened to a unit.
+    fn note(&mut self, event: u32, (target, lun): (u8, u16), reason: u32) {
         if self.s.events.len() < 64 {
             self.s.events.push_back((event, target, lun, reason));
         } else {
             self.s.missed = true;
         }
-        self.flush_events(io);
     }
 
     fn flush_events(&mut self, io: &mut Io) {
@@ -381,10 +385,10 @@ impl Model for Scsi {
             Input::DriveResized { drive, size } => {
                 let Some(unit) = self.units.iter_mut().find(|u| u.s.drive == *drive) else { return };
                 unit.resized(*size);
-                let (target, lun) = (unit.target, unit.lun);
+                let place = unit.s.place;
                 let (_, code, qualifier) = scsi::CAPACITY_CHANGED;
                 let reason = u32::from(code) | u32::from(qualifier) << 8;
-                self.tell(io, EVENT_PARAM_CHANGE, target, lun, reason);
+                self.note(EVENT_PARAM_CHANGE, place, reason);
             }
             Input::Medium { device, open, medium } => {
                 if let Some(unit) = self.units.iter_mut().find(|u| u.device == *device) {
@@ -393,13 +397,41 @@ impl Model for Scsi {
             }
             _ => {}
         }
+        if !self.s.events.is_empty() {
+            self.flush_events(io);
+        }
+    }
+    fn rescan(&mut self, config: &PcConfig, tell: bool) {
+        let Ok(now) = scsi::units(config, &self.spec) else { return };
+        let gone: Vec<(u8, u16)> = {
+            let is_gone = |u: &&Unit| !now.iter().any(|(_, n)| n.device == u.device);
+            self.units.iter().filter(is_gone).map(|u| u.s.place).collect()
+        };
+        self.units.retain(|u| !gone.contains(&u.s.place));
+        let mut events: Vec<_> = gone.into_iter().map(|place| (place, REMOVED)).collect();
+        for (_, mut unit) in now {
+            if self.units.iter().any(|u| u.device == unit.device) {
+                continue;
+            }
+            // Those that stayed keep their places.
+            let free = |t: &u8| !self.units.iter().any(|u| u.s.place == (*t, unit.lun));
+            if !free(&unit.target) {
+                let Some(target) = (0..=255).find(free) else { continue };
+                unit.move_to(target);
+            }
+            events.push((unit.s.place, RESCAN));
+            self.units.push(unit);
+        }
+        for (place, reason) in events.into_iter().filter(|_| tell) {
+            self.note(EVENT_TRANSPORT_RESET, place, reason);
+        }
     }
     fn disk_done(&mut self, io: &mut Io, id: u64, op: DiskOp, result: Result<Vec<u8>, i32>) {
         let Some(mut r) = self.s.in_flight.remove(&id) else { return };
-        if r.fua && result.is_ok() {
-            let drive = self.units.iter().find(|u| (u.target, u.lun) == (r.target, r.lun)).map(|u| u.s.drive);
+        let drive = self.units.iter().find(|u| u.s.place == (r.target, r.lun)).map(|u| u.s.drive);
+        if let (true, true, Some(drive)) = (r.fua, result.is_ok(), drive) {
             r.fua = false;
-            let flush = io.ctx.disk(drive.unwrap_or(u32::MAX), DiskOp::Flush);
+            let flush = io.ctx.disk(drive, DiskOp::Flush);
             for tmf in &mut self.s.tmfs {
                 tmf.waits.iter_mut().filter(|w| **w == id).for_each(|w| *w = flush);
             }
@@ -427,8 +459,9 @@ impl Model for Scsi {
         if s.units.len() != self.units.len() || s.cdb_size > 256 || s.sense_size > 65536 {
             return Err(DeviceError::Misfit(name.into()));
         }
-        for (unit, state) in self.units.iter_mut().zip(&s.units) {
-            unit.s = state.clone();
+        for state in &s.units {
+            let unit = self.units.iter_mut().find(|u| u.s.place == state.place);
+            unit.ok_or_else(|| DeviceError::Misfit(name.into()))?.s = state.clone();
         }
         self.s = s;
         Ok(())

@@ -460,6 +460,9 @@ impl Device for VirtioPci {
     fn timer(&mut self, ctx: &mut Ctx, _id: u8) {
         self.run(ctx, |m, io| m.timer(io));
     }
+    fn rescan(&mut self, config: &crate::config::PcConfig, tell: bool) {
+        self.model.rescan(config, tell);
+    }
     fn facts(&self) -> Vec<(String, i64)> {
         self.model.facts()
     }
