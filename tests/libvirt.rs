@@ -657,7 +657,7 @@ fn virt_install_imports_debian_as_people_do() -> Result<()> {
             ])
             .args(["--osinfo", osinfo, "--memory", "768", "--vcpus", "2", "--network", "user"])
             .args(["--disk", &format!("path={disk},format=qcow2"), "--boot", &format!("emulator={emulator}")])
-            .args(["--sound", "ich9", "--noautoconsole"])
+            .args(["--sound", "ich9", "--cpu", "host-model", "--noautoconsole"])
             .output()
             .map_err(|e| format!("virt-install: {e}"))?;
         assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
@@ -676,6 +676,10 @@ fn virt_install_imports_debian_as_people_do() -> Result<()> {
         // An empty screen takes fewer.
         assert!(grub > 1_900 && text > 1_900, "pictures of {grub} and {text} bytes");
         assert!(v.virsh(&["vncdisplay", name])?.contains("127.0.0.1:"));
+        // The guest shuts down, and begins anew.
+        v.virsh(&["reboot", name])?;
+        console.until("Debian 12", LONG)?;
+        console.until("login:", LONG)?;
         v.virsh(&["shutdown", name])?;
         v.wait_state(name, "shut off (shutdown)", LONG)?;
         v.virsh(&["undefine", name])?;
