@@ -26,6 +26,7 @@ const ABSTRACT: &[(&str, &str)] = &[
     ("ide-device", "device"),
     ("usb-device", "device"),
     ("scsi-device", "device"),
+    ("hda-codec", "device"),
     ("virtio-serial-port", "device"),
     ("virtio-pci", "pci-device"),
     ("virtio-device", "device"),
