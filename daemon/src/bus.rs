@@ -490,8 +490,8 @@ impl FaultTolerance {
         tell(&self.machine, (self.bus, c, &h), ("ft-test-restart", "ft-test-restart"), Value::Null).await
     }
 
-    /// Let the backup go and have another host start one: this peer, or where there is most room if it is empty. The
-    /// machine is without a backup in between. Which host it is now.
+    /// Have another host start a backup that takes the place of the present one: this peer, or where there is most room if it
+    /// is empty. Which host it is now.
     #[zbus(out_args("host"))]
     async fn migrate_backup(
         &self,

@@ -164,8 +164,7 @@ impl Cluster {
         }))
     }
 
-    /// Let a machine's backup go and have another host (not `from`) start one; the host's name. The machine is without
-    /// a backup in between: a primary has one at a time.
+    /// Have another host (not `from`) start a backup that takes the place of the present one; the host's name.
     pub fn move_backup(&self, uuid: &str, from: &str, to: Option<&str>) -> Result<String> {
         let machine = self.registry.find_uuid(uuid).ok_or_else(|| Error::Unknown(uuid.to_owned()))?;
         let status = machine.status();
@@ -181,12 +180,8 @@ impl Cluster {
             return Err(Error::State(format!("no host can have the backup of '{}'", machine.name)));
         }
         if !is_wounded(&status) {
-            machine.command("ft-suspend", serde_json::Value::Null)?;
-            let gone = machine.wait(DISMISSED, |s| s.ft.state == "unprotected");
-            machine.command("ft-resume", serde_json::Value::Null)?;
-            if !gone {
-                return Err(Error::State(format!("'{}' does not let its backup go", machine.name)));
-            }
+            // The present backup protects until its successor is there.
+            machine.command("ft-migrate-backup", serde_json::Value::Null)?;
         }
         // A peer may not have told yet that the old backup is gone: the answers from before do for the others.
         let recent = Instant::now().checked_sub(super::FRESH).unwrap_or_else(Instant::now);
