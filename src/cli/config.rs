@@ -313,7 +313,11 @@ fn chardev(text: &str) -> Result<(String, Char), KeyvalError> {
     let id = p.need("id")?.to_owned();
     let server = p.bool("server")?.unwrap_or(false);
     let wait = p.bool("wait")?.unwrap_or(true);
-    let dev = match p.need("backend")? {
+    let backend = p.need("backend")?;
+    if backend != "stdio" && p.bool("mux")? == Some(true) {
+        return Err(KeyvalError::Other("mux=on is available with stdio only".into()));
+    }
+    let dev = match backend {
         "null" => Char::Null,
         "stdio" => {
             Char::Stdio { mux: p.bool("mux")?.unwrap_or(false), signal: p.bool("signal")?.unwrap_or(true) }

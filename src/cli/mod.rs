@@ -95,6 +95,7 @@ mod tests {
             ("-append x", "-append only allowed with -kernel"),
             ("-drive file=a -drive file=b,index=0", "exists"),
             ("-serial bogus:1", "not a valid char driver"),
+            ("-chardev null,id=a,mux=on", "mux=on is available with stdio only"),
             ("-icount 99", "shift"),
         ] {
             let e = run(line).unwrap_err().to_string();
