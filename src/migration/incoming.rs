@@ -25,8 +25,6 @@ const REASON_WITHIN: Duration = Duration::from_secs(2);
 /// A machine that waits to be filled.
 #[derive(Default)]
 pub struct Incoming {
-    /// The stream has come so far that the machine is not the one it began as.
-    loaded: bool,
     ran: bool,
 }
 
@@ -174,9 +172,6 @@ pub fn put(rt: &mut Runtime, pages: &Pages) -> Result<(), String> {
             }),
         };
         done.map_err(|e| e.to_string())?;
-    }
-    if let Some(incoming) = &mut rt.incoming {
-        incoming.loaded = true;
     }
     Ok(())
 }

@@ -312,25 +312,7 @@ impl Channel {
     }
 
     fn get_configuration(&mut self, ctx: &mut Ctx, cdb: &[u8; 12], medium: Option<u64>) {
-        // More than a CD holds is a DVD.
-        let profile: u16 = match medium {
-            None => 0,
-            Some(b) if b > 80 * 60 * 75 => 0x10,
-            Some(_) => 8,
-        };
-        let mut r = vec![0, 0, 0, 0, 0, 0];
-        r.extend(profile.to_be_bytes());
-        // Profile list: DVD-ROM and CD-ROM.
-        r.extend([0, 0, 3, 8]);
-        for p in [0x10u16, 8] {
-            r.extend(p.to_be_bytes());
-            r.extend([u8::from(p == profile), 0]);
-        }
-        // Core feature (ATAPI) and removable medium.
-        r.extend([0, 1, 0x0B, 8, 0, 0, 0, 2, 1, 0, 0, 0]);
-        r.extend([0, 3, 3, 4, 0x29, 0, 0, 0]);
-        let len = (r.len() - 4) as u32;
-        r[..4].copy_from_slice(&len.to_be_bytes());
+        let r = crate::scsi::mmc::configuration(medium, 2);
         self.packet_reply(ctx, r, be16(cdb, 7));
     }
 

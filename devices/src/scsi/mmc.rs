@@ -27,7 +27,7 @@ pub fn page(number: u8, locked: bool) -> Option<Vec<u8>> {
 pub fn command(cdb: &[u8], blocks: Option<u64>) -> Result<Vec<u8>, Sense> {
     match cdb[0] {
         0x43 => toc(cdb, blocks.ok_or(NO_MEDIUM)? as u32),
-        0x46 => Ok(configuration(blocks)),
+        0x46 => Ok(configuration(blocks, 1)),
         0x4A if cdb[1] & 1 == 0 => Err(INVALID_FIELD),
         0x4A if cdb[4] & 0x10 == 0 => Ok(vec![0, 2, 0x80, 0x10]),
         0x4A => Ok(vec![0, 6, 4, 0x10, 0, if blocks.is_some() { 2 } else { 0 }, 0, 0]),
@@ -76,7 +76,9 @@ fn toc(cdb: &[u8], blocks: u32) -> Result<Vec<u8>, Sense> {
     Ok(r)
 }
 
-fn configuration(blocks: Option<u64>) -> Vec<u8> {
+/// GET CONFIGURATION's answer (MMC-3, 6.6) of a drive with a medium of so many blocks, or none; `interface`: the physical interface
+/// standard that the core feature names (1 SCSI, 2 ATAPI).
+pub fn configuration(blocks: Option<u64>, interface: u8) -> Vec<u8> {
     // More than a CD holds is a DVD.
     let profile: u16 = match blocks {
         None => 0,
@@ -91,8 +93,8 @@ fn configuration(blocks: Option<u64>) -> Vec<u8> {
         r.extend(p.to_be_bytes());
         r.extend([u8::from(p == profile), 0]);
     }
-    // Core feature (SCSI family) and removable medium.
-    r.extend([0, 1, 0x0B, 8, 0, 0, 0, 1, 1, 0, 0, 0]);
+    // Core feature and removable medium.
+    r.extend([0, 1, 0x0B, 8, 0, 0, 0, interface, 1, 0, 0, 0]);
     r.extend([0, 3, 3, 4, 0x29, 0, 0, 0]);
     let len = (r.len() - 4) as u32;
     r[..4].copy_from_slice(&len.to_be_bytes());
