@@ -362,6 +362,19 @@ impl GuestMemory {
         self.ram.read_slice(buf, GuestAddress(gpa)).map_err(|_| MemError::Range(gpa, buf.len() as u64))
     }
 
+    /// Read what a processor would at `gpa`, within one page; false where a device answers, or nothing.
+    pub fn peek(&self, gpa: u64, buf: &mut [u8]) -> bool {
+        let at = (gpa % PAGE_SIZE) as usize;
+        let from = self.backing(gpa).read;
+        if from.is_null() || at + buf.len() > PAGE_SIZE as usize {
+            return false;
+        }
+        // SAFETY: `from` is a whole page, and the range lies within it; nobody else writes it meanwhile, since this value
+        // is of one thread.
+        buf.copy_from_slice(unsafe { std::slice::from_raw_parts(from.add(at), buf.len()) });
+        true
+    }
+
     /// Write `buf` to RAM at `gpa`, keeping the page flags right.
     pub fn write(&self, gpa: u64, buf: &[u8]) -> Result<(), MemError> {
         self.ram.write_slice(buf, GuestAddress(gpa)).map_err(|_| MemError::Range(gpa, buf.len() as u64))

@@ -23,6 +23,7 @@ const HELP: &[(&str, &str)] = &[
     ("device_del ID", "ask the guest to let go of a device"),
     ("dump-guest-memory FILE", "write guest memory and registers to an ELF core file"),
     ("eject DEVICE", "take the medium out of a drive"),
+    ("gdbserver [DEVICE]", "let gdb connect on a character device (tcp::1234; none: no more)"),
     ("help|?", "this help"),
     ("info ITEM", "show something; 'info' lists what"),
     ("loadvm NAME", "go back to a snapshot of the machine"),
@@ -225,6 +226,7 @@ impl Control {
                 let arguments = json!({"path": need(0)?, "property": need(1)?, "value": value});
                 self.run("qom-set", arguments, fds)
             }
+            "gdbserver" => self.gdbserver(rest),
             "savevm" | "loadvm" | "delvm" => snapshots::vm(self, verb, Some(rest).filter(|r| !r.is_empty())),
             _ if verb.starts_with("migrate") || verb == "announce_self" => {
                 migrate::line(self, verb, &words, fds)

@@ -55,21 +55,16 @@ pub fn cont(c: &Control, _: &mut Call) -> Reply {
         c.shared.events.emit("RESUME", Value::Null);
         return done();
     }
-    c.change(|rt| match rt.shared.state() {
-        RunState::Shutdown | RunState::InternalError => {
-            Err(QmpError::generic("Resetting the Virtual Machine is required"))
-        }
-        RunState::InMigrate => {
+    c.change(|rt| {
+        if rt.shared.state() == RunState::InMigrate {
             rt.autostart = true;
-            done()
+            return done();
         }
-        RunState::FinishMigrate => Err(QmpError::generic("Migration is not finalized yet")),
-        _ => {
-            // Given away, or to a file: another host may have the images open by now.
-            rt.fetch_images().map_err(QmpError::generic)?;
-            rt.cont();
-            done()
-        }
+        rt.may_run().map_err(QmpError::generic)?;
+        // Given away, or to a file: another host may have the images open by now.
+        rt.fetch_images().map_err(QmpError::generic)?;
+        rt.cont();
+        done()
     })
 }
 

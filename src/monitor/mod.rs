@@ -9,6 +9,7 @@ mod display;
 pub mod dump;
 mod fdsets;
 mod ft;
+mod gdb;
 mod graph;
 mod hmp;
 mod input;
@@ -26,7 +27,7 @@ mod types;
 mod vnc;
 
 use std::sync::mpsc::channel;
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 
 use ftvm_qmp::{Call, Handler, QmpError};
 use serde_json::{json, Value};
@@ -53,10 +54,14 @@ pub struct Control {
     pub chars: Mutex<Vec<CharView>>,
     pub fdsets: fdsets::FdSets,
     pub bitmaps: Mutex<graph::Bitmaps>,
+    /// The stub for GDB, if there is one.
+    pub gdb: Mutex<Option<crate::gdb::Server>>,
     /// The VNC server, if there is one.
     pub vnc: OnceLock<Arc<crate::host::vnc::Vnc>>,
     /// The machine thread's id.
     pub machine_thread: i32,
+    /// Itself, for servers that outlive a command.
+    pub this: Weak<Control>,
 }
 
 type Command = fn(&Control, &mut Call) -> Reply;
@@ -220,8 +225,10 @@ impl Control {
             chars: Mutex::default(),
             fdsets: Default::default(),
             bitmaps: Mutex::default(),
+            gdb: Mutex::default(),
             vnc: OnceLock::new(),
             machine_thread: 0,
+            this: Weak::new(),
         }
     }
 

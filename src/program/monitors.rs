@@ -27,7 +27,7 @@ pub fn control(
     events: &Events,
     outside: Arc<Outside>,
 ) -> Arc<Control> {
-    Arc::new(Control {
+    Arc::new_cyclic(|this| Control {
         shared: Arc::clone(shared),
         events: events.clone(),
         config: machine.clone(),
@@ -35,8 +35,10 @@ pub fn control(
         chars: Mutex::default(),
         fdsets: Default::default(),
         bitmaps: Default::default(),
+        gdb: Default::default(),
         vnc: Default::default(),
         machine_thread: nix::unistd::gettid().as_raw(),
+        this: this.clone(),
     })
 }
 
@@ -59,7 +61,7 @@ pub fn open_outside(
         .collect();
     let mut sinks = Vec::new();
     for (port, dev) in blueprint.chars.iter().enumerate() {
-        let dev = resolve(dev, &blueprint.config.chardevs)?;
+        let dev = dev.resolve(&blueprint.config.chardevs)?;
         let send = events.clone();
         let port = port as u32;
         let deliver = move |bytes: &[u8]| {
@@ -87,17 +89,6 @@ pub fn open_outside(
     }
     outside.set_chars(sinks);
     Ok((outside, control))
-}
-
-fn resolve(dev: &Char, chardevs: &[(String, Char)]) -> Result<Char, String> {
-    match dev {
-        Char::Id(id) => chardevs
-            .iter()
-            .find(|(n, _)| n == id)
-            .map(|(_, d)| d.clone())
-            .ok_or_else(|| format!("chardev '{id}' not found")),
-        other => Ok(other.clone()),
-    }
 }
 
 /// The terminal shared by a serial line and the human monitor: Ctrl-A c switches, Ctrl-A x ends.
@@ -172,7 +163,7 @@ fn mux_terminal(
 
 pub fn start_monitors(config: &Config, control: &Arc<Control>) -> Result<(), String> {
     for (i, monitor) in config.host.monitors.iter().enumerate() {
-        let dev = resolve(&monitor.dev, &config.machine.chardevs)?;
+        let dev = monitor.dev.resolve(&config.machine.chardevs)?;
         let label = match &monitor.dev {
             Char::Id(id) => id.clone(),
             _ => format!("compat_monitor{i}"),
@@ -186,6 +177,7 @@ pub fn start_monitors(config: &Config, control: &Arc<Control>) -> Result<(), Str
             start_human(&dev, &label, control)?;
         }
     }
+    control.serve_gdb(config.host.gdb.as_ref()).map_err(|e| format!("-gdb: {e}"))?;
     super::register::register(control);
     match &config.host.vnc {
         Some(vnc) => start_vnc(vnc, control),

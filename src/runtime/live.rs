@@ -9,6 +9,7 @@ use ftvm_devices::{DiskOp, Input, MachineRequest, Output};
 use serde_json::{json, Value};
 
 use super::control::{RunState, Shared};
+use super::debug::Debugger;
 use super::disk_errors::DiskErrors;
 use super::ft::{Fetch, FtSide};
 use super::pace::Pacer;
@@ -17,7 +18,7 @@ use super::{Event, Events, Outcome, Quit};
 use crate::cli::ft::FtConfig;
 use crate::host::Outside;
 use crate::lockstep::log::Entry;
-use crate::machine::{Machine, MachineInput, Stamp, StateHash, Stop};
+use crate::machine::{DebugStop, Machine, MachineInput, Stamp, StateHash, Stop};
 use crate::migration::incoming::Incoming;
 use crate::migration::outgoing::{self, Outgoing};
 use crate::migration::snapshot;
@@ -73,6 +74,7 @@ pub struct Runtime {
     pub autostart: bool,
     /// The images are closed, because another host may have them open.
     pub images_away: bool,
+    pub debugger: Debugger,
     pacer: Pacer,
     chunk: u64,
     next_hash_ns: u64,
@@ -128,6 +130,7 @@ impl Runtime {
             incoming: None,
             autostart: true,
             images_away: false,
+            debugger: Debugger::default(),
             pacer,
             chunk: 20_000,
             next_hash_ns: 0,
@@ -144,6 +147,7 @@ impl Runtime {
                 self.live_step()
             };
             if let Some(outcome) = outcome {
+                self.debugger.ended(if let Outcome::Done(status) = &outcome { *status } else { 1 });
                 self.finish();
                 return outcome;
             }
@@ -178,6 +182,7 @@ impl Runtime {
             self.shared.events.emit("RESUME", Value::Null);
         } else if !running && was == RunState::Running {
             self.shared.events.emit("STOP", Value::Null);
+            self.debugger.stopped(state);
         }
     }
 
@@ -345,6 +350,16 @@ impl Runtime {
         }
     }
 
+    /// Whether the processors may be let run, or what is in the way.
+    pub fn may_run(&self) -> Result<(), &'static str> {
+        match self.shared.state() {
+            RunState::Shutdown | RunState::InternalError => Err("Resetting the Virtual Machine is required"),
+            RunState::InMigrate => Err("the machine has not come yet"),
+            RunState::FinishMigrate => Err("Migration is not finalized yet"),
+            _ => Ok(()),
+        }
+    }
+
     /// Let the processors run (on).
     pub fn cont(&mut self) {
         if self.machine.is_paused() {
@@ -409,6 +424,7 @@ impl Runtime {
                     self.set_running(false, RunState::Shutdown);
                     if ran {
                         self.shared.events.emit("STOP", Value::Null);
+                        self.debugger.stopped(RunState::Shutdown);
                     }
                 }
                 None
@@ -523,6 +539,10 @@ impl Runtime {
                 outcome
             }
             Stop::Request(request) => self.request(request),
+            Stop::Debug(stop) => {
+                self.debug_stop(stop);
+                None
+            }
             Stop::Dead => {
                 self.set_running(false, RunState::InternalError);
                 Some(Outcome::Failed("the processor cannot go on (see the log)".into()))
@@ -601,6 +621,8 @@ pub enum Followed {
     NotYet,
     /// As `NotYet`, and the guest asked this; its consequence (a reset, the end) follows in the log.
     Asked(MachineRequest),
+    /// As `NotYet`, and a debugger wanted to stop here.
+    Stopped(DebugStop),
     /// The entry is done.
     Done,
     /// The guest or the log says that this is the end.
@@ -635,6 +657,7 @@ pub fn follow_entry(
             return Followed::Asked(request);
         }
         // A sleeping guest's time passes without instructions: it may never reach the target.
+        Some(Stop::Debug(stop)) => return Followed::Stopped(stop),
         Some(Stop::Limit | Stop::Output | Stop::Idle { .. }) if machine.now() > target.ns => {
             return Followed::Differs(vec!["virtual time".into()]);
         }
@@ -702,7 +725,7 @@ pub fn replay(
             }
         }
         match followed {
-            Followed::NotYet | Followed::Asked(_) => {}
+            Followed::NotYet | Followed::Asked(_) | Followed::Stopped(_) => {}
             Followed::Done => {
                 player.done();
                 match entry {

@@ -5,6 +5,7 @@
 
 pub mod announce;
 pub mod control;
+pub mod debug;
 pub mod disk_errors;
 pub mod ft;
 pub mod live;

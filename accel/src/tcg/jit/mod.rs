@@ -34,7 +34,7 @@ use super::decode::{FLAT32, MODE64};
 use super::flags::{IF, RF, TF};
 use super::op::{
     Block, Op, ASKED, BLOCKIP, CODE_AT, FLAGS, HOST_CSR, JUMP_TABLE, KEY, LEFT, LEVEL, NEVER, PAGE, RING_TOP,
-    RIP_OUT, SITE, TLB, TOUCHED, WANTED, XMM_LIVE,
+    RIP_OUT, SITE, TLB, TOUCHED, WANTED, WATCHED, XMM_LIVE,
 };
 use super::paging::{Access, TLB_SIZE};
 use super::SoftCpu;
@@ -204,7 +204,7 @@ impl SoftCpu {
     pub(super) fn compiled(&mut self, block: &Block) -> bool {
         if block.code.get().is_null() {
             let runs = block.runs.get();
-            if runs == NEVER {
+            if runs >= WATCHED {
                 return false;
             }
             block.runs.set(runs + 1);
@@ -333,7 +333,9 @@ impl SoftCpu {
     pub(super) fn drop_compiled(&mut self) {
         for b in self.cache.all() {
             b.code.set(std::ptr::null());
-            b.runs.set(0);
+            if b.runs.get() != WATCHED {
+                b.runs.set(0);
+            }
         }
         self.forget_entries();
         self.new_epoch();
@@ -483,7 +485,8 @@ impl SoftCpu {
     /// Whether 64-bit code just goes on, as `run_loop` would find; settles `attention` if so.
     fn settled(&mut self) -> bool {
         if self.attention {
-            let due = self.shutdown
+            let due = self.points.hit.is_some()
+                || self.shutdown
                 || self.brk
                 || self.paused
                 || self.wait_sipi

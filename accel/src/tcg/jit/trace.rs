@@ -4,7 +4,7 @@
 //! other. Where a conditional branch leaves the trace, code out of line gives the rest of the budget back.
 
 use super::super::cache::{Cache, CROSSING};
-use super::super::op::{Block, Op, NEVER};
+use super::super::op::{Block, Op, WATCHED};
 use super::kind::{classify, Kind};
 use super::HOT;
 
@@ -128,7 +128,7 @@ impl<'a> Trace<'a> {
         let find = |target: i64| {
             let key = first.key & !CROSSING & !0xFFF | target as u64;
             let b = (0..4096).contains(&target).then(|| cache.get(key)).flatten()?;
-            (b.runs.get() != NEVER).then_some(b)
+            (b.runs.get() < WATCHED).then_some(b)
         };
         let next = self.next(last);
         let on = match self.kinds[last] {

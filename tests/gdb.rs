@@ -1,0 +1,225 @@
+//! Debuggers: gdb with the kernel's symbols, and what the stub does on the wire and beside the monitors.
+
+mod common;
+
+use common::*;
+use ftvm_harness::gdb::{gdb, symbols, Rsp};
+use ftvm_harness::guests::tiny;
+use ftvm_harness::qmp::Qmp;
+use ftvm_harness::{Result, Scratch};
+use serde_json::{json, Value};
+
+/// Whether `text` has these parts in this order.
+fn in_order(text: &str, parts: &[&str]) {
+    let mut rest = text;
+    for part in parts {
+        match rest.find(part) {
+            Some(at) => rest = &rest[at + part.len()..],
+            None => panic!("'{part}' is not there, or not in its place:\n{text}"),
+        }
+    }
+}
+
+#[test]
+fn a_kernel_is_debugged_by_its_symbols() -> Result<()> {
+    let Some(elf) = symbols(&tiny()?.0)? else { return Ok(()) };
+    let scratch = Scratch::new("gdb")?;
+    let port = free_port()?;
+    let mut vm = start_tiny(&scratch, "vm", "halt nokaslr", &format!("-nic none -S -smp 2 -gdb tcp:{port}"))?;
+    let commands = [
+        "info registers rip cr0",
+        "break start_kernel",
+        "continue",
+        "bt 2",
+        "stepi",
+        "stepi",
+        "info registers rip gs_base",
+        "break do_sys_openat2",
+        "continue",
+        "x/s $rsi",
+        "bt 2",
+        "delete 2",
+        "info threads",
+        "watch *(unsigned long*)&jiffies",
+        "continue",
+        "p $cr4",
+        "p/x $xmm0.uint128",
+        "delete 3",
+        "hbreak machine_power_off",
+        "continue",
+        "monitor info status",
+        "detach",
+    ];
+    let text = gdb(Some(&elf), &port.to_string(), &commands, LONG)?;
+    in_order(
+        &text,
+        &[
+            "0xfff0",
+            "[ ET NW CD ]",
+            "hit Breakpoint 1, ",
+            " in start_kernel ()",
+            "#1 ",
+            "secondary_startup_64",
+            "__fentry__ ()",
+            "__x86_return_thunk",
+            "gs_base        0xffffffff8",
+            "Breakpoint 2, ",
+            " in do_sys_openat2 ()",
+            "\"/",
+            "__x64_sys_openat ()",
+            "Thread 1.1 (CPU#0 [",
+            "Thread 1.2 (CPU#1 [",
+            "Hardware watchpoint 3: *(unsigned long*)&jiffies",
+            "Old value = ",
+            "New value = ",
+            "PAE",
+            "= 0x",
+            "Breakpoint 4, ",
+            " in machine_power_off ()",
+        ],
+    );
+    assert!(text.contains("VM status: paused (debug)"), "{text}");
+    ends_well(&mut vm)
+}
+
+/// mov cx,4; a: inc word [0x500]; loop a; mov al,0; out 0xf4,al; then the end by isa-debug-exit.
+const LOOP: [u8; 15] = [0xB9, 4, 0, 0xFF, 0x06, 0x00, 0x05, 0xE2, 0xFA, 0xB0, 0x00, 0xE6, 0xF4, 0xEB, 0xFE];
+
+fn small(scratch: &Scratch, name: &str, more: &[&str]) -> Result<ftvm_harness::vm::Vm> {
+    let rom = firmware(scratch, &format!("{name}.rom"), &LOOP)?;
+    let device = "isa-debug-exit,iobase=0xf4,iosize=0x04";
+    let args = ["-bios", &rom, "-m", "16", "-net", "none", "-device", device, "-S"];
+    start(scratch, name, &[&args, more].concat())
+}
+
+/// The little-endian bytes of register `n` of GDB's.
+fn register(rsp: &mut Rsp, n: usize) -> Result<u64> {
+    let hex = rsp.ask(&format!("p{n:x}"))?;
+    let byte = |i: usize| hex.get(2 * i..2 * i + 2).and_then(|b| u8::from_str_radix(b, 16).ok());
+    Ok((0..hex.len() / 2).rev().fold(0, |v, i| v << 8 | u64::from(byte(i).unwrap_or(0))))
+}
+const RIP: usize = 16;
+
+fn runs(qmp: &mut Qmp) -> Result<()> {
+    ftvm_harness::wait_for("going on", LONG, || {
+        qmp.command("query-status", Value::Null).is_ok_and(|s| s["running"] == true).then_some(())
+    })
+}
+
+#[test]
+fn monitors_see_a_debuggers_stops_and_the_debugger_sees_theirs() -> Result<()> {
+    let scratch = Scratch::new("gdbmon")?;
+    let port = free_port()?;
+    let mut vm = small(&scratch, "vm", &[])?;
+    let mut qmp = vm.qmp()?;
+    let line = |text: &str| json!({"command-line": text});
+    let said = qmp.command("human-monitor-command", line(&format!("gdbserver tcp:{port}")))?;
+    assert!(said.as_str().is_some_and(|s| s.starts_with("Waiting for gdb connection")), "{said}");
+    let mut rsp = Rsp::connect(port)?;
+    assert!(rsp.ask("qSupported:multiprocess+;swbreak+;hwbreak+")?.contains("PacketSize="));
+    assert_eq!(rsp.ask("Hgp1.1")?, "OK");
+    assert_eq!(rsp.ask("m500,2")?, "0000");
+    // The second time round; addresses are linear.
+    assert_eq!(rsp.ask("Z0,f0003,1")?, "OK");
+    for round in 0..2 {
+        let stop = rsp.ask("vCont;c:p1.-1")?;
+        assert!(stop.starts_with("T05") && stop.contains("swbreak"), "{stop}");
+        assert_eq!((register(&mut rsp, RIP)?, rsp.ask("m500,2")?), (3, format!("0{round}00")));
+        qmp.wait_event("RESUME", LONG)?;
+        qmp.wait_event("STOP", LONG)?;
+    }
+    assert_eq!(qmp.command("query-status", Value::Null)?["status"], "debug");
+    assert_eq!(rsp.ask("z0,f0003,1")?, "OK");
+    let stop = rsp.ask("vCont;s:p1.1;c:p1.-1")?;
+    assert!(stop.starts_with("T05"), "{stop}");
+    assert_eq!(register(&mut rsp, RIP)?, 7);
+    // A watchpoint stops behind the instruction.
+    assert_eq!(rsp.ask("Z2,500,2")?, "OK");
+    let stop = rsp.ask("vCont;c:p1.-1")?;
+    assert!(stop.contains("watch:") && stop.contains("500;"), "{stop}");
+    assert_eq!((register(&mut rsp, RIP)?, rsp.ask("m500,2")?), (7, "0300".into()));
+    // What others stop is told: here the machine waits in its last jump.
+    assert_eq!(rsp.ask("z2,500,2")?, "OK");
+    assert_eq!(rsp.ask("Pb=0000000000000000")?, "OK", "r11 can be set");
+    assert_eq!(rsp.ask("P10=0d00000000000000")?, "OK", "and rip: to the jump to itself");
+    rsp.send("vCont;c:p1.-1")?;
+    runs(&mut qmp)?;
+    qmp.command("stop", Value::Null)?;
+    assert!(rsp.receive()?.is_some_and(|s| s.starts_with("T02")));
+    rsp.send("vCont;c:p1.-1")?;
+    rsp.raw(b"\x03")?;
+    assert!(rsp.receive()?.is_some_and(|s| s.starts_with("T02")));
+    assert_eq!(rsp.ask("M500,2:3412")?, "OK");
+    assert_eq!(rsp.ask("m500,2")?, "3412");
+    assert!(rsp.ask("M90000000,2:3412")?.starts_with('E'));
+    // A detached machine goes on.
+    assert_eq!(rsp.ask("D;1")?, "OK");
+    runs(&mut qmp)?;
+    drop(rsp);
+    // One that loses its debugger stays as it is.
+    let mut rsp = Rsp::connect(port)?;
+    assert!(rsp.ask("?")?.contains("05"));
+    drop(rsp);
+    let said = qmp.command("human-monitor-command", line("gdbserver none"))?;
+    assert_eq!(said, "Disabled gdbserver\r\n");
+    assert_eq!(qmp.command("query-status", Value::Null)?["status"], "paused");
+    assert!(std::net::TcpStream::connect(port).is_err());
+    // The same port again; and the debugger ends the machine.
+    qmp.command("human-monitor-command", line(&format!("gdbserver tcp:{port}")))?;
+    let mut rsp = Rsp::connect(port)?;
+    rsp.send("k")?;
+    ends_well(&mut vm)
+}
+
+#[test]
+fn the_end_is_told_and_a_recorded_machine_cannot_be_changed() -> Result<()> {
+    let scratch = Scratch::new("gdbrec")?;
+    let port = free_port()?;
+    let gdb = format!("tcp:{port}");
+    let file = scratch.path("run.rr");
+    let icount = format!("shift=3,rr=record,rrfile={file}");
+    let mut vm = small(&scratch, "vm", &["-gdb", &gdb, "-icount", &icount])?;
+    let mut rsp = Rsp::connect(port)?;
+    assert_eq!(rsp.ask("qqemu.sstepbits")?, "ENABLE=1");
+    assert_eq!(rsp.ask("M500,2:3412")?, "E0e");
+    assert_eq!(rsp.ask("Pb=0000000000000000")?, "E0e");
+    assert_eq!(rsp.ask("Z1,f0009,1")?, "OK");
+    assert!(rsp.ask("vCont;c:p1.-1")?.contains("hwbreak"));
+    assert_eq!(rsp.ask("m500,2")?, "0400");
+    assert_eq!(rsp.ask("z1,f0009,1")?, "OK");
+    assert_eq!(rsp.ask("vCont;c:p1.-1")?, "W01");
+    assert_eq!(vm.wait_exit(LONG)?, 1);
+    assert!(vm.log().contains("a debugger may not change a machine that is protected or recorded"));
+    // What was recorded under a debugger replays without one.
+    let replay = format!("shift=3,rr=replay,rrfile={file}");
+    let mut vm = small(&scratch, "vm", &["-icount", &replay])?;
+    ends_well(&mut vm)?;
+    assert!(vm.log().contains("replay ended"), "{}", vm.log());
+    Ok(())
+}
+
+#[test]
+fn nonsense_from_a_debugger_ends_its_connection_and_nothing_else() -> Result<()> {
+    let scratch = Scratch::new("gdbbad")?;
+    let port = free_port()?;
+    let vm = small(&scratch, "vm", &["-gdb", &format!("tcp:{port}")])?;
+    let mut seed = 1u64;
+    for round in 0..40 {
+        let mut rsp = Rsp::connect(port)?;
+        let noise: Vec<u8> = (0..400)
+            .map(|_| {
+                seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                if round % 2 == 0 {
+                    (seed >> 33) as u8
+                } else {
+                    b"$#mMgGpPzZvCont;:,0123x"[(seed >> 33) as usize % 23]
+                }
+            })
+            .collect();
+        let _ = rsp.raw(&noise);
+    }
+    let mut rsp = Rsp::connect(port)?;
+    assert_eq!(rsp.ask("m500,2")?, "0000");
+    assert_eq!(vm.qmp()?.command("query-status", Value::Null)?["running"], false);
+    Ok(())
+}
