@@ -219,8 +219,7 @@ pub fn open_live(
         return open_drive(drive, &options).map(named);
     }
     let overlay = if is_lun(path) { Ok(None) } else { ftvm_block::takeover::top_overlay(path) };
-    let overlay =
-        overlay.map_err(|source| BuildError::Drive { path: path.display().to_string(), source })?;
+    let overlay = overlay.map_err(|source| BuildError::Drive { path: path.display().to_string(), source })?;
     if let Some(overlay) = overlay.as_ref().filter(|_| drive.read_only || drive.snapshot) {
         return Err(BuildError::Plain(format!(
             "drive '{}': a takeover has left data in '{}'; open the image for writing once, so that it is merged",

@@ -76,9 +76,9 @@ impl Url {
         }
         let scheme = if parsed.is_tls() { "https" } else { "http" };
         for host in hosts.split(',') {
-            let has_port = host.rsplit_once(':').is_some_and(|(h, p)| {
-                (!h.contains(':') || h.ends_with(']')) && p.parse::<u16>().is_ok()
-            });
+            let has_port = host
+                .rsplit_once(':')
+                .is_some_and(|(h, p)| (!h.contains(':') || h.ends_with(']')) && p.parse::<u16>().is_ok());
             if host.is_empty() || host.contains('@') {
                 return Err(invalid("the URL's hosts must be HOST[:PORT][,HOST[:PORT]...]"));
             }
@@ -307,11 +307,8 @@ impl Files for Etcd {
         let value = self.read(from)?;
         let (from, to) = (self.key(from), self.key(to));
         let conditions = vec![Compare::value(from, CompareOp::Equal, value.clone()), is_missing(&to)];
-        let (change, _) = self.change(
-            conditions,
-            vec![TxnOp::put(to.clone(), value, None)],
-            vec![TxnOp::get(to, None)],
-        )?;
+        let (change, _) =
+            self.change(conditions, vec![TxnOp::put(to.clone(), value, None)], vec![TxnOp::get(to, None)])?;
         match (change.done, change.values.into_iter().next().flatten()) {
             (true, _) => Ok(()),
             (false, Some(_)) => Err(io::Error::new(ErrorKind::AlreadyExists, "the key exists")),
@@ -384,9 +381,14 @@ mod tests {
         assert_eq!(url.members, ["https://a:1", "https://[::1]:2379", "https://c:2379"]);
         assert_eq!((url.dir.as_str(), url.name.as_str()), ("/locks/", "web"));
         assert_eq!(Url::parse("etcd://a/web").unwrap().members, ["http://a:2379"]);
-        for bad in
-            ["etcd://a", "etcd://a/", "etcd:///web", "etcd://a,/web", "etcd://a/web?cert=x", "etcd://a/web?b=c"]
-        {
+        for bad in [
+            "etcd://a",
+            "etcd://a/",
+            "etcd:///web",
+            "etcd://a,/web",
+            "etcd://a/web?cert=x",
+            "etcd://a/web?b=c",
+        ] {
             assert!(Url::parse(bad).is_err(), "{bad}");
         }
     }

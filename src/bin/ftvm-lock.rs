@@ -57,7 +57,9 @@ fn show(image: &str) -> Result<(), String> {
         let held = is_held(path).map_err(text)?;
         println!("{image}: {}", if held { "in use (its byte locks are held)" } else { "not in use" });
     }
-    if let Some(layer) = Some(path).filter(|p| !is_etcd(p)).map(top_overlay).transpose().map_err(text)?.flatten() {
+    if let Some(layer) =
+        Some(path).filter(|p| !is_etcd(p)).map(top_overlay).transpose().map_err(text)?.flatten()
+    {
         println!("{image}: a takeover has left {}; ftvm merges it when it runs", layer.display());
     }
     let locks = lock_files(path)?;

@@ -27,9 +27,9 @@ use std::sync::{Arc, RwLock};
 use crate::files::{beside, is_nfs};
 use crate::node::Node;
 use crate::qcow2::{create_overlay, Qcow2};
+use crate::{BlockError, Held, Image, ImageInfo, OpenOptions, Snapshot, SnapshotChange};
 use layers::{format_of, layer, layer_options, overlays, MAX_LAYERS};
 use moving::Moving;
-use crate::{BlockError, Held, Image, ImageInfo, OpenOptions, Snapshot, SnapshotChange};
 
 pub use layers::{has_overlays, is_held, top_overlay};
 

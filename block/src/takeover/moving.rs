@@ -90,7 +90,10 @@ impl NewFile {
 impl Moving {
     /// Do with the new file what has just been done with the overlay. It is not what the machine's requests depend on: when
     /// it fails, the overlay stays.
-    pub(super) fn repeat(&self, change: impl FnOnce(&dyn Image) -> Result<(), BlockError>) -> Result<(), BlockError> {
+    pub(super) fn repeat(
+        &self,
+        change: impl FnOnce(&dyn Image) -> Result<(), BlockError>,
+    ) -> Result<(), BlockError> {
         let Some(raw) = self.raw.as_ref() else { return Ok(()) };
         if raw.renamed {
             return change(raw.image.as_ref());
@@ -100,7 +103,9 @@ impl Moving {
         }
         if let Err(e) = change(raw.image.as_ref()) {
             if !raw.spoiled.swap(true, Ordering::Relaxed) {
-                log::error!("the image's new file cannot be written: {e}; the overlay stays until the next start");
+                log::error!(
+                    "the image's new file cannot be written: {e}; the overlay stays until the next start"
+                );
             }
         }
         Ok(())
@@ -261,12 +266,7 @@ fn copy_over(overlay: &Qcow2, raw: &NewFile, next: &mut u64, size: u64) -> Resul
 }
 
 /// Copy a batch of clusters that the overlay does not hold but a layer below does.
-fn copy_up(
-    overlay: &Qcow2,
-    lower: &[Arc<dyn Image>],
-    next: &mut u64,
-    size: u64,
-) -> Result<(), BlockError> {
+fn copy_up(overlay: &Qcow2, lower: &[Arc<dyn Image>], next: &mut u64, size: u64) -> Result<(), BlockError> {
     let cluster = overlay.cluster();
     let (mut copied, mut looked) = (0, 0);
     while *next < size && copied < BATCH && looked < 64 * BATCH {

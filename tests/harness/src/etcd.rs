@@ -42,7 +42,12 @@ impl Etcd {
                 .args(["--initial-cluster", &peers.join(","), "--initial-cluster-state", "new"]);
             if let Some(tls) = tls {
                 command
-                    .args(["--cert-file", &format!("{tls}/etcd.crt"), "--key-file", &format!("{tls}/etcd.key")])
+                    .args([
+                        "--cert-file",
+                        &format!("{tls}/etcd.crt"),
+                        "--key-file",
+                        &format!("{tls}/etcd.key"),
+                    ])
                     .args(["--client-cert-auth", "--trusted-ca-file", &format!("{tls}/ca.crt")]);
             }
             let child = command
