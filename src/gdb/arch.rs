@@ -288,8 +288,7 @@ mod tests {
 
     #[test]
     fn tags_tell_empty_zero_special_and_valid() {
-        let mut x = X87::default();
-        x.tag = 0b1111;
+        let mut x = X87 { tag: 0b1111, ..X87::default() };
         x.st[1][7] = 0x80;
         x.st[1][8..10].copy_from_slice(&0x3FFFu16.to_le_bytes());
         x.st[2][8..10].copy_from_slice(&0x7FFFu16.to_le_bytes());

@@ -41,7 +41,7 @@ impl Machine {
         if points.is_none() {
             self.step = None;
         }
-        self.cpus.iter_mut().fold(true, |all, cpu| cpu.set_debug(points) && all)
+        self.cpus.iter_mut().all(|cpu| cpu.set_debug(points))
     }
 
     /// Stop when this processor has executed one more instruction. (Others take their turns meanwhile.)
