@@ -47,7 +47,7 @@ const BLOCKS: usize = SECTOR / 16;
 
 /// Times x in GF(2^128), as XTS orders the bits.
 fn double(tweak: u128) -> u128 {
-    tweak << 1 ^ (tweak >> 127) * 0x87
+    (tweak << 1) ^ ((tweak >> 127) * 0x87)
 }
 
 impl<C: Cipher> Xts<C> {
@@ -83,13 +83,16 @@ impl<C: Cipher> SectorCipher for Xts<C> {
     }
 }
 
+/// Encrypts a block in place.
+type Encrypt = Box<dyn Fn(&mut Block) + Send + Sync>;
+
 /// How a sector's number becomes an initial vector.
 enum Iv {
     /// Its lower 32 bits.
     Plain,
     Plain64,
     /// Encrypted with the key's hash.
-    Essiv(Box<dyn Fn(&mut Block) + Send + Sync>),
+    Essiv(Encrypt),
 }
 
 impl Iv {
@@ -255,10 +258,8 @@ impl CipherSpec {
     }
 
     /// The cipher of initial vectors, whose key is as long as the hash.
-    fn essiv(&self, key: &[u8]) -> Result<Box<dyn Fn(&mut Block) + Send + Sync>, String> {
-        fn with<C: Cipher + KeyInit + 'static>(
-            key: &[u8],
-        ) -> Result<Box<dyn Fn(&mut Block) + Send + Sync>, String> {
+    fn essiv(&self, key: &[u8]) -> Result<Encrypt, String> {
+        fn with<C: Cipher + KeyInit + 'static>(key: &[u8]) -> Result<Encrypt, String> {
             let cipher = C::new_from_slice(key)
                 .map_err(|_| format!("No essiv cipher with key size {} bytes available", key.len()))?;
             Ok(Box::new(move |block| cipher.encrypt_block(block)))
@@ -294,7 +295,7 @@ mod tests {
         let cipher = spec.cipher(&key).unwrap();
         cipher.encrypt(0, &mut data);
         assert_eq!(data[..16], hex("27a7479befa1d476489f308cd4cfa6e2"));
-        assert_eq!(data[496..], hex("eb4a427d1923ce3ff262735779a418f2")[..]);
+        assert_eq!(data[480..], hex("eb4a427d1923ce3ff262735779a418f20a282df920147beabe421ee5319d0568")[..]);
         cipher.decrypt(0, &mut data);
         assert!(data.iter().enumerate().all(|(i, b)| *b == i as u8));
     }
