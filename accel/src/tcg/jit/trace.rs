@@ -62,6 +62,15 @@ impl<'a> Trace<'a> {
         t
     }
 
+    /// `first` by itself; it remembers what mostly followed it so far.
+    pub fn alone(first: &'a Block, cache: &'a Cache, alone: bool) -> Trace<'a> {
+        let mut t = Trace::default();
+        t.add(first, alone);
+        let on = t.successor(cache).map_or(0, |b| b.key);
+        first.follower.set(on);
+        t
+    }
+
     /// The trace leads back to its start: a short loop goes round more than once for one check of the budget.
     fn unroll(&mut self, alone: bool) {
         let body: Vec<&'a Block> = self.parts.iter().map(|p| p.block).collect();
@@ -135,6 +144,11 @@ impl<'a> Trace<'a> {
             Kind::Jmp { rel } | Kind::Call { rel } => find(next + rel)?,
             Kind::Jcc { rel, .. } => {
                 let (on, taken) = (find(next), find(next + rel));
+                // Once compiled, runs are no longer counted.
+                let known = self.parts.last().map_or(0, |p| p.block.follower.get());
+                if let Some(b) = [on, taken].into_iter().flatten().find(|b| b.key == known) {
+                    return self.worth(b);
+                }
                 let heavier =
                     |a: Option<&Block>, b: Option<&Block>| a.map_or(0, weight) >= b.map_or(0, weight);
                 if heavier(on, taken) {
@@ -146,6 +160,12 @@ impl<'a> Trace<'a> {
             Kind::Ret { .. } | Kind::Indirect { .. } | Kind::Handler => return None,
             _ => find(next)?,
         };
+        self.worth(on)
+    }
+
+    /// `on` if it is worth the room.
+    fn worth(&self, on: &'a Block) -> Option<&'a Block> {
+        let first = self.parts[0].block;
         if std::ptr::eq(on, first) {
             return Some(on);
         }
