@@ -1,7 +1,6 @@
 //! Decoded instructions, blocks of them, and access to general registers by width.
 
 use super::decode::FLAT32;
-use super::jit::Extent;
 use super::SoftCpu;
 use crate::simd::VecInsn;
 use crate::Exception;
@@ -123,17 +122,9 @@ pub struct Block {
     /// How often it was interpreted; `NEVER`: it is not to be compiled.
     pub runs: Cell<u32>,
     pub bytes: u32,
-    /// Plus one: the first of the edges that lead to the code.
-    pub incoming: Cell<u32>,
-    /// What is compiled as one.
-    pub extent: Cell<Option<Extent>>,
-    /// How often the budget ended before it.
-    pub samples: Cell<u8>,
     /// Where the table by linear address has it, or had it.
     pub places: Cell<Places>,
     pub ops: Box<[Op]>,
-    /// The key of the block that mostly followed while it was interpreted, or 0.
-    pub follower: Cell<u64>,
     /// Where execution went on from here (64-bit mode).
     pub links: [Cell<Link>; 2],
     /// The guest physical page that its only instruction runs on into (see `cache::CROSSING`).
@@ -180,10 +171,6 @@ impl Block {
             links,
             code: Cell::new(std::ptr::null()),
             code_count: Cell::new(0),
-            incoming: Cell::new(0),
-            extent: Cell::new(None),
-            samples: Cell::new(0),
-            follower: Cell::new(0),
             count: 0,
             runs: Cell::new(0),
         }
@@ -192,14 +179,6 @@ impl Block {
     /// It is [`FLAT32`] code.
     pub fn is_flat32(&self) -> bool {
         self.key >> 60 == FLAT32 as u64
-    }
-
-    /// It is not compiled any more.
-    pub fn forget_code(&self) {
-        self.code.set(std::ptr::null());
-        self.incoming.set(0);
-        self.extent.set(None);
-        self.samples.set(0);
     }
 
     /// Forget what followed.

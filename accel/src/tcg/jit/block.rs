@@ -57,7 +57,6 @@ pub struct Compiler<'a> {
     half: usize,
     cold: Vec<Cold>,
     edges: Vec<Edge>,
-    linked: Vec<(u32, u64)>,
     first_edge: usize,
     leaders: Vec<Leader>,
     first_leader: usize,
@@ -107,8 +106,8 @@ fn needs(kinds: &[Kind], calm: &[bool]) -> Vec<bool> {
 }
 
 impl SoftCpu {
-    /// Compile `block`, alone or with what mostly follows it (which takes the place of the former); false when it cannot be.
-    pub(super) fn compile(&mut self, block: &Block, extent: Extent) -> bool {
+    /// Compile `block`, with what mostly follows it; false when it cannot be.
+    pub(super) fn compile(&mut self, block: &Block) -> bool {
         if block.key >> 60 != MODE64 as u64 && !block.is_flat32() {
             return false;
         }
@@ -125,30 +124,25 @@ impl SoftCpu {
         }
         for _ in 0..2 {
             let Some(base) = self.jit.memory.as_ref().map(CodeMemory::next) else { return false };
-            let trace = match extent {
-                Extent::Alone => Trace::alone(block, &self.cache, self.cpus == 1),
-                Extent::Trace => Trace::new(block, &self.cache, self.cpus == 1),
-            };
+            let trace = Trace::new(block, &self.cache, self.cpus == 1);
             let keys = trace.keys();
             let mut c = Compiler::new(trace, base, self);
             c.body();
-            if extent == Extent::Trace {
-                let plan = Plan::new(&c.trace, &c.values.requests);
-                if plan.grouped {
-                    c.again(plan);
-                }
+            let plan = Plan::new(&c.trace, &c.values.requests);
+            if plan.grouped {
+                c.again(plan);
             }
             c.out_of_line();
             let made = c.finish();
             let (home, count) = (made.home, made.count);
             let first = self.jit.leaders.len();
             let leaders = first..first + made.leaders.len();
-            if self.jit.take(made, &self.cache) {
+            if self.jit.take(made) {
                 if !leaders.is_empty() {
                     self.jit.grouped.push(Grouped { keys, leaders, code: home, failures: 0 });
                 }
-                self.jit.replace(block, home, count);
-                block.extent.set(Some(extent));
+                block.code.set(home as *const u8);
+                block.code_count.set(count);
                 return true;
             }
             self.drop_compiled();
@@ -170,7 +164,7 @@ impl SoftCpu {
         c.out_of_line();
         let made = c.finish();
         let entries = made.entries.clone();
-        if !self.jit.take(made, &self.cache) {
+        if !self.jit.take(made) {
             self.drop_compiled();
             return;
         }
@@ -187,8 +181,6 @@ impl SoftCpu {
 pub struct Made {
     a: Asm,
     edges: Vec<Edge>,
-    /// Of them, those that lead to compiled blocks already, and the blocks' keys.
-    linked: Vec<(u32, u64)>,
     leaders: Vec<Leader>,
     sites: usize,
     home: u64,
@@ -198,7 +190,7 @@ pub struct Made {
 
 impl Jit {
     /// Add what was compiled; false when there is no room for it.
-    fn take(&mut self, made: Made, cache: &Cache) -> bool {
+    fn take(&mut self, made: Made) -> bool {
         let Some(memory) = &mut self.memory else { return false };
         let (near, far) = made.a.parts();
         if !memory.take_sites(made.sites) || !memory.push(near, far) {
@@ -206,31 +198,7 @@ impl Jit {
         }
         self.edges.extend(made.edges);
         self.leaders.extend(made.leaders);
-        for (n, key) in made.linked {
-            if let Some(block) = cache.get(key) {
-                self.leads(n, block);
-            }
-        }
         true
-    }
-
-    /// `block` is compiled from now on as the code at `home`, and whatever led to its code leads there.
-    fn replace(&mut self, block: &Block, home: u64, count: u32) {
-        let old = block.code.replace(home as *const u8) as u64;
-        block.code_count.set(count);
-        let Some(memory) = &mut self.memory else { return };
-        if old == 0 {
-            return;
-        }
-        // From the table and from sites: charge the new code's count instead.
-        let jump = (home - FAR).wrapping_sub(old - FAR + 5) as u32;
-        let [a, b, c, d] = jump.to_le_bytes();
-        memory.patch(old - FAR, &[0xE9, a, b, c, d]);
-        let mut next = block.incoming.get();
-        while let Some(e) = next.checked_sub(1).and_then(|n| self.edges.get_mut(n as usize)) {
-            e.lead(memory, home, count);
-            next = e.next;
-        }
     }
 }
 
@@ -256,7 +224,6 @@ impl<'a> Compiler<'a> {
             half,
             cold: Vec::new(),
             edges: Vec::new(),
-            linked: Vec::new(),
             first_edge: jit.edges.len(),
             leaders: Vec::new(),
             first_leader: jit.leaders.len(),
@@ -270,7 +237,6 @@ impl<'a> Compiler<'a> {
         Made {
             a: self.a,
             edges: self.edges,
-            linked: self.linked,
             leaders: self.leaders,
             sites: self.sites,
             home: self.home,
@@ -290,7 +256,6 @@ impl<'a> Compiler<'a> {
         self.asked = 0;
         self.cold.clear();
         self.edges.clear();
-        self.linked.clear();
         self.sites = 0;
         self.body();
     }
@@ -552,7 +517,6 @@ impl<'a> Compiler<'a> {
             need = needs_flags(b, self.alone);
             if !b.code.get().is_null() {
                 (count, code) = (b.code_count.get(), b.code.get() as u64);
-                self.linked.push((n, key));
             }
         }
         if need || self.fl.recipe.is_none() {
@@ -569,7 +533,7 @@ impl<'a> Compiler<'a> {
             Some(self.a.jmp())
         };
         let jump_at = self.a.end_address(self.a.at()) - 4;
-        self.edges.push(Edge { count_at, jump_at, count, back: back as u32, leave_at: 0, next: 0 });
+        self.edges.push(Edge { count_at, jump_at, count, back: back as u32, leave_at: 0 });
         self.cold.push(Cold::Edge { n, link, budget, flags: self.fl, target: target as i32 });
     }
 

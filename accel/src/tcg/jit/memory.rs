@@ -96,7 +96,9 @@ impl CodeMemory {
         while self.large[part] < end {
             // SAFETY: the range is of whole large pages within the view. The call changes no contents, and a failure
             // (an older kernel, no large page to be had) nothing at all.
-            unsafe { libc::madvise(self.run.as_ptr().add(self.large[part]).cast(), LARGE, libc::MADV_COLLAPSE) };
+            unsafe {
+                libc::madvise(self.run.as_ptr().add(self.large[part]).cast(), LARGE, libc::MADV_COLLAPSE)
+            };
             self.large[part] += LARGE;
         }
     }

@@ -61,10 +61,6 @@ const FAILURES: u32 = 4;
 
 /// Interpreted runs before a block is compiled.
 const HOT: u32 = 30;
-/// So often must a block be come upon where the budget ends before it is compiled anew as a trace: the more time is
-/// spent in it, the sooner.
-const SAMPLES: u8 = 2;
-
 /// The host's base register points here in the processor, so that one-byte displacements reach `gpr`.
 const ORIGIN: usize = offset_of!(SoftCpu, st.gpr) + 128;
 
@@ -103,8 +99,6 @@ struct Edge {
     back: u32,
     /// Of the displacement of the jump that leaves while it is not linked.
     leave_at: u64,
-    /// Plus one: the next edge that leads to the same block.
-    next: u32,
 }
 
 impl Edge {
@@ -114,15 +108,6 @@ impl Edge {
         memory.patch(self.count_at, &(count as i32 - self.back as i32).to_le_bytes());
         memory.aim(self.jump_at, home);
     }
-}
-
-/// How much is compiled as one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Extent {
-    /// A block by itself: quickly done, for code that is not known to run often.
-    Alone,
-    /// With what mostly follows it.
-    Trace,
 }
 
 /// The first access of a group, which looks up the page for all of them.
@@ -198,13 +183,6 @@ impl Jit {
         self.memory.as_ref().map_or(0, |m| m.used() - self.stubs.size())
     }
 
-    /// Remember that an edge leads to `block`'s code.
-    fn leads(&mut self, edge: u32, block: &Block) {
-        if let Some(e) = self.edges.get_mut(edge as usize) {
-            e.next = block.incoming.replace(edge + 1);
-        }
-    }
-
     fn draw(&mut self) -> u64 {
         self.random ^= self.random << 13;
         self.random ^= self.random >> 7;
@@ -246,14 +224,11 @@ impl SoftCpu {
                 return false;
             }
         }
-        if matches!(self.jit.tier, Tier::Random(_)) && !self.chance(block) {
+        if matches!(self.jit.tier, Tier::Random(_)) && self.jit.draw() & 3 == 0 {
             return false;
         }
-        if block.code_count.get() as u64 > self.limit - self.pos {
-            self.sample(block);
-            return false;
-        }
-        !self.single
+        block.code_count.get() as u64 <= self.limit - self.pos
+            && !self.single
             && !near_hole(self.rip)
             && self.plain_stack()
     }
@@ -263,49 +238,15 @@ impl SoftCpu {
         self.long || self.st.gpr[super::op::RSP] >> 32 == 0
     }
 
-    /// The budget ends before `block`, which is compiled.
-    #[cold]
-    fn sample(&mut self, block: &Block) {
-        if block.extent.get() == Some(Extent::Alone) {
-            block.samples.set(block.samples.get() + 1);
-            if block.samples.get() >= SAMPLES {
-                self.compile(block, Extent::Trace);
-            }
-        }
-    }
-
-    /// Whether, by chance, to run `block` as compiled code; now and then it is compiled anew.
-    #[cold]
-    fn chance(&mut self, block: &Block) -> bool {
-        let draw = self.jit.draw();
-        if draw & 0xF0 == 0 && block.extent.get() == Some(Extent::Alone) {
-            self.compile(block, Extent::Trace);
-        }
-        draw & 3 != 0 && !block.code.get().is_null()
-    }
-
     #[cold]
     fn heat(&mut self, block: &Block) -> bool {
-        let mut extent = Extent::Alone;
-        match self.jit.tier {
-            Tier::Never => {
-                block.runs.set(NEVER);
+        if let Tier::Random(_) = self.jit.tier {
+            if self.jit.draw() & 7 != 0 {
+                block.runs.set(0);
                 return false;
             }
-            Tier::AtOnce => extent = Extent::Trace,
-            Tier::After(_) => {}
-            Tier::Random(_) => {
-                let draw = self.jit.draw();
-                if draw & 7 != 0 {
-                    block.runs.set(0);
-                    return false;
-                }
-                if draw & 8 != 0 {
-                    extent = Extent::Trace;
-                }
-            }
         }
-        if self.compile(block, extent) {
+        if self.jit.tier != Tier::Never && self.compile(block) {
             return true;
         }
         block.runs.set(NEVER);
@@ -376,7 +317,6 @@ impl SoftCpu {
             return;
         }
         e.lead(memory, code as u64, block.code_count.get());
-        self.jit.leads(edge, block);
     }
 
     /// A group of a trace could not be translated as one.
@@ -398,7 +338,7 @@ impl SoftCpu {
     /// Forget all compiled code.
     pub(super) fn drop_compiled(&mut self) {
         for b in self.cache.all() {
-            b.forget_code();
+            b.code.set(std::ptr::null());
             b.runs.set(0);
         }
         self.forget_entries();

@@ -11,6 +11,8 @@ use super::HOT;
 /// At most so many blocks, and instructions, in one.
 const PARTS: usize = 8;
 const LENGTH: usize = 64;
+/// A trace of so many instructions is long enough.
+const ENOUGH: u32 = 16;
 /// Loops are unrolled to at most so many instructions.
 const UNROLLED: usize = 32;
 
@@ -59,15 +61,6 @@ impl<'a> Trace<'a> {
             }
             t.add(next, alone);
         }
-        t
-    }
-
-    /// `first` by itself; it remembers what mostly followed it so far.
-    pub fn alone(first: &'a Block, cache: &'a Cache, alone: bool) -> Trace<'a> {
-        let mut t = Trace::default();
-        t.add(first, alone);
-        let on = t.successor(cache).map_or(0, |b| b.key);
-        first.follower.set(on);
         t
     }
 
@@ -144,11 +137,6 @@ impl<'a> Trace<'a> {
             Kind::Jmp { rel } | Kind::Call { rel } => find(next + rel)?,
             Kind::Jcc { rel, .. } => {
                 let (on, taken) = (find(next), find(next + rel));
-                // Once compiled, runs are no longer counted.
-                let known = self.parts.last().map_or(0, |p| p.block.follower.get());
-                if let Some(b) = [on, taken].into_iter().flatten().find(|b| b.key == known) {
-                    return self.worth(b);
-                }
                 let heavier =
                     |a: Option<&Block>, b: Option<&Block>| a.map_or(0, weight) >= b.map_or(0, weight);
                 if heavier(on, taken) {
@@ -160,14 +148,13 @@ impl<'a> Trace<'a> {
             Kind::Ret { .. } | Kind::Indirect { .. } | Kind::Handler => return None,
             _ => find(next)?,
         };
-        self.worth(on)
-    }
-
-    /// `on` if it is worth the room.
-    fn worth(&self, on: &'a Block) -> Option<&'a Block> {
-        let first = self.parts[0].block;
         if std::ptr::eq(on, first) {
             return Some(on);
+        }
+        // A trace that is long enough goes on in code that there is already: a busy guest has megabytes of it, and what
+        // is compiled again and again crowds the host's caches.
+        if self.count >= ENOUGH && !on.code.get().is_null() {
+            return None;
         }
         let fits = self.count as usize + on.ops.len() <= LENGTH;
         // What rarely follows is not worth the room.
