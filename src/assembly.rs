@@ -218,17 +218,16 @@ pub fn open_live(
         options.reserve = if over_stalled { Reserve::Seize(key) } else { Reserve::Free(key) };
         return open_drive(drive, &options).map(named);
     }
-    let overlays = !is_lun(path)
-        && ftvm_block::takeover::has_overlays(path)
-            .map_err(|source| BuildError::Drive { path: path.display().to_string(), source })?;
-    if (drive.read_only || drive.snapshot) && overlays {
+    let overlay = if is_lun(path) { Ok(None) } else { ftvm_block::takeover::top_overlay(path) };
+    let overlay = overlay.map_err(|source| BuildError::Drive { path: path.display().to_string(), source })?;
+    if let Some(overlay) = overlay.as_ref().filter(|_| drive.read_only || drive.snapshot) {
         return Err(BuildError::Plain(format!(
-            "drive '{}': a takeover has left data in '{}.ft1'; open the image for writing once, so that it is merged",
+            "drive '{}': a takeover has left data in '{}'; open the image for writing once, so that it is merged",
             drive.id,
-            path.display()
+            overlay.display()
         )));
     }
-    if drive.read_only || drive.snapshot || !(pair || overlays) {
+    if drive.read_only || drive.snapshot || !(pair || overlay.is_some()) {
         let own = DriveConfig { backing: Backing::Header, ..drive.clone() };
         return open_node(if pair { &own } else { drive }, &options, find);
     }

@@ -10,11 +10,12 @@ use ftvm::lockstep::{lun_lock, Arbiter, Epoch, FileLock, LunArbiter, Side, Verdi
 use ftvm_block::takeover::Takeover;
 use ftvm_block::{BlockError, Image, OpenOptions, Reserve};
 use ftvm_harness::client::Line;
+use ftvm_harness::etcd::Etcd;
 use ftvm_harness::hosts::{become_root, Network, GUEST};
 use ftvm_harness::pair::{Clients, Guest, Pair};
 use ftvm_harness::storage::{qemu_img, Kind, Server, CHAP};
 use ftvm_harness::vm::Vm;
-use ftvm_harness::{guests, Result, Scratch};
+use ftvm_harness::{guests, wait_for, Result, Scratch};
 use serde_json::Value;
 
 const WAIT: Duration = Duration::from_secs(60);
@@ -27,14 +28,15 @@ fn ensure(what: &str, ok: bool) -> Result<()> {
     ok.then_some(()).ok_or_else(|| format!("not so: {what}"))
 }
 
-/// A network with a server whose only file (or LUN 1) is an empty qcow2 image, and for iSCSI a second LUN.
+/// A network with a server whose files (or LUNs from 1 on) are an empty qcow2 image, another file, and an empty raw image.
 fn served(name: &str, kind: Kind) -> Result<(Network, Scratch, Server)> {
     let scratch = Scratch::new(name)?;
     let mut net = Network::new(2)?;
-    let (image, other) = (scratch.path("vm.qcow2"), scratch.path("lun2"));
+    let (image, other, raw) = (scratch.path("vm.qcow2"), scratch.path("lun2"), scratch.path("vm.raw"));
     guests::run("qemu-img", &["create", "-q", "-f", "qcow2", &image, "64M"])?;
+    guests::run("truncate", &["-s", "64M", &raw])?;
     std::fs::write(&other, [0; 4096]).map_err(text)?;
-    let server = Server::start(kind, &mut net, &scratch, &[&image, &other], 32 << 20)?;
+    let server = Server::start(kind, &mut net, &scratch, &[&image, &other, &raw], 32 << 20)?;
     Ok((net, scratch, server))
 }
 
@@ -124,14 +126,14 @@ fn iscsi_reservations() -> Result<()> {
 
 /// A primary is cut off with a write on its way; the other host takes over and writes; the cable is plugged in
 /// again. On NFS the old write lands, where nobody looks; on iSCSI the target refuses it.
-fn late_write(kind: Kind) -> Result<()> {
+fn late_write(kind: Kind, format: &str) -> Result<()> {
     let (net, _scratch, server) = served("late", kind)?;
-    let url = server.url("vm.qcow2");
+    let url = server.url(&format!("vm.{format}"));
     let path = Path::new(&url);
     let open = |seize: bool| -> std::result::Result<Box<dyn Image>, BlockError> {
         let key = lun_lock::alone(if seize { "second" } else { "first" });
         let reserve = if seize { Reserve::Seize(key) } else { Reserve::Free(key) };
-        let options = OpenOptions { reserve, ..OpenOptions::default() };
+        let options = OpenOptions { reserve, format: Some(format.into()), ..OpenOptions::default() };
         match kind {
             Kind::Iscsi => ftvm_block::open(path, &options),
             _ => Ok(Box::new(Takeover::open(path, &options, seize)?)),
@@ -187,9 +189,11 @@ fn late_write(kind: Kind) -> Result<()> {
     })?;
     drop(old);
     ftvm_block::iscsi::release_all();
-    qemu_img(&net, &["check", &url])?;
+    if format == "qcow2" {
+        qemu_img(&net, &["check", &url])?;
+    }
     on_host(&net, 1, || {
-        let look = OpenOptions { read_only: true, ..OpenOptions::default() };
+        let look = OpenOptions { read_only: true, format: Some(format.into()), ..OpenOptions::default() };
         let image = ftvm_block::open(path, &look).map_err(text)?;
         holds(image.as_ref(), 0, 0xB1)?;
         holds(image.as_ref(), 1 << 20, 0xA2)?;
@@ -198,44 +202,210 @@ fn late_write(kind: Kind) -> Result<()> {
 }
 
 fn iscsi_late_write() -> Result<()> {
-    late_write(Kind::Iscsi)
+    late_write(Kind::Iscsi, "qcow2")
 }
 
 fn nfs_late_write() -> Result<()> {
-    late_write(Kind::Nfs)
+    ["qcow2", "raw"].into_iter().try_for_each(|format| {
+        late_write(Kind::Nfs, format)?;
+        [0, 1, 2].into_iter().try_for_each(|moment| late_move(format, moment))
+    })
 }
 
-/// The lock file on a server: one winner in every race.
+/// Who took over is stalled while it moves the image to a new file, and taken over itself; then it goes on, before its
+/// successor has moved the image, after, or after one that came later yet. Nothing of it may be seen.
+fn late_move(format: &str, moment: u32) -> Result<()> {
+    let (net, _scratch, server) = served("move", Kind::Nfs)?;
+    let url = server.url(&format!("vm.{format}"));
+    let options = OpenOptions { format: Some(format.into()), ..OpenOptions::default() };
+    let take = || Takeover::open(Path::new(&url), &options, true).map_err(text);
+    let write = |image: &Takeover, at: u64, byte: u8| {
+        image.write_at(at, &[byte; 4096]).and_then(|()| image.flush()).map_err(text)
+    };
+    let all = |image: &Takeover| {
+        let mut steps = 0;
+        while image.background() && steps < 500 {
+            steps += 1;
+        }
+        steps
+    };
+    on_host(&net, 0, || {
+        let first = Takeover::open(Path::new(&url), &options, false).map_err(text)?;
+        (0..32).try_for_each(|n| write(&first, n << 21, 0xA0 + n as u8))?;
+        let stalled = take()?;
+        write(&stalled, 0, 0xC1)?;
+        ensure("it is not at the end", (0..3).all(|_| stalled.background()) || format == "qcow2")?;
+        let second = take()?;
+        write(&second, 2 << 21, 0xC2)?;
+        let mut image = second;
+        if moment > 0 {
+            all(&image);
+        }
+        if moment > 1 {
+            image = take()?;
+            write(&image, 4 << 21, 0xC3)?;
+        }
+        println!("{format}: the stalled one makes {} steps more", all(&stalled));
+        // What it still writes is not in the image, wherever it goes.
+        let late = write(&stalled, 2 << 21, 0xEE);
+        println!("{format}: and a write, {late:?}");
+        drop(stalled);
+        let check = |image: &dyn Image| {
+            holds(image, 0, 0xC1)?;
+            holds(image, 2 << 21, 0xC2)?;
+            holds(image, 4 << 21, if moment > 1 { 0xC3 } else { 0xA4 })?;
+            (5..32).try_for_each(|n| holds(image, n << 21, 0xA0 + n as u8))
+        };
+        check(&image)?;
+        all(&image);
+        check(&image)?;
+        write(&image, 1 << 20, 0xC4)?;
+        drop((image, first));
+        let left: Vec<_> = std::fs::read_dir(server.export()).map_err(text)?.flatten().collect();
+        let left: Vec<_> = left.iter().map(|e| e.file_name().to_string_lossy().into_owned()).collect();
+        ensure(&format!("no layer is left: {left:?}"), left.iter().all(|n| !n.contains(".ft")))?;
+        let look = OpenOptions { read_only: true, ..options.clone() };
+        let image = ftvm_block::open(Path::new(&url), &look).map_err(text)?;
+        holds(image.as_ref(), 1 << 20, 0xC4)?;
+        check(image.as_ref())
+    })?;
+    if format == "qcow2" {
+        qemu_img(&net, &["check", &url])?;
+    }
+    Ok(())
+}
+
+/// One winner in every race for the lock at `path`.
+fn contests(path: &str, rounds: u32) -> Result<()> {
+    for round in 0..rounds {
+        let epoch = Epoch { number: u64::from(round), token: format!("tok{round}") };
+        let lock = FileLock::new(path).map_err(text)?;
+        let second = FileLock::new(path).map_err(text)?;
+        for side in [Side::Primary, Side::Backup] {
+            lock.claim(&epoch, side).map_err(text)?;
+        }
+        ensure("the claim is seen", lock.sees_peer(&epoch, Side::Backup).map_err(text)?)?;
+        let barrier = Barrier::new(2);
+        let contest = |lock: &FileLock, side| {
+            barrier.wait();
+            lock.try_win(&epoch, side).ok()
+        };
+        let verdicts = std::thread::scope(|s| {
+            let one = s.spawn(|| contest(&lock, Side::Primary));
+            let two = s.spawn(|| contest(&second, Side::Backup));
+            [one.join().ok().flatten(), two.join().ok().flatten()]
+        });
+        let ok = verdicts.contains(&Some(Verdict::Won)) && verdicts.contains(&Some(Verdict::Lost));
+        ensure(&format!("one winner in round {round}: {verdicts:?}"), ok)?;
+        let side = if verdicts[0] == Some(Verdict::Won) { Side::Primary } else { Side::Backup };
+        ensure("the winner's claim is not made twice", lock.claim(&epoch, side).is_err())?;
+        ensure("it stays the winner", lock.try_win(&epoch, side).map_err(text)? == Verdict::Won)?;
+        lock.retire(&epoch);
+        let after = lock.try_win(&epoch, Side::Primary).map_err(text)?;
+        ensure("nobody wins afterwards", after == Verdict::Lost)?;
+    }
+    Ok(())
+}
+
+/// The lock file on a server.
 fn nfs_locks() -> Result<()> {
     let (net, _scratch, server) = served("locks", Kind::Nfs)?;
-    let path = server.url("vm.qcow2.ftlock");
+    on_host(&net, 0, || contests(&server.url("vm.qcow2.ftlock"), 100))
+}
+
+fn lock_tool(net: &Network, host: usize, args: &[&str]) -> Result<String> {
+    let tool = Path::new(&guests::ftvm()?).with_file_name("ftvm-lock");
+    let out = net.on_host(host, &tool.to_string_lossy()).args(args).output().map_err(text)?;
+    let said = String::from_utf8_lossy(&out.stdout).into_owned();
+    out.status.success().then_some(said).ok_or_else(|| String::from_utf8_lossy(&out.stderr).into_owned())
+}
+
+/// The lock in etcd, with certificates: two sides race; a member dies; without a majority nobody wins, although a member
+/// answers.
+fn etcd_locks() -> Result<()> {
+    let (net, scratch) = (Network::new(3)?, Scratch::new("etcdlocks")?);
+    let tls = scratch.path("tls");
+    certificates(&tls)?;
+    let mut etcd = Etcd::start(&net, &scratch, 3, Some(&tls))?;
+    let url = etcd.lock_url("locks/vm");
+    let url = format!("{url}?ca={tls}/ca.crt&cert={tls}/etcd.crt&key={tls}/etcd.key");
     on_host(&net, 0, || {
-        for round in 0..100 {
-            let epoch = Epoch { number: round, token: format!("tok{round}") };
-            let lock = FileLock::new(&path).map_err(text)?;
-            for side in [Side::Primary, Side::Backup] {
-                lock.claim(&epoch, side).map_err(text)?;
-            }
-            ensure("the claim is seen", lock.sees_peer(&epoch, Side::Backup).map_err(text)?)?;
-            let barrier = Barrier::new(2);
-            let contest = |side| {
-                barrier.wait();
-                lock.try_win(&epoch, side).ok()
-            };
-            let verdicts = std::thread::scope(|s| {
-                let one = s.spawn(|| contest(Side::Primary));
-                let two = s.spawn(|| contest(Side::Backup));
-                [one.join().ok().flatten(), two.join().ok().flatten()]
-            });
-            let ok = verdicts.contains(&Some(Verdict::Won)) && verdicts.contains(&Some(Verdict::Lost));
-            ensure(&format!("one winner in round {round}: {verdicts:?}"), ok)?;
-            ensure("a claim is not made twice", lock.claim(&epoch, Side::Primary).is_err() || ok)?;
-            lock.retire(&epoch);
-            let after = lock.try_win(&epoch, Side::Primary).map_err(text)?;
-            ensure("nobody wins afterwards", after == Verdict::Lost)?;
-        }
-        Ok(())
+        wait_for("etcd", WAIT, || {
+            let lock = FileLock::new(&url).ok()?;
+            lock.sees_peer(&Epoch { number: 0, token: "none".into() }, Side::Primary).ok()
+        })?;
+        contests(&url, 20)
+    })?;
+    etcd.members[0].kill();
+    on_host(&net, 0, || contests(&url, 5))?;
+    let epoch = Epoch { number: 9, token: "last".into() };
+    let claim = || {
+        on_host(&net, 1, || {
+            let lock = FileLock::new(&url).map_err(text)?;
+            [Side::Primary, Side::Backup].into_iter().try_for_each(|s| lock.claim(&epoch, s)).map_err(text)
+        })
+    };
+    claim()?;
+    let shown = lock_tool(&net, 1, &["show", &url])?;
+    ensure(&shown, shown.contains("claim of the primary, epoch 9"))?;
+    ensure("clear asks", lock_tool(&net, 1, &["clear", &url]).is_err())?;
+    let cleared = lock_tool(&net, 1, &["clear", "--sure", &url])?;
+    ensure(&cleared, cleared.contains("vm.last.primary: removed"))?;
+    ensure("cleared", lock_tool(&net, 1, &["show", &url])?.contains("no pairing"))?;
+    claim()?;
+    etcd.members[1].kill();
+    on_host(&net, 2, || {
+        let lock = FileLock::new(&url).map_err(text)?;
+        let verdict = lock.try_win(&epoch, Side::Backup);
+        ensure(&format!("no verdict: {verdict:?}"), verdict.is_err())
     })
+}
+
+/// An authority, and a certificate of the first three hosts that is good for both ends.
+fn certificates(dir: &str) -> Result<()> {
+    std::fs::create_dir_all(dir).map_err(text)?;
+    let hosts: Vec<String> = (0..3).map(|i| format!("IP:{}", Network::address(i))).collect();
+    std::fs::write(format!("{dir}/ext"), format!("subjectAltName={}\n", hosts.join(","))).map_err(text)?;
+    let openssl = |line: String| {
+        guests::run("openssl", &line.replace("DIR", dir).split(' ').collect::<Vec<_>>()).map(|_| ())
+    };
+    let new = "req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes";
+    openssl(format!("{new} -x509 -days 2 -subj /CN=authority -keyout DIR/ca.key -out DIR/ca.crt"))?;
+    openssl(format!("{new} -subj /CN=etcd -keyout DIR/etcd.key -out DIR/etcd.csr"))?;
+    openssl(
+        "x509 -req -days 2 -in DIR/etcd.csr -CA DIR/ca.crt -CAkey DIR/ca.key -CAcreateserial -extfile DIR/ext -out DIR/etcd.crt"
+            .into(),
+    )
+}
+
+/// Disks of their own, the lock in etcd. The primary's host is cut off with its member of etcd, which alone says
+/// nothing; then a member dies, and the primary.
+fn etcd_failovers() -> Result<()> {
+    let mut pair = Pair::start_on("etcd", Guest::Tiny, "", Kind::Etcd, "")?;
+    let clients = clients(&pair, "etcd");
+    let step = |pair: &Pair, more: u64| {
+        clients.wait_progress(more, WAIT).map_err(|e| format!("{e}\n{}", pair.logs()))
+    };
+    pair.protect()?;
+    step(&pair, 20)?;
+    let ft = pair.unplug_primary(Duration::from_secs(3))?;
+    println!("etcd: unplugged, failover {}", ft["last-failover"]);
+    step(&pair, 20)?;
+    pair.protect()?;
+    let etcd = pair.etcd.as_mut().ok_or("no etcd")?;
+    etcd.members[2].kill();
+    let url = etcd.lock_url("locks/vm");
+    let shown = lock_tool(&pair.net, 0, &["show", &url])?;
+    ensure(&shown, shown.contains("claim of the primary, epoch 2"))?;
+    step(&pair, 20)?;
+    let ft = pair.kill_primary()?;
+    println!("etcd: a member dead, the primary killed, failover {}", ft["last-failover"]);
+    step(&pair, 20)?;
+    ensure("the winner has cleaned up", lock_tool(&pair.net, 0, &["show", &url])?.contains("no pairing"))?;
+    pair.protect()?;
+    step(&pair, 10)?;
+    clients.finish()?;
+    pair.finish(false)
 }
 
 fn clients(pair: &Pair, tag: &str) -> Clients {
@@ -415,20 +585,19 @@ fn nfs_disk_reads() -> Result<()> {
     disk_reads(Kind::Nfs)
 }
 
-/// Raw images: a file and a LUN live through kills and pauses; on nfs://, where a takeover makes a new file, they
-/// are refused.
+/// Raw images: a file, a LUN and a file on an NFS server live through kills, pauses and a host that is unplugged.
 fn raw(kind: Kind) -> Result<()> {
-    let mut pair = match Pair::start_on("raw", Guest::Tiny, "", kind, ",format=raw") {
-        Err(e) if kind == Kind::Nfs => return ensure(&e, e.contains("a raw image (only qcow2)")),
-        Ok(_) if kind == Kind::Nfs => return Err("a raw image on nfs:// was taken".into()),
-        other => other?,
-    };
+    let mut pair = Pair::start_on("raw", Guest::Tiny, "", kind, ",format=raw")?;
     let clients = clients(&pair, "raw");
     in_guest(&pair, &["dd if=/dev/urandom of=/mnt/f bs=1M count=8", "sync", "sha256sum /mnt/f > /tmp/sum"])?;
-    for pause in [false, true] {
+    let second = Duration::from_secs(1);
+    let faults: [fn(&mut Pair, Duration) -> Result<Value>; 3] =
+        [|pair, _| pair.kill_primary(), Pair::stall_primary, Pair::unplug_primary];
+    // A directory cannot be cut off, and on a LUN the other tests do it.
+    for fault in &faults[..if kind == Kind::Nfs { 3 } else { 2 }] {
         pair.protect()?;
         clients.wait_progress(20, WAIT).map_err(|e| format!("{e}\n{}", pair.logs()))?;
-        let ft = if pause { pair.stall_primary(Duration::from_secs(1))? } else { pair.kill_primary()? };
+        let ft = fault(&mut pair, second)?;
         println!("raw {kind:?}: failover {}", ft["last-failover"]);
         clients.wait_progress(20, WAIT).map_err(|e| format!("{e}\n{}", pair.logs()))?;
         in_guest(&pair, &[FORGET, "sha256sum -c /tmp/sum"])?;
@@ -519,7 +688,7 @@ fn main() {
         return;
     }
     let wanted: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
-    let tests: [Test; 12] = [
+    let tests: [Test; 14] = [
         ("no_space", Kind::Path, no_space),
         ("iscsi_reservations", Kind::Iscsi, iscsi_reservations),
         ("iscsi_late_write", Kind::Iscsi, iscsi_late_write),
@@ -527,6 +696,8 @@ fn main() {
         ("nfs_locks", Kind::Nfs, nfs_locks),
         ("nfs_late_write", Kind::Nfs, nfs_late_write),
         ("nfs_failovers", Kind::Nfs, nfs_failovers),
+        ("etcd_locks", Kind::Etcd, etcd_locks),
+        ("etcd_failovers", Kind::Etcd, etcd_failovers),
         ("long_outage", Kind::Nfs, long_outage),
         ("raw_images", Kind::Nfs, raw_images),
         ("other_device", Kind::Path, other_device),

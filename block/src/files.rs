@@ -1,4 +1,4 @@
-//! The directory beside an image: lock files and overlays, on a mounted file system or an NFS server.
+//! The directory beside an image: lock files and overlays, on a mounted file system or an NFS server; lock files in etcd, too.
 
 use std::fs;
 use std::io::{self, Write};
@@ -30,9 +30,15 @@ pub fn is_nfs(path: &Path) -> bool {
     path.to_str().is_some_and(|p| p.starts_with("nfs://"))
 }
 
+/// Whether `path` is a URL of a key in etcd.
+pub fn is_etcd(path: &Path) -> bool {
+    path.to_str().is_some_and(|p| p.starts_with("etcd://"))
+}
+
 /// The name of a file beside the one that `path` (a path or a URL) names.
 pub fn beside_path(path: &Path, suffix: &str) -> PathBuf {
-    if let Some((url, query)) = path.to_str().filter(|_| is_nfs(path)).and_then(|p| p.split_once('?')) {
+    let is_url = is_nfs(path) || is_etcd(path);
+    if let Some((url, query)) = path.to_str().filter(|_| is_url).and_then(|p| p.split_once('?')) {
         return format!("{url}{suffix}?{query}").into();
     }
     let mut name = path.as_os_str().to_owned();
@@ -40,8 +46,14 @@ pub fn beside_path(path: &Path, suffix: &str) -> PathBuf {
     name.into()
 }
 
-/// The directory of `path` (a path or an `nfs://` URL) and the name in it.
+/// The directory of `path` (a path, an `nfs://` or an `etcd://` URL) and the name in it.
 pub fn beside(path: &Path) -> io::Result<(Arc<dyn Files>, String)> {
+    if let Some(_url) = path.to_str().filter(|_| is_etcd(path)) {
+        #[cfg(feature = "etcd")]
+        return crate::etcd::beside(_url);
+        #[cfg(not(feature = "etcd"))]
+        return Err(io::Error::new(io::ErrorKind::Unsupported, "this ftvm was built without etcd"));
+    }
     if let Some(url) = path.to_str().filter(|_| is_nfs(path)) {
         return crate::nfs::beside(url);
     }

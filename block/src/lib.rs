@@ -7,6 +7,8 @@
 pub mod buffers;
 pub mod copy;
 mod error;
+#[cfg(feature = "etcd")]
+mod etcd;
 mod file;
 pub mod files;
 mod info;

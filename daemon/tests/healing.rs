@@ -8,6 +8,7 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use ftvm_harness::client::Client;
+use ftvm_harness::etcd::Etcd;
 use ftvm_harness::hosts::{become_root, Network, GUEST};
 use ftvm_harness::service::{name, Hosts, Inventory, Process};
 use ftvm_harness::{guests, wait_for, Result, Scratch};
@@ -121,59 +122,28 @@ fn static_peers() -> Result<()> {
     wait_for("the end of all sides", LONG, || (0..3).all(|i| hosts.machines(i).is_empty()).then_some(()))
 }
 
-/// Etcd, of Debian's package, with a member on each host.
-struct Etcd {
-    members: Vec<Process>,
-    urls: Vec<String>,
-}
-
-impl Etcd {
-    fn start(net: &Network, scratch: &Scratch) -> Result<Etcd> {
-        let ftctl = env!("CARGO_BIN_EXE_ftctl");
-        let tls = scratch.path("etcd");
-        let addresses: Vec<String> = (0..3).map(Network::address).collect();
-        guests::run(ftctl, &["cert", "ca", "--dir", &tls])?;
-        let mut args = vec!["cert", "host", "etcd"];
-        args.extend(addresses.iter().map(String::as_str));
-        args.extend(["--dir", &tls]);
-        guests::run(ftctl, &args)?;
-        let peers: Vec<String> =
-            addresses.iter().enumerate().map(|(i, a)| format!("m{i}=http://{a}:2380")).collect();
-        let mut members = Vec::new();
-        for (i, address) in addresses.iter().enumerate() {
-            let (data, log) = (scratch.path(&format!("etcd{i}")), scratch.path(&format!("etcd{i}.log")));
-            let log = std::fs::File::create(log).map_err(|e| e.to_string())?;
-            let child = net
-                .on_host(i, "etcd")
-                .args(["--name", &format!("m{i}"), "--data-dir", &data, "--log-level", "error"])
-                .args(["--listen-client-urls", &format!("https://{address}:2379")])
-                .args(["--advertise-client-urls", &format!("https://{address}:2379")])
-                .args(["--listen-peer-urls", &format!("http://{address}:2380")])
-                .args(["--initial-advertise-peer-urls", &format!("http://{address}:2380")])
-                .args(["--initial-cluster", &peers.join(","), "--initial-cluster-state", "new"])
-                .args(["--cert-file", &format!("{tls}/etcd.crt"), "--key-file", &format!("{tls}/etcd.key")])
-                .args(["--client-cert-auth", "--trusted-ca-file", &format!("{tls}/ca.crt")])
-                .stdin(Stdio::null())
-                .stdout(Stdio::null())
-                .stderr(log)
-                .spawn()
-                .map_err(|e| format!("etcd: {e}"))?;
-            members.push(Process(child));
-        }
-        let urls = addresses.iter().map(|a| format!("https://{a}:2379")).collect();
-        Ok(Etcd { members, urls })
-    }
+/// Etcd with a member on each host, which asks clients for a certificate, and the certificates in `etcd` of the scratch
+/// directory.
+fn start_etcd(net: &Network, scratch: &Scratch) -> Result<Etcd> {
+    let (ftctl, tls) = (env!("CARGO_BIN_EXE_ftctl"), scratch.path("etcd"));
+    guests::run(ftctl, &["cert", "ca", "--dir", &tls])?;
+    let addresses: Vec<String> = (0..3).map(Network::address).collect();
+    let mut args = vec!["cert", "host", "etcd"];
+    args.extend(addresses.iter().map(String::as_str));
+    args.extend(["--dir", &tls]);
+    guests::run(ftctl, &args)?;
+    Etcd::start(net, scratch, 3, Some(&tls))
 }
 
 /// Hosts find each other in etcd, one member of which dies with the first host and stays dead.
 fn shared_inventory() -> Result<()> {
-    if !Path::new("/usr/bin/etcd").exists() {
-        println!("skipped: etcd is not installed");
+    if let Some(reason) = Etcd::unavailable() {
+        println!("skipped: {reason}");
         return Ok(());
     }
     let net = Network::new(3)?;
     let scratch = Scratch::new("inventory")?;
-    let mut etcd = Etcd::start(&net, &scratch)?;
+    let mut etcd = start_etcd(&net, &scratch)?;
     let urls = etcd.urls.clone();
     let tls = scratch.path("etcd");
     let programs = (env!("CARGO_BIN_EXE_ftvmd"), env!("CARGO_BIN_EXE_ftctl"));

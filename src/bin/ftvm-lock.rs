@@ -3,13 +3,14 @@
 use std::path::Path;
 
 use ftvm::lockstep::lun_lock::describe;
-use ftvm_block::files::{beside, beside_path, is_nfs};
+use ftvm_block::files::{beside, is_etcd, is_nfs};
 use ftvm_block::iscsi::{hide_secret, is_lun, LunLock};
-use ftvm_block::takeover::{has_overlays, is_held};
+use ftvm_block::takeover::{is_held, top_overlay};
 
 const USAGE: &str = "usage: ftvm-lock show IMAGE
        ftvm-lock clear [--sure] IMAGE
-IMAGE: a path, a device (/dev/sdX), nfs://HOST/PATH or iscsi://HOST/IQN/LUN, as ftvm's -drive file= has it (or -ft lock=)";
+IMAGE: a path, a device (/dev/sdX), nfs://HOST/PATH or iscsi://HOST/IQN/LUN, as ftvm's -drive file= has it; or what -ft \
+lock= names, a path, a URL of these or etcd://HOST[:PORT][,HOST[:PORT]...]/KEY";
 
 fn text(e: impl std::fmt::Display) -> String {
     e.to_string()
@@ -26,18 +27,25 @@ fn show_lun(url: &str) -> Result<(), String> {
     Ok(())
 }
 
-/// The lock files of an image: name and contents.
+/// The lock files of an image, or those at a lock's own path: name and contents.
 fn lock_files(path: &Path) -> Result<Vec<(String, String)>, String> {
     let (files, name) = beside(path).map_err(text)?;
-    let lock = if name.ends_with(".ftlock") { name } else { format!("{name}.ftlock") };
     let mut names = files.list().map_err(text)?;
-    names.retain(|n| n.strip_prefix(lock.as_str()).is_some_and(|rest| rest.starts_with('.')));
     names.sort();
-    let read = |n: String| {
-        let contents = files.read(&n).map(|c| String::from_utf8_lossy(&c).trim().to_owned());
-        (n, contents.unwrap_or_default())
-    };
-    Ok(names.into_iter().map(read).collect())
+    let mut locks = Vec::new();
+    for file in names {
+        let Some(rest) = file.strip_prefix(name.as_str()) else { continue };
+        let rest = rest.strip_prefix(".ftlock").unwrap_or(rest);
+        let Some(rest) = rest.strip_prefix('.') else { continue };
+        let token = rest.strip_suffix(".primary").or(rest.strip_suffix(".backup")).unwrap_or(rest);
+        let contents = files.read(&file).map(|c| String::from_utf8_lossy(&c).trim().to_owned());
+        let contents = contents.unwrap_or_default();
+        // The side, the epoch's number and the token of the pairing.
+        if contents.split(' ').nth(2) == Some(token) {
+            locks.push((file, contents));
+        }
+    }
+    Ok(locks)
 }
 
 fn show(image: &str) -> Result<(), String> {
@@ -49,9 +57,10 @@ fn show(image: &str) -> Result<(), String> {
         let held = is_held(path).map_err(text)?;
         println!("{image}: {}", if held { "in use (its byte locks are held)" } else { "not in use" });
     }
-    if has_overlays(path).map_err(text)? {
-        let layer = beside_path(path, ".ft1");
-        println!("{image}: a takeover has left {} or more; ftvm merges them when it runs", layer.display());
+    if let Some(layer) =
+        Some(path).filter(|p| !is_etcd(p)).map(top_overlay).transpose().map_err(text)?.flatten()
+    {
+        println!("{image}: a takeover has left {}; ftvm merges it when it runs", layer.display());
     }
     let locks = lock_files(path)?;
     if locks.is_empty() {

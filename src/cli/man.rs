@@ -111,7 +111,10 @@ const DETAILS: &[(&str, &[&str])] = &[
             "A primary runs at once and waits for a backup. A backup takes configuration and state from the primary \
              at peer and follows it. Keys:",
             "listen=ADDR:PORT (0.0.0.0:8100): where a primary, or a backup that has become one, waits for a backup. TCP and UDP.",
-            "lock=PATH: the lock on the shared storage; default the first writable image's path with .ftlock appended.",
+            "lock=PATH: the lock on the shared storage; default the first writable image's path with .ftlock appended. PATH may be a \
+             URL: nfs://HOST/PATH, iscsi://HOST/IQN/LUN, or \
+             etcd://HOST[:PORT][,,HOST[:PORT]...]/KEY[?ca=FILE&cert=FILE&key=FILE] (with ca= or cert= by TLS; commas are doubled in \
+             an option's value). In etcd the lock is KEY and what begins with KEY. and a majority of the members must answer.",
             "heartbeat=MS (100), timeout=MS (1000): how often to give a sign of life, and after how much silence to \
              suspect the peer. timeout must be at least twice heartbeat. A backup uses the primary's values.",
             "max-lag=MS (1000): how far the backup's execution may fall behind before the primary is slowed.",
@@ -269,8 +272,8 @@ On a backup it ends the backup; the primary goes on without one.
 .I IMAGE.ftlock.*
 The lock and the claims of a pair, beside the first writable image.
 .TP
-.I IMAGE.ft1
-An overlay that a takeover left.
+.IR IMAGE.ft1 ", " IMAGE.ft<number> ", " IMAGE.ft<number>.raw
+An overlay that a takeover left, and on NFS the new file of a raw image.
 It is merged into the image in the background, or at the next start of the machine.
 .SH EXAMPLES
 A Debian image on the terminal:

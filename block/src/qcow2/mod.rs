@@ -296,17 +296,6 @@ impl Qcow2 {
         self.backing.read().map_or(None, |b| b.clone())
     }
 
-    /// Name and format of the image below, as the header has them.
-    pub(crate) fn backing_name(&self) -> Option<(String, String)> {
-        let named = self.named.read().ok()?.clone()?;
-        Some((named.text, named.format.unwrap_or_else(|| "raw".into())))
-    }
-
-    /// Whether the image has internal snapshots.
-    pub fn has_snapshots(&self) -> bool {
-        self.state.lock().is_ok_and(|s| !s.snapshots.entries.is_empty())
-    }
-
     /// Name another image below (or none) in the header of an image that [`create_overlay`] made. The write is one
     /// sector, or several of which only the first counts: it is there or not.
     pub(crate) fn rename_overlay(&self, backing: Option<(&str, &str)>) -> Result<(), BlockError> {

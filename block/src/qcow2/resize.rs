@@ -16,7 +16,7 @@ impl Qcow2 {
         let _alone = self.quiesce()?;
         self.settle()?;
         let old = self.size();
-        if self.header.version < 3 && self.has_snapshots() {
+        if self.header.version < 3 && !self.info().snapshots.is_empty() {
             return Err(BlockError::Unsupported("Can't resize a v2 image which has snapshots".into()));
         }
         if size > old {

@@ -2,6 +2,7 @@
 //! guests, and clients that remember every acknowledged answer.
 
 pub mod client;
+pub mod etcd;
 pub mod guests;
 pub mod hosts;
 pub mod libvirt;

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 
 use crate::client::{Client, Seen};
+use crate::etcd::Etcd;
 use crate::hosts::{Network, GUEST};
 use crate::qmp::Qmp;
 use crate::storage::{qemu_img, Kind, Server};
@@ -20,6 +21,8 @@ pub struct Pair {
     pub image: String,
     /// Where it lies, if not on a path.
     pub server: Option<Server>,
+    /// Where the lock lies, if it is there.
+    pub etcd: Option<Etcd>,
     /// Where in the network each of the two hosts is; there is a third that can take one's place.
     pub(crate) place: [usize; 2],
     /// The program on each host.
@@ -92,7 +95,7 @@ impl Pair {
         };
         let mut net = Network::new(3)?;
         let mut server = None;
-        let mut second_image = None;
+        let (mut second_image, mut etcd) = (None, None);
         let mut ft_options = if ft_options == PLAIN { None } else { Some(ft_options.to_owned()) };
         match storage {
             Kind::Path => {}
@@ -100,6 +103,13 @@ impl Pair {
                 let started = Server::start(storage, &mut net, &scratch, &[&image], 2 << 30)?;
                 image = started.url(&format!("vm.{format}"));
                 server = Some(started);
+            }
+            Kind::Etcd => {
+                let started = Etcd::start(&net, &scratch, 3, None)?;
+                let lock = started.lock_url("locks/vm").replace(',', ",,");
+                ft_options = ft_options.map(|o| format!("{o},disks=separate,lock={lock}"));
+                second_image = Some(empty_like(&image, &scratch.path("second.qcow2"))?);
+                etcd = Some(started);
             }
             Kind::Separate => {
                 let started = Server::start(Kind::Nfs, &mut net, &scratch, &[], 0)?;
@@ -124,6 +134,7 @@ impl Pair {
             scratch,
             image,
             server,
+            etcd,
             place: [0, 1],
             hosts: [None, None],
             live: 0,
@@ -439,17 +450,24 @@ impl Pair {
         Ok(())
     }
 
-    /// Where this host's tools see the image's overlays, if there can be any.
-    fn overlays(&self) -> Option<String> {
+    /// Where this host's tools see the image, if there can be overlays beside it.
+    fn local_image(&self) -> Option<String> {
         match &self.server {
             _ if self.second_image.is_some() => None,
-            Some(server) => Some(format!("{}/vm.{}.ft", server.export(), self.format)),
-            None => Some(format!("{}.ft", self.image)),
+            Some(server) => Some(format!("{}/vm.{}", server.export(), self.format)),
+            None => Some(self.image.clone()),
         }
     }
 
     fn has_overlays(&self) -> bool {
-        self.overlays().is_some_and(|o| (1..17).any(|n| std::path::Path::new(&format!("{o}{n}")).exists()))
+        let Some(image) = self.local_image() else { return false };
+        let Some((dir, name)) = image.rsplit_once('/') else { return false };
+        let is_layer = |file: &std::ffi::OsStr| {
+            let file = file.to_string_lossy();
+            let rest = file.strip_prefix(name).and_then(|f| f.strip_prefix(".ft"));
+            rest.is_some_and(|r| r.starts_with(|c: char| c.is_ascii_digit()))
+        };
+        std::fs::read_dir(dir).is_ok_and(|d| d.flatten().any(|e| is_layer(&e.file_name())))
     }
 
     /// Wait until what the last takeover left is merged into the image.

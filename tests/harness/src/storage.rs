@@ -20,6 +20,8 @@ pub enum Kind {
     Iscsi,
     /// Each host has a disk of its own; the lock lies on the NFS server of a third host.
     Separate,
+    /// Each host has a disk of its own; the lock lies in etcd, which has a member on each of three hosts.
+    Etcd,
 }
 
 impl Kind {
@@ -30,7 +32,8 @@ impl Kind {
             "nfs" => Ok(Kind::Nfs),
             "iscsi" => Ok(Kind::Iscsi),
             "separate" => Ok(Kind::Separate),
-            other => Err(format!("'{other}' is none of path, nfs, iscsi, separate")),
+            "etcd" => Ok(Kind::Etcd),
+            other => Err(format!("'{other}' is none of path, nfs, iscsi, separate, etcd")),
         }
     }
 }
@@ -60,6 +63,7 @@ impl Server {
     pub fn unavailable(kind: Kind) -> Option<String> {
         let need: &[&str] = match kind {
             Kind::Path => &[],
+            Kind::Etcd => &["etcd"],
             Kind::Nfs | Kind::Separate => &["ganesha.nfsd", "rpcbind"],
             Kind::Iscsi => &["tgtd", "tgtadm"],
         };
@@ -147,7 +151,7 @@ impl Server {
             c.stdin(Stdio::null()).stdout(out).stderr(err).spawn().map_err(|e| e.to_string())
         };
         match self.kind {
-            Kind::Path | Kind::Separate => Ok(()),
+            Kind::Path | Kind::Separate | Kind::Etcd => Ok(()),
             Kind::Iscsi => {
                 let portal = format!("portal={}:3260", Network::storage_address());
                 self.daemon =
@@ -226,7 +230,7 @@ impl Server {
     pub fn url(&self, name: &str) -> String {
         let host = Network::storage_address();
         match self.kind {
-            Kind::Path | Kind::Separate => name.to_owned(),
+            Kind::Path | Kind::Separate | Kind::Etcd => name.to_owned(),
             Kind::Nfs => format!("nfs://{host}{}/export/{name}", self.dir),
             Kind::Iscsi => format!("iscsi://{host}/{IQN}/1"),
         }

@@ -2,7 +2,7 @@
 //!
 //! A paused or cut-off old primary may still have a write in its hands, past every check that it could
 //! make, and that write lands whenever it runs again. So the new primary works on a fresh qcow2 overlay
-//! (`IMAGE.ft1`, over a stalled overlay `IMAGE.ft2`, ...), which takes every reissued and every new write; what the
+//! (`IMAGE.ft1`, over a stalled overlay `IMAGE.ft2`, ...; on NFS with larger numbers), which takes every reissued and every new write; what the
 //! old one still writes into the image below is hidden by it, because each request that was in flight is
 //! reissued into the overlay. How the overlay goes away again depends on what the storage can say of the old primary.
 //!
@@ -14,24 +14,27 @@
 //! **NFS servers** (`nfs://`) tell nothing: a write may sit in the old primary's socket, in the server, or be sent
 //! again by a paused process, at any later time. But a write names a file by its handle, and a handle means one
 //! file for ever. So a takeover always makes an overlay, and never writes the old file again: what only the old file
-//! holds is copied up into the overlay while the machine runs, and when the overlay holds everything it is
-//! renamed over the image. From then on the old primary's handle means a file without a name. A rename or
-//! removal that the old primary itself had under way comes to the same, in whatever order: a layer that it renames
-//! is complete, and layers are looked for by their numbers, with gaps.
+//! holds is copied into a new file while the machine runs, and when that has everything it is renamed over the
+//! image. From then on the old primary's handle means a file without a name ([`moving`] has the details).
+
+mod layers;
+mod moving;
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, RwLock};
 
-use crate::files::{beside, beside_path, is_nfs, Files};
+use crate::files::{beside, is_nfs};
 use crate::node::Node;
 use crate::qcow2::{create_overlay, Qcow2};
 use crate::{BlockError, Held, Image, ImageInfo, OpenOptions, Snapshot, SnapshotChange};
+use layers::{format_of, layer, layer_options, overlays, MAX_LAYERS};
+use moving::Moving;
+
+pub use layers::{has_overlays, is_held, top_overlay};
 
 /// Clusters merged in one step.
 const BATCH: usize = 16;
-/// Overlays on top of each other at the most.
-const MAX_LAYERS: u32 = 16;
 
 enum Mode {
     /// The image itself, or an overlay of which nothing is merged yet.
@@ -47,12 +50,18 @@ enum Rest {
     Nothing,
     /// The top stands on this one, which may be locked by another process.
     Locked(PathBuf),
-    /// The top is layer `n`; what it does not hold of those below is copied up from `next` on.
-    Below {
-        n: u32,
-        lower: Vec<Arc<Qcow2>>,
-        next: u64,
-    },
+    /// What the top does not hold of those below is copied into a new file.
+    Below(Moving),
+}
+
+impl Rest {
+    /// Do with a new file that is being made what was done with the top.
+    fn repeat(&self, change: impl FnOnce(&dyn Image) -> Result<(), BlockError>) -> Result<(), BlockError> {
+        match self {
+            Rest::Below(moving) => moving.repeat(change),
+            _ => Ok(()),
+        }
+    }
 }
 
 enum Layer {
@@ -78,104 +87,6 @@ pub struct Takeover {
     mode: RwLock<Mode>,
 }
 
-fn layer(base: &Path, n: u32) -> PathBuf {
-    match n {
-        0 => base.to_owned(),
-        n => beside_path(base, &format!(".ft{n}")),
-    }
-}
-
-fn layer_name(name: &str, n: u32) -> String {
-    match n {
-        0 => name.to_owned(),
-        n => format!("{name}.ft{n}"),
-    }
-}
-
-/// The highest layer below `limit` that exists; the image itself is layer 0.
-fn highest(files: &dyn Files, name: &str, limit: u32) -> Result<u32, BlockError> {
-    for n in (1..limit).rev() {
-        if files.exists(&layer_name(name, n))? {
-            return Ok(n);
-        }
-    }
-    Ok(0)
-}
-
-fn topmost(base: &Path) -> Result<u32, BlockError> {
-    let (files, name) = beside(base)?;
-    highest(files.as_ref(), &name, MAX_LAYERS + 1)
-}
-
-/// Whether takeovers have left overlays on an image.
-pub fn has_overlays(path: &Path) -> Result<bool, BlockError> {
-    Ok(topmost(path)? > 0)
-}
-
-/// Whether another process holds the topmost layer of an image for writing.
-pub fn is_held(path: &Path) -> Result<bool, BlockError> {
-    let top = layer(path, topmost(path)?);
-    match crate::store::open(&top, &OpenOptions { read_only: true, ..OpenOptions::default() }) {
-        Ok(_) => Ok(false),
-        Err(BlockError::Locked { .. }) => Ok(true),
-        Err(e) => Err(e),
-    }
-}
-
-fn format_of(path: &Path) -> Result<&'static str, BlockError> {
-    let look = OpenOptions { read_only: true, force_share: true, ..OpenOptions::default() };
-    Ok(crate::open(path, &look)?.format())
-}
-
-/// Options for opening layer `n`.
-fn layer_options(options: &OpenOptions, n: u32) -> OpenOptions {
-    if n == 0 {
-        options.clone()
-    } else {
-        OpenOptions { format: Some("qcow2".into()), ..options.clone() }
-    }
-}
-
-/// Open layer `n` (which exists) and those below it for reading, the highest first.
-fn lower_layers(base: &Path, options: &OpenOptions, n: u32) -> Result<Vec<Arc<Qcow2>>, BlockError> {
-    let (files, name) = beside(base)?;
-    let mut numbers = vec![n];
-    while let Some(m) = numbers.last().copied().filter(|m| *m > 0) {
-        numbers.push(highest(files.as_ref(), &name, m)?);
-    }
-    let mut stack: Vec<Arc<Qcow2>> = Vec::new();
-    for n in numbers.into_iter().rev() {
-        let look = OpenOptions { read_only: true, force_share: true, ..layer_options(options, n) };
-        let file = crate::store::open(&layer(base, n), &look)?;
-        let opened = match stack.first() {
-            Some(below) => Qcow2::over_with(file, &look, Some(Node::around(Arc::clone(below) as _)))?,
-            None => Qcow2::over(file, &look, 0)?,
-        };
-        stack.insert(0, Arc::new(opened));
-    }
-    Ok(stack)
-}
-
-/// An image on an NFS server must be one whose contents can be moved to a new file as a whole.
-fn check_movable(base: &Path, options: &OpenOptions) -> Result<(), BlockError> {
-    let bad = |reason: &str| {
-        Err(BlockError::Format {
-            path: base.to_owned(),
-            reason: format!(
-                "{reason} cannot be used by a pair on nfs://, where a takeover moves the image to a new file"
-            ),
-        })
-    };
-    if options.format.as_deref() == Some("raw") || format_of(base)? != "qcow2" {
-        return bad("a raw image (only qcow2)");
-    }
-    let look = OpenOptions { read_only: true, ..options.clone() };
-    if Qcow2::over(crate::store::open(base, &look)?, &look, 0)?.has_snapshots() {
-        return bad("an image with internal snapshots");
-    }
-    Ok(())
-}
-
 impl Takeover {
     /// Open `path` with its overlays for writing. `over_stalled`: the pair's lock was won, and an old primary may
     /// still have writes under way; where it does (or may), a fresh overlay goes on top.
@@ -193,40 +104,15 @@ impl Takeover {
         Ok(Takeover { options, base, size, format, mode: RwLock::new(mode) })
     }
 
-    /// Where nothing is known of the old primary.
-    fn open_moving(path: &Path, options: &OpenOptions, over_stalled: bool) -> Result<Mode, BlockError> {
-        check_movable(path, options)?;
-        let mut n = topmost(path)?;
-        if over_stalled {
-            if n == MAX_LAYERS {
-                return Err(BlockError::Format { path: path.to_owned(), reason: "too many overlays".into() });
-            }
-            let top = lower_layers(path, options, n)?;
-            let size = top.first().map_or(0, |t| t.size());
-            let (_, name) = beside(path)?;
-            let fresh = layer(path, n + 1);
-            create_overlay(&fresh, size, Some((&layer_name(&name, n), "qcow2")))?;
-            log::warn!("working on {}, until the image is moved to a new file", fresh.display());
-            n += 1;
-        }
-        if n == 0 {
-            let top = Layer::Image(Arc::from(crate::open(path, options)?));
-            return Ok(Mode::Top { top, rest: Rest::Nothing });
-        }
-        let (files, name) = beside(path)?;
-        let lower = lower_layers(path, options, highest(files.as_ref(), &name, n)?)?;
-        let own = layer_options(options, n);
-        let file = crate::store::open(&layer(path, n), &own)?;
-        let below = lower.first().cloned().ok_or_else(broken)?;
-        let top = Layer::Overlay(Box::new(Qcow2::over_with(file, &own, Some(Node::around(below as _)))?));
-        Ok(Mode::Top { top, rest: Rest::Below { n, lower, next: 0 } })
-    }
-
     /// Where byte locks tell whether the old primary is gone.
     fn open_locked(path: &Path, options: &OpenOptions, over_stalled: bool) -> Result<Mode, BlockError> {
-        let n = topmost(path)?;
+        let (n, below) = match overlays(path)?[..] {
+            [] => (0, 0),
+            [n] => (n, 0),
+            [.., below, n] => (n, below),
+        };
         let top = layer(path, n);
-        let shared_below = |top: &Path, n: u32, below: u32| -> Result<Qcow2, BlockError> {
+        let shared_below = |top: &Path, n: u64, below: u64| -> Result<Qcow2, BlockError> {
             // What lies below is only read, whoever holds it.
             let file = crate::store::open(top, &layer_options(options, n))?;
             let look = OpenOptions { read_only: true, force_share: true, ..layer_options(options, below) };
@@ -236,19 +122,19 @@ impl Takeover {
         let opened = if n == 0 {
             crate::open(&top, options).map(|i| Layer::Image(Arc::from(i)))
         } else {
-            shared_below(&top, n, n - 1).map(|o| Layer::Overlay(Box::new(o)))
+            shared_below(&top, n, below).map(|o| Layer::Overlay(Box::new(o)))
         };
         Ok(match opened {
             Ok(top) => {
-                let rest = if n > 0 { Rest::Locked(layer(path, n - 1)) } else { Rest::Nothing };
+                let rest = if n > 0 { Rest::Locked(layer(path, below)) } else { Rest::Nothing };
                 Mode::Top { top, rest }
             }
-            Err(BlockError::Locked { .. }) if over_stalled && n < MAX_LAYERS => {
+            Err(BlockError::Locked { .. }) if over_stalled && n < MAX_LAYERS as u64 => {
                 let fresh = layer(path, n + 1);
                 let look = OpenOptions { read_only: true, force_share: true, ..layer_options(options, n) };
                 let size = crate::open(&top, &look)?.size();
                 let name = top.file_name().map(|f| f.to_string_lossy().into_owned()).unwrap_or_default();
-                create_overlay(&fresh, size, Some((&name, format_of(&top)?)))?;
+                create_overlay(&fresh, size, Some((&name, format_of(&top, &layer_options(options, n))?)))?;
                 log::warn!(
                     "{} is still held by the old primary: working on {}",
                     top.display(),
@@ -289,17 +175,21 @@ impl Takeover {
     /// Open the layers below the top anew.
     fn look_again(&self) -> Result<(), BlockError> {
         let mut mode = self.mode.write().map_err(|_| failed())?;
-        if let Mode::Top { top: Layer::Overlay(overlay), rest: Rest::Below { n, lower, .. } } = &mut *mode {
-            let (files, name) = beside(&self.base)?;
-            *lower = lower_layers(&self.base, &self.options, highest(files.as_ref(), &name, *n)?)?;
-            overlay.set_backing(lower.first().map(|l| Node::around(Arc::clone(l) as _)))?;
+        if let Mode::Top { top: Layer::Overlay(overlay), rest: Rest::Below(moving) } = &mut *mode {
+            moving.look_again(&self.base, &self.options, overlay)?;
         }
         Ok(())
     }
 
     /// One step of the background work: take the layer below over if it is free, or merge a batch.
     fn step(&self) -> Result<bool, BlockError> {
-        let nothing = |mode: &Mode| Ok(matches!(mode, Mode::Top { rest: Rest::Nothing, .. } | Mode::Broken));
+        let nothing = |mode: &Mode| {
+            Ok(match mode {
+                Mode::Top { rest: Rest::Nothing, .. } | Mode::Broken => true,
+                Mode::Top { rest: Rest::Below(moving), .. } => moving.has_failed(),
+                _ => false,
+            })
+        };
         if self.with(nothing)? {
             return Ok(false);
         }
@@ -307,16 +197,15 @@ impl Takeover {
         let mut mode = self.mode.write().map_err(|_| failed())?;
         let mode = &mut *mode;
         match mode {
-            Mode::Top { top: Layer::Overlay(overlay), rest: Rest::Below { n, lower, next } } => {
-                if !copy_up(overlay, lower, next, self.size())? {
+            Mode::Top { top: Layer::Overlay(overlay), rest: Rest::Below(moving) } => {
+                if !moving.copy(overlay, self.size())? {
                     return Ok(true);
                 }
-                let n = *n;
-                self.finish_moving(mode, n)?;
+                self.finish_moving(mode)?;
                 Ok(false)
             }
             Mode::Top { rest: Rest::Locked(below), .. } => {
-                let options = layer_options(&self.options, u32::from(*below != self.base));
+                let options = layer_options(&self.options, u64::from(*below != self.base));
                 let base: Arc<dyn Image> = match crate::open(below, &options) {
                     Ok(image) => Arc::from(image),
                     Err(BlockError::Locked { .. }) => return Ok(true),
@@ -372,65 +261,6 @@ impl Takeover {
             _ => Ok(false),
         }
     }
-
-    /// The overlay holds everything: it becomes the image.
-    fn finish_moving(&self, mode: &mut Mode, n: u32) -> Result<(), BlockError> {
-        let Mode::Top { top: Layer::Overlay(overlay), rest: Rest::Below { lower, .. } } = mode else {
-            return Ok(());
-        };
-        let own = lower.last().and_then(|image| image.backing_name());
-        overlay.flush()?;
-        overlay.rename_overlay(own.as_ref().map(|(name, format)| (name.as_str(), format.as_str())))?;
-        let (files, name) = beside(&self.base)?;
-        for m in 1..n {
-            if files.exists(&layer_name(&name, m))? {
-                files.remove(&layer_name(&name, m))?;
-            }
-        }
-        files.rename(&layer_name(&name, n), &name)?;
-        log::info!("{}: the image is a new file now", self.base.display());
-        let backing = lower.last().and_then(|image| image.below());
-        *mode = match std::mem::replace(mode, Mode::Broken) {
-            Mode::Top { top: Layer::Overlay(overlay), .. } => {
-                overlay.set_backing(backing)?;
-                Mode::Top { top: Layer::Image(Arc::from(overlay as Box<dyn Image>)), rest: Rest::Nothing }
-            }
-            other => other,
-        };
-        Ok(())
-    }
-}
-
-/// Copy a batch of clusters that the overlay does not hold but a layer below does; true at the end of the image.
-fn copy_up(overlay: &Qcow2, lower: &[Arc<Qcow2>], next: &mut u64, size: u64) -> Result<bool, BlockError> {
-    let cluster = overlay.cluster();
-    let (mut copied, mut looked) = (0, 0);
-    while *next < size && copied < BATCH && looked < 64 * BATCH {
-        looked += 1;
-        let len = cluster.min(size - *next);
-        if !overlay.holds(*next)? {
-            let mut below = false;
-            for image in lower {
-                let mut at = *next;
-                while !below && at < *next + len {
-                    below = image.holds(at)?;
-                    at += image.cluster();
-                }
-            }
-            if below {
-                let mut data = vec![0u8; len as usize];
-                overlay.read_at(*next, &mut data)?;
-                if data.iter().all(|b| *b == 0) {
-                    overlay.write_zeroes(*next, len, true)?;
-                } else {
-                    overlay.write_at(*next, &data)?;
-                }
-                copied += 1;
-            }
-        }
-        *next += cluster;
-    }
-    Ok(*next >= size)
 }
 
 impl Image for Takeover {
@@ -467,7 +297,10 @@ impl Image for Takeover {
     }
     fn write_at(&self, offset: u64, data: &[u8]) -> Result<(), BlockError> {
         self.with(|mode| match mode {
-            Mode::Top { top, .. } => top.image().write_at(offset, data),
+            Mode::Top { top, rest } => {
+                top.image().write_at(offset, data)?;
+                rest.repeat(|image| image.write_at(offset, data))
+            }
             Mode::Merging { overlay, base, .. } => {
                 for (at, len, above) in split(overlay, offset, data.len() as u64)? {
                     let piece = &data[(at - offset) as usize..(at - offset + len) as usize];
@@ -484,7 +317,10 @@ impl Image for Takeover {
     }
     fn write_zeroes(&self, offset: u64, len: u64, may_unmap: bool) -> Result<(), BlockError> {
         self.with(|mode| match mode {
-            Mode::Top { top, .. } => top.image().write_zeroes(offset, len, may_unmap),
+            Mode::Top { top, rest } => {
+                top.image().write_zeroes(offset, len, may_unmap)?;
+                rest.repeat(|image| image.write_zeroes(offset, len, may_unmap))
+            }
             Mode::Merging { overlay, base, .. } => {
                 for (at, len, above) in split(overlay, offset, len)? {
                     if above {
@@ -502,6 +338,8 @@ impl Image for Takeover {
         self.with(|mode| match mode {
             Mode::Top { top: Layer::Image(i), .. } => i.discard(offset, len),
             // One that is reissued must hide what the old primary may still do below: it zeroes whole clusters.
+            // A raw file on an NFS server knows no discards.
+            Mode::Top { rest: Rest::Below(moving), .. } if moving.is_raw() => Ok(()),
             Mode::Top { top: Layer::Overlay(overlay), .. } => {
                 let cluster = overlay.cluster();
                 let (from, to) = (offset.next_multiple_of(cluster), (offset + len) / cluster * cluster);
@@ -556,7 +394,12 @@ impl Image for Takeover {
         .unwrap_or_default()
     }
     fn background(&self) -> bool {
-        self.step().unwrap_or_else(|e| {
+        let done = match self.step() {
+            // As for a request: what the old primary still did is complete.
+            Err(e) if e.errno() == libc::ESTALE => self.look_again().map(|()| true),
+            other => other,
+        };
+        done.unwrap_or_else(|e| {
             log::error!("{}: merging stopped: {e}", self.base.display());
             true
         })
@@ -585,95 +428,4 @@ fn split(overlay: &Qcow2, offset: u64, len: u64) -> Result<Vec<(u64, u64, bool)>
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn setup(name: &str) -> (PathBuf, PathBuf) {
-        let d = std::env::temp_dir().join(format!("ftvm-takeover-{name}-{}", std::process::id()));
-        let _ = std::fs::remove_dir_all(&d);
-        std::fs::create_dir_all(&d).unwrap();
-        let path = d.join("vm.qcow2");
-        create_overlay(&path, 4 << 20, None).unwrap();
-        (d, path)
-    }
-
-    #[test]
-    fn a_free_image_is_opened_itself() {
-        let (d, path) = setup("free");
-        let image = Takeover::open(&path, &OpenOptions::default(), true).unwrap();
-        image.write_at(0, &[1; 512]).unwrap();
-        assert!(!image.background());
-        assert!(!has_overlays(&path).unwrap());
-        std::fs::remove_dir_all(d).unwrap();
-    }
-
-    #[test]
-    fn a_late_write_of_a_stalled_owner_is_hidden_and_merged_away() {
-        for raw in [false, true] {
-            let (d, mut path) = setup(if raw { "late-raw" } else { "late" });
-            if raw {
-                path = d.join("vm.raw");
-                std::fs::File::create(&path).unwrap().set_len(4 << 20).unwrap();
-            }
-            let old = crate::open(&path, &OpenOptions::default()).unwrap();
-            old.write_at(0, &[0xA1; 4096]).unwrap();
-            old.write_at(1 << 20, &[0xA2; 4096]).unwrap();
-            old.flush().unwrap();
-            assert!(matches!(
-                Takeover::open(&path, &OpenOptions::default(), false),
-                Err(BlockError::Locked { .. })
-            ));
-            let new = Takeover::open(&path, &OpenOptions::default(), true).unwrap();
-            assert!(has_overlays(&path).unwrap());
-            // The request that was in flight is reissued, and overwritten by the guest.
-            new.write_at(0, &[0xB1; 4096]).unwrap();
-            new.write_at(0, &[0xB2; 4096]).unwrap();
-            new.flush().unwrap();
-            assert!(new.background(), "waits for the old owner");
-            // The old owner wakes up, and its write lands.
-            old.write_at(0, &[0xA1; 4096]).unwrap();
-            old.flush().unwrap();
-            let mut buf = [0u8; 4096];
-            new.read_at(0, &mut buf).unwrap();
-            assert_eq!(buf, [0xB2; 4096]);
-            drop(old);
-            let mut n = 0u8;
-            while new.background() {
-                // Work goes on while merging.
-                n += 1;
-                new.write_at(2 << 20, &[n; 512]).unwrap();
-                assert!(n < 100);
-            }
-            assert!(!has_overlays(&path).unwrap());
-            for (at, want) in [(0u64, 0xB2u8), (1 << 20, 0xA2), (2 << 20, n)] {
-                new.read_at(at, &mut buf[..512]).unwrap();
-                assert_eq!(buf[..512], [want; 512], "at {at}");
-            }
-            drop(new);
-            let again = crate::open(&path, &OpenOptions::default()).unwrap();
-            again.read_at(0, &mut buf).unwrap();
-            assert_eq!(buf, [0xB2; 4096]);
-            std::fs::remove_dir_all(d).unwrap();
-        }
-    }
-
-    #[test]
-    fn an_overlay_that_was_left_is_found_and_merged_at_the_next_opening() {
-        let (d, path) = setup("left");
-        let old = crate::open(&path, &OpenOptions::default()).unwrap();
-        let new = Takeover::open(&path, &OpenOptions::default(), true).unwrap();
-        new.write_at(4096, &[7; 4096]).unwrap();
-        new.flush().unwrap();
-        drop(new);
-        drop(old);
-        let image = Takeover::open(&path, &OpenOptions::default(), false).unwrap();
-        let mut buf = [0u8; 4096];
-        image.read_at(4096, &mut buf).unwrap();
-        assert_eq!(buf, [7; 4096]);
-        while image.background() {}
-        assert!(!has_overlays(&path).unwrap());
-        image.read_at(4096, &mut buf).unwrap();
-        assert_eq!(buf, [7; 4096]);
-        std::fs::remove_dir_all(d).unwrap();
-    }
-}
+mod tests;
