@@ -43,6 +43,7 @@ pub const ALL: &[(&str, Entry)] = &[
     ("processor", processor),
     ("iscsi", iscsi),
     ("nfs", nfs),
+    ("luks", luks),
     ("rfb", rfb),
     ("migration", migration),
 ];
@@ -50,6 +51,11 @@ pub const ALL: &[(&str, Entry)] = &[
 /// What a target sends while a command is under way.
 pub fn iscsi(data: &[u8]) {
     let _ = ftvm_block::iscsi::fuzz(data);
+}
+
+/// The header of an encrypted volume.
+pub fn luks(data: &[u8]) {
+    ftvm_block::crypto::fuzz(data);
 }
 
 /// What an NFS server answers.

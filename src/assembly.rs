@@ -132,6 +132,8 @@ pub fn open_options(drive: &DriveConfig) -> OpenOptions {
         discard: drive.discard,
         detect_zeroes: drive.detect_zeroes,
         reserve: Reserve::No,
+        key_secret: drive.key_secret.clone(),
+        backing_key_secret: drive.backing_key_secret.clone(),
     }
 }
 
@@ -157,8 +159,15 @@ fn open_snapshot(path: &str, options: &OpenOptions) -> Result<Box<dyn Image>, ft
     let whole = if is_url { PathBuf::from(path) } else { std::fs::canonicalize(path)? };
     let overlay = std::env::temp_dir()
         .join(format!("ftvm-snapshot-{}-{}", std::process::id(), whole.display()).replace('/', "_"));
-    ftvm_block::qcow2::create_overlay(&overlay, size, Some((&whole.to_string_lossy(), format)))?;
-    let opened = ftvm_block::open(&overlay, &OpenOptions { format: Some("qcow2".into()), ..options.clone() });
+    // Encrypted as the image is: it lies in a directory of everybody's.
+    let name = whole.to_string_lossy();
+    ftvm_block::qcow2::create_overlay(&overlay, size, Some((&name, format)), base.luks_area())?;
+    let own = OpenOptions {
+        format: Some("qcow2".into()),
+        backing_key_secret: options.key_secret.clone(),
+        ..options.clone()
+    };
+    let opened = ftvm_block::open(&overlay, &own);
     // The open file stays; its name need not.
     std::fs::remove_file(&overlay)?;
     opened
@@ -598,7 +607,14 @@ impl Blueprint {
         same!("snapshot", snapshot);
         same!("device", devices);
         same!("global", globals);
-        same!("object", objects);
+        // Secrets are each host's own: they do not travel.
+        mine.objects.retain(|(kind, _)| kind != "secret");
+        let is_other = |o: &&(String, String)| o.0 != "secret";
+        let others: Vec<_> = here.objects.iter().filter(is_other).cloned().collect();
+        if !others.is_empty() && others != mine.objects {
+            return differs("-object", format!("{others:?}"), format!("{:?}", mine.objects));
+        }
+        mine.objects.extend(here.objects.iter().filter(|o| o.0 == "secret").cloned());
         if given.iter().any(|g| g == "no-hpet") && mine.hpet {
             return differs("-no-hpet", "off".into(), "on".into());
         }

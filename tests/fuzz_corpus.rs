@@ -127,6 +127,7 @@ entry_points! {
     processor 4000
     iscsi 2000
     nfs 5000
+    luks 3000
     rfb 5000
     migration 5000
 }

@@ -4,7 +4,7 @@
 mod common;
 
 use common::*;
-use ftvm_harness::guests::run;
+use ftvm_harness::guests::{self, run};
 use ftvm_harness::libvirt::Console;
 use ftvm_harness::qmp::Qmp;
 use ftvm_harness::vm::Vm;
@@ -307,6 +307,85 @@ fn a_transaction_happens_as_a_whole_or_not_at_all() -> Result<()> {
     check(&scratch, &file("over"), lines)?;
     run("qemu-img", &["check", "-q", &file("disk")])?;
     Ok(())
+}
+
+/// Encrypted images are made by jobs, opened with their secrets and no others, and read by qemu-img.
+#[test]
+fn encrypted_images_are_made_and_opened() -> Result<()> {
+    let scratch = Scratch::new("jluks")?;
+    let mut vm = start_tiny(
+        &scratch,
+        "vm",
+        "",
+        "-S -net none -object secret,id=master,data=12345678901234567890123456789012",
+    )?;
+    let mut qmp = vm.qmp()?;
+    // Encrypted under the master secret by AES-256-CBC, as libvirt gives them: "a passphrase".
+    let hidden =
+        guests::openssl_hidden("12345678901234567890123456789012", "a passphrase", &scratch.path("p"))?;
+    let secret = json!({
+        "qom-type": "secret", "id": "s", "keyid": "master", "format": "base64", "data": hidden.0, "iv": hidden.1,
+    });
+    qmp.command("object-add", secret)?;
+    qmp.command("object-add", json!({"qom-type": "secret", "id": "other", "data": "another"}))?;
+    let quick = json!({"key-secret": "s", "iter-time": 20, "cipher-alg": "aes-128"});
+    for format in ["qcow2", "luks"] {
+        let (file, storage, job) =
+            (scratch.path(format), format!("{format}-storage"), format!("make-{format}"));
+        let options = json!({"driver": "file", "filename": file, "size": 0});
+        qmp.command("blockdev-create", json!({"job-id": job, "options": options}))?;
+        dismiss(&mut qmp, &job)?;
+        qmp.command("blockdev-add", json!({"driver": "file", "filename": file, "node-name": storage}))?;
+        let mut options = json!({"driver": format, "file": storage, "size": 4 << 20});
+        let mut key = quick.clone();
+        if format == "qcow2" {
+            key["format"] = json!("luks");
+            options["encrypt"] = key;
+        } else {
+            options
+                .as_object_mut()
+                .zip(key.as_object())
+                .map(|(o, k)| o.extend(k.clone()))
+                .ok_or("no object")?;
+        }
+        qmp.command("blockdev-create", json!({"job-id": job, "options": options}))?;
+        dismiss(&mut qmp, &job)?;
+        let node = |secret: &str| {
+            let mut node = json!({"driver": format, "file": storage, "node-name": format});
+            match format {
+                "qcow2" => node["encrypt"] = json!({"format": "luks", "key-secret": secret}),
+                _ => node["key-secret"] = json!(secret),
+            }
+            node
+        };
+        let wrong = qmp.command("blockdev-add", node("other")).unwrap_err();
+        assert!(wrong.contains("Invalid password, cannot unlock any keyslot"), "{wrong}");
+        let absent = qmp.command("blockdev-add", node("absent")).unwrap_err();
+        assert!(absent.contains("No secret with id 'absent'"), "{absent}");
+        qmp.command("blockdev-add", node("s"))?;
+        let nodes = qmp.command("query-named-block-nodes", Value::Null)?;
+        let ours = nodes.as_array().into_iter().flatten().find(|n| n["node-name"] == format).cloned();
+        let ours = ours.unwrap_or_default();
+        assert_eq!(
+            (&ours["encrypted"], &ours["image"]["virtual-size"]),
+            (&json!(true), &json!(4 << 20)),
+            "{ours}"
+        );
+        let data = &ours["image"]["format-specific"]["data"];
+        let luks = if format == "qcow2" { &data["encrypt"] } else { data };
+        assert_eq!(luks["cipher-alg"], "aes-128", "{ours}");
+        qmp.command("blockdev-del", json!({"node-name": format}))?;
+        let key = if format == "qcow2" { "encrypt.key-secret" } else { "key-secret" };
+        let opts = format!("driver={format},{key}=s,file.filename={file}");
+        let said = run(
+            "qemu-io",
+            &["--object", "secret,id=s,data=a passphrase", "--image-opts", "-c", "read 0 4M", &opts],
+        )?;
+        assert!(said.contains("read 4194304/4194304"), "{said}");
+    }
+    qmp.command("object-del", json!({"id": "s"}))?;
+    qmp.command("quit", Value::Null)?;
+    ends_well(&mut vm)
 }
 
 /// One of a pair does none of this: the other side would not find what it has to open.

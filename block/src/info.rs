@@ -49,6 +49,8 @@ pub enum SnapshotChange {
 /// What an image says of itself.
 #[derive(Clone, Debug, Default)]
 pub struct ImageInfo {
+    /// How it is encrypted.
+    pub luks: Option<crate::crypto::LuksInfo>,
     pub cluster_size: Option<u64>,
     pub snapshots: Vec<Snapshot>,
     /// Name of the backing file, its whole path, and its format.

@@ -6,6 +6,7 @@
 
 pub mod buffers;
 pub mod copy;
+pub mod crypto;
 mod error;
 #[cfg(feature = "etcd")]
 mod etcd;
@@ -91,6 +92,10 @@ pub trait Image: Send + Sync {
     fn info(&self) -> ImageInfo {
         ImageInfo::default()
     }
+    /// What lies before the data of an encrypted image: with it an overlay is made that has the same key.
+    fn luks_area(&self) -> Option<Vec<u8>> {
+        None
+    }
     /// The image below.
     fn backing(&self) -> Option<Arc<Node>> {
         None
@@ -174,6 +179,9 @@ impl<T: Image + ?Sized> Image for Arc<T> {
     fn info(&self) -> ImageInfo {
         (**self).info()
     }
+    fn luks_area(&self) -> Option<Vec<u8>> {
+        (**self).luks_area()
+    }
     fn backing(&self) -> Option<Arc<Node>> {
         (**self).backing()
     }
@@ -211,6 +219,10 @@ pub struct OpenOptions {
     pub detect_zeroes: bool,
     /// On a LUN: hold its reservation while it is open for writing.
     pub reserve: Reserve,
+    /// The id of the secret that unlocks the image ([`crypto::secrets`]).
+    pub key_secret: Option<String>,
+    /// The id of the one that unlocks the images below, as the header names them.
+    pub backing_key_secret: Option<String>,
 }
 
 /// Whether a LUN is reserved when it is opened for writing, and under which key.
@@ -236,6 +248,8 @@ impl Default for OpenOptions {
             discard: false,
             detect_zeroes: false,
             reserve: Reserve::No,
+            key_secret: None,
+            backing_key_secret: None,
         }
     }
 }
@@ -267,28 +281,21 @@ fn open_over(
         });
     }
     match options.format.as_deref() {
-        None | Some("raw" | "qcow2") => {}
-        Some("luks") => return Err(encrypted(path)),
+        None | Some("raw" | "qcow2" | "luks") => {}
         Some(other) => return Err(BlockError::UnknownFormat(other.to_owned())),
     }
     let file = store::open(path, options)?;
-    let mut magic = [0; 4];
+    let mut magic = [0; 6];
     file.read_at(0, &mut magic)?;
-    let is_qcow2 = &magic == qcow2::MAGIC;
-    if options.format.is_none() && &magic == b"LUKS" {
-        return Err(encrypted(path));
-    }
-    match options.format.as_deref() {
-        Some("qcow2") => Ok(Box::new(qcow2::Qcow2::open(file, options, depth, given)?)),
-        None if is_qcow2 => Ok(Box::new(qcow2::Qcow2::open(file, options, depth, given)?)),
+    let looked = match &magic {
+        m if &m[..4] == qcow2::MAGIC => "qcow2",
+        m if m == crypto::luks::MAGIC => "luks",
+        _ => "raw",
+    };
+    match options.format.as_deref().unwrap_or(looked) {
+        "qcow2" => Ok(Box::new(qcow2::Qcow2::open(file, options, depth, given)?)),
+        "luks" => Ok(Box::new(raw::Raw::unlock(file, options)?)),
         _ => Ok(Box::new(raw::Raw::over(file, options))),
-    }
-}
-
-fn encrypted(path: &Path) -> BlockError {
-    BlockError::Format {
-        path: path.to_owned(),
-        reason: "the image is encrypted (LUKS), which is not served".into(),
     }
 }
 

@@ -28,6 +28,10 @@ pub trait Store: Send + Sync {
     }
     /// Whether bytes past the end, once written around, read as zero (a file; not a LUN).
     fn grows_with_zeroes(&self) -> bool;
+    /// Whether bytes lie in the path's file at their offsets as they are read (not if they are encrypted).
+    fn is_plain(&self) -> bool {
+        true
+    }
     /// Make a range read as zero by the store's own means; false if it has none.
     fn zero_range(&self, offset: u64, len: u64, unmap: bool) -> bool;
     /// Give a range back, if the store takes it. What is read there afterwards is not defined.

@@ -40,7 +40,7 @@ fn places_are_right_and_told_of_plain_clusters_only() {
     let dir = scratch("qcow2");
     let path = dir.join("vm.qcow2");
     let options = OpenOptions::default();
-    create_overlay(&path, 16 << 20, None).unwrap();
+    create_overlay(&path, 16 << 20, None, None).unwrap();
     let image = open(&path, &options).unwrap();
     // Out of order, so that neighbours in the guest are none in the file.
     for offset in [5u64 << 16, 1 << 16, 2 << 16, 4 << 16, 3 << 16] {
@@ -69,7 +69,7 @@ fn places_are_right_and_told_of_plain_clusters_only() {
     qemu_img(&["convert", "-c", "-O", "qcow2", path.to_str().unwrap(), packed.to_str().unwrap()]);
     assert_eq!(open(&packed, &options).unwrap().extents(100 << 16, 512), None, "compressed");
     let above = dir.join("above.qcow2");
-    create_overlay(&above, 16 << 20, Some(("packed.qcow2", "qcow2"))).unwrap();
+    create_overlay(&above, 16 << 20, Some(("packed.qcow2", "qcow2")), None).unwrap();
     assert_eq!(open(&above, &options).unwrap().extents(100 << 16, 512), None, "in the backing file");
     std::fs::remove_dir_all(dir).unwrap();
 }

@@ -7,6 +7,7 @@ use super::ft::FtConfig;
 use super::keys::keys;
 use super::keyval::{parse_number, KeyvalError, Params};
 use super::options::Given;
+use super::secret::SecretProperties;
 use super::vnc::VncConfig;
 use super::{drive, net, CliError};
 use crate::migration::channel::Uri;
@@ -504,15 +505,17 @@ impl Config {
                         "rng-random" => &["qom-type", "id", "filename"],
                         "rng-builtin" => &["qom-type", "id"],
                         "memory-backend-ram" => &["qom-type", "id", "size", "share", "prealloc"],
-                        "secret" => &["qom-type", "id", "data", "file", "format"],
+                        "secret" => &["qom-type", "id", "data", "file", "format", "keyid", "iv"],
                         other => {
                             return Err(CliError::Plain(format!("-object {v}: invalid object type: {other}")))
                         }
                     };
                     p.only(known).map_err(&err)?;
                     if kind == "secret" {
+                        let id = p.need("id").map_err(&err)?;
                         let value = secret(&p).map_err(&err)?;
-                        secrets.push((p.need("id").map_err(&err)?.to_owned(), value));
+                        ftvm_block::crypto::secrets::keep(id, value.clone());
+                        secrets.push((id.to_owned(), value));
                     }
                     if kind == "memory-backend-ram" {
                         let size = p.size("size", 1).map_err(&err)?;
@@ -782,21 +785,15 @@ impl Config {
     }
 }
 
-/// What `-object secret` holds: any bytes (libvirt gives each machine a key so).
 fn secret(p: &Params) -> Result<Vec<u8>, KeyvalError> {
-    if p.get("keyid").is_some() || p.get("iv").is_some() {
-        return Err(KeyvalError::Other("encrypted secrets (keyid, iv) are not supported".into()));
-    }
-    if p.choice("format", &["raw", "base64"])? == Some("base64") {
-        return Err(KeyvalError::Other("format=base64 is not supported".into()));
-    }
-    match (p.get("data"), p.get("file")) {
-        (Some(data), None) => Ok(data.as_bytes().to_vec()),
-        (None, Some(file)) => {
-            std::fs::read(file).map_err(|e| KeyvalError::Other(format!("Unable to read {file}: {e}")))
-        }
-        _ => Err(KeyvalError::Other("'file' or 'data' must be provided".into())),
-    }
+    let properties = SecretProperties {
+        data: p.get("data"),
+        file: p.get("file"),
+        format: p.get("format"),
+        keyid: p.get("keyid"),
+        iv: p.get("iv"),
+    };
+    properties.read().map_err(KeyvalError::Other)
 }
 
 /// Identifiers of one kind of thing must differ.

@@ -119,6 +119,10 @@ pub struct DriveConfig {
     /// It is a block node (`-blockdev`), not a `-drive`.
     pub node: bool,
     pub backing: Backing,
+    /// The id of the secret that unlocks the image.
+    pub key_secret: Option<String>,
+    /// The id of the one that unlocks those below.
+    pub backing_key_secret: Option<String>,
 }
 
 impl DriveConfig {
@@ -146,7 +150,7 @@ fn cache(text: &str) -> Result<Cache, KeyvalError> {
 fn format(text: Option<&str>) -> Result<Option<String>, KeyvalError> {
     match text {
         None => Ok(None),
-        Some(f @ ("raw" | "qcow2")) => Ok(Some(f.to_owned())),
+        Some(f @ ("raw" | "qcow2" | "luks")) => Ok(Some(f.to_owned())),
         Some(other) => Err(KeyvalError::Other(format!("Unknown driver '{other}'"))),
     }
 }
@@ -194,6 +198,12 @@ pub fn from_drive(p: &Params, before: &[DriveConfig]) -> Result<DriveConfig, Key
         "iops_wr_max",
         "iops_size",
         "copy-on-read",
+        "key-secret",
+        "encrypt.format",
+        "encrypt.key-secret",
+        "backing.key-secret",
+        "backing.encrypt.format",
+        "backing.encrypt.key-secret",
     ])?;
     if p.bool("copy-on-read")? == Some(true) {
         return Err(KeyvalError::Other("copy-on-read=on is not supported".into()));
@@ -252,10 +262,13 @@ pub fn from_drive(p: &Params, before: &[DriveConfig]) -> Result<DriveConfig, Key
     if before.iter().any(|d| d.id == id) {
         return Err(KeyvalError::Other(format!("Duplicate ID '{id}' for drive")));
     }
+    let format = format(p.get("format").or(p.get("driver")))?;
     Ok(DriveConfig {
         id,
         file,
-        format: format(p.get("format").or(p.get("driver")))?,
+        key_secret: key_secret(p, "", format.as_deref())?,
+        backing_key_secret: key_secret(p, "backing.", None)?,
+        format,
         interface,
         index,
         cdrom,
@@ -272,6 +285,34 @@ pub fn from_drive(p: &Params, before: &[DriveConfig]) -> Result<DriveConfig, Key
         node: false,
         backing: Backing::Header,
     })
+}
+
+/// The secret of an image of this format (`None`: it is not known yet).
+fn key_secret(p: &Params, prefix: &str, format: Option<&str>) -> Result<Option<String>, KeyvalError> {
+    let get = |key: &str| p.get(&format!("{prefix}{key}"));
+    let refuse = |key: &str, of: &str| match format {
+        Some(format) if format != of && get(key).is_some() => Err(KeyvalError::Other(format!(
+            "Block format '{format}' does not support the option '{prefix}{key}'"
+        ))),
+        _ => Ok(()),
+    };
+    refuse("key-secret", "luks")?;
+    refuse("encrypt.format", "qcow2")?;
+    refuse("encrypt.key-secret", "qcow2")?;
+    match get("encrypt.format") {
+        None | Some("luks") => {}
+        Some("aes") => {
+            return Err(KeyvalError::Other(
+                "Use of AES-CBC encrypted qcow2 images is no longer supported in system emulators".into(),
+            ))
+        }
+        Some(other) => {
+            return Err(KeyvalError::Other(format!(
+                "Parameter 'encrypt.format' does not accept value '{other}'"
+            )))
+        }
+    }
+    Ok(get("key-secret").or(get("encrypt.key-secret")).map(str::to_owned))
 }
 
 fn cache_flags(p: &Params) -> Result<Cache, KeyvalError> {
@@ -494,7 +535,9 @@ pub fn add_blockdev(p: &Params, drives: &mut Vec<DriveConfig>) -> Result<(), Key
     ];
     let driver = p.need("driver")?;
     let own: &[&str] = match driver {
-        "raw" | "qcow2" => &["file", "file.", "backing"],
+        "raw" => &["file", "file.", "backing"],
+        "luks" => &["file", "file.", "key-secret"],
+        "qcow2" => &["file", "file.", "backing", "encrypt.format", "encrypt.key-secret"],
         other => protocol_keys(other)?,
     };
     p.only(&[&common, own].concat())?;
@@ -522,7 +565,7 @@ pub fn add_blockdev(p: &Params, drives: &mut Vec<DriveConfig>) -> Result<(), Key
                 protocol_file(p, "", driver)?.ok_or_else(|| KeyvalError::Missing("filename".into()))?;
             (file, "raw", locking)
         }
-        "raw" | "qcow2" => {
+        "raw" | "qcow2" | "luks" => {
             if let Some(lower) = p.get("file") {
                 let at = drives.iter().position(|d| d.id == lower).ok_or_else(|| {
                     KeyvalError::Other(format!("Cannot find device='' nor node-name='{lower}'"))
@@ -561,6 +604,8 @@ pub fn add_blockdev(p: &Params, drives: &mut Vec<DriveConfig>) -> Result<(), Key
         protocol,
         node: true,
         backing,
+        key_secret: key_secret(p, "", Some(driver))?,
+        backing_key_secret: None,
     });
     Ok(())
 }

@@ -48,7 +48,7 @@ const DETAILS: &[(&str, &[&str])] = &[
     (
         "drive",
         &[
-            "Keys: file, if, index, bus, unit, media=disk|cdrom, format=raw|qcow2, id, \
+            "Keys: file, if, index, bus, unit, media=disk|cdrom, format=raw|luks|qcow2, id, \
              cache=writeback|writethrough|none|directsync|unsafe, readonly, discard=ignore|unmap, \
              detect-zeroes=off|on|unmap, serial, file.locking=on|off, werror=report|ignore|stop|enospc, \
              rerror=report|ignore|stop, throttling.{bps,iops}-{total,read,write}[-max[-length]], \
@@ -57,6 +57,8 @@ const DETAILS: &[(&str, &[&str])] = &[
             "file= also takes nfs://HOST/PATH/IMAGE[?uid=N&gid=N&nfsport=N&mountport=N&timeout=S] (NFS version 3) and \
              iscsi://[USER%PASS@]HOST[:PORT]/IQN/LUN[?initiator-name=N&timeout=S]. A request that the server does not \
              answer is repeated, over new connections, for timeout= seconds (25; 0: for ever); then it fails.",
+            "key-secret=ID (luks), encrypt.format=luks,encrypt.key-secret=ID (qcow2): the -object secret that unlocks an encrypted image; \
+             backing.key-secret and backing.encrypt.key-secret unlock those below. With -ft each host is given the secret itself.",
             "werror=stop stops the machine with the event BLOCK_IO_ERROR and the status io-error; cont tries again.",
             "The image is locked with QEMU's byte locks (qemu-img sees them). With -ft every write completes only when \
              it is on stable storage, unless cache=unsafe says that flushes do nothing: do not use cache=unsafe \
@@ -65,7 +67,7 @@ const DETAILS: &[(&str, &[&str])] = &[
     ),
     (
         "blockdev",
-        &["Drivers: raw and qcow2 over file, host_device, nfs (server.type=inet, server.host, path, user, group) and iscsi \
+        &["Drivers: raw, luks and qcow2 over file, host_device, nfs (server.type=inet, server.host, path, user, group) and iscsi \
          (transport=tcp, portal, target, lun, user, password-secret, initiator-name, timeout). JSON is taken too. A -device refers to the node by drive=n."],
     ),
     (

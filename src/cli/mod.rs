@@ -9,6 +9,7 @@ pub mod keyval;
 pub mod man;
 pub mod net;
 pub mod options;
+pub mod secret;
 pub mod vnc;
 
 pub use config::{Char, Config, HostConfig, MachineConfig};

@@ -49,7 +49,7 @@ fn node(d: &DriveConfig, size: u64, info: Option<&ImageInfo>) -> Value {
         "ro": d.read_only,
         "drv": format,
         "backing_file_depth": depth,
-        "encrypted": false,
+        "encrypted": info.is_some_and(|i| i.luks.is_some()),
         "detect_zeroes": if d.detect_zeroes { "on" } else { "off" },
         "bps": 0, "bps_rd": 0, "bps_wr": 0, "iops": 0, "iops_rd": 0, "iops_wr": 0,
         "image": image,

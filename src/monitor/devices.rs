@@ -10,6 +10,7 @@ use serde_json::{json, Map, Value};
 use super::{done, qom, types, Control, Reply};
 use crate::assembly::open_net;
 use crate::cli::net::{NetKind, NetdevConfig};
+use crate::cli::secret::SecretProperties;
 use crate::host::backends::Nic;
 use crate::host::net_receiver;
 use crate::machine::MachineInput;
@@ -220,15 +221,17 @@ pub fn deleted(rt: &mut Runtime, spec: &DeviceSpec) {
 pub fn object_add(c: &Control, call: &mut Call) -> Reply {
     let (kind, id) = (call.text("qom-type").to_owned(), call.text("id").to_owned());
     check_id(&id)?;
+    let mut secret = None;
     if kind == "secret" {
-        let given = |name: &str| call.arguments.contains_key(name);
-        if given("data") == given("file") {
-            return Err(QmpError::generic("'file' and 'data' are mutually exclusive, and one is needed"));
-        }
-        if given("file") {
-            let path = call.text("file");
-            std::fs::read(path).map_err(|e| QmpError::generic(format!("Unable to read {path}: {e}")))?;
-        }
+        let given = |name: &str| call.arguments.get(name).and_then(Value::as_str);
+        let properties = SecretProperties {
+            data: given("data"),
+            file: given("file"),
+            format: given("format"),
+            keyid: given("keyid"),
+            iv: given("iv"),
+        };
+        secret = Some(properties.read().map_err(QmpError::generic)?);
     }
     c.change(move |rt| {
         let mut backends = rt.shared.backends();
@@ -236,6 +239,9 @@ pub fn object_add(c: &Control, call: &mut Call) -> Reply {
             return Err(QmpError::generic(format!(
                 "attempt to add duplicate property '{id}' to object (type 'container')"
             )));
+        }
+        if let Some(secret) = secret {
+            ftvm_block::crypto::secrets::keep(&id, secret);
         }
         backends.objects.push((kind, id));
         drop(backends);
@@ -256,8 +262,11 @@ pub fn object_del(c: &Control, call: &mut Call) -> Reply {
         if in_use || memory.as_ref() == Some(&id) {
             return Err(QmpError::generic(format!("object '{id}' is in use, can not be deleted")));
         }
-        backends.objects.remove(at);
+        let (kind, id) = backends.objects.remove(at);
         drop(backends);
+        if kind == "secret" {
+            ftvm_block::crypto::secrets::forget(&id);
+        }
         note(rt);
         done()
     })

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ftvm_block::copy::{Backup, Commit, Mirror, Part, Step, Stream, Work};
+use ftvm_block::crypto::LuksOptions;
 use ftvm_block::qcow2::{CreateOptions, Preallocation};
 use ftvm_block::{BlockError, Image, Node, OpenOptions, Root};
 use ftvm_qmp::{Call, QmpError};
@@ -553,6 +554,33 @@ fn preallocation(a: &Map<String, Value>) -> Preallocation {
     }
 }
 
+/// The file of the node that `file` names.
+fn file_of_node(c: &Control, o: &Map<String, Value>) -> Result<String, QmpError> {
+    let name = given(o, "file").unwrap_or_default();
+    let backends = c.shared.backends();
+    let drive = backends.drives.iter().flatten().find(|d| d.id == name);
+    drive
+        .and_then(|d| d.file.clone())
+        .ok_or_else(|| QmpError::generic(format!("Cannot find device='' nor node-name='{name}'")))
+}
+
+/// How a new image is encrypted, and for which secret.
+fn luks_options(o: &Map<String, Value>) -> Result<(LuksOptions, String), QmpError> {
+    let secret = given(o, "key-secret")
+        .ok_or_else(|| QmpError::generic("Parameter 'key-secret' is required for cipher"))?;
+    let of = LuksOptions::default();
+    let text = |key: &str, default: String| given(o, key).map_or(default, str::to_owned);
+    let options = LuksOptions {
+        algorithm: text("cipher-alg", of.algorithm),
+        mode: text("cipher-mode", of.mode),
+        generator: text("ivgen-alg", of.generator),
+        generator_hash: given(o, "ivgen-hash-alg").map(str::to_owned),
+        hash: text("hash-alg", of.hash),
+        milliseconds: o.get("iter-time").and_then(Value::as_u64).unwrap_or(of.milliseconds),
+    };
+    Ok((options, secret.to_owned()))
+}
+
 /// The work of `blockdev-create`.
 fn creation(
     c: &Control,
@@ -585,13 +613,7 @@ fn creation(
             }))
         }
         Some("qcow2") => {
-            let name = given(o, "file").unwrap_or_default();
-            let backends = c.shared.backends();
-            let drive = backends.drives.iter().flatten().find(|d| d.id == name);
-            let file = drive.and_then(|d| d.file.clone());
-            drop(backends);
-            let file = file
-                .ok_or_else(|| QmpError::generic(format!("Cannot find device='' nor node-name='{name}'")))?;
+            let file = file_of_node(c, o)?;
             let number = |key: &str, default: u64| o.get(key).and_then(Value::as_u64).unwrap_or(default);
             let yes = |key: &str| o.get(key) == Some(&Value::Bool(true));
             let backing = given(o, "backing-file")
@@ -599,7 +621,8 @@ fn creation(
             if o.contains_key("backing-fmt") && backing.is_none() {
                 return fail("Backing format cannot be used without backing file");
             }
-            let options = CreateOptions {
+            let luks = o.get("encrypt").and_then(Value::as_object).map(luks_options).transpose()?;
+            let mut options = CreateOptions {
                 size,
                 version: if given(o, "version") == Some("v2") { 2 } else { 3 },
                 cluster_size: number("cluster-size", 65536),
@@ -611,8 +634,22 @@ fn creation(
                 backing,
                 data_file: None,
                 data_file_raw: false,
+                ..CreateOptions::new(size)
             };
-            Ok(Box::new(move || make_qcow2(&file, &options)))
+            Ok(Box::new(move || {
+                if let Some((luks, secret)) = &luks {
+                    options.encrypt(luks, secret)?;
+                }
+                make_qcow2(&file, &options)
+            }))
+        }
+        Some("luks") => {
+            let file = file_of_node(c, o)?;
+            let (luks, secret) = luks_options(o)?;
+            if preallocation(o) != Preallocation::Off {
+                return fail("Preallocated LUKS images cannot be made");
+            }
+            Ok(Box::new(move || ftvm_block::raw::format_luks(Path::new(&file), size, &luks, &secret)))
         }
         other => fail(format!("Driver '{}' does not support creation", other.unwrap_or_default())),
     }

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use ftvm_block::crypto::LuksInfo;
 use ftvm_block::{BlockError, Image, ImageInfo, Snapshot, SnapshotChange};
 use ftvm_devices::Input;
 use ftvm_qmp::{Call, QmpError};
@@ -60,8 +61,43 @@ pub fn describe(info: &ImageInfo, image: &mut Value) {
             data["data-file"] = json!(file);
             data["data-file-raw"] = json!(q.data_file_raw);
         }
+        if let Some(luks) = &info.luks {
+            data["encrypt"] = describe_luks(luks);
+            data["encrypt"]["format"] = json!("luks");
+        }
         image["format-specific"] = json!({"type": "qcow2", "data": data});
+    } else if let Some(luks) = &info.luks {
+        image["format-specific"] = json!({"type": "luks", "data": describe_luks(luks)});
     }
+    if info.luks.is_some() {
+        image["encrypted"] = json!(true);
+    }
+}
+
+/// `QCryptoBlockInfoLUKS`
+fn describe_luks(luks: &LuksInfo) -> Value {
+    let slot = |(active, iterations, offset): &(bool, u32, u64)| {
+        let mut slot = json!({"active": active, "key-offset": offset});
+        if *active {
+            slot["iters"] = json!(iterations);
+            slot["stripes"] = json!(4000);
+        }
+        slot
+    };
+    let mut data = json!({
+        "cipher-alg": luks.algorithm,
+        "cipher-mode": luks.mode,
+        "ivgen-alg": luks.generator,
+        "hash-alg": luks.hash,
+        "payload-offset": luks.payload,
+        "master-key-iters": luks.iterations,
+        "uuid": luks.uuid,
+        "slots": luks.slots.iter().map(slot).collect::<Vec<_>>(),
+    });
+    if let Some(hash) = &luks.generator_hash {
+        data["ivgen-hash-alg"] = json!(hash);
+    }
+    data
 }
 
 /// The drive that a command names, and its image, which this host may change: not on a backup, and not where each host

@@ -217,6 +217,8 @@ pub fn qom_properties(_: &Control, call: &mut Call) -> Reply {
             property("data", "string", ""),
             property("file", "string", ""),
             property("format", "QCryptoSecretFormat", ""),
+            property("iv", "string", ""),
+            property("keyid", "string", ""),
         ]);
     }
     Ok(json!(out))

@@ -20,9 +20,9 @@ fn open(path: &Path, read_only: bool, below: Option<&Arc<Node>>) -> Arc<Node> {
 /// base <- mid <- top, each with a pattern of its own over parts of the one below.
 fn chain(dir: &Path) -> (Arc<Node>, Arc<Node>, Arc<Node>) {
     let path = |n: &str| dir.join(n);
-    qcow2::create_overlay(&path("base"), SIZE, None).unwrap();
-    qcow2::create_overlay(&path("mid"), SIZE, Some(("base", "qcow2"))).unwrap();
-    qcow2::create_overlay(&path("top"), SIZE, Some(("mid", "qcow2"))).unwrap();
+    qcow2::create_overlay(&path("base"), SIZE, None, None).unwrap();
+    qcow2::create_overlay(&path("mid"), SIZE, Some(("base", "qcow2")), None).unwrap();
+    qcow2::create_overlay(&path("top"), SIZE, Some(("mid", "qcow2")), None).unwrap();
     let base = open(&path("base"), false, None);
     base.write_at(0, &vec![1; 4 << 20]).unwrap();
     base.reopen(true).unwrap();
@@ -84,7 +84,7 @@ fn a_mirror_of_a_written_disk_takes_its_place() {
         let stop = Arc::new(AtomicBool::new(false));
         let guest = disturb(Arc::clone(&root), Arc::clone(&stop));
         let (target, part) = if full {
-            qcow2::create_overlay(&dir.join("copy"), SIZE, None).unwrap();
+            qcow2::create_overlay(&dir.join("copy"), SIZE, None, None).unwrap();
             (open(&dir.join("copy"), false, None), Part::Full)
         } else {
             base.reopen(false).unwrap();
@@ -158,7 +158,7 @@ fn a_backup_has_the_contents_of_its_beginning() {
     let dir = dir("backup");
     let (_base, _mid, top) = chain(&dir);
     let root = Root::new(Arc::clone(&top));
-    qcow2::create_overlay(&dir.join("copy"), SIZE, None).unwrap();
+    qcow2::create_overlay(&dir.join("copy"), SIZE, None, None).unwrap();
     let target = open(&dir.join("copy"), false, None);
     let before = contents(top.as_ref());
     let mut backup = Backup::new(top, Arc::clone(&target), &Part::Full).unwrap();

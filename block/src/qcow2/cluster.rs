@@ -97,7 +97,7 @@ impl Qcow2 {
         let bits = self.header.cluster_bits;
         let (first, got) = state.refs.allocate(self.file.as_ref(), want)?;
         let (start, end) = (first << bits, (first + got) << bits);
-        let untouched = start >= state.untouched && self.file.grows_with_zeroes();
+        let untouched = start >= state.untouched && self.data.grows_with_zeroes();
         state.untouched = state.untouched.max(end);
         Ok((start, got, untouched))
     }

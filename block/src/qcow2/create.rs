@@ -38,6 +38,10 @@ pub struct CreateOptions {
     /// Name of the file that holds the data, in the image's directory.
     pub data_file: Option<String>,
     pub data_file_raw: bool,
+    /// All of a LUKS volume that lies before its data; the image is encrypted with its key.
+    pub luks: Option<Vec<u8>>,
+    /// The id of the secret that unlocks it.
+    pub key_secret: Option<String>,
 }
 
 impl CreateOptions {
@@ -55,7 +59,16 @@ impl CreateOptions {
             backing: None,
             data_file: None,
             data_file_raw: false,
+            luks: None,
+            key_secret: None,
         }
+    }
+
+    /// Encrypt it with a new key, for the passphrase that the secret with the id `secret` holds.
+    pub fn encrypt(&mut self, options: &crate::crypto::LuksOptions, secret: &str) -> Result<(), BlockError> {
+        self.luks = Some(crate::crypto::format(options, secret)?);
+        self.key_secret = Some(secret.to_owned());
+        Ok(())
     }
 
     fn check(&self) -> Result<(), &'static str> {
@@ -125,6 +138,8 @@ struct Layout {
     table: u64,
     l1: u64,
     blocks: u64,
+    /// Behind all others.
+    luks: u64,
 }
 
 impl Layout {
@@ -132,12 +147,13 @@ impl Layout {
         let (cluster, per_block) =
             (options.cluster_size, options.cluster_size * 8 / u64::from(options.refcount_bits));
         let l1 = (options.l1_entries() * 8).div_ceil(cluster);
+        let luks = options.luks.as_ref().map_or(0, |area| (area.len() as u64).div_ceil(cluster));
         let (mut table, mut blocks) = (1, 1);
         loop {
-            let wanted = (1 + table + l1 + blocks).div_ceil(per_block);
+            let wanted = (1 + table + l1 + blocks + luks).div_ceil(per_block);
             let wide = (wanted * 8).div_ceil(cluster);
             if (wide, wanted) == (table, blocks) {
-                return Layout { table, l1, blocks };
+                return Layout { table, l1, blocks, luks };
             }
             (table, blocks) = (wide, wanted);
         }
@@ -183,11 +199,14 @@ fn write_new(
         options.data_file = Some(whole.to_string_lossy().into_owned());
     }
     let options = &options;
-    let Layout { table, l1, blocks } = Layout::new(options);
+    let Layout { table, l1, blocks, luks } = Layout::new(options);
     let cluster = options.cluster_size;
-    let used = 1 + table + l1 + blocks;
+    let luks_at = (1 + table + l1 + blocks) * cluster;
+    let used = 1 + table + l1 + blocks + luks;
     let mut all = vec![0u8; (used * cluster) as usize];
-    let head = head(path, options)?;
+    let area = options.luks.as_deref().unwrap_or_default();
+    all[luks_at as usize..luks_at as usize + area.len()].copy_from_slice(area);
+    let head = head(path, options, options.luks.as_ref().map(|area| (luks_at, area.len() as u64)))?;
     if head.len() as u64 > cluster {
         return Err(BlockError::Unsupported(
             "the name of the backing file does not fit into a cluster".into(),
@@ -211,7 +230,13 @@ fn write_new(
     }
     write(&all).map_err(open)?;
     if options.preallocation != Preallocation::Off || options.data_file_raw {
-        let how = OpenOptions { format: Some("qcow2".into()), locking: false, ..OpenOptions::default() };
+        let key_secret = options.key_secret.clone();
+        let how = OpenOptions {
+            format: Some("qcow2".into()),
+            locking: false,
+            key_secret,
+            ..OpenOptions::default()
+        };
         let image = super::Qcow2::over(crate::store::open(path, &how)?, &how, 0)?;
         image.preallocate(options.preallocation)?;
         image.flush()?;
@@ -219,14 +244,24 @@ fn write_new(
     Ok(())
 }
 
-/// Make an empty version 3 image of `size` bytes with 64 KiB clusters, over `backing` (and its format) if given.
-pub fn create_overlay(path: &Path, size: u64, backing: Option<(&str, &str)>) -> Result<(), BlockError> {
+/// Make an empty version 3 image of `size` bytes with 64 KiB clusters, over `backing` (and its format) if given; and with the
+/// key of the LUKS volume whose beginning `luks` is.
+pub fn create_overlay(
+    path: &Path,
+    size: u64,
+    backing: Option<(&str, &str)>,
+    luks: Option<Vec<u8>>,
+) -> Result<(), BlockError> {
     let backing = backing.map(|(name, format)| (name.to_owned(), format.to_owned()));
-    create(path, &CreateOptions { backing, ..CreateOptions::new(size) })
+    create(path, &CreateOptions { backing, luks, ..CreateOptions::new(size) })
 }
 
 /// The header of such an image, with what follows it in the first cluster.
-pub(super) fn head(path: &Path, options: &CreateOptions) -> Result<Vec<u8>, BlockError> {
+pub(super) fn head(
+    path: &Path,
+    options: &CreateOptions,
+    luks: Option<(u64, u64)>,
+) -> Result<Vec<u8>, BlockError> {
     let mut head = Vec::new();
     head.extend_from_slice(super::MAGIC);
     let put32 = |h: &mut Vec<u8>, v: u32| h.extend(v.to_be_bytes());
@@ -238,15 +273,15 @@ pub(super) fn head(path: &Path, options: &CreateOptions) -> Result<Vec<u8>, Bloc
         (_, true) => 112,
     };
     let mut extensions = Vec::new();
-    let mut extend = |kind: u32, body: &str| {
+    let mut extend = |kind: u32, body: &[u8]| {
         put32(&mut extensions, kind);
         put32(&mut extensions, body.len() as u32);
-        extensions.extend(body.as_bytes());
+        extensions.extend(body);
         extensions.resize(extensions.len().next_multiple_of(8), 0);
     };
     let mut name = Vec::new();
     if let Some((file, format)) = &options.backing {
-        extend(0xE279_2ACA, format);
+        extend(0xE279_2ACA, format.as_bytes());
         name = file.as_bytes().to_vec();
         if name.len() > 1023 {
             return Err(BlockError::Format {
@@ -256,7 +291,10 @@ pub(super) fn head(path: &Path, options: &CreateOptions) -> Result<Vec<u8>, Bloc
         }
     }
     if let Some(file) = &options.data_file {
-        extend(0x4441_5441, file);
+        extend(0x4441_5441, file.as_bytes());
+    }
+    if let Some((offset, length)) = luks {
+        extend(super::header::LUKS_HEADER, &[offset.to_be_bytes(), length.to_be_bytes()].concat());
     }
     extensions.extend([0; 8]);
     let name_at = if name.is_empty() { 0 } else { length + extensions.len() as u64 };
@@ -265,7 +303,7 @@ pub(super) fn head(path: &Path, options: &CreateOptions) -> Result<Vec<u8>, Bloc
     put32(&mut head, name.len() as u32);
     put32(&mut head, options.cluster_size.trailing_zeros());
     put64(&mut head, options.size);
-    put32(&mut head, 0);
+    put32(&mut head, if luks.is_some() { 2 } else { 0 });
     put32(&mut head, options.l1_entries() as u32);
     put64(&mut head, (1 + layout.table) * options.cluster_size);
     put64(&mut head, options.cluster_size);

@@ -18,6 +18,9 @@ const INCOMPAT_EXTENDED_L2: u64 = 1 << 4;
 const KNOWN: u64 =
     INCOMPAT_DIRTY | INCOMPAT_CORRUPT | INCOMPAT_DATA_FILE | INCOMPAT_COMPRESSION | INCOMPAT_EXTENDED_L2;
 
+/// The header extension that says where the LUKS header is.
+pub(super) const LUKS_HEADER: u32 = 0x0537_BE77;
+
 /// Autoclear bit: the external data file is a raw image of the same contents.
 pub const AUTOCLEAR_RAW_DATA: u64 = 1 << 1;
 
@@ -47,6 +50,8 @@ pub struct Header {
     pub lazy_refcounts: bool,
     pub snapshots_offset: u64,
     pub compression: Compression,
+    /// Where the LUKS header lies (offset, length), if the data is encrypted.
+    pub luks: Option<(u64, u64)>,
     /// Name of the external data file.
     pub data_file: Option<String>,
     /// (bit, name) of incompatible features, as the image names them.
@@ -85,8 +90,13 @@ impl Header {
         let cluster = 1u64 << cluster_bits;
         match be32(&raw, 32) {
             0 => {}
-            1 => return Err(bad("the image is encrypted (AES), which is not served".into())),
-            2 => return Err(bad("the image is encrypted (LUKS), which is not served".into())),
+            // As QEMU: broken since 2014.
+            1 => {
+                return Err(bad(
+                    "Use of AES-CBC encrypted qcow2 images is no longer supported in system emulators".into(),
+                ))
+            }
+            2 => {}
             other => return Err(bad(format!("Unsupported encryption method {other}"))),
         }
         let (incompat, autoclear, refcount_order, length) = if version == 3 {
@@ -110,6 +120,7 @@ impl Header {
             lazy_refcounts: version == 3 && be64(&raw, 80) & 1 != 0,
             snapshots_offset: be64(&raw, 64),
             compression: Compression::Zlib,
+            luks: None,
             data_file: None,
             feature_names: Vec::new(),
             backing: None,
@@ -194,6 +205,7 @@ impl Header {
 
     fn with_extensions(mut self, file: &dyn Store, length: u64, raw: &[u8]) -> Result<Self, BlockError> {
         let bad = |reason: String| BlockError::Format { path: file.path().to_owned(), reason };
+        let encrypted = be32(raw, 32) == 2;
         let mut first = vec![0u8; 1 << self.cluster_bits];
         file.read_at(0, &mut first)?;
         let mut at = length as usize;
@@ -214,10 +226,26 @@ impl Header {
                         self.feature_names.push((entry[1], name.trim_end_matches('\0').to_owned()));
                     }
                 }
-                0x0537_BE77 => return Err(bad("the image is encrypted (LUKS), which is not served".into())),
+                LUKS_HEADER if encrypted => {
+                    let (offset, length) = (be64(body, 0), be64(body, 8));
+                    if len != 16 {
+                        return Err(bad(format!("CRYPTO header extension size {len} but expected size 16")));
+                    }
+                    let end = offset.checked_add(length).filter(|end| *end <= file.length());
+                    if !offset.is_multiple_of(1 << self.cluster_bits) || offset == 0 || end.is_none() {
+                        return Err(bad(format!(
+                            "Encryption header offset '{offset}' is not a multiple of cluster size '{}'",
+                            1u64 << self.cluster_bits
+                        )));
+                    }
+                    self.luks = Some((offset, length));
+                }
                 _ => {}
             }
             at += 8 + len.next_multiple_of(8);
+        }
+        if encrypted && self.luks.is_none() {
+            return Err(bad("Missing encryption header".into()));
         }
         let (name_at, name_len) = (be64(raw, 8), be32(raw, 16) as usize);
         if name_at != 0 && name_len != 0 {

@@ -126,7 +126,7 @@ impl Qcow2 {
     /// Where a range lies in the file, if all of it is in clusters that are this image's own ([`crate::Image::extents`]).
     pub(super) fn own_extents(&self, offset: u64, len: u64) -> Option<Vec<(u64, u64)>> {
         crate::check_range(self, offset, len, false).ok()?;
-        if self.external {
+        if self.external || !self.data.is_plain() {
             return None;
         }
         let mut runs: Vec<(u64, u64)> = Vec::new();

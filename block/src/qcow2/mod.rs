@@ -50,6 +50,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
+use crate::crypto::Volume;
 use crate::node::Node;
 use crate::store::Store;
 use crate::{
@@ -104,6 +105,7 @@ pub struct Qcow2 {
     /// Where guest data lies: the same, or an external data file.
     data: Arc<dyn Store>,
     external: bool,
+    volume: Option<Volume>,
     header: Header,
     /// Virtual size in bytes.
     size: AtomicU64,
@@ -211,6 +213,8 @@ impl Qcow2 {
                     discard: false,
                     detect_zeroes: false,
                     reserve: crate::Reserve::No,
+                    key_secret: options.backing_key_secret.clone(),
+                    backing_key_secret: options.backing_key_secret.clone(),
                 };
                 Some(Node::open_depth(path, &below, depth + 1)?)
             }
@@ -235,6 +239,13 @@ impl Qcow2 {
                 )?)
             }
             _ => None,
+        };
+        let volume = match header.luks {
+            Some((offset, len)) => {
+                let secret = options.key_secret.as_deref();
+                Some(Volume::unlock(file.as_ref(), offset, len, secret, "encrypt.")?)
+            }
+            None => None,
         };
         let kept = if data.is_some() { header.autoclear & header::AUTOCLEAR_RAW_DATA } else { 0 };
         if !options.read_only && header.autoclear != kept {
@@ -262,9 +273,13 @@ impl Qcow2 {
             untouched: file.length(),
             poisoned: false,
         };
+        let external = data.is_some();
+        let data = data.unwrap_or_else(|| Arc::clone(&file));
         Ok(Qcow2 {
-            data: data.clone().unwrap_or_else(|| Arc::clone(&file)),
-            external: data.is_some(),
+            // A sector's number is that of its place in the file.
+            data: volume.as_ref().map_or_else(|| Arc::clone(&data), |v| v.over(Arc::clone(&data), 0)),
+            external,
+            volume,
             file,
             backing: RwLock::new(backing),
             read_only: options.read_only,
@@ -304,7 +319,7 @@ impl Qcow2 {
         self.file.read_at(0, &mut raw)?;
         let backing = backing.map(|(name, format)| (name.to_owned(), format.to_owned()));
         let options = CreateOptions { backing, ..CreateOptions::new(h.size) };
-        let mut head = create::head(path, &options)?;
+        let mut head = create::head(path, &options, h.luks)?;
         // Tables may have moved since.
         head[36..64].copy_from_slice(&raw[36..64]);
         self.file.write_at(0, &head)?;
@@ -490,6 +505,10 @@ impl Image for Qcow2 {
         self.change_size(size)
     }
 
+    fn luks_area(&self) -> Option<Vec<u8>> {
+        self.volume.as_ref().map(|v| v.area().to_vec())
+    }
+
     fn backing(&self) -> Option<Arc<Node>> {
         self.below()
     }
@@ -550,6 +569,7 @@ impl Image for Qcow2 {
                 .read()
                 .map_or(None, |n| n.clone())
                 .map(|n| (n.text, n.path.to_string_lossy().into_owned(), n.format)),
+            luks: self.volume.as_ref().map(Volume::info),
             depth: self.below().map_or(0, |b| b.info().depth + 1),
             qcow2: Some(Qcow2Info {
                 version: h.version,

@@ -96,6 +96,9 @@ pub fn raise_counts(
     let (uses, tables) = Default::default();
     let mut count = Count { file, header, external, uses, tables, read: 0 };
     count.range(0, 1);
+    if let Some((offset, len)) = header.luks {
+        count.range(offset, len);
+    }
     for cluster in refs.own_clusters() {
         *count.uses.entry(cluster).or_default() += 1;
     }

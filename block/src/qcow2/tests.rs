@@ -188,7 +188,7 @@ fn backing_compressed_and_snapshots() {
 fn locks_are_qemus_own() {
     let d = dir("locks");
     let path = d.join("l.qcow2");
-    super::create_overlay(&path, 1 << 20, None).unwrap();
+    super::create_overlay(&path, 1 << 20, None, None).unwrap();
     let p = path.to_str().unwrap();
     assert!(qemu_img(&["check", "-q", p]));
     let image = open(&path, &OpenOptions::default()).unwrap();
@@ -207,7 +207,7 @@ fn locks_are_qemus_own() {
 fn damaged_images_are_refused_or_read_without_harm() {
     let d = dir("damage");
     let path = d.join("x.qcow2");
-    super::create_overlay(&path, 4 << 20, None).unwrap();
+    super::create_overlay(&path, 4 << 20, None, None).unwrap();
     {
         let image = open(&path, &OpenOptions::default()).unwrap();
         image.write_at(0, &vec![7; 1 << 20]).unwrap();
@@ -245,7 +245,7 @@ fn damaged_images_are_refused_or_read_without_harm() {
 fn a_crash_after_any_flush_loses_nothing_flushed() {
     let d = dir("crash");
     let path = d.join("c.qcow2");
-    super::create_overlay(&path, 8 << 20, None).unwrap();
+    super::create_overlay(&path, 8 << 20, None, None).unwrap();
     let mut model = vec![0u8; 8 << 20];
     let mut rng = Rng(99);
     let image = open(&path, &OpenOptions { discard: true, ..OpenOptions::default() }).unwrap();

@@ -70,12 +70,6 @@ pub fn is_held(path: &Path) -> Result<bool, BlockError> {
     }
 }
 
-/// The format of an image, as asked for or looked at.
-pub(super) fn format_of(path: &Path, options: &OpenOptions) -> Result<&'static str, BlockError> {
-    let look = OpenOptions { read_only: true, force_share: true, ..options.clone() };
-    Ok(crate::open(path, &look)?.format())
-}
-
 /// Options for opening layer `n`.
 pub(super) fn layer_options(options: &OpenOptions, n: u64) -> OpenOptions {
     if n == 0 {

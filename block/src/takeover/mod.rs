@@ -28,7 +28,7 @@ use crate::files::{beside, is_nfs};
 use crate::node::Node;
 use crate::qcow2::{create_overlay, Qcow2};
 use crate::{BlockError, Held, Image, ImageInfo, OpenOptions, Snapshot, SnapshotChange};
-use layers::{format_of, layer, layer_options, overlays, MAX_LAYERS};
+use layers::{layer, layer_options, overlays, MAX_LAYERS};
 use moving::Moving;
 
 pub use layers::{has_overlays, is_held, top_overlay};
@@ -132,9 +132,9 @@ impl Takeover {
             Err(BlockError::Locked { .. }) if over_stalled && n < MAX_LAYERS as u64 => {
                 let fresh = layer(path, n + 1);
                 let look = OpenOptions { read_only: true, force_share: true, ..layer_options(options, n) };
-                let size = crate::open(&top, &look)?.size();
+                let below = crate::open(&top, &look)?;
                 let name = top.file_name().map(|f| f.to_string_lossy().into_owned()).unwrap_or_default();
-                create_overlay(&fresh, size, Some((&name, format_of(&top, &layer_options(options, n))?)))?;
+                create_overlay(&fresh, below.size(), Some((&name, below.format())), below.luks_area())?;
                 log::warn!(
                     "{} is still held by the old primary: working on {}",
                     top.display(),

@@ -72,12 +72,24 @@ fn check_movable(base: &Path, options: &OpenOptions) -> Result<&'static str, Blo
 }
 
 impl NewFile {
-    fn create(base: &Path, options: &OpenOptions, number: u64, size: u64) -> Result<Self, BlockError> {
+    /// `luks`: what lies before the data of an encrypted volume, which stays as it is.
+    fn create(
+        base: &Path,
+        options: &OpenOptions,
+        number: u64,
+        size: u64,
+        luks: Option<Vec<u8>>,
+    ) -> Result<Self, BlockError> {
         let path = beside_path(base, &format!(".ft{number}.raw"));
         let (files, name) = beside(&path)?;
         files.create(&name, &[])?;
-        let options = OpenOptions { format: Some("raw".into()), ..options.clone() };
-        crate::store::open(&path, &options)?.grow(size)?;
+        let format = if luks.is_some() { "luks" } else { "raw" };
+        let luks = luks.unwrap_or_default();
+        let options = OpenOptions { format: Some(format.into()), ..options.clone() };
+        let store = crate::store::open(&path, &options)?;
+        store.grow(luks.len() as u64 + size)?;
+        store.write_at(0, &luks)?;
+        store.sync()?;
         let image = crate::open(&path, &options)?;
         Ok(NewFile { number, image, spoiled: AtomicBool::new(false), renamed: false })
     }
@@ -195,11 +207,11 @@ impl Takeover {
             let below = layers.last().copied().unwrap_or(0);
             let n = fresh_number(below);
             let top = lower_layers(path, options, n)?;
-            let size = top.first().map_or(0, |t| t.size());
+            let (size, luks) = top.first().map_or((0, None), |t| (t.size(), t.luks_area()));
             let (_, name) = beside(path)?;
             let fresh = layer(path, n);
             let below_format = if below == 0 { format } else { "qcow2" };
-            create_overlay(&fresh, size, Some((&layer_name(&name, below), below_format)))?;
+            create_overlay(&fresh, size, Some((&layer_name(&name, below), below_format)), luks)?;
             log::warn!("working on {}, until the image is moved to a new file", fresh.display());
             layers.push(n);
         }
@@ -212,11 +224,12 @@ impl Takeover {
         let file = crate::store::open(&layers::layer(path, n), &own)?;
         let below = lower.first().cloned().ok_or_else(broken)?;
         let overlay = Qcow2::over_with(file, &own, Some(Node::around(below)))?;
-        let raw = if format == "raw" {
-            let number = if over_stalled { n } else { fresh_number(n) };
-            Some(NewFile::create(path, options, number, overlay.size())?)
-        } else {
+        let raw = if format == "qcow2" {
             None
+        } else {
+            let number = if over_stalled { n } else { fresh_number(n) };
+            let luks = lower.last().and_then(|image| image.luks_area());
+            Some(NewFile::create(path, options, number, overlay.size(), luks)?)
         };
         let rest = Rest::Below(Moving { n, lower, next: 0, raw });
         Ok(Mode::Top { top: Layer::Overlay(Box::new(overlay)), rest })
@@ -252,8 +265,8 @@ fn copy_over(overlay: &Qcow2, raw: &NewFile, next: &mut u64, size: u64) -> Resul
     while *next < end {
         let mut data = crate::buffers::take(PIECE.min(end - *next) as usize);
         let done = overlay.read_at(*next, &mut data).and_then(|()| {
-            // Writes since have been made in both, those of zeroes too.
-            if data.iter().any(|b| *b != 0) {
+            // Writes since have been made in both, those of zeroes too. Nothing written is not zero where it is encrypted.
+            if raw.image.format() == "luks" || data.iter().any(|b| *b != 0) {
                 raw.image.write_at(*next, &data)?;
             }
             Ok(())

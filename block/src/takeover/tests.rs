@@ -5,7 +5,7 @@ fn setup(name: &str) -> (PathBuf, PathBuf) {
     let _ = std::fs::remove_dir_all(&d);
     std::fs::create_dir_all(&d).unwrap();
     let path = d.join("vm.qcow2");
-    create_overlay(&path, 4 << 20, None).unwrap();
+    create_overlay(&path, 4 << 20, None, None).unwrap();
     (d, path)
 }
 

@@ -64,3 +64,12 @@ pub fn run(program: &str, args: &[&str]) -> Result<String> {
         Err(format!("{program} {}: {}", args.join(" "), text.trim()))
     }
 }
+
+/// A text encrypted by AES-256-CBC under a key of 32 characters, and the initial vector, both in base64.
+pub fn openssl_hidden(key: &str, text: &str, file: &str) -> Result<(String, String)> {
+    std::fs::write(file, text).map_err(|e| e.to_string())?;
+    let hex: String = key.bytes().map(|b| format!("{b:02x}")).collect();
+    let iv = "00".repeat(16);
+    let hidden = run("openssl", &["enc", "-aes-256-cbc", "-a", "-A", "-K", &hex, "-iv", &iv, "-in", file])?;
+    Ok((hidden, "AAAAAAAAAAAAAAAAAAAAAA==".into()))
+}

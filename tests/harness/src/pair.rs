@@ -34,6 +34,8 @@ pub struct Pair {
     /// A host that dies while it allocates leaves clusters that are counted and not used: no harm to data, but
     /// `qemu-img check` tells of them.
     pub may_leak: bool,
+    /// The image is encrypted, and both hosts have the secret.
+    encrypted: bool,
     /// `qcow2` or `raw`.
     format: &'static str,
     /// Host 1 has an image of its own (`disks=separate`).
@@ -74,7 +76,17 @@ impl Pair {
                 let raw = scratch.path("fs.raw");
                 guests::run("truncate", &["-s", "64M", &raw])?;
                 guests::run("mke2fs", &["-q", "-t", "ext4", "-O", "^metadata_csum_seed,^orphan_file", &raw])?;
-                guests::run("qemu-img", &["convert", "-q", "-O", format, &raw, &image])?;
+                let mut convert = vec!["convert", "-q", "-O", format];
+                if drive_options.contains(KEY) {
+                    // It asks the kernel for its own processor time, which here and there is nothing.
+                    let luks = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=100";
+                    convert.extend(["--object", SECRET, "-o", luks, &raw, &image]);
+                    let made = (0..20).find_map(|_| guests::run("qemu-img", &convert).ok());
+                    made.ok_or("qemu-img makes no encrypted image")?;
+                } else {
+                    convert.extend([raw.as_str(), &image]);
+                    guests::run("qemu-img", &convert)?;
+                }
                 let append = format!("console=ttyS0 quiet net addr={GUEST}/24 disk serve");
                 for a in ["-m", "192M", "-kernel", &kernel, "-initrd", &initrd, "-append", &append] {
                     args.push(a.to_owned());
@@ -93,6 +105,10 @@ impl Pair {
                 "GUEST READY"
             }
         };
+        let encrypted = drive_options.contains(KEY);
+        if encrypted {
+            args.extend(["-object".to_owned(), SECRET.to_owned()]);
+        }
         let mut net = Network::new(3)?;
         let mut server = None;
         let (mut second_image, mut etcd) = (None, None);
@@ -140,6 +156,7 @@ impl Pair {
             live: 0,
             ft_options: ft_options.clone().unwrap_or_default(),
             may_leak: false,
+            encrypted,
             format,
             second_image,
             args: args.clone(),
@@ -231,6 +248,9 @@ impl Pair {
         let ft = format!("backup,peer={}{}", Network::address(self.place[self.live]), self.ft_options);
         let drive = format!("file={},if=virtio", self.image_of(other));
         let mut args = vec!["-ft", &ft];
+        if self.encrypted {
+            args.extend(["-object", SECRET]);
+        }
         if self.second_image.is_some() {
             args.extend(["-drive", &drive]);
         }
@@ -489,7 +509,17 @@ impl Pair {
             return Err(format!("an overlay was left\n{}", self.logs()));
         }
         if self.format == "qcow2" {
-            match self.qemu_img(&["check", "-f", "qcow2", self.image_of(self.live)]) {
+            let image = self.image_of(self.live);
+            let file = match image.strip_prefix("nfs://").and_then(|url| url.split_once('/')) {
+                Some((host, path)) => {
+                    format!("file.driver=nfs,file.server.type=inet,file.server.host={host},file.path=/{path}")
+                }
+                None => format!("file.driver=file,file.filename={image}"),
+            };
+            let opts = format!("driver=qcow2,encrypt.key-secret=s,{file}");
+            let plain = ["check", "-f", "qcow2", image];
+            let encrypted = ["check", "--object", SECRET, "--image-opts", &opts];
+            match self.qemu_img(if self.encrypted { &encrypted } else { &plain }) {
                 Err(e) if self.may_leak && e.contains("waste of disk space, but no harm to data") => {}
                 other => drop(other?),
             }
@@ -566,6 +596,10 @@ pub fn flip_guest_memory(pid: i32) -> Result<()> {
 
 /// Options that stand for no `-ft` at all.
 const PLAIN: &str = "plain";
+
+/// What a drive's options have when the image is to be encrypted.
+const KEY: &str = "encrypt.key-secret=s";
+const SECRET: &str = "secret,id=s,data=only-these-two-know";
 
 const TAP: &str = "tap,id=n0,ifname=vmtap,script=no,downscript=no";
 

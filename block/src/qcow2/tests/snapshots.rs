@@ -264,7 +264,7 @@ fn a_power_cut_while_snapshots_change_leaves_the_old_image_or_the_new_one() {
 fn snapshots_beside_writers() {
     let d = dir("snapshot-side");
     let path = d.join("x.qcow2");
-    super::super::create_overlay(&path, 8 << 20, None).unwrap();
+    super::super::create_overlay(&path, 8 << 20, None, None).unwrap();
     let image = open(&path, &OpenOptions::default()).unwrap();
     std::thread::scope(|s| {
         let image = image.as_ref();
