@@ -235,6 +235,9 @@ impl GuestMemory {
         for (start, len) in parts {
             let map = MmapRegion::<PageFlags>::new(len as usize)
                 .map_err(|e| MemError::Allocate(len, Box::new(e)))?;
+            // As QEMU does. A host that has none to give, or does not know them, says so, which changes nothing.
+            // SAFETY: the range is the mapping that was just made.
+            unsafe { libc::madvise(map.as_ptr().cast(), len as usize, libc::MADV_HUGEPAGE) };
             regions.push(Region { start, len, host: map.as_ptr(), flags: map.bitmap().clone() });
             let region = GuestRegionMmap::new(map, GuestAddress(start)).ok_or(MemError::Range(start, len))?;
             list.push(region);

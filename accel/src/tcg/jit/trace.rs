@@ -11,6 +11,8 @@ use super::HOT;
 /// At most so many blocks, and instructions, in one.
 const PARTS: usize = 8;
 const LENGTH: usize = 64;
+/// A trace of so many instructions is long enough.
+const ENOUGH: u32 = 16;
 /// Loops are unrolled to at most so many instructions.
 const UNROLLED: usize = 32;
 
@@ -148,6 +150,11 @@ impl<'a> Trace<'a> {
         };
         if std::ptr::eq(on, first) {
             return Some(on);
+        }
+        // A trace that is long enough goes on in code that there is already: a busy guest has megabytes of it, and what
+        // is compiled again and again crowds the host's caches.
+        if self.count >= ENOUGH && !on.code.get().is_null() {
+            return None;
         }
         let fits = self.count as usize + on.ops.len() <= LENGTH;
         // What rarely follows is not worth the room.
