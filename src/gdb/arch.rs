@@ -175,11 +175,14 @@ impl RegisterBytes {
 
     /// Put all of them into `view`; false if there are too few.
     pub fn apply(&self, view: &mut View) -> bool {
-        let mut rest = &self.0[..];
-        for register in registers() {
-            let Some((data, next)) = rest.split_at_checked(register.size()) else { return false };
-            write(view, *register, data);
-            rest = next;
+        // Twice: which physical register ST(i) is, FSTAT behind them says.
+        for _ in 0..2 {
+            let mut rest = &self.0[..];
+            for register in registers() {
+                let Some((data, next)) = rest.split_at_checked(register.size()) else { return false };
+                write(view, *register, data);
+                rest = next;
+            }
         }
         true
     }

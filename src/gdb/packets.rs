@@ -151,7 +151,7 @@ mod tests {
         let (mut f, mut m) = (Filter::default(), Modes::new(false));
         let (on, answered) = feed(&mut f, &mut m, "+$qSupported:a+#11$qqemu.sstepbits#00+$?#3f");
         assert_eq!(on, "+$qSupported:a+#11$?#3f");
-        assert_eq!(answered, "+$ENABLE=1,NOIRQ=2,NOTIMER=4#6d");
+        assert_eq!(answered, "+$ENABLE=1,NOIRQ=2,NOTIMER=4#f4");
         let (on, answered) = feed(&mut f, &mut m, "+$QStartNoAckMode#b0+$Qqemu.PhyMemMode:1#00\x03");
         assert_eq!((on.as_str(), answered.as_str()), ("+$QStartNoAckMode#b0+\x03", "$OK#9a"));
         assert!(m.physical);

@@ -191,3 +191,83 @@ impl History {
         Ok(self.moments[index].along.clone())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::machine::{MachineInput, Stop};
+    use crate::sim::guest::{self, Frame};
+    use ftvm_devices::{DiskOp, Input, Output};
+
+    fn along(outputs: u64) -> Along {
+        Along { log: Mark::default(), hashes: 0, outputs }
+    }
+
+    /// Answer what left the machine, and ask its service for something when it is idle.
+    fn serve(machine: &mut Machine, number: &mut u64) {
+        let outputs = machine.take_outputs();
+        if outputs.is_empty() {
+            *number += 1;
+            let input = Input::NetRx { nic: 0, frame: Frame::Request(*number).bytes() };
+            machine.apply(&MachineInput::Device(input));
+        }
+        for (_, output) in outputs {
+            if let Output::Disk { id, op, .. } = output {
+                let data = if let DiskOp::Read { len, .. } = op { vec![0; len as usize] } else { Vec::new() };
+                machine.apply(&MachineInput::Device(Input::DiskDone { id, result: Ok(data) }));
+            }
+        }
+    }
+
+    /// Run on; position and state hash at the start and at `count` moments that are remembered on the way.
+    fn walk(machine: &mut Machine, history: &mut History, count: u64) -> Vec<(u64, u64)> {
+        let mut seen = vec![(machine.stamp().position, machine.state_hash().total())];
+        let mut number = 0;
+        for n in 1..=count {
+            while machine.stamp().position < n * 1_000 {
+                let stop = machine.run(n * 1_000 - machine.stamp().position);
+                if stop != Stop::Limit {
+                    serve(machine, &mut number);
+                }
+            }
+            machine.take_outputs();
+            history.remember(machine, along(n));
+            seen.push((machine.stamp().position, machine.state_hash().total()));
+        }
+        seen
+    }
+
+    #[test]
+    fn every_moment_is_found_again_in_any_order() {
+        let mut machine = guest::machine().unwrap();
+        let mut history = History::new(&machine, along(0));
+        let seen = walk(&mut machine, &mut history, 12);
+        let mut x = 7u64;
+        for _ in 0..200 {
+            x = x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            let (position, hash) = seen[(x >> 33) as usize % seen.len()];
+            let index = history.before(position + (x >> 60));
+            assert_eq!(history.restore(&mut machine, index).unwrap().outputs, position / 1_000);
+            assert_eq!((machine.stamp().position, machine.state_hash().total()), (position, hash));
+            // It goes on from there for a while.
+            machine.run(x >> 56);
+            machine.take_outputs();
+        }
+    }
+
+    #[test]
+    fn a_small_budget_keeps_the_first_and_the_latest() {
+        let mut machine = guest::machine().unwrap();
+        let mut history = History::new(&machine, along(0));
+        history.budget = 200_000;
+        let seen = walk(&mut machine, &mut history, 60);
+        let (count, bytes) = history.size();
+        assert!(count > 3 && count < 60 && bytes <= history.budget, "{count} {bytes}");
+        assert_eq!((history.position(0), history.position(count - 1)), (0, 60_000));
+        for index in (0..count).rev().chain(0..count) {
+            history.restore(&mut machine, index).unwrap();
+            let here = (machine.stamp().position, machine.state_hash().total());
+            assert!(seen.contains(&here));
+        }
+    }
+}
