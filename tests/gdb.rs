@@ -189,10 +189,11 @@ fn the_end_is_told_and_a_recorded_machine_cannot_be_changed() -> Result<()> {
     assert_eq!(rsp.ask("z1,f0009,1")?, "OK");
     assert_eq!(rsp.ask("vCont;c:p1.-1")?, "W01");
     assert_eq!(vm.wait_exit(LONG)?, 1);
-    assert!(vm.log().contains("a debugger may not change a machine that is protected or recorded"));
+    assert!(vm.log().contains("a debugger may not change a machine that is protected, recorded or replayed"));
     // What was recorded under a debugger replays without one.
     let replay = format!("shift=3,rr=replay,rrfile={file}");
     let mut vm = small(&scratch, "vm", &["-icount", &replay])?;
+    vm.qmp()?.command("cont", Value::Null)?;
     ends_well(&mut vm)?;
     assert!(vm.log().contains("replay ended"), "{}", vm.log());
     Ok(())
@@ -222,4 +223,159 @@ fn nonsense_from_a_debugger_ends_its_connection_and_nothing_else() -> Result<()>
     assert_eq!(rsp.ask("m500,2")?, "0000");
     assert_eq!(vm.qmp()?.command("query-status", Value::Null)?["running"], false);
     Ok(())
+}
+
+/// Record a tiny guest's life; the arguments that replay it.
+fn recorded(scratch: &Scratch, words: &str, more: &str) -> Result<String> {
+    let file = scratch.path("run.rr");
+    let rr = |mode: &str| format!("-nic none -no-reboot {more} -icount shift=3,rr={mode},rrfile={file}");
+    let mut vm = start_tiny(scratch, "recorded", words, &rr("record"))?;
+    ends_well(&mut vm)?;
+    Ok(rr("replay"))
+}
+
+#[test]
+fn a_replayed_kernel_goes_back_to_the_write_that_changed_a_value() -> Result<()> {
+    let Some(elf) = symbols(&tiny()?.0)? else { return Ok(()) };
+    let scratch = Scratch::new("gdbback")?;
+    let words = "halt nokaslr";
+    let replay = recorded(&scratch, words, "-smp 2")?;
+    let port = free_port()?;
+    let mut vm = start_tiny(&scratch, "vm", words, &format!("{replay} -S -gdb tcp:{port}"))?;
+    let commands = [
+        "break machine_power_off",
+        "continue",
+        "monitor info replay",
+        "watch *(unsigned long*)&jiffies",
+        "reverse-continue",
+        "bt 1",
+        "p/x $rip",
+        "reverse-stepi",
+        "stepi",
+        "p/x $rip",
+        "stepi",
+        "reverse-continue",
+        "delete 2",
+        "tbreak start_kernel",
+        "reverse-continue",
+        "reverse-continue",
+        "p/x $rip",
+        "monitor info replay",
+        "continue",
+        "p *(unsigned long*)&jiffies",
+        "delete",
+        "continue",
+        "detach",
+    ];
+    let text = gdb(Some(&elf), &port.to_string(), &commands, LONG)?;
+    in_order(
+        &text,
+        &[
+            "hit Breakpoint 1, ",
+            " in machine_power_off ()",
+            "Hardware watchpoint 2: *(unsigned long*)&jiffies",
+            "hit Hardware watchpoint 2: *(unsigned long*)&jiffies",
+            "Old value = ",
+            "New value = ",
+            " in tick_do_update_jiffies64 ()",
+            "$1 = 0xffffffff",
+            "$2 = 0xffffffff",
+            "hit Hardware watchpoint 2: *(unsigned long*)&jiffies",
+            "hit Hardware watchpoint 2: *(unsigned long*)&jiffies",
+            "Temporary breakpoint 3",
+            " in start_kernel ()",
+            "No more reverse-execution history.",
+            "$3 = 0xfff0",
+            "hit Breakpoint 1, ",
+            " in machine_power_off ()",
+            "$4 = 4",
+            "No more reverse-execution history.",
+        ],
+    );
+    assert!(text.contains("instruction count = 0"), "{text}");
+    let value = |what: &str| -> Vec<u64> {
+        text.split(what).skip(1).filter_map(|t| t.lines().next()?.trim().parse().ok()).collect()
+    };
+    // Back, the one before; forth and back over the same write.
+    let (old, new) = (value("Old value = "), value("New value = "));
+    assert_eq!((old.len(), new.len()), (3, 3), "{text}");
+    assert!(old[0] > new[0] && (old[1], new[1]) == (new[0], old[0]) && (old[2], new[2]) == (old[0], new[0]));
+    let rip = |n: u32| text.split(&format!("${n} = ")).nth(1).and_then(|t| t.lines().next());
+    assert_eq!(rip(1), rip(2), "one back and one forth");
+    ends_well(&mut vm)?;
+    assert!(
+        vm.log().contains("replay ended at position") && vm.log().contains("state hashes equal"),
+        "{}",
+        vm.log()
+    );
+    Ok(())
+}
+
+#[test]
+fn positions_of_a_replay_are_reached_exactly_from_both_sides() -> Result<()> {
+    let scratch = Scratch::new("gdbseek")?;
+    let port = free_port()?;
+    let gdb = format!("tcp:{port}");
+    let file = scratch.path("run.rr");
+    let rr = |mode: &str| format!("shift=3,rr={mode},rrfile={file}");
+    let mut vm = small(&scratch, "vm", &["-icount", &rr("record")])?;
+    vm.qmp()?.command("cont", Value::Null)?;
+    assert_eq!(vm.wait_exit(LONG)?, 1);
+    let mut vm = small(&scratch, "vm", &["-icount", &rr("replay"), "-gdb", &gdb])?;
+    let (mut qmp, mut rsp) = (vm.qmp()?, Rsp::connect(port)?);
+    assert!(rsp.ask("qSupported:multiprocess+;swbreak+;hwbreak+")?.contains("ReverseContinue+"));
+    assert_eq!(rsp.ask("Hgp1.1")?, "OK");
+    let at = |qmp: &mut Qmp| {
+        qmp.command("query-replay", Value::Null).map(|r| (r["mode"].clone(), r["icount"].clone()))
+    };
+    let (play, refused) = (json!("play"), "nothing else can happen to it");
+    assert_eq!(at(&mut qmp)?, (play.clone(), json!(0)));
+    assert!(qmp.command("system_reset", Value::Null).is_err_and(|e| e.contains(refused)));
+    // The far jump, mov; then four times inc and loop.
+    assert_eq!(rsp.ask("Z2,500,2")?, "OK");
+    for round in 1..=4 {
+        assert!(rsp.ask("vCont;c:p1.-1")?.contains("watch:"));
+        assert_eq!(rsp.ask("m500,2")?, format!("0{round}00"));
+    }
+    for round in (0..4).rev() {
+        assert!(rsp.ask("bc")?.contains("watch:"));
+        assert_eq!((rsp.ask("m500,2")?, register(&mut rsp, RIP)?), (format!("0{round}00"), 3));
+        assert_eq!(at(&mut qmp)?.1, json!(2 + 2 * round));
+    }
+    assert!(rsp.ask("bc")?.contains("replaylog:begin"));
+    assert_eq!((at(&mut qmp)?.1, register(&mut rsp, RIP)?), (json!(0), 0xFFF0));
+    assert!(rsp.ask("bs")?.contains("replaylog:begin"));
+    assert_eq!(rsp.ask("z2,500,2")?, "OK");
+    // A breakpoint at the loop: the third time, from both sides; steps.
+    assert_eq!(rsp.ask("Z0,f0007,1")?, "OK");
+    for _ in 0..3 {
+        assert!(rsp.ask("vCont;c:p1.-1")?.contains("swbreak"));
+    }
+    assert_eq!(at(&mut qmp)?.1, json!(7));
+    assert!(rsp.ask("vCont;s:p1.1;c:p1.-1")?.contains("05"));
+    assert!(rsp.ask("bs")?.contains("05"));
+    assert_eq!((at(&mut qmp)?.1, register(&mut rsp, RIP)?), (json!(7), 7));
+    assert!(rsp.ask("bc")?.contains("swbreak"));
+    assert_eq!((at(&mut qmp)?.1, rsp.ask("m500,2")?), (json!(5), "0200".into()));
+    assert_eq!(rsp.ask("M500,2:0000")?, "E0e");
+    assert_eq!(rsp.ask("z0,f0007,1")?, "OK");
+    // By the monitors, past the debugger.
+    for icount in [9, 1, 10, 0] {
+        qmp.command("replay-seek", json!({"icount": icount}))?;
+        ftvm_harness::wait_for("the position", LONG, || {
+            let still = qmp.command("query-status", Value::Null).is_ok_and(|s| s["running"] == false);
+            (still && at(&mut qmp).is_ok_and(|a| a.1 == json!(icount))).then_some(())
+        })?;
+    }
+    qmp.command("replay-break", json!({"icount": 4}))?;
+    qmp.command("cont", Value::Null)?;
+    ftvm_harness::wait_for("the break", LONG, || {
+        qmp.command("query-status", Value::Null).is_ok_and(|s| s["status"] == "paused").then_some(())
+    })?;
+    assert_eq!(at(&mut qmp)?.1, json!(4));
+    assert!(qmp.command("replay-break", json!({"icount": 3})).is_err_and(|e| e.contains("in the past")));
+    assert!(rsp.ask("vCont;c:p1.-1")?.contains("replaylog:end"));
+    drop(rsp);
+    qmp.command("quit", Value::Null)?;
+    ends_well(&mut vm)
 }

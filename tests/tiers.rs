@@ -141,7 +141,7 @@ fn a_debugger_that_looks_on_changes_nothing() -> Result<()> {
                     watches += 1;
                     watch.start
                 }
-                Reason::Step => unreachable!(),
+                Reason::Step | Reason::Begin | Reason::End => unreachable!(),
             };
             let count = hits.entry(at).or_insert(0);
             *count += 1;

@@ -577,10 +577,8 @@ impl Config {
                         m.icount.shift = Some(n as u32);
                     }
                     m.icount.sleep = p.bool("sleep").map_err(&err)?.unwrap_or(true);
-                    if p.bool("align").map_err(&err)? == Some(true) || p.get("rrsnapshot").is_some() {
-                        return Err(err(KeyvalError::Other(
-                            "align=on and rrsnapshot are not supported".into(),
-                        )));
+                    if p.bool("align").map_err(&err)? == Some(true) {
+                        return Err(err(KeyvalError::Other("align=on is not supported".into())));
                     }
                     if let Some(mode) = p.choice("rr", &["record", "replay"]).map_err(&err)? {
                         let file = p.get("rrfile").unwrap_or("replay.bin").to_owned();

@@ -42,7 +42,11 @@ const DETAILS: &[(&str, &[&str])] = &[
              the same version. Disk images are not needed for replay: what was read is in the file. Only output of \
              character devices leaves during replay.",
             "sleep=off skips the time in which the guest is idle. rr=record and -ft exclude each other. align=on \
-             and rrsnapshot are refused.",
+             is refused. rrsnapshot= is accepted and has no effect: going back needs no snapshot in an image.",
+            "A replay can be stopped, looked at and debugged, and it goes back: gdb's reverse-continue, reverse-stepi and the like, \
+             replay_seek, replay_break and info replay of the monitor. For that it keeps moments of the machine in memory \
+             (compressed pages that changed; at most the guest's memory size or 256 MiB, whichever is more), from when a debugger \
+             has connected or replay_seek was used. With a debugger connected it stops at the recording's end.",
         ],
     ),
     (

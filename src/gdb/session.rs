@@ -9,6 +9,7 @@ use gdbstub::common::Signal;
 use gdbstub::conn::Connection;
 use gdbstub::stub::state_machine::GdbStubStateMachine as State;
 use gdbstub::stub::{DisconnectReason, GdbStub, MultiThreadStopReason};
+use gdbstub::target::ext::base::reverse_exec::ReplayLogPosition;
 use gdbstub::target::ext::breakpoints::WatchKind;
 
 use super::packets::{Filter, Passed};
@@ -231,6 +232,12 @@ fn stop_reason(what: &What, target: &Debuggee) -> MultiThreadStopReason<u64> {
                 Reason::Step => MultiThreadStopReason::SignalWithThread { tid, signal: Signal::SIGTRAP },
                 Reason::Break(at) if target.hard.contains(&at) => MultiThreadStopReason::HwBreak(tid),
                 Reason::Break(_) => MultiThreadStopReason::SwBreak(tid),
+                Reason::Begin => {
+                    MultiThreadStopReason::ReplayLog { tid: Some(tid), pos: ReplayLogPosition::Begin }
+                }
+                Reason::End => {
+                    MultiThreadStopReason::ReplayLog { tid: Some(tid), pos: ReplayLogPosition::End }
+                }
                 Reason::Watch(w) => MultiThreadStopReason::Watch { tid, kind: kind(&w), addr: w.start },
             }
         }

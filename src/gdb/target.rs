@@ -10,6 +10,7 @@ use gdbstub::target::ext::base::multithread::{
     MultiThreadBase, MultiThreadResume, MultiThreadResumeOps, MultiThreadSchedulerLocking,
     MultiThreadSchedulerLockingOps, MultiThreadSingleStep, MultiThreadSingleStepOps,
 };
+use gdbstub::target::ext::base::reverse_exec::{ReverseCont, ReverseContOps, ReverseStep, ReverseStepOps};
 use gdbstub::target::ext::base::single_register_access::{SingleRegisterAccess, SingleRegisterAccessOps};
 use gdbstub::target::ext::base::BaseOps;
 use gdbstub::target::ext::breakpoints::{
@@ -40,6 +41,8 @@ pub struct Debuggee {
     pub modes: Modes,
     /// Processors.
     count: usize,
+    /// It can go back.
+    replays: bool,
     step: Option<usize>,
     /// The number of the run that the news are to be of.
     pub run: u64,
@@ -58,9 +61,10 @@ pub fn thread(cpu: usize) -> Tid {
 
 impl Debuggee {
     pub fn new(control: Arc<Control>) -> Result<Debuggee, Gone> {
-        let (count, logged) =
-            control.machine(|rt| (rt.machine.cpu_count(), rt.is_logged())).map_err(|_| Gone)?;
-        Ok(Debuggee { control, modes: Modes::new(logged), count, step: None, run: 0, hard: Vec::new() })
+        let look = |rt: &mut Runtime| (rt.machine.cpu_count(), rt.is_logged(), rt.replay.is_some());
+        let (count, logged, replays) = control.machine(look).map_err(|_| Gone)?;
+        let modes = Modes::new(logged);
+        Ok(Debuggee { control, modes, count, replays, step: None, run: 0, hard: Vec::new() })
     }
 
     pub fn ask<T: Send + 'static>(
@@ -254,8 +258,34 @@ impl MultiThreadResume for Debuggee {
         Some(self)
     }
 
+    fn support_reverse_step(&mut self) -> Option<ReverseStepOps<'_, Tid, Self>> {
+        match self.replays {
+            true => Some(self),
+            false => None,
+        }
+    }
+
+    fn support_reverse_cont(&mut self) -> Option<ReverseContOps<'_, Tid, Self>> {
+        match self.replays {
+            true => Some(self),
+            false => None,
+        }
+    }
+
     fn support_scheduler_locking(&mut self) -> Option<MultiThreadSchedulerLockingOps<'_, Self>> {
         Some(self)
+    }
+}
+
+impl ReverseStep<Tid> for Debuggee {
+    fn reverse_step(&mut self, tid: Tid) -> Result<(), Gone> {
+        self.go(Go::StepBack { cpu: cpu(tid) })
+    }
+}
+
+impl ReverseCont<Tid> for Debuggee {
+    fn reverse_cont(&mut self) -> Result<(), Gone> {
+        self.go(Go::Back)
     }
 }
 

@@ -22,8 +22,11 @@ pub enum Reason {
     Step,
     /// It is about to execute the instruction at this linear address.
     Break(u64),
-    /// Its last instruction accessed these bytes.
+    /// Its last instruction accessed these bytes. (Where a replay goes back, its next one will.)
     Watch(Watch),
+    /// The start of a recording, and its end.
+    Begin,
+    End,
 }
 
 impl From<DebugHit> for Reason {

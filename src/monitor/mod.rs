@@ -102,6 +102,9 @@ const COMMANDS: &[(&str, Command)] = &[
     ("query-memory-devices", |_, _| Ok(json!([]))),
     ("query-memdev", machine::memdev),
     ("query-replay", machine::replay),
+    ("replay-break", machine::replay_break),
+    ("replay-delete-break", machine::replay_delete_break),
+    ("replay-seek", machine::replay_seek),
     ("pmemsave", machine::pmemsave),
     ("dump-guest-memory", dump::dump),
     ("query-dump", dump::query),
@@ -250,8 +253,23 @@ impl Control {
         receiver.recv().map_err(|_| ended())
     }
 
-    /// Change the machine: as [`Self::machine`], but not on a backup, which gets its changes from the primary.
+    /// Change the machine: as [`Self::control`], but not what a recording says.
     pub fn change<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut Runtime) -> Result<T, QmpError> + Send + 'static,
+    ) -> Result<T, QmpError> {
+        self.control(move |rt| {
+            if rt.replay.is_some() {
+                return Err(QmpError::generic(
+                    "this machine does again what was recorded: nothing else can happen to it",
+                ));
+            }
+            work(rt)
+        })
+    }
+
+    /// Stop the machine or let it run, and the like: as [`Self::machine`], but not on a backup, which does as its primary does.
+    pub fn control<T: Send + 'static>(
         &self,
         work: impl FnOnce(&mut Runtime) -> Result<T, QmpError> + Send + 'static,
     ) -> Result<T, QmpError> {

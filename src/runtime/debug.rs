@@ -37,6 +37,12 @@ pub type Listener = Box<dyn Fn(News) + Send>;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Go {
     On,
+    /// To the last stop before this one (of a replay).
+    Back,
+    /// One instruction back (of a replay).
+    StepBack {
+        cpu: usize,
+    },
     /// One instruction of this processor.
     Step {
         cpu: usize,
@@ -56,6 +62,11 @@ pub struct Debugger {
 }
 
 impl Debugger {
+    /// Whether there is one.
+    pub fn is_there(&self) -> bool {
+        self.listener.is_some()
+    }
+
     fn tell(&self, what: What) {
         if let Some(listener) = &self.listener {
             listener(News { run: self.run, what });
@@ -95,6 +106,9 @@ impl Runtime {
             return Err("the accelerator of this machine cannot be debugged".into());
         }
         self.stop(RunState::Paused);
+        if let Some(replay) = &mut self.replay {
+            replay.remember();
+        }
         self.debugger = Debugger { listener: Some(listener), ..Debugger::default() };
         Ok(())
     }
@@ -111,7 +125,13 @@ impl Runtime {
     /// Change where to stop.
     pub fn debug_points(&mut self, change: impl FnOnce(&mut DebugPoints)) {
         change(&mut self.debugger.points);
-        self.machine.set_debug(Some(&self.debugger.points));
+        self.debug_arm();
+    }
+
+    /// Stop where the debugger wants to stop.
+    pub(super) fn debug_arm(&mut self) {
+        let points = self.debugger.is_there().then_some(&self.debugger.points);
+        self.machine.set_debug(points);
     }
 
     /// Go on; news of this run have the number that is returned.
@@ -123,19 +143,35 @@ impl Runtime {
             return self.debugger.run;
         }
         let (step, hold) = match go {
-            Go::On => (None, false),
+            Go::On | Go::Back | Go::StepBack { .. } => (None, false),
             Go::Step { cpu, hold_interrupts } => (Some(cpu), hold_interrupts && !self.is_logged()),
         };
         self.machine.set_step(step);
         self.debug_points(|p| p.hold_interrupts = hold);
-        self.cont();
+        let set_out = match go {
+            Go::Back => self.replay_back(),
+            Go::StepBack { cpu } => self.replay_step_back(cpu),
+            _ => {
+                self.replay_forward();
+                Ok(())
+            }
+        };
+        match set_out {
+            Ok(()) => self.cont(),
+            Err(text) => {
+                log::warn!("gdb: {text}");
+                self.debugger.tell(What::State(RunState::Paused));
+            }
+        }
         self.debugger.run
     }
 
     /// The debugger's interrupt key.
     pub fn debug_interrupt(&mut self) {
-        if self.machine.is_paused() {
+        if self.is_stopped() {
             self.debugger.tell(What::State(RunState::Paused));
+        } else if self.replay.is_some() {
+            self.replay_interrupt();
         } else {
             self.stop(RunState::Paused);
         }
@@ -147,16 +183,16 @@ impl Runtime {
         self.stop(RunState::Debug);
     }
 
-    /// Whether what comes in is logged, so that it must all come by the input door.
+    /// Whether what comes in is logged, or from a log, so that it must all come by the input door.
     pub fn is_logged(&self) -> bool {
-        self.ft.is_some() || !matches!(self.sink, Sink::None)
+        self.replay.is_some() || self.ft.is_some() || !matches!(self.sink, Sink::None)
     }
 
     fn debug_change(&self) -> Result<(), String> {
         if self.is_logged() {
             return Err(
-                "a debugger may not change a machine that is protected or recorded: the backup, or the \
-                        replay, would not have the change"
+                "a debugger may not change a machine that is protected, recorded or replayed: the backup, or \
+                        the replay, would not have the change"
                     .into(),
             );
         }

@@ -13,7 +13,8 @@ use super::debug::Debugger;
 use super::disk_errors::DiskErrors;
 use super::ft::{Fetch, FtSide};
 use super::pace::Pacer;
-use super::record::{Player, Recorder};
+use super::record::Recorder;
+use super::replay::Replay;
 use super::{Event, Events, Outcome, Quit};
 use crate::cli::ft::FtConfig;
 use crate::host::Outside;
@@ -28,7 +29,7 @@ const CHUNK: Duration = Duration::from_micros(500);
 /// How often a recording gets a state hash, in virtual time.
 const HASH_EVERY_NS: u64 = 1_000_000_000;
 /// The longest sleep, so that the pair's business is looked at.
-const NAP: Duration = Duration::from_millis(20);
+pub(super) const NAP: Duration = Duration::from_millis(20);
 
 /// Where inputs are logged.
 pub enum Sink {
@@ -75,6 +76,8 @@ pub struct Runtime {
     /// The images are closed, because another host may have them open.
     pub images_away: bool,
     pub debugger: Debugger,
+    /// The machine does again what was recorded.
+    pub replay: Option<Box<Replay>>,
     pacer: Pacer,
     chunk: u64,
     next_hash_ns: u64,
@@ -131,6 +134,7 @@ impl Runtime {
             autostart: true,
             images_away: false,
             debugger: Debugger::default(),
+            replay: None,
             pacer,
             chunk: 20_000,
             next_hash_ns: 0,
@@ -141,7 +145,9 @@ impl Runtime {
     /// Run to the end.
     pub fn run(&mut self) -> Outcome {
         loop {
-            let outcome = if self.ft.as_ref().is_some_and(FtSide::is_following) {
+            let outcome = if self.replay.is_some() {
+                self.replay_step()
+            } else if self.ft.as_ref().is_some_and(FtSide::is_following) {
                 self.follow_step()
             } else {
                 self.live_step()
@@ -344,10 +350,20 @@ impl Runtime {
 
     /// Stop the processors.
     pub fn stop(&mut self, state: RunState) {
-        if !self.machine.is_paused() {
+        if let Some(replay) = &mut self.replay {
+            if !replay.is_held() {
+                replay.hold(true);
+                self.set_running(false, state);
+            }
+        } else if !self.machine.is_paused() {
             self.input(MachineInput::Paused(true));
             self.set_running(false, state);
         }
+    }
+
+    /// Whether the user, or a debugger, has stopped the machine, or its replay.
+    pub fn is_stopped(&self) -> bool {
+        self.replay.as_ref().map_or(self.machine.is_paused(), |r| r.is_held())
     }
 
     /// Whether the processors may be let run, or what is in the way.
@@ -362,7 +378,12 @@ impl Runtime {
 
     /// Let the processors run (on).
     pub fn cont(&mut self) {
-        if self.machine.is_paused() {
+        if let Some(replay) = &mut self.replay {
+            if replay.is_held() {
+                replay.hold(false);
+                self.set_running(true, RunState::Running);
+            }
+        } else if self.machine.is_paused() {
             self.retry_failed();
             self.input(MachineInput::Paused(false));
             self.shutdown = false;
@@ -391,7 +412,7 @@ impl Runtime {
         self.ft.as_ref().is_some_and(FtSide::is_following)
     }
 
-    fn quit(&mut self, quit: Quit) -> Outcome {
+    pub(super) fn quit(&mut self, quit: Quit) -> Outcome {
         let (guest, reason, status) = match quit {
             Quit::HostSignal => (false, "host-signal", 0),
             Quit::HostQmpQuit => (false, "host-qmp-quit", 0),
@@ -691,65 +712,4 @@ pub fn follow_entry(
     }
     outputs.extend(machine.take_outputs());
     Followed::Done
-}
-
-/// Replay a recording to its end; console output goes out, everything else is dropped.
-pub fn replay(
-    machine: &mut Machine,
-    player: &mut Player,
-    outside: &Outside,
-    receiver: &Receiver<Event>,
-) -> Outcome {
-    let mut hashes = 0u64;
-    let started = Instant::now();
-    loop {
-        let entry = match player.peek() {
-            Ok(Some(entry)) => entry.clone(),
-            Ok(None) => return Outcome::Failed("the recording breaks off before its end".into()),
-            Err(e) => return Outcome::Failed(e.to_string()),
-        };
-        // Only the wish to end counts: the world's inputs come from the recording.
-        while let Ok(event) = receiver.try_recv() {
-            if matches!(event, Event::Quit(_)) {
-                return Outcome::Failed(format!(
-                    "the replay was ended at position {}",
-                    machine.stamp().position
-                ));
-            }
-        }
-        let mut outputs = Vec::new();
-        let followed = follow_entry(machine, &entry, 1 << 22, &mut outputs);
-        for (_, output) in outputs {
-            if matches!(output, Output::CharOut { .. }) {
-                outside.perform(output);
-            }
-        }
-        match followed {
-            Followed::NotYet | Followed::Asked(_) | Followed::Stopped(_) => {}
-            Followed::Done => {
-                player.done();
-                match entry {
-                    Entry::Hash { .. } => hashes += 1,
-                    Entry::End { stamp, .. } => {
-                        eprintln!(
-                            "ftvm: replay ended at position {} after {:.1} s, {} state hashes equal",
-                            stamp.position,
-                            started.elapsed().as_secs_f64(),
-                            hashes + 1
-                        );
-                        return Outcome::Done(0);
-                    }
-                    _ => {}
-                }
-            }
-            Followed::End(outcome) => return outcome,
-            Followed::Differs(parts) => {
-                return Outcome::Failed(format!(
-                    "the replay differs from the recording at position {}: {}",
-                    machine.stamp().position,
-                    parts.join(", ")
-                ))
-            }
-        }
-    }
 }

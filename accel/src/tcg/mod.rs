@@ -368,7 +368,13 @@ impl SoftCpu {
             if self.pos >= self.limit {
                 // PAUSE as the last instruction of a budget is still reported: the schedule must not
                 // depend on how the budget was divided.
-                let exit = if std::mem::take(&mut self.paused) { Exit::Pause } else { Exit::Budget };
+                let exit = if self.points.hit.is_some() {
+                    Exit::Debug
+                } else if std::mem::take(&mut self.paused) {
+                    Exit::Pause
+                } else {
+                    Exit::Budget
+                };
                 return done(self, exit);
             }
             if self.attention {
