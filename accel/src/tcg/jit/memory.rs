@@ -94,11 +94,14 @@ impl CodeMemory {
     /// Have the code up to offset `end` of a part in large pages.
     fn enlarge(&mut self, part: usize, end: usize) {
         while self.large[part] < end {
-            // SAFETY: the range is of whole large pages within the view. The call changes no contents, and a failure
-            // (an older kernel, no large page to be had) nothing at all.
+            let at = self.large[part];
+            // SAFETY: the range is of whole large pages within the views. The call changes no contents, and a failure (an
+            // older kernel, no large page to be had) nothing at all. It wants something of the page to be there.
             unsafe {
-                libc::madvise(self.run.as_ptr().add(self.large[part]).cast(), LARGE, libc::MADV_COLLAPSE)
-            };
+                self.write.as_ptr().add(at).write_volatile(0);
+                self.run.as_ptr().add(at).read_volatile();
+                libc::madvise(self.run.as_ptr().add(at).cast(), LARGE, libc::MADV_COLLAPSE);
+            }
             self.large[part] += LARGE;
         }
     }
