@@ -4,7 +4,7 @@ mod common;
 
 use common::*;
 use ftvm_harness::gdb::{gdb, symbols, Rsp};
-use ftvm_harness::guests::tiny;
+use ftvm_harness::guests::{debian, run, tiny};
 use ftvm_harness::qmp::Qmp;
 use ftvm_harness::{Result, Scratch};
 use serde_json::{json, Value};
@@ -378,4 +378,77 @@ fn positions_of_a_replay_are_reached_exactly_from_both_sides() -> Result<()> {
     drop(rsp);
     qmp.command("quit", Value::Null)?;
     ends_well(&mut vm)
+}
+
+/// Debian's whole life, from its kernel's start to the power-off: back from there to each write of `system_state`.
+#[test]
+fn a_replayed_debian_goes_back_through_its_whole_life() -> Result<()> {
+    if !long("debugging Debian backwards") {
+        return Ok(());
+    }
+    let built = std::path::Path::new(&debian()?).parent().map(|d| d.to_path_buf()).unwrap_or_default();
+    let path = |name: &str| built.join(name).display().to_string();
+    let Some(elf) = symbols(&path("debian-vmlinuz"))? else { return Ok(()) };
+    let scratch = Scratch::new("gdbdebian")?;
+    let (file, image) = (scratch.path("run.rr"), scratch.path("vm.qcow2"));
+    run("qemu-img", &["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", &debian()?, &image])?;
+    let drive = format!("file={image},if=virtio");
+    let append = "root=UUID=f7f7f7f7-0000-4000-8000-000000000001 rw console=ttyS0 nokaslr";
+    let (kernel, initrd) = (path("debian-vmlinuz"), path("debian-initrd"));
+    let args =
+        ["-m", "512M", "-smp", "2", "-drive", &drive, "-nic", "none", "-no-reboot", "-kernel", &kernel];
+    let args = [&args[..], &["-initrd", &initrd, "-append", append]].concat();
+    let rr = |mode: &str| format!("shift=auto,rr={mode},rrfile={file}");
+    let mut vm = start(&scratch, "recorded", &[&args[..], &["-icount", &rr("record")]].concat())?;
+    vm.wait_console("GUEST READY", 3 * LONG)?;
+    vm.qmp()?.command("system_powerdown", Value::Null)?;
+    ends_well(&mut vm)?;
+    let port = free_port()?;
+    let gdb_at = format!("tcp:{port}");
+    let replay = ["-icount", &rr("replay"), "-S", "-gdb", &gdb_at];
+    let mut vm = start(&scratch, "vm", &[&args[..], &replay].concat())?;
+    let commands = [
+        "break machine_power_off",
+        "continue",
+        "monitor info replay",
+        "print *(int*)&system_state",
+        "watch *(int*)&system_state",
+        "reverse-continue",
+        "bt 3",
+        "reverse-stepi",
+        "reverse-stepi",
+        "stepi",
+        "stepi",
+        "reverse-continue",
+        "bt 3",
+        "monitor info replay",
+        "delete",
+        "break vfs_write",
+        "continue",
+        "delete",
+        "monitor info replay",
+        "detach",
+    ];
+    let started = std::time::Instant::now();
+    let text = gdb(Some(&elf), &port.to_string(), &commands, 4 * LONG)?;
+    println!("{text}\n{:.1} s with gdb", started.elapsed().as_secs_f64());
+    in_order(
+        &text,
+        &[
+            " in machine_power_off ()",
+            "$1 = 5",
+            "Hardware watchpoint 2: *(int*)&system_state",
+            "Old value = 5",
+            "New value = 3",
+            "kernel_power_off ()",
+            "Old value = 3",
+            "New value = 2",
+            " in kernel_init ()",
+            " in vfs_write ()",
+        ],
+    );
+    ends_well(&mut vm)?;
+    println!("{}", vm.log());
+    assert!(vm.log().contains("state hashes equal"), "{}", vm.log());
+    Ok(())
 }

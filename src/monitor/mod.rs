@@ -22,6 +22,7 @@ mod options;
 pub mod page;
 mod pci;
 mod qom;
+mod snapshot_jobs;
 mod snapshots;
 mod types;
 mod vnc;
@@ -165,6 +166,9 @@ const COMMANDS: &[(&str, Command)] = &[
     ("eject", block::eject),
     ("blockdev-snapshot-internal-sync", snapshots::create),
     ("blockdev-snapshot-delete-internal-sync", snapshots::delete),
+    ("snapshot-save", snapshot_jobs::save),
+    ("snapshot-load", snapshot_jobs::load),
+    ("snapshot-delete", snapshot_jobs::delete),
     ("blockdev-open-tray", block::open_tray),
     ("blockdev-close-tray", block::close_tray),
     ("blockdev-insert-medium", block::insert_medium),

@@ -159,7 +159,7 @@ pub fn prepare(config: &Config, events: Events, receiver: Receiver<Event>) -> Re
     if let Some(name) = &config.host.loadvm {
         runtime.input(MachineInput::Paused(true));
         let (reply, done) = std::sync::mpsc::channel();
-        let loaded = snapshot::begin(&mut runtime, Wish::Load(name.clone()), reply);
+        let loaded = snapshot::begin(&mut runtime, Wish::Load { name: name.clone(), of: None }, reply);
         loaded.and_then(|()| done.recv().unwrap_or(Ok(()))).map_err(|e| format!("-loadvm {name}: {e}"))?;
         if !config.host.start_paused {
             runtime.cont();
