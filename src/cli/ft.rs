@@ -31,6 +31,8 @@ pub struct FtConfig {
     pub timeout: Duration,
     /// How far the backup's execution may fall behind before the primary is slowed.
     pub max_lag: Duration,
+    /// A backup tries for so long to reach its primary.
+    pub retry: Duration,
     pub reads: Reads,
     /// Each host has disks of its own (a backup hears of it from its primary).
     pub separate: bool,
@@ -43,13 +45,25 @@ impl FtConfig {
         let quoted = |s: &str| s.replace(',', ",,");
         let lock = self.lock.as_ref().map(|l| format!(",lock={}", quoted(l))).unwrap_or_default();
         let (listen, lag) = (quoted(&self.listen), self.max_lag.as_millis());
-        format!("backup,peer={peer},listen={listen}{lock},max-lag={lag}")
+        // The new primary may take a moment until it listens.
+        format!("backup,peer={peer},listen={listen}{lock},max-lag={lag},retry=60000")
     }
 
     /// Parse the option's value.
     pub fn parse(text: &str) -> Result<Self, KeyvalError> {
         let p = Params::parse(text, Some("role"))?;
-        p.only(&["role", "peer", "listen", "lock", "heartbeat", "timeout", "max-lag", "reads", "disks"])?;
+        p.only(&[
+            "role",
+            "peer",
+            "listen",
+            "lock",
+            "heartbeat",
+            "timeout",
+            "max-lag",
+            "reads",
+            "disks",
+            "retry",
+        ])?;
         let ms = |key: &str, default: u64, min: u64| -> Result<Duration, KeyvalError> {
             let n = p.number(key)?.unwrap_or(default);
             if n < min || n > 3_600_000 {
@@ -59,10 +73,10 @@ impl FtConfig {
         };
         let peer = match p.need("role")? {
             "primary" => {
-                if p.get("peer").is_some() {
-                    return Err(KeyvalError::Other(
-                        "'peer' belongs to -ft backup: a primary waits for its backup".into(),
-                    ));
+                if let Some(key) = ["peer", "retry"].into_iter().find(|key| p.get(key).is_some()) {
+                    return Err(KeyvalError::Other(format!(
+                        "'{key}' belongs to -ft backup: a primary waits for its backup"
+                    )));
                 }
                 None
             }
@@ -113,6 +127,7 @@ impl FtConfig {
             heartbeat,
             timeout,
             max_lag: ms("max-lag", 1000, 10)?,
+            retry: ms("retry", 0, 0)?,
             reads,
             separate,
         })
@@ -158,6 +173,7 @@ mod tests {
             ("both", "both"),
             ("primary,timeout=soon", "timeout"),
             ("primary,heartbeat=900", "twice"),
+            ("primary,retry=5", "'retry' belongs to -ft backup"),
             ("backup,peer=h:port", "peer"),
             ("primary,disks=separate,lock=/x,reads=disk", "that both hosts see"),
         ] {

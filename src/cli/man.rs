@@ -146,6 +146,7 @@ const DETAILS: &[(&str, &[&str])] = &[
              an option's value). In etcd the lock is KEY and what begins with KEY. and a majority of the members must answer.",
             "heartbeat=MS (100), timeout=MS (1000): how often to give a sign of life, and after how much silence to \
              suspect the peer. timeout must be at least twice heartbeat. A backup uses the primary's values.",
+            "retry=MS (0): how long a backup tries to reach a primary that does not listen yet.",
             "max-lag=MS (1000): how far the backup's execution may fall behind before the primary is slowed.",
             "disks=separate: each host has images of its own (a backup is given its -drive options), and lock= names a place that both see.",
             "reads=log (the default): data of disk reads travels in the log. reads=disk: the backup reads the shared disk itself, \

@@ -395,7 +395,7 @@ fn prepare_backup(
     let text = |e: &dyn std::fmt::Display| e.to_string();
     let peer = ft.peer.clone().unwrap_or_default();
     shared.set_state(RunState::InMigrate);
-    let joined = join(&peer, &ft.listen).map_err(|e| text(&e))?;
+    let joined = join(&peer, &ft.listen, ft.retry).map_err(|e| text(&e))?;
     let mut blueprint: Blueprint = match postcard::from_bytes(&joined.config) {
         Ok(b) => b,
         Err(e) => {

@@ -2,7 +2,7 @@
 
 use std::net::{TcpStream, ToSocketAddrs, UdpSocket};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::disks;
 use super::follow::{reader, Follow, HostSide};
@@ -14,6 +14,9 @@ use crate::lockstep::wire::{self, Epoch, Message, WireError, PROTOCOL};
 use crate::lockstep::Side;
 use crate::machine::{Machine, MachineState, Stamp};
 use crate::runtime::Event;
+
+/// Between two tries to reach the primary.
+const RETRY: Duration = Duration::from_millis(100);
 
 /// Errors of joining a primary.
 #[derive(Debug, thiserror::Error)]
@@ -49,8 +52,9 @@ pub struct Joined {
 }
 
 /// Connect to a primary and take its configuration.
-/// `listen`: where this side will wait for a backup of its own when it is live.
-pub fn join(peer: &str, listen: &str) -> Result<Joined, JoinError> {
+/// `listen`: where this side will wait for a backup of its own when it is live. `retry`: how long to try, should the
+/// primary not listen yet.
+pub fn join(peer: &str, listen: &str, retry: Duration) -> Result<Joined, JoinError> {
     let connect = |e| JoinError::Connect(peer.to_owned(), e);
     let wire = |e| JoinError::Wire(peer.to_owned(), e);
     let address = peer
@@ -58,7 +62,15 @@ pub fn join(peer: &str, listen: &str) -> Result<Joined, JoinError> {
         .map_err(connect)?
         .next()
         .ok_or_else(|| connect(std::io::ErrorKind::NotFound.into()))?;
-    let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(10)).map_err(connect)?;
+    let until = Instant::now() + retry;
+    let mut stream = loop {
+        match TcpStream::connect_timeout(&address, Duration::from_secs(10)) {
+            Ok(stream) => break stream,
+            Err(e) if Instant::now() >= until => return Err(connect(e)),
+            Err(e) => log::info!("ft: cannot reach the primary at {peer} yet: {e}"),
+        }
+        std::thread::sleep(RETRY);
+    };
     stream.set_nodelay(true).map_err(connect)?;
     stream.set_read_timeout(Some(Duration::from_secs(30))).map_err(connect)?;
     wire::greet(&mut stream).map_err(wire)?;
@@ -135,11 +147,11 @@ impl Joined {
         let zero = [0u8; 4096];
         let mut pages_received = 0u64;
         let alive = wire::encode(&Message::Alive).map_err(wire)?;
-        let mut last_alive = std::time::Instant::now();
+        let mut last_alive = Instant::now();
         let start = loop {
             if last_alive.elapsed() >= self.timing.0 {
                 // The primary must see that the copy goes on.
-                last_alive = std::time::Instant::now();
+                last_alive = Instant::now();
                 std::io::Write::write_all(&mut &self.stream, &alive).map_err(|e| wire(e.into()))?;
             }
             match wire::read(&mut input).map_err(wire)?.0 {
