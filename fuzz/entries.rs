@@ -401,7 +401,7 @@ pub fn processor(data: &[u8]) {
                 match result.exit {
                     Exit::Budget | Exit::Break | Exit::Pause => {}
                     Exit::Internal => panic!("the processor cannot go on"),
-                    Exit::Halt | Exit::Shutdown => return Some((cpu.save(), position)),
+                    Exit::Halt | Exit::Shutdown | Exit::Debug => return Some((cpu.save(), position)),
                 }
             }
         }

@@ -10,10 +10,10 @@ _ftvm() {
         -display) COMPREPLY=($(compgen -W 'none vnc=' -- "$cur")) ;;
         -d) COMPREPLY=($(compgen -W 'ft disk net cpu all' -- "$cur")) ;;
         -hda | -hdb | -hdc | -hdd | -cdrom | -kernel | -initrd | -bios | -L | -pidfile | -D) COMPREPLY=($(compgen -f -- "$cur")) ;;
-        -machine | -M | -cpu | -accel | -smp | -m | -boot | -name | -uuid | -device | -global | -object | -rtc | -icount | -hda | -hdb | -hdc | -hdd | -cdrom | -drive | -blockdev | -netdev | -nic | -net | -chardev | -serial | -monitor | -qmp | -qmp-pretty | -mon | -debugcon | -kernel | -initrd | -append | -bios | -L | -display | -vnc | -vga | -incoming | -loadvm | -pidfile | -D | -d | -sandbox | -overcommit | -audiodev | -msg | -ft) COMPREPLY=() ;;
+        -machine | -M | -cpu | -accel | -smp | -m | -boot | -name | -uuid | -device | -global | -object | -rtc | -icount | -hda | -hdb | -hdc | -hdd | -cdrom | -drive | -blockdev | -netdev | -nic | -net | -chardev | -serial | -monitor | -qmp | -qmp-pretty | -mon | -debugcon | -kernel | -initrd | -append | -bios | -L | -display | -vnc | -vga | -incoming | -loadvm | -gdb | -pidfile | -D | -d | -sandbox | -overcommit | -audiodev | -msg | -ft) COMPREPLY=() ;;
         *)
             if [[ $cur == -* ]]; then
-                COMPREPLY=($(compgen -W '-help -h -version -machine -M -cpu -accel -enable-kvm -smp -m -boot -name -uuid -device -global -object -rtc -icount -hda -hdb -hdc -hdd -cdrom -drive -blockdev -snapshot -netdev -nic -net -chardev -serial -monitor -qmp -qmp-pretty -mon -debugcon -kernel -initrd -append -bios -L -nographic -display -vnc -vga -no-reboot -no-shutdown -incoming -loadvm -S -daemonize -pidfile -D -d -nodefaults -no-user-config -no-hpet -sandbox -overcommit -audiodev -msg -ft' -- "$cur"))
+                COMPREPLY=($(compgen -W '-help -h -version -machine -M -cpu -accel -enable-kvm -smp -m -boot -name -uuid -device -global -object -rtc -icount -hda -hdb -hdc -hdd -cdrom -drive -blockdev -snapshot -netdev -nic -net -chardev -serial -monitor -qmp -qmp-pretty -mon -debugcon -kernel -initrd -append -bios -L -nographic -display -vnc -vga -no-reboot -no-shutdown -incoming -loadvm -s -gdb -S -daemonize -pidfile -D -d -nodefaults -no-user-config -no-hpet -sandbox -overcommit -audiodev -msg -ft' -- "$cur"))
             else
                 COMPREPLY=($(compgen -f -- "$cur"))
             fi

@@ -11,6 +11,7 @@ need() { # need PACKAGE COMMAND-OR-FILE
     missing="$missing $1"
 }
 need gcc cc
+need gdb gdb
 need libc6-dev /usr/include/stdlib.h
 need pkg-config pkg-config
 need libslirp-dev /usr/include/slirp/libslirp.h

@@ -3,6 +3,7 @@
 mod allocator;
 pub mod assembly;
 pub mod cli;
+pub mod gdb;
 pub mod host;
 pub mod lockstep;
 pub mod machine;

@@ -409,3 +409,48 @@ fn a_pair_keeps_its_images() -> Result<()> {
     qmp.command("quit", Value::Null)?;
     ends_well(&mut vm)
 }
+
+#[test]
+fn the_whole_machine_is_saved_and_loaded_by_jobs() -> Result<()> {
+    let scratch = Scratch::new("jobsnap")?;
+    let (mut vm, mut console) = machine(&scratch)?;
+    let mut qmp = vm.qmp()?;
+    let job = |qmp: &mut Qmp, verb: &str, id: &str, more: Value| -> Result<Value> {
+        let mut arguments = json!({"job-id": id, "tag": "then", "devices": ["disk"]});
+        for (key, value) in more.as_object().into_iter().flatten() {
+            arguments[key] = value.clone();
+        }
+        qmp.command(verb, arguments)?;
+        let ended = wait_for("the end of the job", LONG, || {
+            let jobs = qmp.command("query-jobs", Value::Null).ok()?;
+            let job = jobs.as_array()?.iter().find(|j| j["id"] == id)?.clone();
+            (job["status"] == "concluded").then_some(job)
+        })?;
+        qmp.command("job-dismiss", json!({"id": id}))?;
+        Ok(ended)
+    };
+    let here = json!({"vmstate": "disk"});
+    console.run("mark=before")?;
+    let saved = job(&mut qmp, "snapshot-save", "s0", here.clone())?;
+    assert!(saved["error"].is_null() && saved["type"] == "snapshot-save", "{saved}");
+    let again = job(&mut qmp, "snapshot-save", "s1", here.clone())?;
+    assert!(again["error"].as_str().is_some_and(|e| e.contains("already exists")), "{again}");
+    console.run("mark=behind; echo changed > /mnt/changed; sync")?;
+    let loaded = job(&mut qmp, "snapshot-load", "s2", here.clone())?;
+    assert!(loaded["error"].is_null(), "{loaded}");
+    let text = console.run("echo it is $mark; ls /mnt")?;
+    assert!(text.contains("it is before") && !text.contains("changed"), "{text}");
+    let refused =
+        |r: Result<Value>, part: &str| assert!(r.as_ref().is_err_and(|e| e.contains(part)), "{r:?}");
+    refused(job(&mut qmp, "snapshot-load", "s3", json!({"vmstate": "other"})), "'other' does not exist");
+    refused(
+        job(&mut qmp, "snapshot-delete", "s4", json!({"devices": ["other"]})),
+        "No block device node 'other'",
+    );
+    let gone = job(&mut qmp, "snapshot-delete", "s5", json!({}))?;
+    assert!(gone["error"].is_null(), "{gone}");
+    let missing = job(&mut qmp, "snapshot-load", "s6", here)?;
+    assert!(missing["error"].as_str().is_some_and(|e| e.contains("does not exist")), "{missing}");
+    let lines = end(&mut vm, &mut console, qmp)?;
+    check(&scratch, &scratch.path("disk.qcow2"), lines)
+}

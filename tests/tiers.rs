@@ -7,14 +7,27 @@ use common::*;
 use ftvm::assembly::Blueprint;
 use ftvm::cli::{self, Request};
 use ftvm::lockstep::log::Entry;
+use ftvm::machine::{DebugStop, Machine, Reason};
 use ftvm::runtime::live::{follow_entry, Followed};
 use ftvm::runtime::record::Player;
+use ftvm_accel::debug::Watch;
 use ftvm_accel::tcg::Tier;
+use ftvm_accel::DebugPoints;
 use ftvm_harness::guests::{debian, run};
 use ftvm_harness::{Result, Scratch};
 
 /// Follow a recording to its end on one tier, in pieces of `chunk` instructions; how many hashes agreed.
 fn follow(args: &[String], tier: Tier, chunk: u64) -> Result<u64> {
+    follow_watched(args, tier, chunk, &mut |_, _| {})
+}
+
+/// As [`follow`]; `look` is called behind each piece, and where a debugger's points stopped it.
+fn follow_watched(
+    args: &[String],
+    tier: Tier,
+    chunk: u64,
+    look: &mut dyn FnMut(&mut Machine, Option<DebugStop>),
+) -> Result<u64> {
     let Request::Run(config) = cli::parse(args).map_err(|e| e.to_string())? else {
         return Err("help".into());
     };
@@ -31,7 +44,8 @@ fn follow(args: &[String], tier: Tier, chunk: u64) -> Result<u64> {
         loop {
             match follow_entry(&mut machine, &entry, chunk, &mut Vec::new()) {
                 Followed::Done => break,
-                Followed::NotYet | Followed::Asked(_) => {}
+                Followed::NotYet | Followed::Asked(_) => look(&mut machine, None),
+                Followed::Stopped(stop) => look(&mut machine, Some(stop)),
                 Followed::Differs(parts) => {
                     let at = machine.stamp();
                     return Err(format!("{tier:?}: the state differs at {at:?} in {}", parts.join(", ")));
@@ -75,6 +89,73 @@ fn benchmarks_and_processes_of_every_kind() -> Result<()> {
     let args = tiny_args("quiet bench halt")?;
     let args: Vec<&str> = args.iter().map(String::as_str).chain(["-no-reboot", "-nic", "none"]).collect();
     story(&args, None, &[(Tier::AtOnce, 1 << 22), (Tier::Random(1), 30_000)])
+}
+
+/// Break- and watchpoints that are hit and passed thousands of times, over a whole life, change nothing of it.
+#[test]
+fn a_debugger_that_looks_on_changes_nothing() -> Result<()> {
+    let scratch = Scratch::new("tiers-debug")?;
+    let file = scratch.path("run.rr");
+    let rr = |how: &str| format!("shift=3,rr={how},rrfile={file}");
+    let args = tiny_args("quiet halt")?;
+    let args: Vec<&str> =
+        args.iter().map(String::as_str).chain(["-smp", "2", "-no-reboot", "-nic", "none"]).collect();
+    let mut vm = start(&scratch, "recorded", &[&args[..], &["-icount", &rr("record")]].concat())?;
+    ends_well(&mut vm)?;
+    let mut replay: Vec<String> = args.iter().map(|a| (*a).to_owned()).collect();
+    replay.extend(["-display", "none", "-serial", "null", "-icount", &rr("replay")].map(str::to_owned));
+    // Where the first processor comes by, and what it has on its stack then.
+    let mut places = Vec::new();
+    let hashes = follow_watched(&replay, Tier::After(30), 9_999_991, &mut |machine, _| {
+        let view = machine.view(0).expect("registers");
+        places.push((view.registers.rip, view.gpr[4] & !7));
+    })?;
+    let mut points = DebugPoints::default();
+    for (n, (rip, stack)) in places.iter().enumerate() {
+        points.breaks.insert(*rip);
+        if n % 8 == 0 {
+            points.watches.push(Watch { start: *stack, len: 8, reads: n % 16 == 0, writes: true });
+        }
+    }
+    assert!(points.breaks.len() > 20, "{}", points.breaks.len());
+    {
+        let tier = Tier::After(30);
+        // None stays for more than a thousand hits: some are in loops.
+        let (mut points, mut hits, mut set) = (points.clone(), std::collections::HashMap::new(), false);
+        let (mut breaks, mut watches) = (0, 0);
+        let same = follow_watched(&replay, tier, 1 << 22, &mut |machine, stop| {
+            let Some(stop) = stop else {
+                if !std::mem::replace(&mut set, true) {
+                    assert!(machine.set_debug(Some(&points)));
+                }
+                return;
+            };
+            let at = match stop.reason {
+                Reason::Break(at) => {
+                    breaks += 1;
+                    let view = machine.view(stop.cpu).expect("registers");
+                    assert_eq!(view.registers.rip, at);
+                    at
+                }
+                Reason::Watch(watch) => {
+                    watches += 1;
+                    watch.start
+                }
+                Reason::Step | Reason::Begin | Reason::End => unreachable!(),
+            };
+            let count = hits.entry(at).or_insert(0);
+            *count += 1;
+            if *count == 1000 {
+                points.breaks.remove(&at);
+                points.watches.retain(|w| w.start != at);
+                machine.set_debug(Some(&points));
+            }
+        })?;
+        assert_eq!(same, hashes);
+        println!("{tier:?}: {breaks} breakpoints, {watches} watchpoints, {same} hashes equal");
+        assert!(breaks > 1000 && watches > 100);
+    }
+    Ok(())
 }
 
 /// Messages, memory-mapped configuration space, devices behind ports.

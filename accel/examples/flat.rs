@@ -95,7 +95,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let r = cpu.run(&mem, &mut bus, position, 1_000_000);
         position += r.retired;
         match r.exit {
-            Exit::Budget | Exit::Pause | Exit::Break => {}
+            Exit::Budget | Exit::Pause | Exit::Break | Exit::Debug => {}
             Exit::Halt => match cpu.next_deadline() {
                 Some(d) => {
                     position = position.max(d);

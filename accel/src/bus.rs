@@ -1,5 +1,6 @@
 //! The interface between a processor and the machine around it.
 
+use crate::debug::{DebugHit, DebugPoints};
 use crate::mem::GuestMemory;
 use serde::{Deserialize, Serialize};
 
@@ -66,6 +67,8 @@ pub enum Exit {
     Halt,
     /// PAUSE: the guest spins; the scheduler may give another processor its turn.
     Pause,
+    /// A debugger's break- or watchpoint: see [`Processor::take_debug_hit`].
+    Debug,
     /// Triple fault: the machine resets.
     Shutdown,
     /// The processor cannot go on (an internal inconsistency); the machine stops with the text in the log.
@@ -114,6 +117,19 @@ pub trait Processor: Send {
     fn describe(&self) -> String;
     /// The registers for programs (dumps, debuggers), if they can be had.
     fn view(&self) -> Option<crate::tcg::registers::View> {
+        None
+    }
+    /// Replace what [`Self::view`] shows; nothing is checked. Returns false if this cannot be done.
+    fn set_view(&mut self, _view: &crate::tcg::registers::View) -> bool {
+        false
+    }
+    /// Stop as a debugger wants from now on; `None`: there is no debugger any more. Returns false if this processor
+    /// cannot.
+    fn set_debug(&mut self, _points: Option<&DebugPoints>) -> bool {
+        false
+    }
+    /// After [`Exit::Debug`], why.
+    fn take_debug_hit(&mut self) -> Option<DebugHit> {
         None
     }
 }

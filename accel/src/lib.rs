@@ -5,6 +5,7 @@
 //! function from (state, guest memory, what [`Bus`] answers) to the next state.
 
 pub mod bus;
+pub mod debug;
 pub mod fault;
 pub mod mem;
 pub mod model;
@@ -13,6 +14,7 @@ pub mod state;
 pub mod tcg;
 
 pub use bus::{ApicMessage, Bus, Exit, Processor, RunResult};
+pub use debug::{DebugHit, DebugPoints};
 pub use fault::Exception;
 pub use mem::GuestMemory;
 pub use model::CpuModel;

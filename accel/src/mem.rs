@@ -235,6 +235,9 @@ impl GuestMemory {
         for (start, len) in parts {
             let map = MmapRegion::<PageFlags>::new(len as usize)
                 .map_err(|e| MemError::Allocate(len, Box::new(e)))?;
+            // As QEMU does. A host that has none to give, or does not know them, says so, which changes nothing.
+            // SAFETY: the range is the mapping that was just made.
+            unsafe { libc::madvise(map.as_ptr().cast(), len as usize, libc::MADV_HUGEPAGE) };
             regions.push(Region { start, len, host: map.as_ptr(), flags: map.bitmap().clone() });
             let region = GuestRegionMmap::new(map, GuestAddress(start)).ok_or(MemError::Range(start, len))?;
             list.push(region);
@@ -360,6 +363,19 @@ impl GuestMemory {
     /// Read RAM at `gpa` into `buf` (for devices, loaders and monitors).
     pub fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MemError> {
         self.ram.read_slice(buf, GuestAddress(gpa)).map_err(|_| MemError::Range(gpa, buf.len() as u64))
+    }
+
+    /// Read what a processor would at `gpa`, within one page; false where a device answers, or nothing.
+    pub fn peek(&self, gpa: u64, buf: &mut [u8]) -> bool {
+        let at = (gpa % PAGE_SIZE) as usize;
+        let from = self.backing(gpa).read;
+        if from.is_null() || at + buf.len() > PAGE_SIZE as usize {
+            return false;
+        }
+        // SAFETY: `from` is a whole page, and the range lies within it; nobody else writes it meanwhile, since this value
+        // is of one thread.
+        buf.copy_from_slice(unsafe { std::slice::from_raw_parts(from.add(at), buf.len()) });
+        true
     }
 
     /// Write `buf` to RAM at `gpa`, keeping the page flags right.

@@ -93,6 +93,20 @@ pub enum Char {
     Id(String),
 }
 
+impl Char {
+    /// The back end itself, where an id of `-chardev` was given.
+    pub fn resolve(&self, chardevs: &[(String, Char)]) -> Result<Char, String> {
+        match self {
+            Char::Id(id) => chardevs
+                .iter()
+                .find(|(n, _)| n == id)
+                .map(|(_, d)| d.clone())
+                .ok_or_else(|| format!("chardev '{id}' not found")),
+            other => Ok(other.clone()),
+        }
+    }
+}
+
 /// A monitor.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Monitor {
@@ -244,6 +258,8 @@ pub struct HostConfig {
     pub incoming: Option<Uri>,
     /// The snapshot from which the machine goes on.
     pub loadvm: Option<String>,
+    /// Where debuggers connect.
+    pub gdb: Option<Char>,
 }
 
 /// Both parts, and the options they came from.
@@ -276,6 +292,8 @@ pub const HOST_OPTIONS: &[&str] = &[
     "display",
     "incoming",
     "loadvm",
+    "s",
+    "gdb",
 ];
 
 fn at(option: &str, value: &str) -> impl Fn(KeyvalError) -> CliError {
@@ -321,6 +339,21 @@ pub fn legacy_char(text: &str) -> Result<Option<Char>, KeyvalError> {
         "chardev" => Char::Id(rest.to_owned()),
         _ => return Err(KeyvalError::Other(format!("'{text}' is not a valid char driver"))),
     }))
+}
+
+/// The device of a stub for GDB (`-gdb`, `gdbserver`): as [`legacy_char`], but TCP sockets listen and wait for nobody.
+pub fn gdb_char(text: &str) -> Result<Option<Char>, KeyvalError> {
+    let dev = match text.split_once(',') {
+        None if text.starts_with("tcp:") => legacy_char(&format!("{text},server=on,wait=off"))?,
+        _ => legacy_char(text)?,
+    };
+    Ok(match dev {
+        Some(Char::Tcp { addr, .. }) => Some(Char::Tcp { addr, server: true, wait: false }),
+        Some(Char::File { .. }) => {
+            return Err(KeyvalError::Other(format!("'{text}': nobody can debug by a file")));
+        }
+        other => other,
+    })
 }
 
 fn chardev(text: &str) -> Result<(String, Char), KeyvalError> {
@@ -558,10 +591,8 @@ impl Config {
                         m.icount.shift = Some(n as u32);
                     }
                     m.icount.sleep = p.bool("sleep").map_err(&err)?.unwrap_or(true);
-                    if p.bool("align").map_err(&err)? == Some(true) || p.get("rrsnapshot").is_some() {
-                        return Err(err(KeyvalError::Other(
-                            "align=on and rrsnapshot are not supported".into(),
-                        )));
+                    if p.bool("align").map_err(&err)? == Some(true) {
+                        return Err(err(KeyvalError::Other("align=on is not supported".into())));
                     }
                     if let Some(mode) = p.choice("rr", &["record", "replay"]).map_err(&err)? {
                         let file = p.get("rrfile").unwrap_or("replay.bin").to_owned();
@@ -676,6 +707,8 @@ impl Config {
                 "no-reboot" => h.no_reboot = true,
                 "no-shutdown" => h.no_shutdown = true,
                 "S" => h.start_paused = true,
+                "s" => h.gdb = gdb_char(crate::gdb::DEFAULT).map_err(&err)?,
+                "gdb" => h.gdb = gdb_char(v).map_err(&err)?,
                 "daemonize" => h.daemonize = true,
                 "pidfile" => h.pidfile = Some(v.to_owned()),
                 "D" => h.log_file = Some(v.to_owned()),
@@ -738,6 +771,9 @@ impl Config {
         if h.loadvm.is_some() && (h.incoming.is_some() || h.ft.is_some() || m.machine == "none") {
             let text = "-loadvm cannot be used together with -incoming, -ft and -machine none";
             return Err(CliError::Plain(text.into()));
+        }
+        if h.gdb.is_some() && m.machine == "none" {
+            return Err(CliError::Plain("-gdb: the machine 'none' has nothing to debug".into()));
         }
         if m.icount.record.is_some() && h.ft.is_some() {
             return Err(CliError::Plain(

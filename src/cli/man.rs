@@ -42,7 +42,11 @@ const DETAILS: &[(&str, &[&str])] = &[
              the same version. Disk images are not needed for replay: what was read is in the file. Only output of \
              character devices leaves during replay.",
             "sleep=off skips the time in which the guest is idle. rr=record and -ft exclude each other. align=on \
-             and rrsnapshot are refused.",
+             is refused. rrsnapshot= is accepted and has no effect: going back needs no snapshot in an image.",
+            "A replay can be stopped, looked at and debugged, and it goes back: gdb's reverse-continue, reverse-stepi and the like, \
+             replay_seek, replay_break and info replay of the monitor. For that it keeps moments of the machine in memory \
+             (compressed pages that changed; at most the guest's memory size or 256 MiB, whichever is more), from when a debugger \
+             has connected or replay_seek was used. With a debugger connected it stops at the recording's end.",
         ],
     ),
     (
@@ -106,6 +110,18 @@ const DETAILS: &[(&str, &[&str])] = &[
     ("nographic", &["On the terminal C-a x ends ftvm, C-a c switches between serial line and monitor, C-a h shows the keys."]),
     ("vnc", &["[HOST]:N (TCP port 5900+N), unix:PATH or none; to=N tries further ports. password=on asks for the password that set_password or change-vnc-password sets, password-secret=ID for that of a secret object. share=, audiodev= do nothing. There is no TLS: listen on a loopback address, or in a network of trust. Give -vga std too: a VNC server brings no video card."]),
     ("vga", &["std is QEMU's standard VGA, as -device VGA. Other than with QEMU there is no video card unless it is asked for."]),
+    (
+        "gdb",
+        &[
+            "dev is one of tcp:[addr]:port, unix:path,server=on,wait=off, stdio, pty, chardev:id, none. A debugger that connects stops \
+             the machine; each processor is a thread. Break- and watchpoints of both kinds do not touch guest memory. \
+             Addresses are those of the thread at hand; after 'maintenance packet Qqemu.PhyMemMode:1' they are physical. \
+             'monitor' passes a line to the human monitor, whose gdbserver opens and closes the stub at any time. The stub \
+             asks for no password: listen on a loopback address or a socket file.",
+            "Stepping takes no interrupts, as with QEMU (Qqemu.sstep=, qqemu.sstepbits), unless the machine is one of a pair or \
+             recorded. Registers and memory of such a machine can be looked at, not changed. A backup cannot be debugged.",
+        ],
+    ),
     ("d", &["The environment variable RUST_LOG is read too."]),
     (
         "ft",

@@ -127,6 +127,13 @@ pub const OPTIONS: &[(&str, &str, &str, &str)] = &[
         "take the machine from a migration ('defer': 'migrate-incoming' says where)",
     ),
     ("loadvm", "name", "Debug and expert", "go on from a snapshot of the machine ('savevm')"),
+    ("s", "", "Debug and expert", "wait for gdb on port 1234 (-gdb tcp::1234)"),
+    (
+        "gdb",
+        "dev",
+        "Debug and expert",
+        "where gdb connects: tcp::port, unix:path,server=on,wait=off, stdio, pty, chardev:id",
+    ),
     ("S", "", "Debug and expert", "do not start the processors ('cont' does)"),
     ("daemonize", "", "Debug and expert", "go to the background when the sockets listen"),
     ("pidfile", "file", "Debug and expert", "write the process id to a file"),

@@ -4,11 +4,11 @@
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::os::fd::{AsFd, FromRawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{sync_channel, SyncSender, TrySendError};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::sys::termios;
@@ -43,6 +43,31 @@ pub struct CharSink {
     mux: Option<Arc<Mux>>,
     /// What a person can be told of it (`pty:/dev/pts/3`).
     pub label: String,
+    ends: Arc<Ends>,
+}
+
+/// The sockets of a back end that listens, to end them from elsewhere.
+#[derive(Default)]
+struct Ends {
+    closed: AtomicBool,
+    listener: Mutex<Option<OwnedFd>>,
+    /// How many clients there were, and the present one.
+    client: Mutex<(u64, Option<OwnedFd>)>,
+}
+
+impl Ends {
+    fn client(&self) -> MutexGuard<'_, (u64, Option<OwnedFd>)> {
+        self.client.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+    fn listens(&self, listener: &impl AsFd) {
+        let socket = listener.as_fd().try_clone_to_owned().ok();
+        *self.listener.lock().unwrap_or_else(PoisonError::into_inner) = socket;
+    }
+    fn end(socket: Option<OwnedFd>) {
+        if let Some(socket) = socket {
+            let _ = nix::sys::socket::shutdown(socket.as_raw_fd(), nix::sys::socket::Shutdown::Both);
+        }
+    }
 }
 
 impl CharSink {
@@ -71,6 +96,29 @@ impl CharSink {
                 log::debug!("a slow reader of {} lost {} bytes", self.label, bytes.len());
             }
         }
+    }
+
+    /// Write to client `number` (the first has 1) of a back end that listens, if it is still there.
+    pub fn write_to(&self, number: u64, bytes: &[u8]) {
+        let client = self.ends.client().0;
+        if client == number || client == 0 {
+            self.write(bytes);
+        }
+    }
+
+    /// End the connection of client `number`.
+    pub fn hang_up(&self, number: u64) {
+        let mut client = self.ends.client();
+        if client.0 == number {
+            Ends::end(client.1.take());
+        }
+    }
+
+    /// Listen no more.
+    pub fn close(&self) {
+        self.ends.closed.store(true, Ordering::SeqCst);
+        Ends::end(self.ends.listener.lock().unwrap_or_else(PoisonError::into_inner).take());
+        Ends::end(self.ends.client().1.take());
     }
 
     /// Wait until what was written has left, but not for ever for a reader that does not read.
@@ -112,7 +160,8 @@ fn sink(label: &str, out: Clients) -> Result<CharSink, CharError> {
         }
     })?;
     let lossless = label.starts_with("file:");
-    Ok(CharSink { queue: Some(queue), pending, lossless, mux: None, label: label.to_owned() })
+    let ends = Arc::default();
+    Ok(CharSink { queue: Some(queue), pending, lossless, mux: None, label: label.to_owned(), ends })
 }
 
 fn pump(mut from: impl Read, typed: &mut Typed) {
@@ -140,9 +189,10 @@ pub fn open(dev: &Char, label: &str, mut typed: Typed, mut opened: Opened) -> Re
         let path = path.to_owned();
         move |e| CharError::Open(path.clone(), e)
     };
-    match dev {
+    let ends: Arc<Ends> = Arc::default();
+    let opened_sink = match dev {
         Char::Null => Ok(CharSink::default()),
-        Char::Mux(dev) => open(dev, label, typed, opened),
+        Char::Mux(dev) => return open(dev, label, typed, opened),
         Char::Id(id) => Err(CharError::Open(id.clone(), std::io::ErrorKind::NotFound.into())),
         Char::Stdio { signal } => {
             terminal(*signal)?;
@@ -191,12 +241,10 @@ pub fn open(dev: &Char, label: &str, mut typed: Typed, mut opened: Opened) -> Re
             if *server {
                 let _ = std::fs::remove_file(path);
                 let listener = UnixListener::bind(path).map_err(io(path))?;
-                accept(path, *wait, (typed, opened), Arc::clone(&clients), move || {
+                ends.listens(&listener);
+                accept(path, *wait, (typed, opened), Arc::clone(&clients), &ends, move || {
                     let (s, _) = listener.accept()?;
-                    Ok((
-                        Box::new(s.try_clone()?) as Box<dyn Read + Send>,
-                        Box::new(s) as Box<dyn Write + Send>,
-                    ))
+                    accepted(s.as_fd().try_clone_to_owned()?, s.try_clone()?, s)
                 })?;
             } else {
                 let s = UnixStream::connect(path).map_err(io(path))?;
@@ -211,13 +259,11 @@ pub fn open(dev: &Char, label: &str, mut typed: Typed, mut opened: Opened) -> Re
             if *server {
                 let addr = if addr.starts_with(':') { format!("0.0.0.0{addr}") } else { addr.clone() };
                 let listener = TcpListener::bind(&addr).map_err(io(&addr))?;
-                accept(&addr, *wait, (typed, opened), Arc::clone(&clients), move || {
+                ends.listens(&listener);
+                accept(&addr, *wait, (typed, opened), Arc::clone(&clients), &ends, move || {
                     let (s, _) = listener.accept()?;
                     s.set_nodelay(true)?;
-                    Ok((
-                        Box::new(s.try_clone()?) as Box<dyn Read + Send>,
-                        Box::new(s) as Box<dyn Write + Send>,
-                    ))
+                    accepted(s.as_fd().try_clone_to_owned()?, s.try_clone()?, s)
                 })?;
             } else {
                 let s = TcpStream::connect(addr).map_err(io(addr))?;
@@ -234,13 +280,15 @@ pub fn open(dev: &Char, label: &str, mut typed: Typed, mut opened: Opened) -> Re
             // SAFETY: the descriptor was passed to this process as a listening socket for this use.
             let listener = unsafe { UnixListener::from_raw_fd(*fd) };
             let clients: Clients = Arc::default();
-            accept("fd", false, (typed, opened), Arc::clone(&clients), move || {
+            ends.listens(&listener);
+            accept("fd", false, (typed, opened), Arc::clone(&clients), &ends, move || {
                 let (s, _) = listener.accept()?;
-                Ok((Box::new(s.try_clone()?) as Box<dyn Read + Send>, Box::new(s) as Box<dyn Write + Send>))
+                accepted(s.as_fd().try_clone_to_owned()?, s.try_clone()?, s)
             })?;
             sink(&format!("fd:{fd}"), clients)
         }
-    }
+    };
+    opened_sink.map(|sink| CharSink { ends, ..sink })
 }
 
 fn set(clients: &Clients, writer: Box<dyn Write + Send>) {
@@ -249,7 +297,16 @@ fn set(clients: &Clients, writer: Box<dyn Write + Send>) {
     }
 }
 
-type Accepted = std::io::Result<(Box<dyn Read + Send>, Box<dyn Write + Send>)>;
+/// A client's socket, and both ways to it.
+type Accepted = std::io::Result<(OwnedFd, Box<dyn Read + Send>, Box<dyn Write + Send>)>;
+
+fn accepted(
+    socket: OwnedFd,
+    reader: impl Read + Send + 'static,
+    writer: impl Write + Send + 'static,
+) -> Accepted {
+    Ok((socket, Box::new(reader), Box::new(writer)))
+}
 
 /// Serve one client after the other; with `wait` the first one is waited for here.
 fn accept(
@@ -257,6 +314,7 @@ fn accept(
     wait: bool,
     (mut typed, mut opened): (Typed, Opened),
     clients: Clients,
+    ends: &Arc<Ends>,
     mut next: impl FnMut() -> Accepted + Send + 'static,
 ) -> Result<(), CharError> {
     let mut first = None;
@@ -264,17 +322,24 @@ fn accept(
         eprintln!("ftvm: waiting for connection on {name}");
         first = Some(next().map_err(|e| CharError::Open(name.to_owned(), e))?);
     }
+    let ends = Arc::clone(ends);
     spawn(name, move || loop {
         let client = match first.take() {
             Some(c) => Ok(c),
             None => next(),
         };
         match client {
-            Ok((reader, writer)) => {
-                set(&clients, writer);
+            _ if ends.closed.load(Ordering::SeqCst) => return,
+            Ok((socket, reader, writer)) => {
+                {
+                    let mut client = ends.client();
+                    set(&clients, writer);
+                    *client = (client.0 + 1, Some(socket));
+                }
                 opened(true);
                 pump(reader, &mut typed);
                 opened(false);
+                ends.client().1 = None;
                 if let Ok(mut guard) = clients.lock() {
                     *guard = None;
                 }

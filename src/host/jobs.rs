@@ -64,7 +64,7 @@ pub enum End {
 /// How a job was asked for.
 pub struct Wanted {
     pub id: String,
-    /// `commit`, `stream`, `mirror`, `backup` or `create`
+    /// QEMU's `JobType`
     pub kind: &'static str,
     pub auto_finalize: bool,
     pub auto_dismiss: bool,
@@ -125,7 +125,12 @@ impl Job {
 
     /// Whether it is one of `query-block-jobs`.
     pub fn is_block(&self) -> bool {
-        self.wanted.kind != "create"
+        self.wanted.kind != "create" && !self.is_of_the_machine()
+    }
+
+    /// Whether it is about the whole machine, not its images.
+    fn is_of_the_machine(&self) -> bool {
+        self.wanted.kind.starts_with("snapshot-")
     }
 
     fn set(&self, status: Status) {
@@ -396,9 +401,9 @@ impl Jobs {
         lock(&self.list).clone()
     }
 
-    /// Whether there are jobs that have not ended.
+    /// Whether there are jobs on images that have not ended.
     pub fn is_busy(&self) -> bool {
-        self.all().iter().any(|j| j.state().status != Status::Concluded)
+        self.all().iter().filter(|j| !j.is_of_the_machine()).any(|j| j.state().status != Status::Concluded)
     }
 
     /// The kind of the job that uses a node.

@@ -5,11 +5,13 @@
 //! recording and replaying.
 
 mod clock;
+mod debug;
 mod hash;
 mod run;
 mod state;
 
 pub use clock::{Adjust, VirtualClock};
+pub use debug::{DebugStop, Reason};
 pub use hash::StateHash;
 pub use state::{MachineState, StateError};
 
@@ -105,6 +107,8 @@ pub enum Stop {
     Output,
     /// The guest asks something of the machine as a whole.
     Request(MachineRequest),
+    /// A debugger wanted to stop here.
+    Debug(DebugStop),
     /// A processor cannot go on.
     Dead,
 }
@@ -132,6 +136,8 @@ pub struct Machine {
     outputs: Vec<(Stamp, Output)>,
     hashes: hash::MemoryHash,
     note: Vec<u8>,
+    /// A debugger steps this processor. (Not part of the state, as nothing of debuggers is.)
+    step: Option<usize>,
 }
 
 impl Machine {
@@ -155,6 +161,7 @@ impl Machine {
             outputs: Vec::new(),
             hashes,
             note: Vec::new(),
+            step: None,
         };
         machine.reset();
         machine

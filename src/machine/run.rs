@@ -3,7 +3,7 @@
 use ftvm_accel::bus::Ipi;
 use ftvm_accel::{Bus, Exit, GuestMemory};
 
-use super::{Chipset, Machine, Stamp, Stop, VirtualClock, SLICE};
+use super::{Chipset, DebugStop, Machine, Reason, Stamp, Stop, VirtualClock, SLICE};
 
 /// What a running processor sees of the machine.
 struct MachineBus<'a> {
@@ -129,6 +129,8 @@ impl Machine {
                 self.next_deadline().map_or(u64::MAX, |d| self.clock.instructions_until(self.position, d));
             let budget = (end - self.position).min(timer.max(1)).min(self.schedule.slice_left);
             let index = self.schedule.current as usize;
+            let stepped = self.step == Some(index);
+            let budget = if stepped { budget.min(1) } else { budget };
             let mut bus = MachineBus {
                 mem: &self.mem,
                 chipset: self.chipset.as_mut(),
@@ -150,7 +152,17 @@ impl Machine {
                     log::warn!("triple fault at position {}: resetting the machine", self.position);
                     return Stop::Request(ftvm_devices::MachineRequest::Reset);
                 }
+                Exit::Debug => {
+                    if let Some(hit) = self.cpus[index].take_debug_hit() {
+                        self.step = None;
+                        return Stop::Debug(DebugStop { cpu: index, reason: hit.into() });
+                    }
+                }
                 Exit::Internal => return Stop::Dead,
+            }
+            if stepped && result.retired > 0 {
+                self.step = None;
+                return Stop::Debug(DebugStop { cpu: index, reason: Reason::Step });
             }
         }
     }

@@ -14,7 +14,7 @@ use super::incoming::{compare, put, restore};
 use super::outgoing::{disks_are_idle, take_pages};
 use super::stream::{self, Frame, MachineInfo, Reader};
 use crate::runtime::control::RunState;
-use crate::runtime::live::{Runtime, Sink};
+use crate::runtime::live::Runtime;
 
 /// Pages in one frame.
 const PAGES: usize = 1024;
@@ -22,9 +22,20 @@ const PAGES: usize = 1024;
 /// What is wanted.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Wish {
-    Save(String),
-    Load(String),
+    /// Into all writable images, in place of one of that name; or into the chosen ones, where none has that name.
+    Save {
+        name: String,
+        of: Option<Chosen>,
+    },
+    Load {
+        name: String,
+        of: Option<Chosen>,
+    },
 }
+
+/// Drives that the user chose. The first one's image keeps the state.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Chosen(pub Vec<usize>);
 
 /// A wish that waits for the disks to be idle.
 pub struct Pending {
@@ -36,13 +47,19 @@ pub struct Pending {
 /// A drive whose image takes part: its number and name.
 type Drive = (String, Arc<dyn Image>);
 
-/// The writable images; all of them must be able to have snapshots.
-fn images(rt: &Runtime) -> Result<Vec<Drive>, String> {
+/// The writable images, or the chosen ones; all of them must be able to have snapshots.
+fn images(rt: &Runtime, of: Option<&Chosen>) -> Result<Vec<Drive>, String> {
     let drives = rt.shared.backends().drives.clone();
     let mut out = Vec::new();
-    for (i, drive) in drives.iter().enumerate() {
-        let Some(drive) = drive else { continue };
-        let Some(image) = rt.outside.disk_image(i).filter(|image| !image.read_only()) else { continue };
+    let indexes: Vec<usize> = of.map_or_else(|| (0..drives.len()).collect(), |of| of.0.clone());
+    for i in indexes {
+        let Some(Some(drive)) = drives.get(i) else { continue };
+        let Some(image) = rt.outside.disk_image(i).filter(|image| !image.read_only()) else {
+            match of {
+                None => continue,
+                Some(_) => return Err(format!("Device '{}' is not writable", drive.id)),
+            }
+        };
         if image.format() != "qcow2" {
             return Err(format!("Device '{}' is writable but does not support snapshots", drive.id));
         }
@@ -67,18 +84,26 @@ pub fn begin(rt: &mut Runtime, wish: Wish, reply: Sender<Result<(), String>>) ->
     if rt.ft.is_some() {
         return Err("the machine is one of a pair (ft-turn-off ends the pair)".into());
     }
-    if !matches!(rt.sink, Sink::None) {
+    if rt.is_logged() {
         return Err("the machine is recorded".into());
     }
     if rt.shared.jobs.is_busy() {
         return Err("a block job is under way".into());
     }
-    let images = images(rt)?;
-    if let Wish::Load(name) = &wish {
-        check(rt, &images, name)?;
+    match &wish {
+        Wish::Load { name, of } => {
+            let images = images(rt, of.as_ref())?;
+            check(rt, &images, name)?;
+        }
+        Wish::Save { name, of } => {
+            let images = images(rt, of.as_ref())?;
+            if of.is_some() && images.iter().any(|(_, image)| find(image.as_ref(), name).is_some()) {
+                return Err(format!("Snapshot '{name}' already exists in one or more devices"));
+            }
+        }
     }
     let ran = !rt.machine.is_paused();
-    let state = if matches!(wish, Wish::Save(_)) { RunState::SaveVm } else { RunState::RestoreVm };
+    let state = if matches!(wish, Wish::Save { .. }) { RunState::SaveVm } else { RunState::RestoreVm };
     if ran {
         rt.stop(state);
     }
@@ -94,8 +119,8 @@ pub fn work(rt: &mut Runtime) {
     }
     let Some(pending) = rt.snapshotting.take() else { return };
     let done = match &pending.wish {
-        Wish::Save(name) => save(rt, name, pending.ran),
-        Wish::Load(name) => load(rt, name),
+        Wish::Save { name, of } => save(rt, name, of.as_ref(), pending.ran),
+        Wish::Load { name, of } => load(rt, name, of.as_ref()),
     };
     if pending.ran {
         if let Err(e) = &done {
@@ -135,8 +160,8 @@ impl StateWriter<'_> {
     }
 }
 
-fn save(rt: &mut Runtime, name: &str, ran: bool) -> Result<(), String> {
-    let images = images(rt)?;
+fn save(rt: &mut Runtime, name: &str, of: Option<&Chosen>, ran: bool) -> Result<(), String> {
+    let images = images(rt, of)?;
     // As in QEMU, the name is free for the new one.
     delete(&images, name)?;
     let (_, first) = &images[0];
@@ -244,8 +269,8 @@ fn check(rt: &mut Runtime, images: &[Drive], name: &str) -> Result<(), String> {
     })
 }
 
-fn load(rt: &mut Runtime, name: &str) -> Result<(), String> {
-    let images = images(rt)?;
+fn load(rt: &mut Runtime, name: &str, of: Option<&Chosen>) -> Result<(), String> {
+    let images = images(rt, of)?;
     let (image, snapshot) = keeper(&images, name)?;
     for (device, image) in &images {
         let was = image.size();
@@ -285,13 +310,13 @@ pub fn delete(images: &[Drive], name: &str) -> Result<(), String> {
     Ok(())
 }
 
-/// `delvm`: the snapshot of this name goes, wherever it is.
-pub fn forget(rt: &mut Runtime, name: &str) -> Result<(), String> {
+/// `delvm`: the snapshot of this name goes, wherever it is; or from the chosen images.
+pub fn forget(rt: &mut Runtime, name: &str, of: Option<&Chosen>) -> Result<(), String> {
     if rt.ft.is_some() {
         return Err("the machine is one of a pair (ft-turn-off ends the pair)".into());
     }
-    let images = images(rt)?;
-    if !images.iter().any(|(_, image)| find(image.as_ref(), name).is_some()) {
+    let images = images(rt, of)?;
+    if of.is_none() && !images.iter().any(|(_, image)| find(image.as_ref(), name).is_some()) {
         return Err(format!("Snapshot '{name}' does not exist in any of the images"));
     }
     delete(&images, name)

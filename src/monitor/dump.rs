@@ -67,8 +67,8 @@ pub fn dump(c: &Control, call: &mut Call) -> Reply {
         return fail("There is a dump in process, please wait.");
     }
     let detach = call.bool("detach") == Some(true);
-    let (views, ranges, ran) = c.change(move |rt| {
-        let ran = !rt.machine.is_paused();
+    let (views, ranges, ran) = c.control(move |rt| {
+        let ran = !rt.is_stopped();
         rt.stop(RunState::Paused);
         let mut ranges = rt.machine.memory().ram_ranges();
         if let Some((begin, length)) = range {

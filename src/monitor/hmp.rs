@@ -23,6 +23,7 @@ const HELP: &[(&str, &str)] = &[
     ("device_del ID", "ask the guest to let go of a device"),
     ("dump-guest-memory FILE", "write guest memory and registers to an ELF core file"),
     ("eject DEVICE", "take the medium out of a drive"),
+    ("gdbserver [DEVICE]", "let gdb connect on a character device (tcp::1234; none: no more)"),
     ("help|?", "this help"),
     ("info ITEM", "show something; 'info' lists what"),
     ("loadvm NAME", "go back to a snapshot of the machine"),
@@ -42,6 +43,9 @@ const HELP: &[(&str, &str)] = &[
     ("qom-get PATH PROPERTY", "show a property of an object"),
     ("qom-list PATH", "list the properties of an object"),
     ("qom-set PATH PROPERTY VALUE", "set a property of an object"),
+    ("replay_break ICOUNT", "stop the replay at a position that lies ahead"),
+    ("replay_delete_break", "do not stop it there"),
+    ("replay_seek ICOUNT", "go to a position of the replay, ahead or back"),
     ("savevm [NAME]", "make a snapshot of the machine and its images"),
     ("screendump FILE [-f ppm|png] [DEVICE [HEAD]]", "a picture of the screen, in a file"),
     ("sendkey KEY[-KEY...] [HOLD_MS]", "press keys together"),
@@ -75,6 +79,7 @@ const INFO: &[(&str, &str, Info)] = &[
     ("qom-tree", "the tree of objects", |c| Ok(qom_tree(&qom::tree(c)))),
     ("qtree", "the devices", qtree),
     ("registers", "registers of the processors when they last stopped", |c| Ok(c.shared.registers() + "\n")),
+    ("replay", "record and replay", replay),
     ("snapshots", "internal snapshots of the images", snapshots::list),
     ("status", "whether the machine runs", status),
     ("uuid", "the machine's UUID", |c| Ok(format!("{}\n", format_uuid(&c.config.uuid)))),
@@ -225,6 +230,10 @@ impl Control {
                 let arguments = json!({"path": need(0)?, "property": need(1)?, "value": value});
                 self.run("qom-set", arguments, fds)
             }
+            "replay_break" => self.run("replay-break", json!({"icount": number(need(0)?)?}), fds),
+            "replay_seek" => self.run("replay-seek", json!({"icount": number(need(0)?)?}), fds),
+            "replay_delete_break" => self.run("replay-delete-break", json!({}), fds),
+            "gdbserver" => self.gdbserver(rest),
             "savevm" | "loadvm" | "delvm" => snapshots::vm(self, verb, Some(rest).filter(|r| !r.is_empty())),
             _ if verb.starts_with("migrate") || verb == "announce_self" => {
                 migrate::line(self, verb, &words, fds)
@@ -285,6 +294,16 @@ fn status(c: &Control) -> Result<String, QmpError> {
         RunState::Running => "VM status: running\n".into(),
         RunState::Paused => "VM status: paused\n".into(),
         other => format!("VM status: paused ({})\n", other.word()),
+    })
+}
+
+fn replay(c: &Control) -> Result<String, QmpError> {
+    let info = c.query("query-replay")?;
+    let (file, count) = (text(&info, "filename"), &info["icount"]);
+    Ok(match text(&info, "mode") {
+        "play" => format!("Replaying execution '{file}': instruction count = {count}\n"),
+        "record" => format!("Recording execution '{file}': instruction count = {count}\n"),
+        _ => "Record/replay is not active\n".into(),
     })
 }
 

@@ -9,6 +9,7 @@ use super::{done, Control, Reply};
 use crate::cli::config::{format_uuid, MACHINES};
 use crate::machine::MachineInput;
 use crate::runtime::control::RunState;
+use crate::runtime::live::Runtime;
 use crate::runtime::{Event, Quit};
 
 pub fn status(c: &Control, _: &mut Call) -> Reply {
@@ -35,7 +36,7 @@ pub fn quit(c: &Control, _: &mut Call) -> Reply {
 }
 
 pub fn stop(c: &Control, _: &mut Call) -> Reply {
-    c.change(|rt| {
+    c.control(|rt| {
         if rt.incoming.is_some() {
             // It will not run when it has come.
             rt.autostart = false;
@@ -55,21 +56,16 @@ pub fn cont(c: &Control, _: &mut Call) -> Reply {
         c.shared.events.emit("RESUME", Value::Null);
         return done();
     }
-    c.change(|rt| match rt.shared.state() {
-        RunState::Shutdown | RunState::InternalError => {
-            Err(QmpError::generic("Resetting the Virtual Machine is required"))
-        }
-        RunState::InMigrate => {
+    c.control(|rt| {
+        if rt.shared.state() == RunState::InMigrate {
             rt.autostart = true;
-            done()
+            return done();
         }
-        RunState::FinishMigrate => Err(QmpError::generic("Migration is not finalized yet")),
-        _ => {
-            // Given away, or to a file: another host may have the images open by now.
-            rt.fetch_images().map_err(QmpError::generic)?;
-            rt.cont();
-            done()
-        }
+        rt.may_run().map_err(QmpError::generic)?;
+        // Given away, or to a file: another host may have the images open by now.
+        rt.fetch_images().map_err(QmpError::generic)?;
+        rt.cont();
+        done()
     })
 }
 
@@ -165,13 +161,50 @@ pub fn memdev(c: &Control, _: &mut Call) -> Reply {
 }
 
 pub fn replay(c: &Control, _: &mut Call) -> Reply {
-    let icount = c.machine(|rt| rt.machine.stamp().position)?;
+    let work =
+        |rt: &mut Runtime| (rt.machine.stamp().position, rt.replay.as_ref().map(|r| r.file().to_owned()));
+    let (icount, played) = c.machine(work)?;
     let mut reply = json!({"mode": "none", "icount": icount});
-    if let Some(file) = &c.config.icount.record {
+    if let Some(file) = played {
+        reply["mode"] = json!("play");
+        reply["filename"] = json!(file);
+    } else if let Some(file) = &c.config.icount.record {
         reply["mode"] = json!("record");
         reply["filename"] = json!(file);
     }
     Ok(reply)
+}
+
+/// The argument `icount`.
+fn icount(call: &Call) -> Result<u64, QmpError> {
+    let count = call.int("icount").and_then(|n| u64::try_from(n).ok());
+    count.ok_or_else(|| QmpError::generic("Parameter 'icount' expects a count of instructions"))
+}
+
+pub fn replay_break(c: &Control, call: &mut Call) -> Reply {
+    let at = icount(call)?;
+    c.control(move |rt| match rt.replay.is_some() {
+        true => rt.replay_break(Some(at)).map_err(QmpError::generic),
+        false => Err(QmpError::generic("setting the breakpoint is allowed only in play mode")),
+    })?;
+    done()
+}
+
+pub fn replay_delete_break(c: &Control, _: &mut Call) -> Reply {
+    c.control(|rt| match rt.replay.is_some() {
+        true => rt.replay_break(None).map_err(QmpError::generic),
+        false => Err(QmpError::generic("replay breakpoints are allowed only in play mode")),
+    })?;
+    done()
+}
+
+pub fn replay_seek(c: &Control, call: &mut Call) -> Reply {
+    let at = icount(call)?;
+    c.control(move |rt| match rt.replay.is_some() {
+        true => rt.replay_seek(at).map_err(QmpError::generic),
+        false => Err(QmpError::generic("replay must be enabled to seek")),
+    })?;
+    done()
 }
 
 pub fn pmemsave(c: &Control, call: &mut Call) -> Reply {

@@ -9,6 +9,7 @@ mod display;
 pub mod dump;
 mod fdsets;
 mod ft;
+mod gdb;
 mod graph;
 mod hmp;
 mod input;
@@ -21,12 +22,13 @@ mod options;
 pub mod page;
 mod pci;
 mod qom;
+mod snapshot_jobs;
 mod snapshots;
 mod types;
 mod vnc;
 
 use std::sync::mpsc::channel;
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 
 use ftvm_qmp::{Call, Handler, QmpError};
 use serde_json::{json, Value};
@@ -55,10 +57,14 @@ pub struct Control {
     pub muxes: Mutex<std::collections::BTreeMap<String, Arc<crate::host::mux::Mux>>>,
     pub fdsets: fdsets::FdSets,
     pub bitmaps: Mutex<graph::Bitmaps>,
+    /// The stub for GDB, if there is one.
+    pub gdb: Mutex<Option<crate::gdb::Server>>,
     /// The VNC server, if there is one.
     pub vnc: OnceLock<Arc<crate::host::vnc::Vnc>>,
     /// The machine thread's id.
     pub machine_thread: i32,
+    /// Itself, for servers that outlive a command.
+    pub this: Weak<Control>,
 }
 
 type Command = fn(&Control, &mut Call) -> Reply;
@@ -99,6 +105,9 @@ const COMMANDS: &[(&str, Command)] = &[
     ("query-memory-devices", |_, _| Ok(json!([]))),
     ("query-memdev", machine::memdev),
     ("query-replay", machine::replay),
+    ("replay-break", machine::replay_break),
+    ("replay-delete-break", machine::replay_delete_break),
+    ("replay-seek", machine::replay_seek),
     ("pmemsave", machine::pmemsave),
     ("dump-guest-memory", dump::dump),
     ("query-dump", dump::query),
@@ -159,6 +168,9 @@ const COMMANDS: &[(&str, Command)] = &[
     ("eject", block::eject),
     ("blockdev-snapshot-internal-sync", snapshots::create),
     ("blockdev-snapshot-delete-internal-sync", snapshots::delete),
+    ("snapshot-save", snapshot_jobs::save),
+    ("snapshot-load", snapshot_jobs::load),
+    ("snapshot-delete", snapshot_jobs::delete),
     ("blockdev-open-tray", block::open_tray),
     ("blockdev-close-tray", block::close_tray),
     ("blockdev-insert-medium", block::insert_medium),
@@ -223,8 +235,10 @@ impl Control {
             muxes: Mutex::default(),
             fdsets: Default::default(),
             bitmaps: Mutex::default(),
+            gdb: Mutex::default(),
             vnc: OnceLock::new(),
             machine_thread: 0,
+            this: Weak::new(),
         }
     }
 
@@ -246,8 +260,23 @@ impl Control {
         receiver.recv().map_err(|_| ended())
     }
 
-    /// Change the machine: as [`Self::machine`], but not on a backup, which gets its changes from the primary.
+    /// Change the machine: as [`Self::control`], but not what a recording says.
     pub fn change<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut Runtime) -> Result<T, QmpError> + Send + 'static,
+    ) -> Result<T, QmpError> {
+        self.control(move |rt| {
+            if rt.replay.is_some() {
+                return Err(QmpError::generic(
+                    "this machine does again what was recorded: nothing else can happen to it",
+                ));
+            }
+            work(rt)
+        })
+    }
+
+    /// Stop the machine or let it run, and the like: as [`Self::machine`], but not on a backup, which does as its primary does.
+    pub fn control<T: Send + 'static>(
         &self,
         work: impl FnOnce(&mut Runtime) -> Result<T, QmpError> + Send + 'static,
     ) -> Result<T, QmpError> {

@@ -199,10 +199,10 @@ pub fn vm(c: &Control, verb: &str, name: Option<&str>) -> Result<String, QmpErro
         (None, _) => return Err(QmpError::generic(format!("{verb}: the snapshot's name is missing"))),
     };
     let wish = match verb {
-        "savevm" => Wish::Save(name),
-        "loadvm" => Wish::Load(name),
+        "savevm" => Wish::Save { name, of: None },
+        "loadvm" => Wish::Load { name, of: None },
         _ => {
-            c.change(move |rt| snapshot_of_machine::forget(rt, &name).map_err(QmpError::generic))?;
+            c.change(move |rt| snapshot_of_machine::forget(rt, &name, None).map_err(QmpError::generic))?;
             return Ok(String::new());
         }
     };

@@ -14,8 +14,7 @@ use crate::cli::{Config, Request};
 use crate::host::chars;
 use crate::host::signals;
 use crate::runtime::control::Shared;
-use crate::runtime::live::{replay, Runtime};
-use crate::runtime::record::Player;
+use crate::runtime::live::Runtime;
 use crate::runtime::{Event, Outcome, Quit};
 
 /// Run the program with these arguments (without its name); returns the exit status.
@@ -192,7 +191,6 @@ fn daemonize() -> Result<Ready, String> {
 
 enum Prepared {
     Live(Box<Runtime>),
-    Replay(Box<Runtime>, Box<Player>),
     /// `-machine none`: only monitors.
     Idle(Arc<Shared>, Receiver<Event>),
 }
@@ -201,12 +199,6 @@ impl Prepared {
     fn run(self) -> Outcome {
         match self {
             Prepared::Live(mut runtime) => runtime.run(),
-            Prepared::Replay(mut runtime, mut player) => {
-                let outside = Arc::clone(&runtime.outside);
-                let outcome = replay(&mut runtime.machine, &mut player, &outside, &runtime.receiver);
-                outside.drain_chars();
-                outcome
-            }
             Prepared::Idle(shared, receiver) => idle(&shared, &receiver),
         }
     }

@@ -28,7 +28,7 @@ pub fn control(
     events: &Events,
     outside: Arc<Outside>,
 ) -> Arc<Control> {
-    Arc::new(Control {
+    Arc::new_cyclic(|this| Control {
         shared: Arc::clone(shared),
         events: events.clone(),
         config: machine.clone(),
@@ -37,8 +37,10 @@ pub fn control(
         muxes: Mutex::default(),
         fdsets: Default::default(),
         bitmaps: Default::default(),
+        gdb: Default::default(),
         vnc: Default::default(),
         machine_thread: nix::unistd::gettid().as_raw(),
+        this: this.clone(),
     })
 }
 
@@ -61,7 +63,7 @@ pub fn open_outside(
         .collect();
     let mut sinks = Vec::new();
     for (port, given) in blueprint.chars.iter().enumerate() {
-        let dev = resolve(given, &blueprint.config.chardevs)?;
+        let dev = given.resolve(&blueprint.config.chardevs)?;
         let send = events.clone();
         let port = port as u32;
         let deliver = move |bytes: &[u8]| {
@@ -101,17 +103,6 @@ fn note(control: &Control, label: &str, sink: &CharSink) {
         if chars.iter().all(|c| c.label != label) {
             chars.push(CharView { label: label.to_owned(), filename: sink.label.clone() });
         }
-    }
-}
-
-fn resolve(dev: &Char, chardevs: &[(String, Char)]) -> Result<Char, String> {
-    match dev {
-        Char::Id(id) => chardevs
-            .iter()
-            .find(|(n, _)| n == id)
-            .map(|(_, d)| d.clone())
-            .ok_or_else(|| format!("chardev '{id}' not found")),
-        other => Ok(other.clone()),
     }
 }
 
@@ -193,7 +184,7 @@ fn human_front(mux: &Arc<Mux>, control: &Arc<Control>) -> Result<CharSink, Strin
 
 pub fn start_monitors(config: &Config, control: &Arc<Control>) -> Result<(), String> {
     for (i, monitor) in config.host.monitors.iter().enumerate() {
-        let dev = resolve(&monitor.dev, &config.machine.chardevs)?;
+        let dev = monitor.dev.resolve(&config.machine.chardevs)?;
         let label = match &monitor.dev {
             Char::Id(id) => id.clone(),
             _ => format!("compat_monitor{i}"),
@@ -212,6 +203,7 @@ pub fn start_monitors(config: &Config, control: &Arc<Control>) -> Result<(), Str
             start_human(&dev, &label, control)?;
         }
     }
+    control.serve_gdb(config.host.gdb.as_ref()).map_err(|e| format!("-gdb: {e}"))?;
     super::register::register(control);
     match &config.host.vnc {
         Some(vnc) => start_vnc(vnc, control),

@@ -27,6 +27,7 @@ use crate::runtime::ft::disks::{Disks, Generations};
 use crate::runtime::ft::{begin_own_writes, join, BackupReads, Common, FtSide, HostSide};
 use crate::runtime::live::{Home, RunOptions, Runtime, Sink, TurnOn};
 use crate::runtime::record::{Header, Player, Recorder};
+use crate::runtime::replay::Replay;
 use crate::runtime::{Event, Events};
 
 /// A drive's open image, if it has a medium.
@@ -84,8 +85,14 @@ pub fn prepare(config: &Config, events: Events, receiver: Receiver<Event>) -> Re
         let machine = blueprint.build().map_err(|e| text(&e))?;
         let (outside, control) = open_outside(&blueprint, &shared, &events)?;
         start_monitors(config, &control)?;
-        let runtime = Runtime::new(machine, outside, shared, events, receiver, RunOptions::default());
-        return Ok(Prepared::Replay(Box::new(runtime), Box::new(player)));
+        let held = config.host.start_paused;
+        let replay = Replay::new(&machine, player, path.clone(), held);
+        let mut runtime = Runtime::new(machine, outside, shared, events, receiver, RunOptions::default());
+        runtime.replay = Some(Box::new(replay));
+        if !held {
+            runtime.set_running(true, RunState::Running);
+        }
+        return Ok(Prepared::Live(Box::new(runtime)));
     }
     if let Some(uri) = &config.host.incoming {
         return prepare_incoming(config, uri, &shared, events, receiver);
@@ -152,7 +159,7 @@ pub fn prepare(config: &Config, events: Events, receiver: Receiver<Event>) -> Re
     if let Some(name) = &config.host.loadvm {
         runtime.input(MachineInput::Paused(true));
         let (reply, done) = std::sync::mpsc::channel();
-        let loaded = snapshot::begin(&mut runtime, Wish::Load(name.clone()), reply);
+        let loaded = snapshot::begin(&mut runtime, Wish::Load { name: name.clone(), of: None }, reply);
         loaded.and_then(|()| done.recv().unwrap_or(Ok(()))).map_err(|e| format!("-loadvm {name}: {e}"))?;
         if !config.host.start_paused {
             runtime.cont();

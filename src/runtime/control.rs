@@ -34,6 +34,8 @@ pub enum RunState {
     Prelaunch,
     Running,
     Paused,
+    /// Stopped by a debugger's break- or watchpoint, or behind its step.
+    Debug,
     Shutdown,
     /// A backup that follows its primary.
     InMigrate,
@@ -57,6 +59,7 @@ impl RunState {
             RunState::Prelaunch => "prelaunch",
             RunState::Running => "running",
             RunState::Paused => "paused",
+            RunState::Debug => "debug",
             RunState::Shutdown => "shutdown",
             RunState::InMigrate => "inmigrate",
             RunState::InternalError => "internal-error",

@@ -9,15 +9,17 @@ use ftvm_devices::{DiskOp, Input, MachineRequest, Output};
 use serde_json::{json, Value};
 
 use super::control::{RunState, Shared};
+use super::debug::Debugger;
 use super::disk_errors::DiskErrors;
 use super::ft::{Fetch, FtSide};
 use super::pace::Pacer;
-use super::record::{Player, Recorder};
+use super::record::Recorder;
+use super::replay::Replay;
 use super::{Event, Events, Outcome, Quit};
 use crate::cli::ft::FtConfig;
 use crate::host::Outside;
 use crate::lockstep::log::Entry;
-use crate::machine::{Machine, MachineInput, Stamp, StateHash, Stop};
+use crate::machine::{DebugStop, Machine, MachineInput, Stamp, StateHash, Stop};
 use crate::migration::incoming::Incoming;
 use crate::migration::outgoing::{self, Outgoing};
 use crate::migration::snapshot;
@@ -27,7 +29,7 @@ const CHUNK: Duration = Duration::from_micros(500);
 /// How often a recording gets a state hash, in virtual time.
 const HASH_EVERY_NS: u64 = 1_000_000_000;
 /// The longest sleep, so that the pair's business is looked at.
-const NAP: Duration = Duration::from_millis(20);
+pub(super) const NAP: Duration = Duration::from_millis(20);
 
 /// Where inputs are logged.
 pub enum Sink {
@@ -73,6 +75,9 @@ pub struct Runtime {
     pub autostart: bool,
     /// The images are closed, because another host may have them open.
     pub images_away: bool,
+    pub debugger: Debugger,
+    /// The machine does again what was recorded.
+    pub replay: Option<Box<Replay>>,
     pacer: Pacer,
     chunk: u64,
     next_hash_ns: u64,
@@ -128,6 +133,8 @@ impl Runtime {
             incoming: None,
             autostart: true,
             images_away: false,
+            debugger: Debugger::default(),
+            replay: None,
             pacer,
             chunk: 20_000,
             next_hash_ns: 0,
@@ -138,12 +145,15 @@ impl Runtime {
     /// Run to the end.
     pub fn run(&mut self) -> Outcome {
         loop {
-            let outcome = if self.ft.as_ref().is_some_and(FtSide::is_following) {
+            let outcome = if self.replay.is_some() {
+                self.replay_step()
+            } else if self.ft.as_ref().is_some_and(FtSide::is_following) {
                 self.follow_step()
             } else {
                 self.live_step()
             };
             if let Some(outcome) = outcome {
+                self.debugger.ended(if let Outcome::Done(status) = &outcome { *status } else { 1 });
                 self.finish();
                 return outcome;
             }
@@ -178,6 +188,7 @@ impl Runtime {
             self.shared.events.emit("RESUME", Value::Null);
         } else if !running && was == RunState::Running {
             self.shared.events.emit("STOP", Value::Null);
+            self.debugger.stopped(state);
         }
     }
 
@@ -339,15 +350,40 @@ impl Runtime {
 
     /// Stop the processors.
     pub fn stop(&mut self, state: RunState) {
-        if !self.machine.is_paused() {
+        if let Some(replay) = &mut self.replay {
+            if !replay.is_held() {
+                replay.hold(true);
+                self.set_running(false, state);
+            }
+        } else if !self.machine.is_paused() {
             self.input(MachineInput::Paused(true));
             self.set_running(false, state);
         }
     }
 
+    /// Whether the user, or a debugger, has stopped the machine, or its replay.
+    pub fn is_stopped(&self) -> bool {
+        self.replay.as_ref().map_or(self.machine.is_paused(), |r| r.is_held())
+    }
+
+    /// Whether the processors may be let run, or what is in the way.
+    pub fn may_run(&self) -> Result<(), &'static str> {
+        match self.shared.state() {
+            RunState::Shutdown | RunState::InternalError => Err("Resetting the Virtual Machine is required"),
+            RunState::InMigrate => Err("the machine has not come yet"),
+            RunState::FinishMigrate => Err("Migration is not finalized yet"),
+            _ => Ok(()),
+        }
+    }
+
     /// Let the processors run (on).
     pub fn cont(&mut self) {
-        if self.machine.is_paused() {
+        if let Some(replay) = &mut self.replay {
+            if replay.is_held() {
+                replay.hold(false);
+                self.set_running(true, RunState::Running);
+            }
+        } else if self.machine.is_paused() {
             self.retry_failed();
             self.input(MachineInput::Paused(false));
             self.shutdown = false;
@@ -376,7 +412,7 @@ impl Runtime {
         self.ft.as_ref().is_some_and(FtSide::is_following)
     }
 
-    fn quit(&mut self, quit: Quit) -> Outcome {
+    pub(super) fn quit(&mut self, quit: Quit) -> Outcome {
         let (guest, reason, status) = match quit {
             Quit::HostSignal => (false, "host-signal", 0),
             Quit::HostQmpQuit => (false, "host-qmp-quit", 0),
@@ -409,6 +445,7 @@ impl Runtime {
                     self.set_running(false, RunState::Shutdown);
                     if ran {
                         self.shared.events.emit("STOP", Value::Null);
+                        self.debugger.stopped(RunState::Shutdown);
                     }
                 }
                 None
@@ -523,6 +560,10 @@ impl Runtime {
                 outcome
             }
             Stop::Request(request) => self.request(request),
+            Stop::Debug(stop) => {
+                self.debug_stop(stop);
+                None
+            }
             Stop::Dead => {
                 self.set_running(false, RunState::InternalError);
                 Some(Outcome::Failed("the processor cannot go on (see the log)".into()))
@@ -601,6 +642,8 @@ pub enum Followed {
     NotYet,
     /// As `NotYet`, and the guest asked this; its consequence (a reset, the end) follows in the log.
     Asked(MachineRequest),
+    /// As `NotYet`, and a debugger wanted to stop here.
+    Stopped(DebugStop),
     /// The entry is done.
     Done,
     /// The guest or the log says that this is the end.
@@ -635,6 +678,7 @@ pub fn follow_entry(
             return Followed::Asked(request);
         }
         // A sleeping guest's time passes without instructions: it may never reach the target.
+        Some(Stop::Debug(stop)) => return Followed::Stopped(stop),
         Some(Stop::Limit | Stop::Output | Stop::Idle { .. }) if machine.now() > target.ns => {
             return Followed::Differs(vec!["virtual time".into()]);
         }
@@ -668,65 +712,4 @@ pub fn follow_entry(
     }
     outputs.extend(machine.take_outputs());
     Followed::Done
-}
-
-/// Replay a recording to its end; console output goes out, everything else is dropped.
-pub fn replay(
-    machine: &mut Machine,
-    player: &mut Player,
-    outside: &Outside,
-    receiver: &Receiver<Event>,
-) -> Outcome {
-    let mut hashes = 0u64;
-    let started = Instant::now();
-    loop {
-        let entry = match player.peek() {
-            Ok(Some(entry)) => entry.clone(),
-            Ok(None) => return Outcome::Failed("the recording breaks off before its end".into()),
-            Err(e) => return Outcome::Failed(e.to_string()),
-        };
-        // Only the wish to end counts: the world's inputs come from the recording.
-        while let Ok(event) = receiver.try_recv() {
-            if matches!(event, Event::Quit(_)) {
-                return Outcome::Failed(format!(
-                    "the replay was ended at position {}",
-                    machine.stamp().position
-                ));
-            }
-        }
-        let mut outputs = Vec::new();
-        let followed = follow_entry(machine, &entry, 1 << 22, &mut outputs);
-        for (_, output) in outputs {
-            if matches!(output, Output::CharOut { .. }) {
-                outside.perform(output);
-            }
-        }
-        match followed {
-            Followed::NotYet | Followed::Asked(_) => {}
-            Followed::Done => {
-                player.done();
-                match entry {
-                    Entry::Hash { .. } => hashes += 1,
-                    Entry::End { stamp, .. } => {
-                        eprintln!(
-                            "ftvm: replay ended at position {} after {:.1} s, {} state hashes equal",
-                            stamp.position,
-                            started.elapsed().as_secs_f64(),
-                            hashes + 1
-                        );
-                        return Outcome::Done(0);
-                    }
-                    _ => {}
-                }
-            }
-            Followed::End(outcome) => return outcome,
-            Followed::Differs(parts) => {
-                return Outcome::Failed(format!(
-                    "the replay differs from the recording at position {}: {}",
-                    machine.stamp().position,
-                    parts.join(", ")
-                ))
-            }
-        }
-    }
 }

@@ -5,11 +5,14 @@
 
 pub mod announce;
 pub mod control;
+pub mod debug;
 pub mod disk_errors;
 pub mod ft;
+pub mod history;
 pub mod live;
 pub mod pace;
 pub mod record;
+pub mod replay;
 
 use std::sync::mpsc::Sender;
 

@@ -5,7 +5,7 @@
 //! CRC-32, entries). The last entry is the end, with the state hash.
 
 use std::fs::File;
-use std::io::{BufReader, BufWriter, Read, Write};
+use std::io::{BufReader, BufWriter, Read, Seek, Write};
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
@@ -121,6 +121,18 @@ pub struct Player {
     name: String,
     decoder: Decoder,
     pending: std::collections::VecDeque<Entry>,
+    /// The batch that `pending` is from, as far as it is done.
+    mark: Mark,
+}
+
+/// A place in a recording.
+#[derive(Clone, Debug, Default)]
+pub struct Mark {
+    /// Where its batch starts in the file, and how entries are told from there.
+    batch: u64,
+    decoder: Decoder,
+    /// Entries of the batch before it.
+    done: usize,
 }
 
 fn take(file: &mut impl Read, name: &str) -> Result<Option<Vec<u8>>, RecordError> {
@@ -153,14 +165,22 @@ impl Player {
         }
         let head = take(&mut file, path)?.ok_or_else(|| RecordError::Damaged(path.to_owned()))?;
         let header = postcard::from_bytes(&head).map_err(|_| RecordError::Damaged(path.to_owned()))?;
-        let player =
-            Player { file, name: path.to_owned(), decoder: Decoder::default(), pending: Default::default() };
+        let mark = Mark { batch: file.stream_position().map_err(io)?, ..Mark::default() };
+        let player = Player {
+            file,
+            name: path.to_owned(),
+            decoder: Decoder::default(),
+            pending: Default::default(),
+            mark,
+        };
         Ok((player, header))
     }
 
     /// The next entry; `None` where the recording breaks off.
     pub fn peek(&mut self) -> Result<Option<&Entry>, RecordError> {
         while self.pending.is_empty() {
+            let batch = self.file.stream_position().map_err(|e| RecordError::Io(self.name.clone(), e))?;
+            self.mark = Mark { batch, decoder: self.decoder.clone(), done: 0 };
             let Some(batch) = take(&mut self.file, &self.name)? else { return Ok(None) };
             self.pending.extend(self.decoder.take_all(&batch)?);
         }
@@ -169,6 +189,28 @@ impl Player {
 
     /// The entry that [`Self::peek`] returned is done.
     pub fn done(&mut self) -> Option<Entry> {
+        self.mark.done += usize::from(!self.pending.is_empty());
         self.pending.pop_front()
+    }
+
+    /// Where the recording is read.
+    pub fn mark(&self) -> Mark {
+        self.mark.clone()
+    }
+
+    /// Read on from another place of the same recording.
+    pub fn rewind(&mut self, mark: &Mark) -> Result<(), RecordError> {
+        let seek = self.file.seek(std::io::SeekFrom::Start(mark.batch));
+        seek.map_err(|e| RecordError::Io(self.name.clone(), e))?;
+        self.pending.clear();
+        self.decoder = mark.decoder.clone();
+        if mark.done > 0 {
+            self.peek()?;
+            for _ in 0..mark.done {
+                self.done();
+            }
+        }
+        self.mark = mark.clone();
+        Ok(())
     }
 }

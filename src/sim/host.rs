@@ -674,7 +674,7 @@ impl World {
         }
         match followed {
             Followed::Done if waits => f.current = Some(entry),
-            Followed::NotYet | Followed::Asked(_) => {
+            Followed::NotYet | Followed::Asked(_) | Followed::Stopped(_) => {
                 f.core.executed(stamp);
                 f.current = Some(entry);
             }

@@ -5,7 +5,7 @@
 //! uses the guest's service; [`run`] reports the first broken promise.
 
 mod disks;
-mod guest;
+pub(crate) mod guest;
 mod host;
 mod world;
 

@@ -9,7 +9,7 @@ impl SoftCpu {
     pub(crate) fn debug_changed(&mut self) {
         let on = self.dr[7] & 0xFF;
         self.dr_exec = false;
-        self.dr_watch = false;
+        self.dr_watch = self.debugger_watches(None);
         for i in 0..4 {
             if on >> (2 * i) & 3 != 0 {
                 match self.dr[7] >> (16 + 4 * i) & 3 {
@@ -58,11 +58,13 @@ impl SoftCpu {
     /// Whether no data breakpoint lies in the page, so that accesses may go straight to memory.
     pub(crate) fn watch_free(&self, page: u64) -> bool {
         !self.dr_watch
-            || (0..4).all(|i| !matches!(self.breakpoint(i), Some((1..=3, a, _)) if a & !0xFFF == page))
+            || !self.debugger_watches(Some(page))
+                && (0..4).all(|i| !matches!(self.breakpoint(i), Some((1..=3, a, _)) if a & !0xFFF == page))
     }
 
     /// A data access: note breakpoints for a trap after the instruction.
     pub(crate) fn check_watch(&mut self, lin: u64, size: u64, write: bool) {
+        self.note_access(lin, size, write);
         for i in 0..4 {
             if let Some((kind, a, len)) = self.breakpoint(i) {
                 let kind_hit = match kind {

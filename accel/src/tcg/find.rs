@@ -133,6 +133,7 @@ impl SoftCpu {
         copy[..len].copy_from_slice(unsafe { std::slice::from_raw_parts(e.host.add(at), len) });
         let bytes = &copy[..len];
         let mut b = Block::new(key);
+        self.mark_cut(&b, lin);
         let mut ops = std::mem::take(&mut self.cache.ops);
         ops.clear();
         loop {
@@ -140,7 +141,7 @@ impl SoftCpu {
                 Ok(d) => {
                     let ends = d.ends;
                     add_op(&mut b, &mut ops, d);
-                    if ends || ops.len() >= MAX_BLOCK {
+                    if ends || ops.len() >= MAX_BLOCK || self.points.cut(lin.wrapping_add(b.bytes as u64)) {
                         break;
                     }
                 }
@@ -186,6 +187,7 @@ impl SoftCpu {
         }
         let Ok(d) = decode::decode(&bytes, self.decode_mode()) else { return Ok(None) };
         let mut b = Block::new(key);
+        self.mark_cut(&b, lin);
         let mut ops = Vec::with_capacity(1);
         add_op(&mut b, &mut ops, d);
         b.finish(&ops);
@@ -222,6 +224,7 @@ impl SoftCpu {
             bytes.push(v);
             if let Ok(d) = decode::decode(&bytes, self.decode_mode()) {
                 let mut b = Block::new(0);
+                self.mark_cut(&b, lin);
                 let mut ops = Vec::with_capacity(1);
                 add_op(&mut b, &mut ops, d);
                 b.finish(&ops);

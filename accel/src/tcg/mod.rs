@@ -22,6 +22,7 @@ mod mov;
 mod msr;
 pub(crate) mod op;
 mod paging;
+mod points;
 pub mod registers;
 mod save;
 mod segment;
@@ -40,6 +41,7 @@ pub use jit::Tier;
 pub use registers::Registers;
 
 use crate::bus::Ipi;
+use crate::debug::{DebugHit, DebugPoints};
 use crate::mem::GuestMemory;
 use crate::state::{CpuState, Segment};
 use crate::{ApicMessage, Bus, CpuModel, Exception, Exit, Processor, RunResult};
@@ -161,6 +163,7 @@ pub struct SoftCpu {
     lone: Option<Box<Block>>,
     generation: u32,
     seen: u64,
+    points: points::Points,
     jit: jit::Jit,
     /// More slots like those behind the registers in `gpr`.
     more_slots: [u64; 16],
@@ -283,6 +286,7 @@ impl SoftCpu {
             lone: None,
             generation: 0,
             seen: 0,
+            points: points::Points::new(),
             jit: jit::Jit::new(),
             more_slots: [0; 16],
             ring: [0; RING],
@@ -364,7 +368,13 @@ impl SoftCpu {
             if self.pos >= self.limit {
                 // PAUSE as the last instruction of a budget is still reported: the schedule must not
                 // depend on how the budget was divided.
-                let exit = if std::mem::take(&mut self.paused) { Exit::Pause } else { Exit::Budget };
+                let exit = if self.points.hit.is_some() {
+                    Exit::Debug
+                } else if std::mem::take(&mut self.paused) {
+                    Exit::Pause
+                } else {
+                    Exit::Budget
+                };
                 return done(self, exit);
             }
             if self.attention {
@@ -373,6 +383,10 @@ impl SoftCpu {
                 }
                 if self.pos >= self.limit {
                     return done(self, Exit::Budget);
+                }
+                if self.attention && !self.shadow {
+                    // Something was delivered. What is due besides comes now, wherever blocks end.
+                    continue;
                 }
             }
             if !self.cache.graveyard.is_empty() {
@@ -393,6 +407,10 @@ impl SoftCpu {
                         // SAFETY: the block is in the cache, or else in the graveyard until the loop above
                         // goes round.
                         let b = unsafe { &*block };
+                        let watched = b.runs.get() == WATCHED;
+                        if watched && self.at_break() {
+                            return done(self, Exit::Debug);
+                        }
                         let mut edge = None;
                         let fast = !interpret && self.compiled(b);
                         interpret = false;
@@ -402,6 +420,10 @@ impl SoftCpu {
                                 Left::Fault => break true,
                                 Left::Interpret => interpret = true,
                                 Left::Link(n) => edge = Some(n),
+                            }
+                        } else if watched {
+                            if self.run_watched(b) {
+                                break true;
                             }
                         } else if self.run_block(b) {
                             break true;
@@ -500,6 +522,10 @@ impl SoftCpu {
     /// Whatever must be looked at between instructions. Some: `run` returns.
     fn attend_to(&mut self) -> Option<Exit> {
         self.attention = false;
+        if self.points.hit.is_some() {
+            self.attention = true;
+            return Some(Exit::Debug);
+        }
         if self.shutdown {
             self.attention = true;
             return Some(Exit::Shutdown);
@@ -531,6 +557,9 @@ impl SoftCpu {
             return None;
         }
         self.shadow = false;
+        if self.points.hold_interrupts() && !self.halted {
+            return None;
+        }
         if self.nmi_pending && !self.nmi_blocked {
             self.nmi_pending = false;
             self.nmi_blocked = true;
@@ -639,6 +668,20 @@ impl Processor for SoftCpu {
 
     fn view(&self) -> Option<registers::View> {
         Some(SoftCpu::view(self))
+    }
+
+    fn set_view(&mut self, view: &registers::View) -> bool {
+        SoftCpu::set_view(self, view);
+        true
+    }
+
+    fn set_debug(&mut self, points: Option<&DebugPoints>) -> bool {
+        self.set_points(points);
+        true
+    }
+
+    fn take_debug_hit(&mut self) -> Option<DebugHit> {
+        self.points.hit.take()
     }
 }
 

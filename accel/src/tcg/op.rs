@@ -119,7 +119,7 @@ pub struct Block {
     pub code_count: Cell<u32>,
     /// Instructions, once complete.
     pub count: u32,
-    /// How often it was interpreted; `NEVER`: it is not to be compiled.
+    /// How often it was interpreted; `NEVER` and `WATCHED`: it is not to be compiled.
     pub runs: Cell<u32>,
     pub bytes: u32,
     /// Where the table by linear address has it, or had it.
@@ -144,6 +144,8 @@ pub struct Places {
 
 /// See [`Block::runs`].
 pub const NEVER: u32 = u32::MAX;
+/// The same, and a debugger may want to stop before it (see `points`).
+pub const WATCHED: u32 = u32::MAX - 1;
 
 /// A block that followed another: it still does for the same RIP while the key (see `Jump`) is the same.
 #[derive(Clone, Copy)]

@@ -3,7 +3,7 @@
 
 use super::op::*;
 use super::SoftCpu;
-use crate::state::{CpuState, Segment};
+use crate::state::{CpuState, Segment, Vector, X87};
 
 /// The registers besides those in [`CpuState`], which [`SoftCpu::state`] gives.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,6 +32,10 @@ pub struct View {
     pub cr0: u64,
     pub cr4: u64,
     pub kernel_gs_base: u64,
+    /// The task priority, which belongs to the local APIC: it is shown only.
+    pub cr8: u64,
+    pub x87: X87,
+    pub vector: Vector,
 }
 
 impl SoftCpu {
@@ -45,6 +49,24 @@ impl SoftCpu {
             cr0: self.st.cr0,
             cr4: self.st.cr4,
             kernel_gs_base: self.msr.kernel_gs_base,
+            cr8: self.lapic.cr8(),
+            x87: self.st.x87,
+            vector: self.st.vector,
+        }
+    }
+
+    /// Replace all of it; nothing is checked.
+    pub(super) fn set_view(&mut self, view: &View) {
+        self.st.gpr[..16].copy_from_slice(&view.gpr);
+        let paging = (self.st.cr0, self.st.cr4) != (view.cr0, view.cr4);
+        (self.st.cr0, self.st.cr4) = (view.cr0, view.cr4);
+        self.msr.kernel_gs_base = view.kernel_gs_base;
+        (self.st.x87, self.st.vector) = (view.x87, view.vector);
+        let (shadow, pending) = (self.shadow, self.pending_db);
+        self.set_registers(&view.registers);
+        (self.shadow, self.pending_db) = (shadow, pending);
+        if paging {
+            self.flush_tlb();
         }
     }
 

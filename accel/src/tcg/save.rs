@@ -158,6 +158,7 @@ impl SoftCpu {
         self.brk = false;
         self.paused = false;
         self.attention = true;
+        self.points.forget();
         // Guest memory may have been replaced wholesale.
         self.drop_all_code();
         self.cache.graveyard.clear();

@@ -529,7 +529,8 @@ impl Generator {
         // A call checks its target before or after it pushes; ENTER checks the new top early or late.
         case.compare.order_open |= matches!(m, Call | Enter | Retf);
         case.compare.error_open |= m == Arpl;
-        case.compare.cr2_open |= m == Retf;
+        // Where neither operand is there, processors differ in the one that they miss first.
+        case.compare.cr2_open |= matches!(m, Retf | Cmpsb | Cmpsw | Cmpsd | Cmpsq);
         case.compare.cr2_open |= !matches!(i.memory_size().size(), 0..=10 | 16);
         if uses_selector(i) {
             let mut selector = rng.pick(&SELECTORS);

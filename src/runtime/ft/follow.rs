@@ -327,7 +327,7 @@ pub fn follow(rt: &mut Runtime) -> Option<Outcome> {
         }
     }
     match followed {
-        Followed::NotYet | Followed::Asked(_) => {
+        Followed::NotYet | Followed::Asked(_) | Followed::Stopped(_) => {
             if let Followed::Asked(request) = followed {
                 f.asked = Some(request);
             }

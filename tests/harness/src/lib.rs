@@ -3,6 +3,7 @@
 
 pub mod client;
 pub mod etcd;
+pub mod gdb;
 pub mod guests;
 pub mod hosts;
 pub mod libvirt;

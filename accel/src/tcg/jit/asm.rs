@@ -42,7 +42,9 @@ pub mod cc {
 pub struct Asm {
     pub buf: Vec<u8>,
     /// Where the first byte will run.
-    pub base: u64,
+    base: u64,
+    /// From this offset on, code that seldom runs, which will lie apart; and where.
+    apart: (usize, u64),
 }
 
 /// A place that waits for a 32-bit relative target.
@@ -51,10 +53,38 @@ pub struct Fix(usize);
 
 impl Asm {
     pub fn new(base: u64) -> Asm {
-        Asm { buf: Vec::with_capacity(1024), base }
+        Asm { buf: Vec::with_capacity(1024), base, apart: (usize::MAX, 0) }
+    }
+    /// Start anew.
+    pub fn clear(&mut self) {
+        self.buf.clear();
+        self.apart.0 = usize::MAX;
+    }
+    /// What follows will lie at `base`.
+    pub fn apart(&mut self, base: u64) {
+        self.apart = (self.at(), base);
+    }
+    /// What was written before [`Asm::apart`], and after.
+    pub fn parts(&self) -> (&[u8], &[u8]) {
+        self.buf.split_at(self.apart.0.min(self.at()))
     }
     pub fn at(&self) -> usize {
         self.buf.len()
+    }
+    /// Where the next byte will run.
+    pub fn here_is(&self) -> u64 {
+        self.address(self.at())
+    }
+    /// Where the byte at an offset will run.
+    pub fn address(&self, offset: usize) -> u64 {
+        match offset.checked_sub(self.apart.0) {
+            None => self.base + offset as u64,
+            Some(more) => self.apart.1 + more as u64,
+        }
+    }
+    /// Where what ends at an offset (and is not empty) will end.
+    pub fn end_address(&self, offset: usize) -> u64 {
+        self.address(offset - 1) + 1
     }
     pub fn b(&mut self, bytes: &[u8]) {
         self.buf.extend_from_slice(bytes);
@@ -250,7 +280,7 @@ impl Asm {
     }
     /// Let a jump lead to an offset in this code.
     pub fn to(&mut self, f: Fix, target: usize) {
-        let d = (target as i64 - f.0 as i64) as i32;
+        let d = self.address(target).wrapping_sub(self.end_address(f.0)) as i32;
         self.buf[f.0 - 4..f.0].copy_from_slice(&d.to_le_bytes());
     }
     pub fn here(&mut self, f: Fix) {
@@ -266,7 +296,7 @@ impl Asm {
         self.rel(target);
     }
     fn rel(&mut self, target: u64) {
-        let next = self.base + self.at() as u64 + 4;
+        let next = self.here_is() + 4;
         self.d32(target.wrapping_sub(next) as i32);
     }
     /// Jump to another place of the code cache.

@@ -33,6 +33,8 @@ enum Cold {
 /// What is known while a block is compiled.
 pub struct Compiler<'a> {
     pub a: Asm,
+    /// Where code out of line goes.
+    far: u64,
     pub trace: Trace<'a>,
     /// Whether somebody may look at the flags as they are before instruction i (and at the end).
     pub need: Vec<bool>,
@@ -104,7 +106,7 @@ fn needs(kinds: &[Kind], calm: &[bool]) -> Vec<bool> {
 }
 
 impl SoftCpu {
-    /// Compile `block`; false when it cannot be.
+    /// Compile `block`, with what mostly follows it; false when it cannot be.
     pub(super) fn compile(&mut self, block: &Block) -> bool {
         if block.key >> 60 != MODE64 as u64 && !block.is_flat32() {
             return false;
@@ -123,7 +125,7 @@ impl SoftCpu {
         for _ in 0..2 {
             let Some(base) = self.jit.memory.as_ref().map(CodeMemory::next) else { return false };
             let trace = Trace::new(block, &self.cache, self.cpus == 1);
-            let (count, keys) = (trace.count, trace.keys());
+            let keys = trace.keys();
             let mut c = Compiler::new(trace, base, self);
             c.body();
             let plan = Plan::new(&c.trace, &c.values.requests);
@@ -131,14 +133,13 @@ impl SoftCpu {
                 c.again(plan);
             }
             c.out_of_line();
-            let (code, edges, leaders, home, sites) = (c.a.buf, c.edges, c.leaders, c.home, c.sites);
-            if self.jit.memory.as_mut().is_some_and(|m| m.take_sites(sites) && m.push(&code)) {
-                self.jit.edges.extend(edges);
+            let made = c.finish();
+            let (home, count) = (made.home, made.count);
+            let first = self.jit.leaders.len();
+            let leaders = first..first + made.leaders.len();
+            if self.jit.take(made) {
                 if !leaders.is_empty() {
-                    let first = self.jit.leaders.len();
-                    let leaders_here = first..first + leaders.len();
-                    self.jit.grouped.push(Grouped { keys, leaders: leaders_here, code: home, failures: 0 });
-                    self.jit.leaders.extend(leaders);
+                    self.jit.grouped.push(Grouped { keys, leaders, code: home, failures: 0 });
                 }
                 block.code.set(home as *const u8);
                 block.code_count.set(count);
@@ -161,26 +162,52 @@ impl SoftCpu {
         (c.home, c.entries) = (home, entries);
         c.body();
         c.out_of_line();
-        let (code, edges, entries, sites) = (c.a.buf, c.edges, c.entries, c.sites);
-        let Jit { memory: Some(memory), leaders, .. } = &mut self.jit else { return };
-        if !memory.take_sites(sites) || !memory.push(&code) {
+        let made = c.finish();
+        let entries = made.entries.clone();
+        if !self.jit.take(made) {
             self.drop_compiled();
             return;
         }
+        let Jit { memory: Some(memory), leaders, .. } = &mut self.jit else { return };
         for l in &leaders[mine] {
             if let Some((_, at)) = entries.iter().find(|e| e.0 == l.i) {
-                memory.patch(l.jump_at, at.wrapping_sub(l.jump_at + 4) as i32);
+                memory.aim(l.jump_at, *at);
             }
         }
-        self.jit.edges.extend(edges);
+    }
+}
+
+/// What was compiled.
+pub struct Made {
+    a: Asm,
+    edges: Vec<Edge>,
+    leaders: Vec<Leader>,
+    sites: usize,
+    home: u64,
+    count: u32,
+    entries: Vec<(usize, u64)>,
+}
+
+impl Jit {
+    /// Add what was compiled; false when there is no room for it.
+    fn take(&mut self, made: Made) -> bool {
+        let Some(memory) = &mut self.memory else { return false };
+        let (near, far) = made.a.parts();
+        if !memory.take_sites(made.sites) || !memory.push(near, far) {
+            return false;
+        }
+        self.edges.extend(made.edges);
+        self.leaders.extend(made.leaders);
+        true
     }
 }
 
 impl<'a> Compiler<'a> {
-    fn new(trace: Trace<'a>, base: u64, cpu: &'a SoftCpu) -> Compiler<'a> {
+    fn new(trace: Trace<'a>, (base, far): (u64, u64), cpu: &'a SoftCpu) -> Compiler<'a> {
         let (cache, jit, alone, half) = (&cpu.cache, &cpu.jit, cpu.cpus == 1, (cpu.rip >> 63) as usize);
         Compiler {
             a: Asm::new(base),
+            far,
             need: needs(&trace.kinds, &[]),
             trace,
             fl: Flags::KEPT,
@@ -206,9 +233,21 @@ impl<'a> Compiler<'a> {
         }
     }
 
+    fn finish(self) -> Made {
+        Made {
+            a: self.a,
+            edges: self.edges,
+            leaders: self.leaders,
+            sites: self.sites,
+            home: self.home,
+            count: self.trace.count,
+            entries: self.entries,
+        }
+    }
+
     /// Start anew, now that the accesses are known.
     fn again(&mut self, plan: Plan) {
-        self.a.buf.clear();
+        self.a.clear();
         self.need = needs(&self.trace.kinds, &plan.calm);
         self.plan = plan;
         self.fl = Flags::KEPT;
@@ -229,7 +268,7 @@ impl<'a> Compiler<'a> {
             self.a.d32(self.trace.count as i32);
             let from = self.a.jcc(cc::S);
             debug_assert_eq!(self.a.at() - far, FAR as usize);
-            self.home = self.a.base + self.a.at() as u64;
+            self.home = self.a.here_is();
             self.cold.push(Cold::Short { from });
         }
         let n = self.trace.len();
@@ -237,7 +276,7 @@ impl<'a> Compiler<'a> {
             if let Some(e) = self.entries.iter().position(|e| e.0 == i) {
                 self.keep();
                 (self.fl, self.loaded) = (Flags::KEPT, 0);
-                self.entries[e].1 = self.a.base + self.a.at() as u64;
+                self.entries[e].1 = self.a.here_is();
             }
             self.instruction(i);
             self.values.follow(&self.trace.kinds[i], self.op(i), self.trace.word);
@@ -470,6 +509,7 @@ impl<'a> Compiler<'a> {
         }
         let first = self.trace.parts[0].block;
         let key = first.key & !CROSSING & !0xFFF | target as u64;
+        let n = (self.first_edge + self.edges.len()) as u32;
         let (mut count, mut code, mut need) = (0, 0, true);
         if key == first.key {
             (count, code, need) = (self.trace.count, self.home, self.need[0]);
@@ -482,10 +522,9 @@ impl<'a> Compiler<'a> {
         if need || self.fl.recipe.is_none() {
             self.keep();
         }
-        let n = (self.first_edge + self.edges.len()) as u32;
         self.a.word(8, 0, 0x81, 5, mem(LEFT)); // sub
         self.a.d32(count as i32 - back);
-        let count_at = self.a.base + self.a.at() as u64 - 4;
+        let count_at = self.a.end_address(self.a.at()) - 4;
         let budget = self.a.jcc(cc::S);
         let link = if code != 0 {
             self.a.jmp_abs(code);
@@ -493,7 +532,7 @@ impl<'a> Compiler<'a> {
         } else {
             Some(self.a.jmp())
         };
-        let jump_at = self.a.base + self.a.at() as u64 - 4;
+        let jump_at = self.a.end_address(self.a.at()) - 4;
         self.edges.push(Edge { count_at, jump_at, count, back: back as u32, leave_at: 0 });
         self.cold.push(Cold::Edge { n, link, budget, flags: self.fl, target: target as i32 });
     }
@@ -558,6 +597,7 @@ impl<'a> Compiler<'a> {
     }
 
     fn out_of_line(&mut self) {
+        self.a.apart(self.far);
         while let Some(c) = self.cold.pop() {
             match c {
                 Cold::Short { from } => {
@@ -589,7 +629,7 @@ impl<'a> Compiler<'a> {
                     self.keep();
                     let plainly = self.a.jmp();
                     self.a.here(plainly);
-                    self.leaders[n].jump_at = self.a.base + plainly.end() as u64 - 4;
+                    self.leaders[n].jump_at = self.a.end_address(plainly.end()) - 4;
                     self.a.constant(RAX, (self.first_leader + n) as u64);
                     self.a.call_abs(self.stubs.touch);
                     self.a.load(8, RDI, mem(TOUCHED));
@@ -636,7 +676,7 @@ impl<'a> Compiler<'a> {
                     self.a.lea(8, RDI, Rm::M(RDI, target));
                     self.a.store(8, mem(RIP_OUT), RDI);
                     self.a.jmp_abs(self.stubs.exit);
-                    self.edges[n as usize - self.first_edge].leave_at = self.a.base + self.a.at() as u64 - 4;
+                    self.edges[n as usize - self.first_edge].leave_at = self.a.end_address(self.a.at()) - 4;
                 }
             }
         }

@@ -34,7 +34,7 @@ use super::decode::{FLAT32, MODE64};
 use super::flags::{IF, RF, TF};
 use super::op::{
     Block, Op, ASKED, BLOCKIP, CODE_AT, FLAGS, HOST_CSR, JUMP_TABLE, KEY, LEFT, LEVEL, NEVER, PAGE, RING_TOP,
-    RIP_OUT, SITE, TLB, TOUCHED, WANTED, XMM_LIVE,
+    RIP_OUT, SITE, TLB, TOUCHED, WANTED, WATCHED, XMM_LIVE,
 };
 use super::paging::{Access, TLB_SIZE};
 use super::SoftCpu;
@@ -61,7 +61,6 @@ const FAILURES: u32 = 4;
 
 /// Interpreted runs before a block is compiled.
 const HOT: u32 = 30;
-
 /// The host's base register points here in the processor, so that one-byte displacements reach `gpr`.
 const ORIGIN: usize = offset_of!(SoftCpu, st.gpr) + 128;
 
@@ -100,6 +99,15 @@ struct Edge {
     back: u32,
     /// Of the displacement of the jump that leaves while it is not linked.
     leave_at: u64,
+}
+
+impl Edge {
+    /// To the code at `home`, which charges `count`.
+    fn lead(&mut self, memory: &mut CodeMemory, home: u64, count: u32) {
+        self.count = count;
+        memory.patch(self.count_at, &(count as i32 - self.back as i32).to_le_bytes());
+        memory.aim(self.jump_at, home);
+    }
 }
 
 /// The first access of a group, which looks up the page for all of them.
@@ -204,7 +212,7 @@ impl SoftCpu {
     pub(super) fn compiled(&mut self, block: &Block) -> bool {
         if block.code.get().is_null() {
             let runs = block.runs.get();
-            if runs == NEVER {
+            if runs >= WATCHED {
                 return false;
             }
             block.runs.set(runs + 1);
@@ -301,16 +309,14 @@ impl SoftCpu {
             return;
         }
         // Compiling may have emptied the code memory, and the edges with it.
-        let Some(e) = self.jit.edges.get_mut(edge as usize) else { return };
-        let Some(memory) = &mut self.jit.memory else { return };
+        let Jit { edges, memory: Some(memory), stubs, .. } = &mut self.jit else { return };
+        let Some(e) = edges.get_mut(edge as usize) else { return };
         if block.key & CROSSING != 0 {
             // Where its second page is depends on more than this page: always by the table.
-            memory.patch(e.leave_at, self.jit.stubs.far.wrapping_sub(e.leave_at + 4) as i32);
+            memory.aim(e.leave_at, stubs.far);
             return;
         }
-        e.count = block.code_count.get();
-        memory.patch(e.count_at, e.count as i32 - e.back as i32);
-        memory.patch(e.jump_at, (code as u64).wrapping_sub(e.jump_at + 4) as i32);
+        e.lead(memory, code as u64, block.code_count.get());
     }
 
     /// A group of a trace could not be translated as one.
@@ -333,7 +339,9 @@ impl SoftCpu {
     pub(super) fn drop_compiled(&mut self) {
         for b in self.cache.all() {
             b.code.set(std::ptr::null());
-            b.runs.set(0);
+            if b.runs.get() != WATCHED {
+                b.runs.set(0);
+            }
         }
         self.forget_entries();
         self.new_epoch();
@@ -483,7 +491,8 @@ impl SoftCpu {
     /// Whether 64-bit code just goes on, as `run_loop` would find; settles `attention` if so.
     fn settled(&mut self) -> bool {
         if self.attention {
-            let due = self.shutdown
+            let due = self.points.hit.is_some()
+                || self.shutdown
                 || self.brk
                 || self.paused
                 || self.wait_sipi

@@ -65,7 +65,7 @@ impl Stubs {
 
     /// Lay the shared code at the start of `memory`.
     pub fn build(memory: &mut CodeMemory) -> Stubs {
-        let base = memory.next();
+        let base = memory.next().0;
         let mut a = Asm::new(base);
         let mut s = Stubs::default();
         let address = |a: &Asm| base + a.at() as u64;
@@ -244,7 +244,7 @@ impl Stubs {
         a.store(8, mem(SITE), RDI);
         lookup(&mut a, s.miss, true);
 
-        memory.push(&a.buf);
+        memory.push(&a.buf, &[]);
         s.size = memory.used();
         s
     }

@@ -4,13 +4,15 @@
 //! other. Where a conditional branch leaves the trace, code out of line gives the rest of the budget back.
 
 use super::super::cache::{Cache, CROSSING};
-use super::super::op::{Block, Op, NEVER};
+use super::super::op::{Block, Op, WATCHED};
 use super::kind::{classify, Kind};
 use super::HOT;
 
 /// At most so many blocks, and instructions, in one.
 const PARTS: usize = 8;
 const LENGTH: usize = 64;
+/// A trace of so many instructions is long enough.
+const ENOUGH: u32 = 16;
 /// Loops are unrolled to at most so many instructions.
 const UNROLLED: usize = 32;
 
@@ -128,7 +130,7 @@ impl<'a> Trace<'a> {
         let find = |target: i64| {
             let key = first.key & !CROSSING & !0xFFF | target as u64;
             let b = (0..4096).contains(&target).then(|| cache.get(key)).flatten()?;
-            (b.runs.get() != NEVER).then_some(b)
+            (b.runs.get() < WATCHED).then_some(b)
         };
         let next = self.next(last);
         let on = match self.kinds[last] {
@@ -148,6 +150,11 @@ impl<'a> Trace<'a> {
         };
         if std::ptr::eq(on, first) {
             return Some(on);
+        }
+        // A trace that is long enough goes on in code that there is already: a busy guest has megabytes of it, and what
+        // is compiled again and again crowds the host's caches.
+        if self.count >= ENOUGH && !on.code.get().is_null() {
+            return None;
         }
         let fits = self.count as usize + on.ops.len() <= LENGTH;
         // What rarely follows is not worth the room.
