@@ -150,12 +150,15 @@ fn cpu(whose: UsageWho) -> f64 {
     getrusage(whose).map_or(0.0, |u| seconds(u.user_time()) + seconds(u.system_time()))
 }
 
-/// (requests a second, microseconds of processor time for each) of what `run` does.
+/// Requests a second, and microseconds of processor time for each.
+type Measured = (f64, f64);
+
+/// Measure what `run` does.
 fn measure(
     whose: UsageWho,
     count: u64,
     run: impl FnOnce() -> Result<f64, String>,
-) -> Result<(f64, f64), String> {
+) -> Result<Measured, String> {
     let before = cpu(whose);
     let rate = run()?;
     Ok((rate, (cpu(whose) - before) * 1e6 / count as f64))
@@ -198,7 +201,7 @@ fn main() -> Result<(), String> {
                         (ours()?, second)
                     });
                 }
-                let of = |f: fn(&((f64, f64), (f64, f64))) -> f64| median(all.iter().map(f));
+                let of = |f: fn(&(Measured, Measured)) -> f64| median(all.iter().map(f));
                 println!(
                     "{:22} {depth:>3} {:>10.0} {:>10.0} {:>6.2}   {:>9.0} {:>9.0}",
                     row.0,

@@ -144,11 +144,7 @@ fn human_front(mux: &Arc<Mux>, control: &Arc<Control>) -> Result<CharSink, Strin
                     say(&control.human(&line, &mut Fds::default()));
                     say(PROMPT);
                 }
-                8 | 127 => {
-                    if line.pop().is_some() {
-                        say("\x08 \x08");
-                    }
-                }
+                8 | 127 if line.pop().is_some() => say("\x08 \x08"),
                 32..127 => {
                     line.push(*byte as char);
                     say(&(*byte as char).to_string());
