@@ -1,7 +1,7 @@
 # ftvm: the two commands are `make demo` and `make test`.
 CARGO ?= cargo
 
-.PHONY: all setup build guests demo test soak deb rpm clean
+.PHONY: all setup build guests demo test test-kvm soak deb rpm clean
 
 all: build
 
@@ -26,6 +26,11 @@ test: setup
 	tests/guests/build.sh build/guests all
 	$(CARGO) build --release --manifest-path tests/second-reader/Cargo.toml --target-dir build/second-reader
 	$(CARGO) test --release --workspace --no-fail-fast
+
+# All checks of -accel kvm, those that need real hardware among them; says what it could not run, and why.
+test-kvm: setup
+	$(CARGO) build --release --workspace --bins
+	tests/kvm/run.sh
 
 # 100 failovers under load (FTVM_SOAK_ROUNDS to change).
 soak: setup build guests

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use ftvm_accel::kvm::Kvm;
 use ftvm_accel::model::CpuModel;
 use ftvm_accel::tcg::SoftCpu;
 use ftvm_accel::{ApicMessage, GuestMemory, Processor};
@@ -19,7 +20,7 @@ use ftvm_devices::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::cli::config::{Char, RtcBase};
+use crate::cli::config::{Accel, Char, RtcBase};
 use crate::cli::drive::{Backing, Cache, DriveConfig, Interface};
 use crate::cli::net::{NetKind, NetdevConfig};
 use crate::cli::MachineConfig;
@@ -45,6 +46,9 @@ pub enum BuildError {
     #[error("{0}")]
     Plain(String),
 }
+
+/// A machine's processors, and what runs them if they are the host's.
+pub type Processors = (Vec<Box<dyn Processor>>, Option<Kvm>);
 
 /// All that the guest can depend on.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -489,8 +493,18 @@ impl Blueprint {
             devices,
             random_seed: seed()?,
         };
-        let cpu_model = CpuModel::parse(&config.cpu_model)
+        let host = match config.accel {
+            Accel::Tcg => None,
+            Accel::Kvm => {
+                let host = ftvm_accel::kvm::host_cpuid();
+                Some(host.map_err(|e| BuildError::Plain(format!("failed to initialize kvm: {e}")))?)
+            }
+        };
+        let cpu_model = CpuModel::parse_on(&config.cpu_model, host.as_ref())
             .map_err(|e| BuildError::Cpu(config.cpu_model.clone(), e.to_string()))?;
+        for place in cpu_model.lost() {
+            log::warn!("host doesn't support requested feature: {place}");
+        }
         // The default's SVM is not worth a word each time.
         if !cpu_model.missing().is_empty() && config.cpu_model != "qemu64" {
             let missing = cpu_model.missing().join(" ");
@@ -515,14 +529,47 @@ impl Blueprint {
         let mem = GuestMemory::split(self.pc.ram_size, self.pc.low_ram())?;
         mem.set_firmware(self.pc.firmware.clone())?;
         let pc = Pc::new(self.pc.clone(), &mem)?;
-        let cpus = (0..self.pc.cpus)
-            .map(|i| {
-                let mut cpu = SoftCpu::new(i, self.pc.cpus, model);
-                prepare(&mut cpu);
-                Box::new(cpu) as Box<dyn Processor>
-            })
-            .collect();
+        let cpus = self.soft_processors(prepare);
         Ok(Machine::new(cpus, Box::new(PcChipset(pc)), mem, self.ns_per_instruction))
+    }
+
+    fn soft_processors(&self, prepare: impl Fn(&mut SoftCpu)) -> Vec<Box<dyn Processor>> {
+        let one = |i| {
+            let mut cpu = SoftCpu::new(i, self.pc.cpus, &self.cpu_model);
+            prepare(&mut cpu);
+            Box::new(cpu) as Box<dyn Processor>
+        };
+        (0..self.pc.cpus).map(one).collect()
+    }
+
+    /// New processors of the machine, of this kind and on this memory.
+    pub fn processors(
+        &self,
+        accel: Accel,
+        mem: &GuestMemory,
+        wake: Box<dyn Fn() + Send + Sync>,
+    ) -> Result<Processors, BuildError> {
+        match accel {
+            Accel::Tcg => {
+                self.cpu_model.check_software().map_err(BuildError::Plain)?;
+                Ok((self.soft_processors(|_| ()), None))
+            }
+            Accel::Kvm => {
+                let made = Kvm::new(mem, &self.cpu_model, self.pc.cpus, wake);
+                let (kvm, cpus) =
+                    made.map_err(|e| BuildError::Plain(format!("failed to initialize kvm: {e}")))?;
+                Ok((cpus, Some(kvm)))
+            }
+        }
+    }
+
+    /// Build the machine on the host's processors; `wake` makes its thread look at it.
+    pub fn build_on_kvm(&self, wake: Box<dyn Fn() + Send + Sync>) -> Result<Machine, BuildError> {
+        let mem = GuestMemory::split(self.pc.ram_size, self.pc.low_ram())?;
+        mem.set_firmware(self.pc.firmware.clone())?;
+        let pc = Pc::new(self.pc.clone(), &mem)?;
+        let (cpus, kvm) = self.processors(Accel::Kvm, &mem, wake)?;
+        Ok(Machine::with_processors(cpus, kvm, Box::new(PcChipset(pc)), mem, self.ns_per_instruction))
     }
 
     /// What must be equal on both sides of a recording: a line of text for each thing, `name: value`.
@@ -754,6 +801,12 @@ impl Chipset for PcChipset {
     }
     fn has_work(&self) -> bool {
         self.0.has_work()
+    }
+    fn has_news(&self) -> bool {
+        self.0.has_news()
+    }
+    fn level_pins(&self) -> Vec<Option<ApicMessage>> {
+        self.0.level_pins()
     }
     fn random(&mut self) -> u64 {
         self.0.random()

@@ -113,6 +113,55 @@ const AGENT: &str = r#"(exec 3<>$(ls /dev/vport*p1); while read -r l <&3; do cas
 true"#;
 
 #[test]
+fn libvirt_runs_a_domain_on_the_hosts_processor() -> Result<()> {
+    let kvm = std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm");
+    let root = nix::unistd::geteuid().is_root();
+    let missing = missing().or_else(|| kvm.err().map(|e| format!("/dev/kvm: {e}")));
+    if let Some(reason) = missing.or_else(|| (!root).then(|| "only root makes a /dev/kvm of its own".into()))
+    {
+        eprintln!("skipped: {reason}");
+        return Ok(());
+    }
+    let scratch = Scratch::new("libvirtkvm")?;
+    let xml = domain(&scratch, "hard")?;
+    let text = std::fs::read_to_string(&xml).map_err(|e| e.to_string())?;
+    let hard =
+        text.replace("type='qemu'", "type='kvm'").replace("<os>", "<cpu mode='host-passthrough'/><os>");
+    std::fs::write(&xml, hard).map_err(|e| e.to_string())?;
+    let v = Libvirt::start_with_kvm(&scratch)?;
+    let emulator = scratch.path("ftvm");
+    for (kind, parts) in [
+        ("kvm", ["<domain>kvm</domain>", "<mode name='host-passthrough' supported='yes'>", "qemu64</model>"]),
+        ("qemu", ["<domain>qemu</domain>", "<mode name='custom' supported='yes'>", "qemu64</model>"]),
+    ] {
+        let args = ["domcapabilities", "--emulatorbin", &emulator, "--virttype", kind, "--machine", "pc"];
+        let caps = v.virsh(&args)?;
+        for part in parts {
+            assert!(caps.contains(part), "{part} is not in\n{caps}");
+        }
+    }
+    // What libvirt and the emulator think of /dev/kvm agrees: the answers were kept, not asked for again.
+    let probes =
+        || std::fs::read_to_string(scratch.path("libvirtd.log")).map(|l| l.matches("query-kvm").count());
+    let asked = probes().map_err(|e| e.to_string())?;
+    v.virsh(&["define", &xml])?;
+    v.virsh(&["start", "hard"])?;
+    v.wait_state("hard", "running", LONG)?;
+    let kvm = v.virsh(&["qemu-monitor-command", "hard", r#"{"execute":"query-kvm"}"#])?;
+    assert!(kvm.contains(r#""enabled":true"#), "{kvm}");
+    let cpu = v.virsh(&["qemu-monitor-command", "hard", "--hmp", "info registers"])?;
+    assert!(cpu.contains("RIP="), "{cpu}");
+    v.virsh(&["suspend", "hard"])?;
+    v.wait_state("hard", "paused", LONG)?;
+    v.virsh(&["resume", "hard"])?;
+    v.virsh(&["destroy", "hard"])?;
+    // One for the domain's own question, and what it printed itself.
+    let later = probes().map_err(|e| e.to_string())?;
+    assert!(later <= asked + 8, "{asked} lines of the log about KVM, then {later}");
+    Ok(())
+}
+
+#[test]
 fn libvirt_probes_starts_and_manages_a_pc() -> Result<()> {
     if let Some(reason) = missing() {
         eprintln!("skipped: {reason}");

@@ -1,12 +1,13 @@
 //! Processors for ftvm: guest memory, the interface between a processor and the machine around
-//! it, and the deterministic software processor (`tcg`).
+//! it, the deterministic software processor (`tcg`), and the host's own through KVM (`kvm`).
 //!
-//! Nothing in this crate knows host time, a host thread, a file or a socket. A processor is a
-//! function from (state, guest memory, what [`Bus`] answers) to the next state.
+//! But for [`kvm`], nothing in this crate knows host time, a host thread, a file or a socket. A software
+//! processor is a function from (state, guest memory, what [`Bus`] answers) to the next state.
 
 pub mod bus;
 pub mod debug;
 pub mod fault;
+pub mod kvm;
 pub mod mem;
 pub mod model;
 pub mod simd;

@@ -180,9 +180,10 @@ pub struct GuestMemory {
     ram: Ram,
     regions: Vec<Region>,
     size: u64,
-    rom: RefCell<Vec<u8>>,
+    rom: RefCell<Rom>,
     shadow: RefCell<[Shadow; 96]>,
     generation: Cell<u32>,
+    map: Cell<u32>,
     events: RefCell<Events>,
 }
 
@@ -247,9 +248,10 @@ impl GuestMemory {
             ram,
             regions,
             size,
-            rom: RefCell::new(Vec::new()),
+            rom: RefCell::default(),
             shadow: RefCell::new([Shadow::Rom; 96]),
             generation: Cell::new(1),
+            map: Cell::new(1),
             events: RefCell::new(Events { ring: [PageEvent::Changed(0); EVENTS], count: 0 }),
         })
     }
@@ -279,9 +281,19 @@ impl GuestMemory {
         if image.is_empty() || !image.len().is_multiple_of(PAGE_SIZE as usize) || image.len() > 16 << 20 {
             return Err(MemError::Firmware(image.len()));
         }
-        *self.rom.borrow_mut() = image;
-        self.bump();
+        *self.rom.borrow_mut() = Rom::new(&image);
+        self.remapped();
         Ok(())
+    }
+
+    /// Changes whenever the map of physical addresses changed (and, unlike [`Self::generation`], only then).
+    pub fn map_version(&self) -> u32 {
+        self.map.get()
+    }
+
+    fn remapped(&self) {
+        self.map.set(self.map.get().wrapping_add(1));
+        self.bump();
     }
 
     /// Changes whenever the map of physical addresses changed or dirty bits were cleared: a
@@ -298,7 +310,7 @@ impl GuestMemory {
     pub fn set_shadow(&self, addr: u64, mode: Shadow) {
         if (LEGACY_START..LEGACY_END).contains(&addr) {
             self.shadow.borrow_mut()[((addr - LEGACY_START) / PAGE_SIZE) as usize] = mode;
-            self.bump();
+            self.remapped();
         }
     }
 
@@ -525,7 +537,121 @@ impl GuestMemory {
             };
         }
         drop(shadow);
+        self.remapped();
+    }
+
+    /// What of the physical address space host memory backs, in order of addresses: what a hypervisor maps.
+    /// Pages whose reads come from elsewhere than where their writes go are spans that cannot be written.
+    pub fn spans(&self) -> Vec<Span> {
+        let mut out: Vec<Span> = Vec::new();
+        let mut add = |gpa: u64, len: u64, host: *mut u8, writable: bool, ram: bool| {
+            if let Some(last) = out.last_mut() {
+                let next = last.host.wrapping_add(last.len as usize);
+                if (last.gpa + last.len, next, last.writable, last.ram) == (gpa, host, writable, ram) {
+                    last.len += len;
+                    return;
+                }
+            }
+            out.push(Span { gpa, len, host, writable, ram });
+        };
+        for r in &self.regions {
+            let end = r.start + r.len;
+            if r.start > 0 {
+                add(r.start, r.len, r.host, true, true);
+                continue;
+            }
+            add(0, end.min(LEGACY_START), r.host, true, true);
+            for gpa in (LEGACY_START..LEGACY_END).step_by(PAGE_SIZE as usize) {
+                let b = self.backing(gpa);
+                if !b.read.is_null() {
+                    let writable = std::ptr::eq(b.read, b.write);
+                    let ram = self.ram_page(gpa).is_some_and(|(host, _)| std::ptr::eq(host, b.read));
+                    add(gpa, PAGE_SIZE, b.read.cast_mut(), writable, ram);
+                }
+            }
+            if end > LEGACY_END {
+                // SAFETY: the region is longer than that.
+                let host = unsafe { r.host.add(LEGACY_END as usize) };
+                add(LEGACY_END, end - LEGACY_END, host, true, true);
+            }
+        }
+        let rom = self.rom.borrow();
+        if rom.len() > 0 {
+            let gpa = HIGH_RAM_START - rom.len() as u64;
+            add(gpa, rom.len() as u64, rom.as_ptr().cast_mut(), false, false);
+        }
+        drop(rom);
+        out.sort_by_key(|s| s.gpa);
+        out
+    }
+
+    /// A processor that keeps no flags itself wrote to these pages of RAM: bit `n` of `bitmap` is page `n` from
+    /// `gpa` on.
+    pub fn mark_written(&self, gpa: u64, bitmap: &[u64]) {
+        for (word, mut bits) in bitmap.iter().copied().enumerate() {
+            while bits != 0 {
+                let page = word as u64 * 64 + u64::from(bits.trailing_zeros());
+                bits &= bits - 1;
+                self.set_dirty(gpa + page * PAGE_SIZE);
+            }
+        }
+    }
+
+    /// Whatever processors knew of pages is forgotten: every page counts as written, and none holds code.
+    pub fn forget_flags(&self) {
+        for r in &self.regions {
+            for f in r.flags.0.flags.iter() {
+                f.store(WRITE_FREE, Ordering::Relaxed);
+            }
+            if let Ok(mut stale) = r.flags.0.stale.lock() {
+                stale.clear();
+            }
+            r.flags.0.stale_count.store(0, Ordering::Release);
+        }
         self.bump();
+    }
+}
+
+/// A run of physical addresses that host memory backs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Span {
+    /// The first address.
+    pub gpa: u64,
+    /// Bytes, a multiple of [`PAGE_SIZE`].
+    pub len: u64,
+    /// Where it lies in this process, at a page boundary.
+    pub host: *mut u8,
+    /// Guests may write to it; if not, their writes are for [`GuestMemory::backing`] to judge.
+    pub writable: bool,
+    /// It is RAM, so that writes to it count for migration.
+    pub ram: bool,
+}
+
+/// A page of a firmware image: hypervisors map whole pages.
+#[derive(Clone)]
+#[repr(C, align(4096))]
+struct RomPage([u8; PAGE_SIZE as usize]);
+
+/// A firmware image at a page boundary of the host.
+#[derive(Default)]
+struct Rom(Vec<RomPage>);
+
+impl Rom {
+    fn new(image: &[u8]) -> Rom {
+        let page = |bytes: &[u8]| {
+            let mut page = RomPage([0; PAGE_SIZE as usize]);
+            page.0[..bytes.len()].copy_from_slice(bytes);
+            page
+        };
+        Rom(image.chunks(PAGE_SIZE as usize).map(page).collect())
+    }
+
+    fn len(&self) -> usize {
+        self.0.len() * PAGE_SIZE as usize
+    }
+
+    fn as_ptr(&self) -> *const u8 {
+        self.0.as_ptr().cast()
     }
 }
 
@@ -580,5 +706,49 @@ mod tests {
         let mut cursor = 0;
         assert_eq!(mem.take_dirty(DIRTY_MIGRATION, &mut cursor, 64), vec![0x4000, 0x5000]);
         assert!(mem.read((1 << 20) - 1, &mut [0; 2]).is_err());
+    }
+
+    #[test]
+    fn spans_are_what_pages_are_backed_by() {
+        let mem = GuestMemory::split(5 << 30, 2 << 30).unwrap();
+        mem.set_firmware(vec![0x5A; 0x4_0000]).unwrap();
+        let old = mem.map_version();
+        for page in (0xC_0000..0xC_8000).step_by(4096) {
+            mem.set_shadow(page, Shadow::Ram);
+        }
+        mem.set_shadow(0xC_8000, Shadow::ReadRam);
+        mem.set_shadow(0xF_0000, Shadow::WriteRam);
+        assert_ne!(mem.map_version(), old);
+        let spans = mem.spans();
+        let shape: Vec<_> = spans.iter().map(|s| (s.gpa, s.len, s.writable, s.ram)).collect();
+        assert_eq!(
+            shape,
+            [
+                (0, 0xA_0000, true, true),
+                (0xC_0000, 0x8000, true, true),
+                (0xC_8000, 0x1000, false, true),
+                (0xE_0000, 0x2_0000, false, false),
+                (0x10_0000, (2 << 30) - 0x10_0000, true, true),
+                (0xFFFC_0000, 0x4_0000, false, false),
+                (1 << 32, 3 << 30, true, true),
+            ]
+        );
+        for s in &spans {
+            assert_eq!(s.host as usize % 4096, 0);
+            for gpa in [s.gpa, s.gpa + s.len - 4096] {
+                let host = s.host.wrapping_add((gpa - s.gpa) as usize);
+                assert!(std::ptr::eq(mem.backing(gpa).read, host), "{gpa:#x}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_bitmap_of_writes_sets_the_flags() {
+        let mem = GuestMemory::new(1 << 20).unwrap();
+        let mut cursor = 0;
+        while !mem.take_dirty(DIRTY_MIGRATION, &mut cursor, 64).is_empty() {}
+        mem.mark_written(0x1000, &[0b101, 1]);
+        let mut cursor = 0;
+        assert_eq!(mem.take_dirty(DIRTY_MIGRATION, &mut cursor, 64), vec![0x1000, 0x3000, 0x41000]);
     }
 }

@@ -559,6 +559,16 @@ impl Pc {
         self.board.changed.take() || !s.messages.is_empty() || !s.outputs.is_empty() || s.request.is_some()
     }
 
+    /// Whether outputs or a request wait.
+    pub fn has_news(&self) -> bool {
+        !self.board.s.outputs.is_empty() || self.board.s.request.is_some()
+    }
+
+    /// What each pin of the I/O APIC would send, for those that are level-triggered.
+    pub fn level_pins(&self) -> Vec<Option<ApicMessage>> {
+        self.board.s.ioapic.level_pins()
+    }
+
     /// 64 random bits of the machine's generator.
     pub fn random(&mut self) -> u64 {
         self.board.s.random.next()

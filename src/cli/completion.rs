@@ -24,7 +24,7 @@ pub fn bash() -> String {
          \x20   case $prev in\n\
          \x20       -machine | -M) COMPREPLY=($(compgen -W '{} help' -- \"$cur\")) ;;\n\
          \x20       -device) COMPREPLY=($(compgen -W '{} help' -- \"$cur\")) ;;\n\
-         \x20       -accel) COMPREPLY=($(compgen -W 'tcg help' -- \"$cur\")) ;;\n\
+         \x20       -accel) COMPREPLY=($(compgen -W 'tcg kvm kvm:tcg help' -- \"$cur\")) ;;\n\
          \x20       -cpu) COMPREPLY=($(compgen -W \"$(\"$1\" -cpu help 2>/dev/null | sed -n 's/^x86 \\([^ ]*\\).*/\\1/p') help\" -- \"$cur\")) ;;\n\
          \x20       -ft) COMPREPLY=($(compgen -W 'primary backup,peer=' -- \"$cur\")) ;;\n\
          \x20       -display) COMPREPLY=($(compgen -W 'none vnc=' -- \"$cur\")) ;;\n\

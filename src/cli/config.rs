@@ -175,6 +175,36 @@ pub struct MachineConfig {
     pub memory_backend: Option<String>,
     /// The host's Unix time at the start, as `rtc_base` makes it.
     pub rtc_base_unix: i64,
+    /// What the machine runs on (the choice among those that were asked for).
+    pub accel: Accel,
+}
+
+/// What executes a machine's instructions.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Accel {
+    /// The deterministic software processor.
+    #[default]
+    Tcg,
+    /// The host's processor.
+    Kvm,
+}
+
+impl Accel {
+    /// Its name in `-accel`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Accel::Tcg => "tcg",
+            Accel::Kvm => "kvm",
+        }
+    }
+}
+
+/// An accelerator that was asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AccelWish {
+    /// The option that names it alone, for messages; empty for a list of them.
+    pub option: String,
+    pub name: String,
 }
 
 impl Default for MachineConfig {
@@ -212,6 +242,7 @@ impl Default for MachineConfig {
             snapshot: false,
             usb: false,
             memory_backend: None,
+            accel: Accel::Tcg,
             rtc_base_unix: 0,
         }
     }
@@ -258,6 +289,8 @@ pub struct HostConfig {
     pub incoming: Option<Uri>,
     /// The snapshot from which the machine goes on.
     pub loadvm: Option<String>,
+    /// The accelerators that may be used, the preferred one first. None: tcg.
+    pub accels: Vec<AccelWish>,
     /// Where debuggers connect.
     pub gdb: Option<Char>,
 }
@@ -442,6 +475,8 @@ impl Config {
         let mut vnc: Option<String> = None;
         let mut secrets: Vec<(String, Vec<u8>)> = Vec::new();
         let mut monitor_given = false;
+        let mut machine_accel = false;
+        let mut accel_given = Vec::new();
         let mut memory_objects: Vec<(String, u64)> = Vec::new();
         for g in given {
             let v = g.value();
@@ -460,7 +495,8 @@ impl Config {
                         m.machine = t.to_owned();
                     }
                     if let Some(a) = p.get("accel") {
-                        accel(a)?;
+                        machine_accel = true;
+                        h.accels = accels("", a)?;
                     }
                     m.usb = p.bool("usb").map_err(&err)?.unwrap_or(m.usb);
                     if let Some(backend) = p.get("memory-backend") {
@@ -476,9 +512,13 @@ impl Config {
                 "accel" => {
                     let p = params(Some("accel"))?;
                     p.only(&keys("accel")).map_err(&err)?;
-                    accel(p.need("accel").map_err(&err)?)?;
+                    p.choice("kernel-irqchip", &["on", "off", "split"]).map_err(&err)?;
+                    let name = p.need("accel").map_err(&err)?;
+                    accel_given.extend(accels(&format!("-accel {v}"), name)?);
                 }
-                "enable-kvm" => accel("kvm")?,
+                "enable-kvm" => {
+                    accel_given.push(AccelWish { option: String::new(), name: "kvm".into() });
+                }
                 "cpu" => m.cpu_model = v.to_owned(),
                 "smp" => {
                     let p = params(Some("cpus"))?;
@@ -831,6 +871,14 @@ impl Config {
         if m.initrd.is_some() && m.kernel.is_none() {
             return Err(CliError::Plain("-initrd only allowed with -kernel option".into()));
         }
+        if !accel_given.is_empty() {
+            if machine_accel {
+                return Err(CliError::Plain(
+                    "The -accel and \"-machine accel=\" options are incompatible".into(),
+                ));
+            }
+            h.accels = accel_given;
+        }
         Ok(Config { machine: m, host: h, given: given.to_vec() })
     }
 }
@@ -857,19 +905,11 @@ fn unique<'a>(kind: &str, ids: impl Iterator<Item = &'a str>) -> Result<(), CliE
     Ok(())
 }
 
-fn accel(names: &str) -> Result<(), CliError> {
-    let mut reason = String::new();
-    for name in names.split(':') {
-        match name {
-            "tcg" => return Ok(()),
-            "kvm" => {
-                reason =
-                    "failed to initialize kvm: this version of ftvm has no kvm accelerator; use -accel tcg"
-                        .into()
-            }
-            "help" => {}
-            other => reason = format!("invalid accelerator {other}"),
-        }
+/// The accelerators of a list, in its order.
+fn accels(option: &str, names: &str) -> Result<Vec<AccelWish>, CliError> {
+    if names.is_empty() {
+        return Err(CliError::Plain("no accelerator found".into()));
     }
-    Err(CliError::Plain(reason))
+    let option = if names.contains(':') { "" } else { option };
+    Ok(names.split(':').map(|name| AccelWish { option: option.to_owned(), name: name.to_owned() }).collect())
 }

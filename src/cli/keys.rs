@@ -14,7 +14,7 @@ use Value::{Bool, Number, Size, Text};
 
 /// By option, in the order of the alphabet.
 pub const KEYS: &[(&str, &[(&str, Value)])] = &[
-    ("accel", &[("accel", Text), ("thread", Text), ("tb-size", Number)]),
+    ("accel", &[("accel", Text), ("kernel-irqchip", Text), ("thread", Text), ("tb-size", Number)]),
     ("boot", &[("order", Text), ("once", Text), ("menu", Bool), ("strict", Bool), ("splash-time", Number)]),
     (
         "chardev",

@@ -10,16 +10,27 @@ use super::options::OPTIONS;
 const DETAILS: &[(&str, &[&str])] = &[
     (
         "machine",
-        &["Properties: accel=tcg, hpet=on|off, usb=on|off (a controller without devices), memory-backend=id (an object \
+        &["Properties: accel=tcg|kvm, hpet=on|off, usb=on|off (a controller without devices), memory-backend=id (an object \
            of the size that -m says). acpi=off is refused. vmport, graphics, dump-guest-core and kernel-irqchip are \
            accepted and have no effect. The machine 'none' has nothing but monitors: management programs ask it what there is."],
     ),
     (
         "cpu",
-        &["The default is qemu64. 'max' has every feature of the processor, 'host' means the same. A feature \
-           that the processor does not have (AVX, for example) is refused by name."],
+        &["The default is qemu64. 'max' has every feature of the processor, and 'host' means the same on tcg. On kvm, 'host' is all \
+           that KVM shows of the host's processor, and stays on kvm; the others have what both accelerators have. \
+           A feature that the processor does not have (AVX-512 on tcg, for example) is refused by name. 'kvm=off' \
+           hides KVM from the guest."],
     ),
-    ("accel", &["kvm is refused: this version has none. 'kvm:tcg' selects tcg."]),
+    (
+        "accel",
+        &[
+            "tcg is the deterministic processor in software, which -ft, -icount and -gdb need. kvm is the host's processor. Of \
+             several, in one list ('kvm:tcg') or in options that follow each other, the first that can be had is \
+             taken. A machine moves between the two by migration, and when ft-turn-on and ft-turn-off are called.",
+            "kernel-irqchip is accepted: the local APICs are the kernel's, all other interrupt controllers are not \
+             (as with 'split').",
+        ],
+    ),
     ("smp", &["1 to 255 processors. They cannot be hot-plugged: maxcpus must equal cpus."]),
     (
         "boot",

@@ -51,7 +51,7 @@ pub fn parse(args: &[String]) -> Result<Request, CliError> {
                 }
                 out
             }
-            ("accel", "help" | "?") => "Accelerators supported in ftvm:\ntcg\n".to_owned(),
+            ("accel", "help" | "?") => "Accelerators supported in ftvm:\ntcg\nkvm\n".to_owned(),
             _ => continue,
         };
         return Ok(Request::Print(text));
@@ -88,7 +88,7 @@ mod tests {
             ("-machine nope", "unsupported machine type 'nope'"),
             ("-m lots", "Parameter 'size' expects"),
             ("-smp 0", "Invalid SMP CPUs 0"),
-            ("-accel kvm", "kvm"),
+            ("-M pc,accel=kvm -accel tcg", "incompatible"),
             ("-vga nope", "unknown vga type: nope"),
             ("-vga cirrus", "not available"),
             ("-netdev wire,id=a", "does not accept value 'wire'"),

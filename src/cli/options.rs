@@ -48,7 +48,7 @@ pub const OPTIONS: &[(&str, &str, &str, &str)] = &[
         "accel",
         "[accel=]name",
         "Standard options",
-        "select the accelerator: tcg (ftvm's deterministic processor)",
+        "select the accelerator: tcg (ftvm's deterministic processor) or kvm (the host's)",
     ),
     ("enable-kvm", "", "Standard options", "same as -accel kvm"),
     ("smp", "[cpus=]n[,sockets=n,cores=n,threads=n,maxcpus=n]", "Standard options", "number of processors"),

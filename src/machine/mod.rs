@@ -6,6 +6,7 @@
 
 mod clock;
 mod debug;
+mod hardware;
 mod hash;
 mod run;
 mod state;
@@ -18,6 +19,7 @@ pub use state::{MachineState, StateError};
 use std::collections::BTreeMap;
 
 use ftvm_accel::bus::Ipi;
+use ftvm_accel::kvm::Kvm;
 use ftvm_accel::tcg::registers::View;
 use ftvm_accel::{GuestMemory, Processor};
 use ftvm_devices::{FunctionView, Input, Inventory, MachineRequest, Output, Plug, Screen, WindowView};
@@ -40,6 +42,14 @@ pub trait Chipset: Send {
     fn take_outputs(&mut self) -> Vec<Output>;
     fn take_request(&mut self) -> Option<MachineRequest>;
     fn has_work(&self) -> bool;
+    /// Whether outputs or a request wait.
+    fn has_news(&self) -> bool {
+        true
+    }
+    /// What each pin of the I/O APIC would send, where it is level-triggered.
+    fn level_pins(&self) -> Vec<Option<ftvm_accel::ApicMessage>> {
+        Vec::new()
+    }
     fn random(&mut self) -> u64;
     fn save(&self) -> Vec<u8>;
     fn load(&mut self, saved: &[u8]) -> Result<(), String>;
@@ -125,6 +135,8 @@ struct Schedule {
 
 /// A virtual machine.
 pub struct Machine {
+    /// What runs the processors, if they are the host's. It goes before the memory that it maps.
+    hardware: Option<hardware::Hardware>,
     cpus: Vec<Box<dyn Processor>>,
     chipset: Box<dyn Chipset>,
     mem: GuestMemory,
@@ -161,13 +173,29 @@ impl Machine {
             outputs: Vec::new(),
             hashes,
             note: Vec::new(),
+            hardware: None,
             step: None,
         };
         machine.reset();
         machine
     }
 
+    /// As [`Self::new`], with processors that `kvm` runs, if they are the host's.
+    pub fn with_processors(
+        cpus: Vec<Box<dyn Processor>>,
+        kvm: Option<Kvm>,
+        chipset: Box<dyn Chipset>,
+        mem: GuestMemory,
+        ns_per_instruction: f64,
+    ) -> Self {
+        let mut machine = Machine::new(cpus, chipset, mem, ns_per_instruction);
+        machine.hardware = kvm.map(|kvm| hardware::Hardware::new(kvm, machine.now()));
+        machine.settle();
+        machine
+    }
+
     fn reset(&mut self) {
+        self.still();
         for cpu in &mut self.cpus {
             cpu.reset(false);
         }
@@ -184,7 +212,15 @@ impl Machine {
 
     /// Virtual time in nanoseconds.
     pub fn now(&self) -> u64 {
-        self.clock.now(self.position)
+        let running = self.hardware.as_ref().and_then(hardware::Hardware::now);
+        running.unwrap_or_else(|| self.clock.now(self.position))
+    }
+
+    /// Real time went by without the machine: virtual time goes on from where it stands.
+    pub fn time_stood(&mut self) {
+        if let Some(h) = &mut self.hardware {
+            h.time_stood();
+        }
     }
 
     /// The clock's rate in nanoseconds per instruction.
@@ -224,17 +260,29 @@ impl Machine {
     }
 
     /// The registers of each processor for programs.
-    pub fn views(&self) -> Vec<View> {
+    pub fn views(&mut self) -> Vec<View> {
+        self.still();
         self.cpus.iter().filter_map(|c| c.view()).collect()
     }
 
     /// The registers of processor `index` for people.
-    pub fn describe_cpu(&self, index: usize) -> Option<String> {
+    pub fn describe_cpu(&mut self, index: usize) -> Option<String> {
+        self.still();
         self.cpus.get(index).map(|c| c.describe())
+    }
+
+    /// The registers of all processors for people.
+    pub fn describe_cpus(&mut self) -> String {
+        let texts: Vec<String> = (0..self.cpu_count()).filter_map(|i| self.describe_cpu(i)).collect();
+        texts.join("\n")
     }
 
     /// Apply an input now. The caller has logged it with [`Self::stamp`].
     pub fn apply(&mut self, input: &MachineInput) {
+        if matches!(input, MachineInput::Device(Input::Nmi) | MachineInput::Nmi | MachineInput::Paused(true))
+        {
+            self.still();
+        }
         match input {
             MachineInput::Device(Input::Nmi) | MachineInput::Nmi => {
                 for cpu in &mut self.cpus {
@@ -265,6 +313,7 @@ impl Machine {
 
     /// Hash of each part of the state, to compare two replicas.
     pub fn state_hash(&mut self) -> StateHash {
+        self.still();
         self.hashes.update(&self.mem);
         let mut parts = BTreeMap::new();
         for (i, cpu) in self.cpus.iter().enumerate() {

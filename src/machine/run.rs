@@ -54,6 +54,9 @@ impl Bus for MachineBus<'_> {
 impl Machine {
     /// Deliver what is due at this point: timers, interrupt messages, IPIs; collect outputs.
     pub(super) fn settle(&mut self) {
+        if self.is_hardware() {
+            return self.settle_hardware();
+        }
         let stamp = self.stamp();
         for cpu in &mut self.cpus {
             if cpu.next_deadline().is_some_and(|d| d <= stamp.ns) {

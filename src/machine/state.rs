@@ -52,7 +52,13 @@ impl MachineState {
 
 impl Machine {
     /// The state of everything but RAM contents.
-    pub fn save(&self) -> MachineState {
+    pub fn save(&mut self) -> MachineState {
+        self.still();
+        self.state()
+    }
+
+    /// As [`Self::save`], of a machine whose processors stand still by themselves.
+    pub fn state(&self) -> MachineState {
         MachineState {
             version: VERSION,
             position: self.position,
@@ -71,6 +77,10 @@ impl Machine {
         if state.cpus.len() != self.cpus.len() {
             return Err(StateError::Processors { saved: state.cpus.len(), here: self.cpus.len() });
         }
+        self.still();
+        if let Some(h) = &mut self.hardware {
+            h.set_time(state.clock.now(state.position));
+        }
         for (cpu, saved) in self.cpus.iter_mut().zip(&state.cpus) {
             cpu.load(saved).map_err(StateError::Device)?;
         }
@@ -83,6 +93,7 @@ impl Machine {
         self.note.clone_from(&state.note);
         self.ipis.clear();
         self.outputs.clear();
+        self.remap();
         Ok(())
     }
 }

@@ -175,6 +175,7 @@ pub fn start(rt: &mut Runtime, channel: Channel) -> Result<(), String> {
     };
     let migration = Arc::clone(&rt.shared.migration);
     let total = rt.machine.memory().ram_size();
+    rt.machine.track_dirty(true)?;
     {
         let mut s = migration.state();
         s.incoming = false;
@@ -466,6 +467,9 @@ fn count(migration: &Migration, pages: &Pages) {
 
 /// Every page was looked at: stop the machine if what is dirty by now can be sent within the limit.
 fn pass_ends(rt: &mut Runtime) {
+    if let Err(e) = rt.machine.collect_dirty() {
+        return fail(rt, e);
+    }
     let remaining = rt.machine.memory().count_dirty(DIRTY_MIGRATION) * PAGE as u64;
     let Some(out) = &mut rt.outgoing else { return };
     // What still waits for the channel counts too.
@@ -560,6 +564,7 @@ fn hand_over(rt: &mut Runtime) -> Result<(), String> {
     rt.outside.close_disks();
     let migration = Arc::clone(&rt.shared.migration);
     migration.state().stats.precopy_bytes = migration.sent.load(Ordering::Relaxed);
+    rt.machine.collect_dirty()?;
     let mut cursor = 0;
     loop {
         let pages = take_pages(rt.machine.memory(), &mut cursor, PAGES);
@@ -603,6 +608,7 @@ fn on_news(rt: &mut Runtime, id: u64, news: News) {
 
 fn complete(rt: &mut Runtime) {
     let Some(out) = rt.outgoing.take() else { return };
+    let _ = rt.machine.track_dirty(false);
     let now = Instant::now();
     {
         let mut s = rt.shared.migration.state();
@@ -630,6 +636,7 @@ fn fail(rt: &mut Runtime, reason: String) {
 
 fn end(rt: &mut Runtime, reason: Option<String>, status: Status) {
     let Some(out) = rt.outgoing.take() else { return };
+    let _ = rt.machine.track_dirty(false);
     (out.writer.stop)();
     if let Some(reason) = &reason {
         log::warn!("migration: failed: {reason}");

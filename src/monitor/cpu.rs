@@ -1,10 +1,11 @@
 //! Commands about processors.
 
-use ftvm_accel::model::CpuModel;
+use ftvm_accel::model::{CpuModel, HostCpuid, ModelError};
 use ftvm_qmp::{Call, QmpError};
 use serde_json::{json, Map, Value};
 
 use super::{Control, Reply};
+use crate::cli::config::Accel;
 
 /// The type of a processor model's objects.
 pub fn type_name(model: &str) -> String {
@@ -16,18 +17,28 @@ pub fn path(index: u32) -> String {
     format!("/machine/unattached/device[{index}]")
 }
 
+/// What guests can have of the host's processor, while the machine runs on it.
+fn host(c: &Control) -> Option<HostCpuid> {
+    (c.shared.accel() == Accel::Kvm).then(|| ftvm_accel::kvm::host_cpuid().ok()).flatten()
+}
+
+/// A model, on what the machine runs on.
+pub fn parse_model(c: &Control, text: &str) -> Result<CpuModel, ModelError> {
+    CpuModel::parse_on(text, host(c).as_ref())
+}
+
 /// The model's name in the machine's `-cpu`.
 pub fn model_of(c: &Control) -> String {
     let name = c.config.cpu_model.split(',').next().unwrap_or_default();
-    CpuModel::parse(name).map_or_else(|_| name.to_owned(), |m| m.name().to_owned())
+    parse_model(c, name).map_or_else(|_| name.to_owned(), |m| m.name().to_owned())
 }
 
 /// The features that the machine's model names and its processors do not have.
 pub fn unavailable(c: &Control) -> Vec<String> {
-    CpuModel::parse(&c.config.cpu_model).map_or_else(|_| Vec::new(), |m| m.missing().to_vec())
+    parse_model(c, &c.config.cpu_model).map_or_else(|_| Vec::new(), |m| m.missing().to_vec())
 }
 
-pub fn definitions(_: &Control, _: &mut Call) -> Reply {
+pub fn definitions(c: &Control, _: &mut Call) -> Reply {
     let one = |(name, unavailable): (String, Vec<String>)| {
         json!({
             "name": name,
@@ -35,15 +46,15 @@ pub fn definitions(_: &Control, _: &mut Call) -> Reply {
             "unavailable-features": unavailable,
             "static": false,
             // What "max" is may change with the next version.
-            "migration-safe": name != "max",
+            "migration-safe": !["max", "host"].contains(&name.as_str()),
             "deprecated": false,
         })
     };
-    Ok(CpuModel::definitions().into_iter().map(one).collect())
+    Ok(CpuModel::definitions(host(c).as_ref()).into_iter().map(one).collect())
 }
 
 /// A model with its features as `-cpu` takes them.
-fn parse(name: &str, props: &Map<String, Value>) -> Result<CpuModel, QmpError> {
+fn parse(c: &Control, name: &str, props: &Map<String, Value>) -> Result<CpuModel, QmpError> {
     let mut text = name.to_owned();
     for (key, value) in props {
         let value = match value {
@@ -58,15 +69,13 @@ fn parse(name: &str, props: &Map<String, Value>) -> Result<CpuModel, QmpError> {
         };
         text.push_str(&format!(",{key}={value}"));
     }
-    CpuModel::parse(&text).map_err(|e| match e {
-        ftvm_accel::model::ModelError::Unknown(_) => {
-            QmpError::generic(format!("CPU model '{name}' not found"))
-        }
+    parse_model(c, &text).map_err(|e| match e {
+        ModelError::Unknown(_) => QmpError::generic(format!("CPU model '{name}' not found")),
         e => QmpError::generic(e.to_string()),
     })
 }
 
-pub fn expansion(_: &Control, call: &mut Call) -> Reply {
+pub fn expansion(c: &Control, call: &mut Call) -> Reply {
     let model = call.arguments.get("model").and_then(Value::as_object).cloned().unwrap_or_default();
     let name = model.get("name").and_then(Value::as_str).unwrap_or_default();
     let props = match model.get("props") {
@@ -79,12 +88,12 @@ pub fn expansion(_: &Control, call: &mut Call) -> Reply {
     // "base" is the model without features to which a static expansion leads.
     let (model, full) = match name {
         "base" => {
-            let max = parse("max", &Map::new())?;
+            let max = parse(c, "max", &Map::new())?;
             let off = max.all_features().map(|(f, _)| (f.to_owned(), json!(false)));
             let all: Map<String, Value> = off.chain(props).collect();
-            (parse("max", &all)?, "base".to_owned())
+            (parse(c, "max", &all)?, "base".to_owned())
         }
-        _ => (parse(name, &props)?, name.to_owned()),
+        _ => (parse(c, name, &props)?, name.to_owned()),
     };
     let features: Map<String, Value> =
         model.all_features().map(|(f, on)| (f.to_owned(), json!(on))).collect();
@@ -107,11 +116,12 @@ pub fn hotpluggable(c: &Control, _: &mut Call) -> Reply {
 
 pub fn fast(c: &Control, _: &mut Call) -> Reply {
     let count = if c.config.machine == "none" { 0 } else { c.config.cpus };
-    let one = |i| {
+    let threads = c.shared.cpu_threads();
+    let one = |i: u32| {
         json!({
             "cpu-index": i,
             "qom-path": path(i),
-            "thread-id": c.machine_thread,
+            "thread-id": threads.get(i as usize).copied().unwrap_or(c.machine_thread),
             "props": place(i),
             "target": "x86_64",
         })

@@ -3,6 +3,7 @@
 use ftvm_qmp::{Call, QmpError};
 
 use super::{done, Control, Reply};
+use crate::cli::config::Accel;
 use crate::cli::ft::FtConfig;
 use crate::runtime::control::FtWish;
 use crate::runtime::live::Sink;
@@ -68,7 +69,19 @@ pub fn turn_on(c: &Control, call: &mut Call) -> Reply {
         let turn_on = rt.turn_on.as_ref();
         let turn_on =
             turn_on.ok_or_else(|| QmpError::generic("this machine was started as one of a pair"))?;
-        let side = turn_on(config).map_err(QmpError::generic)?;
+        let turn_on = turn_on.clone();
+        // What runs on hardware cannot be followed.
+        let was = rt.shared.accel();
+        rt.change_processors(Accel::Tcg).map_err(QmpError::generic)?;
+        let side = match turn_on(config) {
+            Ok(side) => side,
+            Err(e) => {
+                if let Err(e) = rt.change_processors(was) {
+                    log::warn!("the machine stays on tcg: {e}");
+                }
+                return Err(QmpError::generic(e));
+            }
+        };
         rt.outside.set_durable(|_| true).map_err(|e| QmpError::generic(e.to_string()))?;
         rt.ft = Some(side);
         done()

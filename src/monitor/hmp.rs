@@ -7,7 +7,7 @@ use serde_json::{json, Map, Value};
 
 use super::qom::Object;
 use super::{input, migrate, pci, qom, snapshots, Control};
-use crate::cli::config::format_uuid;
+use crate::cli::config::{format_uuid, Accel};
 use crate::cli::keyval::Params;
 use crate::host::keys;
 use crate::runtime::control::RunState;
@@ -66,7 +66,10 @@ const INFO: &[(&str, &str, Info)] = &[
     ("chardev", "the character devices", chardev),
     ("cpus", "the processors", cpus),
     ("ft", "the pair", ft),
-    ("kvm", "whether KVM is used", |_| Ok("kvm support: disabled\n".into())),
+    ("kvm", "whether KVM is used", |c| {
+        let word = if c.shared.accel() == Accel::Kvm { "enabled" } else { "disabled" };
+        Ok(format!("kvm support: {word}\n"))
+    }),
     ("migrate", "how far the migration is", migrate::info),
     ("migrate_capabilities", "capabilities of migrations", migrate::info_capabilities),
     ("migrate_parameters", "parameters of migrations", migrate::info_parameters),
@@ -78,7 +81,7 @@ const INFO: &[(&str, &str, Info)] = &[
     ("pci", "the PCI functions", pci_text),
     ("qom-tree", "the tree of objects", |c| Ok(qom_tree(&qom::tree(c)))),
     ("qtree", "the devices", qtree),
-    ("registers", "registers of the processors when they last stopped", |c| Ok(c.shared.registers() + "\n")),
+    ("registers", "registers of the processors", |c| Ok(c.machine(|rt| rt.machine.describe_cpus())? + "\n")),
     ("replay", "record and replay", replay),
     ("snapshots", "internal snapshots of the images", snapshots::list),
     ("status", "whether the machine runs", status),

@@ -6,7 +6,7 @@ use ftvm_qmp::{Call, QmpError};
 use serde_json::{json, Value};
 
 use super::{done, Control, Reply};
-use crate::cli::config::{format_uuid, MACHINES};
+use crate::cli::config::{format_uuid, Accel, MACHINES};
 use crate::machine::MachineInput;
 use crate::runtime::control::RunState;
 use crate::runtime::live::Runtime;
@@ -25,9 +25,9 @@ pub fn uuid(c: &Control, _: &mut Call) -> Reply {
     Ok(json!({"UUID": format_uuid(&c.config.uuid)}))
 }
 
-pub fn kvm(_: &Control, _: &mut Call) -> Reply {
-    let present = std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm").is_ok();
-    Ok(json!({"enabled": false, "present": present}))
+pub fn kvm(c: &Control, _: &mut Call) -> Reply {
+    // "Present" is what the program has, as in QEMU.
+    Ok(json!({"enabled": c.shared.accel() == Accel::Kvm, "present": true}))
 }
 
 pub fn quit(c: &Control, _: &mut Call) -> Reply {

@@ -145,7 +145,7 @@ pub fn tree(c: &Control) -> Object {
         }
     }
     let model = cpu::model_of(c);
-    let features = ftvm_accel::CpuModel::parse(&c.config.cpu_model).ok();
+    let features = cpu::parse_model(c, &c.config.cpu_model).ok();
     let cpus = (0..look.cpus).map(|i| {
         let mut object = Object::new(&format!("device[{i}]"), cpu::type_name(&model))
             .with("realized", "bool", json!(true))
@@ -159,7 +159,7 @@ pub fn tree(c: &Control) -> Object {
     let container = |name: &str| Object::new(name, "container");
     let kind = format!("{}-machine", c.config.machine_name());
     let machine = Object::new("machine", kind)
-        .with("accel", "string", json!("tcg"))
+        .with("accel", "string", json!(c.shared.accel().name()))
         .with("hpet", "bool", json!(c.config.hpet))
         .with("memory-backend", "string", json!(c.config.memory_backend.as_deref().unwrap_or("pc.ram")))
         .with("usb", "bool", json!(c.config.usb))

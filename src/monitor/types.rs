@@ -44,6 +44,8 @@ const ABSTRACT: &[(&str, &str)] = &[
 const CONCRETE: &[(&str, &str)] = &[
     ("container", "object"),
     ("tcg-accel", "accel"),
+    ("kvm-accel", "accel"),
+    ("host-x86_64-cpu", "max-x86_64-cpu"),
     ("memory-backend-ram", "memory-backend"),
     ("rng-random", "rng-backend"),
     ("rng-builtin", "rng-backend"),
@@ -84,7 +86,7 @@ pub fn all() -> Vec<Type> {
     ABSTRACT.iter().for_each(|(n, p)| push((*n).to_owned(), p, true));
     CONCRETE.iter().for_each(|(n, p)| push((*n).to_owned(), p, false));
     MACHINES.iter().for_each(|m| push(format!("{}-machine", m.name), "machine", false));
-    CpuModel::definitions().iter().for_each(|(n, _)| push(super::cpu::type_name(n), "x86_64-cpu", false));
+    CpuModel::definitions(None).iter().for_each(|(n, _)| push(super::cpu::type_name(n), "x86_64-cpu", false));
     for m in MODELS {
         push(m.name.to_owned(), parent(m), false);
         if let Some(backend) = backend_type(m.name) {
@@ -162,7 +164,9 @@ fn of_device(name: &str) -> Option<Vec<Value>> {
         let own = m.all_properties().into_iter().filter(|(n, ..)| !bus.contains(n));
         return Some(own.map(|(n, k, d)| property(n, kind_name(k), d)).collect());
     }
-    let (model, _) = CpuModel::definitions().into_iter().find(|(n, _)| super::cpu::type_name(n) == name)?;
+    let name = if name == "host-x86_64-cpu" { "max-x86_64-cpu" } else { name };
+    let (model, _) =
+        CpuModel::definitions(None).into_iter().find(|(n, _)| super::cpu::type_name(n) == name)?;
     let model = CpuModel::parse(&model).ok()?;
     let mut out: Vec<Value> = model.all_features().map(|(f, _)| property(f, "bool", "")).collect();
     out.extend([
@@ -196,7 +200,7 @@ pub fn qom_properties(_: &Control, call: &mut Call) -> Reply {
     out.extend(of_device(name).unwrap_or_default());
     if is_a(&types, name, "machine") && name != "none-machine" {
         out.extend([
-            property("accel", "string", "Accelerator (tcg)"),
+            property("accel", "string", "Accelerator (tcg, kvm)"),
             property("hpet", "bool", "HPET (on)"),
             property("memory-backend", "string", "ID of the memory backend object"),
             property("usb", "bool", "USB controller (off)"),

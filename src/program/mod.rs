@@ -1,5 +1,6 @@
 //! The program: from a command line to a running machine.
 
+mod accel;
 mod monitors;
 mod prepare;
 mod register;
@@ -26,6 +27,12 @@ pub fn main(args: &[String]) -> i32 {
         }
         Ok(Request::Run(config)) => config,
         Err(e) => return fail(&e.to_string()),
+    };
+    let mut config = config;
+    config.machine.accel = match accel::choose(&config) {
+        Ok(accel) => accel,
+        Err(text) if text.is_empty() => return 1,
+        Err(text) => return fail(&text),
     };
     let outcome = start(&config);
     ftvm_block::iscsi::release_all();

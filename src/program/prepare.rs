@@ -12,6 +12,7 @@ use super::Prepared;
 use crate::assembly::{
     check_shared, open_drive, open_live, open_net, open_options, queue_settings, Blueprint,
 };
+use crate::cli::config::Accel;
 use crate::cli::drive::{Cache, DriveConfig, ErrorPolicy};
 use crate::cli::ft::Reads;
 use crate::cli::Config;
@@ -25,7 +26,7 @@ use crate::migration::snapshot::{self, Wish};
 use crate::runtime::control::{RunState, Shared};
 use crate::runtime::ft::disks::{Disks, Generations};
 use crate::runtime::ft::{begin_own_writes, join, BackupReads, Common, FtSide, HostSide};
-use crate::runtime::live::{Home, RunOptions, Runtime, Sink, TurnOn};
+use crate::runtime::live::{Home, MakeProcessors, RunOptions, Runtime, Sink, TurnOn};
 use crate::runtime::record::{Header, Player, Recorder};
 use crate::runtime::replay::Replay;
 use crate::runtime::{Event, Events};
@@ -57,6 +58,7 @@ pub fn prepare(config: &Config, events: Events, receiver: Receiver<Event>) -> Re
             return Err("the machine 'none' has no devices and cannot be protected".into());
         }
         shared.backends().objects.clone_from(&config.machine.objects);
+        shared.set_accel(config.machine.accel, Vec::new());
         let control = control(&config.machine, &shared, &events, Arc::default());
         start_monitors(config, &control)?;
         return Ok(Prepared::Idle(shared, receiver));
@@ -102,7 +104,7 @@ pub fn prepare(config: &Config, events: Events, receiver: Receiver<Event>) -> Re
     let disks = if separate { track(&mut images) } else { Disks::new() };
     let blueprint =
         Blueprint::new(&config.machine, &config.host.firmware_dirs, &sizes).map_err(|e| text(&e))?;
-    let machine = blueprint.build().map_err(|e| text(&e))?;
+    let machine = build(&blueprint, &shared, &events)?;
     let (outside, control) = open_outside(&blueprint, &shared, &events)?;
     attach_nets(&blueprint, &outside, &events)?;
     for (i, (image, drive)) in images.into_iter().zip(&config.machine.drives).enumerate() {
@@ -125,7 +127,7 @@ pub fn prepare(config: &Config, events: Events, receiver: Receiver<Event>) -> Re
     let options = run_options(config);
     let turn_on: Option<TurnOn> = config.host.ft.is_none().then(|| {
         let (blueprint, shared, events) = (blueprint.clone(), Arc::clone(&shared), events.clone());
-        Box::new(move |ft| {
+        Arc::new(move |ft| {
             let files =
                 blueprint.config.drives.iter().filter(|d| !d.read_only).filter_map(|d| d.file.as_ref());
             if let Some(url) = files.clone().find(|f| f.contains("://")) {
@@ -140,8 +142,11 @@ pub fn prepare(config: &Config, events: Events, receiver: Receiver<Event>) -> Re
         }) as TurnOn
     });
     let home = home(&blueprint, &machine, &shared);
+    let processors = processors(&blueprint, &events);
     let mut runtime = Runtime::new(machine, outside, shared, events, receiver, options);
     runtime.home = Some(home);
+    runtime.processors = Some(processors);
+    runtime.home_accel = blueprint.config.accel;
     runtime.turn_on = turn_on;
     runtime.ft = ft;
     runtime.errors.drives = error_policies(&blueprint);
@@ -171,6 +176,31 @@ pub fn prepare(config: &Config, events: Events, receiver: Receiver<Event>) -> Re
     }
     runtime.restart_pace();
     Ok(Prepared::Live(Box::new(runtime)))
+}
+
+/// The machine of a blueprint, on the accelerator that was chosen.
+fn build(blueprint: &Blueprint, shared: &Shared, events: &Events) -> Result<Machine, String> {
+    let machine = match blueprint.config.accel {
+        Accel::Tcg => blueprint.build(),
+        Accel::Kvm => blueprint.build_on_kvm(wake(events)),
+    };
+    let machine = machine.map_err(|e| e.to_string())?;
+    shared.set_accel(blueprint.config.accel, machine.thread_ids());
+    Ok(machine)
+}
+
+/// Makes other processors for the machine of a blueprint.
+fn processors(blueprint: &Blueprint, events: &Events) -> MakeProcessors {
+    let (blueprint, events) = (blueprint.clone(), events.clone());
+    Box::new(move |accel, mem| blueprint.processors(accel, mem, wake(&events)).map_err(|e| e.to_string()))
+}
+
+/// Makes the machine thread look at a machine whose processors run by themselves.
+fn wake(events: &Events) -> Box<dyn Fn() + Send + Sync> {
+    let events = events.clone();
+    Box::new(move || {
+        let _ = events.send(Event::Woken);
+    })
 }
 
 /// What the machine needs of this host when it moves.
@@ -251,7 +281,7 @@ fn prepare_incoming(
     }
     let blueprint =
         Blueprint::new(&config.machine, &config.host.firmware_dirs, &sizes).map_err(|e| text(&e))?;
-    let machine = blueprint.build().map_err(|e| text(&e))?;
+    let machine = build(&blueprint, shared, &events)?;
     let (outside, control) = open_outside(&blueprint, shared, &events)?;
     attach_nets(&blueprint, &outside, &events)?;
     let options = run_options(config);

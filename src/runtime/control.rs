@@ -6,6 +6,7 @@ use ftvm_qmp::EventSink;
 use serde::Serialize;
 use serde_json::json;
 
+use crate::cli::config::Accel;
 use crate::host::backends::Backends;
 use crate::host::jobs::Jobs;
 use crate::migration::status::Migration;
@@ -139,7 +140,9 @@ pub struct Shared {
     pub migration: Arc<Migration>,
     state: Mutex<RunState>,
     ft: Mutex<FtStatus>,
-    registers: Mutex<String>,
+    /// The processors' threads, where they have threads of their own.
+    cpu_threads: Mutex<Vec<i32>>,
+    accel: Mutex<Accel>,
     dump: Mutex<Progress>,
     backends: Mutex<Backends>,
     /// Work on block nodes.
@@ -154,7 +157,8 @@ impl Shared {
             migration: Arc::new(Migration::new()),
             state: Mutex::new(RunState::Prelaunch),
             ft: Mutex::new(FtStatus::default()),
-            registers: Mutex::new(String::new()),
+            cpu_threads: Mutex::default(),
+            accel: Mutex::default(),
             dump: Mutex::default(),
             backends: Mutex::default(),
             jobs: Jobs::default(),
@@ -208,15 +212,20 @@ impl Shared {
         self.backends.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The registers when the machine was last stopped or started.
-    pub fn registers(&self) -> String {
-        self.registers.lock().map(|r| r.clone()).unwrap_or_default()
+    /// The threads of the processors, where they have threads of their own.
+    pub fn cpu_threads(&self) -> Vec<i32> {
+        self.cpu_threads.lock().map(|t| t.clone()).unwrap_or_default()
     }
 
-    /// Keep the registers for `info registers` (set when the machine stops).
-    pub fn set_registers(&self, text: String) {
-        if let Ok(mut r) = self.registers.lock() {
-            *r = text;
+    /// What the machine runs on now.
+    pub fn accel(&self) -> Accel {
+        self.accel.lock().map_or(Accel::Tcg, |a| *a)
+    }
+
+    /// See [`Self::accel`] and [`Self::cpu_threads`].
+    pub fn set_accel(&self, accel: Accel, threads: Vec<i32>) {
+        if let (Ok(mut a), Ok(mut t)) = (self.accel.lock(), self.cpu_threads.lock()) {
+            (*a, *t) = (accel, threads);
         }
     }
 }

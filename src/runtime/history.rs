@@ -73,7 +73,7 @@ fn keep(mem: &GuestMemory, pages: BTreeSet<u64>, zeros: bool) -> BTreeMap<u64, O
 }
 
 fn state(machine: &Machine) -> Vec<u8> {
-    lz4_flex::compress_prepend_size(&machine.save().to_bytes())
+    lz4_flex::compress_prepend_size(&machine.state().to_bytes())
 }
 
 /// Bytes of a page in a tree, roughly.

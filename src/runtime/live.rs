@@ -4,6 +4,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use ftvm_accel::GuestMemory;
 use ftvm_devices::door::GuestEvent;
 use ftvm_devices::{DiskOp, Input, MachineRequest, Output};
 use serde_json::{json, Value};
@@ -16,6 +17,8 @@ use super::pace::Pacer;
 use super::record::Recorder;
 use super::replay::Replay;
 use super::{Event, Events, Outcome, Quit};
+use crate::assembly::Processors;
+use crate::cli::config::Accel;
 use crate::cli::ft::FtConfig;
 use crate::host::Outside;
 use crate::lockstep::log::Entry;
@@ -63,6 +66,10 @@ pub struct Runtime {
     pub errors: DiskErrors,
     /// Makes this machine a primary while it runs (`ft-turn-on`).
     pub turn_on: Option<TurnOn>,
+    /// Makes processors of another kind for this machine; `None`: it stays on those that it has.
+    pub processors: Option<MakeProcessors>,
+    /// What the machine was started on.
+    pub home_accel: Accel,
     /// What a machine that moves needs of its host; `None`: it cannot move.
     pub home: Option<Home>,
     pub outgoing: Option<Box<Outgoing>>,
@@ -96,8 +103,11 @@ pub struct Home {
 /// Opens a machine's images.
 pub type OpenImages = Box<dyn Fn(&Arc<Outside>, &Events) -> Result<(), String> + Send>;
 
+/// Makes processors of a kind for a machine with this memory.
+pub type MakeProcessors = Box<dyn Fn(Accel, &GuestMemory) -> Result<Processors, String> + Send>;
+
 /// Makes a running machine a primary.
-pub type TurnOn = Box<dyn Fn(FtConfig) -> Result<FtSide, String> + Send>;
+pub type TurnOn = Arc<dyn Fn(FtConfig) -> Result<FtSide, String> + Send + Sync>;
 
 /// Whether an output must wait for the backup: everything but reads of the disk.
 pub fn is_held(output: &Output) -> bool {
@@ -126,6 +136,8 @@ impl Runtime {
             ft: None,
             errors: DiskErrors::default(),
             turn_on: None,
+            processors: None,
+            home_accel: Accel::Tcg,
             home: None,
             outgoing: None,
             snapshotting: None,
@@ -181,9 +193,6 @@ impl Runtime {
     pub fn set_running(&mut self, running: bool, state: RunState) {
         let was = self.shared.state();
         self.shared.set_state(if running { RunState::Running } else { state });
-        let texts: Vec<String> =
-            (0..self.machine.cpu_count()).filter_map(|i| self.machine.describe_cpu(i)).collect();
-        self.shared.set_registers(texts.join("\n"));
         if running && was != RunState::Running {
             self.shared.events.emit("RESUME", Value::Null);
         } else if !running && was == RunState::Running {
@@ -194,6 +203,7 @@ impl Runtime {
 
     /// Real time went by without the machine: virtual time goes on from where it is.
     pub fn restart_pace(&mut self) {
+        self.machine.time_stood();
         self.pacer.restart(&self.machine);
     }
 
@@ -204,7 +214,8 @@ impl Runtime {
 
     /// As [`Self::input`]; a backup takes the data of the read `fetch` from the shared storage itself.
     fn apply(&mut self, input: MachineInput, fetch: Option<(u32, Fetch)>) {
-        if self.options.sleep && !self.machine.is_paused() && self.machine.is_idle() {
+        let skips = self.options.sleep && !self.machine.is_hardware();
+        if skips && !self.machine.is_paused() && self.machine.is_idle() {
             let now = self.pacer.host_ns();
             self.machine.skip_to(now);
             self.route_outputs();
@@ -334,6 +345,7 @@ impl Runtime {
             Event::Quit(quit) => Some(self.quit(quit)),
             Event::Fail(text) => Some(Outcome::Failed(text)),
             Event::Ft(event) => super::ft::on_event(self, event),
+            Event::Woken => None,
         }
     }
 
@@ -390,6 +402,27 @@ impl Runtime {
             self.restart_pace();
             self.set_running(true, RunState::Running);
         }
+    }
+
+    /// Move the machine to another kind of processors, while it runs. Its clients notice a short pause.
+    pub fn change_processors(&mut self, accel: Accel) -> Result<(), String> {
+        if self.shared.accel() == accel {
+            return Ok(());
+        }
+        let make = self.processors.as_ref().ok_or("this machine stays on the accelerator that it has")?;
+        let start = Instant::now();
+        let (cpus, kvm) = make(accel, self.machine.memory())?;
+        let made = start.elapsed();
+        self.machine.replace_processors(cpus, kvm)?;
+        self.shared.set_accel(accel, self.machine.thread_ids());
+        self.restart_pace();
+        log::info!(
+            "the machine has moved to {} in {:.1} ms, after {:.1} ms in which it ran on",
+            accel.name(),
+            (start.elapsed() - made).as_secs_f64() * 1e3,
+            made.as_secs_f64() * 1e3,
+        );
+        Ok(())
     }
 
     /// The reset button.
@@ -507,6 +540,9 @@ impl Runtime {
             self.restart_pace();
             return outcome;
         }
+        if self.machine.is_hardware() {
+            return self.hardware_step();
+        }
         let started = Instant::now();
         let before = self.machine.stamp().position;
         let stop = self.machine.run(self.chunk);
@@ -571,6 +607,42 @@ impl Runtime {
         }
     }
 
+    /// The processors run by themselves: look after the devices, and wait.
+    fn hardware_step(&mut self) -> Option<Outcome> {
+        let stop = self.machine.attend();
+        self.route_outputs();
+        match stop {
+            Stop::Limit => {
+                let throttle = self.outgoing.as_ref().map_or(0.0, |o| o.throttle());
+                if throttle > 0.0 {
+                    self.machine.still();
+                    let rest = CHUNK.mul_f64((throttle / (1.0 - throttle)).min(100.0));
+                    if let Some(outcome) = self.sleep(rest) {
+                        return Some(outcome);
+                    }
+                }
+                let receiver = &self.receiver;
+                let at_most = if throttle > 0.0 { CHUNK } else { self.nap() };
+                match self.machine.lend(at_most, |wait| receiver.recv_timeout(wait)) {
+                    Ok(event) => self.event(event),
+                    Err(RecvTimeoutError::Timeout) => None,
+                    Err(RecvTimeoutError::Disconnected) => {
+                        Some(Outcome::Failed("the program's threads ended".into()))
+                    }
+                }
+            }
+            Stop::Request(request) => self.request(request),
+            Stop::Dead => {
+                let text = self.machine.take_trouble().unwrap_or_default();
+                eprintln!("{text}");
+                self.stop(RunState::InternalError);
+                eprint!("{}", self.machine.describe_cpus());
+                None
+            }
+            Stop::Output | Stop::Idle { .. } | Stop::Debug(_) => None,
+        }
+    }
+
     /// Put a state hash into the recording now and then.
     fn hash_point(&mut self) {
         let stamp = self.machine.stamp();
@@ -618,7 +690,7 @@ impl Runtime {
             Event::Input(MachineInput::Device(Input::DiskDone { id, .. })) => {
                 super::ft::own_write_ended(self, id, None)
             }
-            Event::Input(_) | Event::DiskRead { .. } => None,
+            Event::Input(_) | Event::DiskRead { .. } | Event::Woken => None,
             Event::Call(call) => {
                 self.shared.backends().take_note(self.machine.note());
                 call(self);

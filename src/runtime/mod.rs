@@ -28,6 +28,8 @@ pub enum Event {
     DiskFailed(crate::host::disk::DiskFailure),
     /// Work of a monitor that needs the machine.
     Call(Call),
+    /// A processor that runs by itself has something for the machine thread.
+    Woken,
     /// News of the pair.
     Ft(ft::FtEvent),
     /// End the program.

@@ -6,13 +6,20 @@ use super::CpuModel;
 impl CpuModel {
     /// CPUID: EAX, EBX, ECX, EDX.
     pub fn cpuid(&self, leaf: u32, sub: u32, at: CpuidContext) -> [u32; 4] {
-        let CpuidContext { apic_id, cpus, osxsave, apic_on, xcr0 } = at;
+        let CpuidContext { apic_id, cpus, osxsave, apic_on, xcr0, .. } = at;
         let w = |x: Word| self.words[x as usize];
         let v = |i: usize| {
             u32::from_le_bytes([self.vendor[i], self.vendor[i + 1], self.vendor[i + 2], self.vendor[i + 3]])
         };
         let amd = &self.vendor == b"AuthenticAMD";
-        let top_ext = if self.has_long() || !self.brand.is_empty() { 0x8000_0008 } else { 0x8000_0000 };
+        let host_top = self.host.as_ref().map(|h| h.leaf(0x8000_0000, 0)[0].clamp(0x8000_0008, 0x8000_001F));
+        let top_ext = if let Some(top) = host_top {
+            top
+        } else if self.has_long() || !self.brand.is_empty() {
+            0x8000_0008
+        } else {
+            0x8000_0000
+        };
         let leaf = if leaf >= 0x8000_0000 {
             if leaf > top_ext {
                 return [0; 4];
@@ -28,6 +35,9 @@ impl CpuModel {
         } else {
             leaf
         };
+        if let Some(own) = self.host.as_ref().and_then(|host| self.host_leaf(host, leaf, sub, at)) {
+            return own;
+        }
         match leaf {
             0 => [self.level, v(0), v(8), v(4)],
             1 => {
@@ -91,11 +101,14 @@ impl CpuModel {
                 }
             }
             0x4000_0000 => {
-                let t = u32::from_le_bytes(*b"TCGT");
-                let c = u32::from_le_bytes(*b"CGTC");
-                let g = u32::from_le_bytes(*b"GTCG");
-                [0x4000_0001, t, c, g]
+                let (b, c, d) = match at.kvm {
+                    true => (b"KVMK", b"VMKV", b"M\0\0\0"),
+                    false => (b"TCGT", b"CGTC", b"GTCG"),
+                };
+                [0x4000_0001, u32::from_le_bytes(*b), u32::from_le_bytes(*c), u32::from_le_bytes(*d)]
             }
+            // The clock by its present MSRs, and that it needs no look at other processors' clocks.
+            0x4000_0001 if at.kvm => [1 << 3 | 1 << 24, 0, 0, 0],
             0x8000_0000 => [top_ext, v(0), v(8), v(4)],
             0x8000_0001 => {
                 let mut d = w(Word::Xd1);
@@ -145,6 +158,8 @@ pub struct CpuidContext {
     pub osxsave: bool,
     /// The local APIC is enabled.
     pub apic_on: bool,
+    /// The guest found KVM when it began, and finds it again.
+    pub kvm: bool,
     /// XCR0, on which the size of the XSAVE area depends.
     pub xcr0: u64,
 }

@@ -3,9 +3,11 @@
 
 mod cpuid;
 mod features;
+mod host;
 
 pub use cpuid::CpuidContext;
 use features::{canonical, find, is_absent, on_this_host, ABSENT, FEATURES, WORDS};
+pub use host::HostCpuid;
 use serde::{Deserialize, Serialize};
 
 /// QEMU's models, a line each: name, aliases, description, vendor, family, model, stepping, highest leaf, brand, features.
@@ -59,8 +61,12 @@ pub struct CpuModel {
     level: u32,
     words: [u32; WORDS],
     hypervisor_leaf: bool,
+    /// All that the host's processor has, for `-cpu host`.
+    host: Option<HostCpuid>,
     /// Features of the named model that this processor does not have.
     missing: Vec<String>,
+    /// Those of them that the host's processor lacks, with their places in CPUID.
+    lost: Vec<String>,
 }
 
 /// Why a `-cpu` argument is refused.
@@ -118,7 +124,9 @@ impl CpuModel {
             level: n.level,
             words: [0; WORDS],
             hypervisor_leaf: true,
+            host: None,
             missing: Vec::new(),
+            lost: Vec::new(),
         };
         for name in n.features.split_whitespace() {
             match find(name) {
@@ -136,6 +144,11 @@ impl CpuModel {
 
     /// Parse a `-cpu` argument: `NAME[,+feature][,-feature][,feature=on|off]`.
     pub fn parse(arg: &str) -> Result<CpuModel, ModelError> {
+        CpuModel::parse_on(arg, None)
+    }
+
+    /// As [`Self::parse`], for the host's processor, whose hypervisor can show guests this much.
+    pub fn parse_on(arg: &str, host: Option<&HostCpuid>) -> Result<CpuModel, ModelError> {
         let mut parts = arg.split(',');
         let name = parts.next().unwrap_or("");
         // "host" would make no sense for a deterministic processor: it is "max".
@@ -146,7 +159,18 @@ impl CpuModel {
             .ok_or_else(|| ModelError::Unknown(name.to_string()))?;
         let mut m = CpuModel::from_named(&named);
         m.name = wanted.to_owned();
-        let mut enforce = false;
+        if let Some(host) = host {
+            if name == "host" || name == "host-x86_64-cpu" {
+                m.become_host(host);
+                m.name = "host".into();
+            }
+            if wanted == "max" {
+                // It has what there is; nothing is missing.
+                m.restrict(host);
+                m.missing.clear();
+            }
+        }
+        let (mut enforce, mut check) = (false, true);
         for p in parts.filter(|p| !p.is_empty()) {
             let (key, on) = if let Some(k) = p.strip_prefix('+') {
                 (k, true)
@@ -161,7 +185,11 @@ impl CpuModel {
                 }
             };
             match key {
-                "check" | "migratable" => {}
+                "check" => check = on,
+                "migratable" => {}
+                "kvm" if host.is_some() => m.hypervisor_leaf = on,
+                "kvm" => {}
+                "tcg-cpuid" if host.is_some() => {}
                 "enforce" => enforce = on,
                 "hv" | "tcg-cpuid" => m.hypervisor_leaf = on,
                 _ => match find(key) {
@@ -175,11 +203,31 @@ impl CpuModel {
                 },
             }
         }
+        if let Some(host) = host {
+            let lost = m.restrict(host);
+            if check || enforce {
+                m.lost = lost;
+            }
+        }
         if enforce && !m.missing.is_empty() {
             return Err(ModelError::Enforced(m.name.clone(), m.missing.join(" ")));
         }
-        m.check_host()?;
+        if host.is_none() {
+            m.check_host()?;
+        }
         Ok(m)
+    }
+
+    /// Why the software processor cannot be this one, if it cannot.
+    pub fn check_software(&self) -> Result<(), String> {
+        if self.host.is_some() {
+            return Err(
+                "the machine has the host's processor (-cpu host), which the software processor is not: start it \
+                 with another CPU model, as 'max'"
+                    .into(),
+            );
+        }
+        self.check_host().map_err(|e| e.to_string())
     }
 
     /// An error if this host cannot execute what the model offers. Both hosts of a pair need it.
@@ -214,13 +262,30 @@ impl CpuModel {
         &self.missing
     }
 
+    /// What was asked for and the host's processor lacks, as QEMU writes it; nothing with `check=off`.
+    pub fn lost(&self) -> &[String] {
+        &self.lost
+    }
+
     /// Names of all models, aliases included, and of their features those that cannot be had here.
-    pub fn definitions() -> Vec<(String, Vec<String>)> {
+    pub fn definitions(host: Option<&HostCpuid>) -> Vec<(String, Vec<String>)> {
         let mut all = Vec::new();
+        if host.is_some() {
+            all.push(("host".to_owned(), Vec::new()));
+        }
         for named in models() {
-            let m = CpuModel::from_named(&named);
-            let lacking = m.features().into_iter().filter(|f| !on_this_host(f)).map(str::to_owned);
-            let unavailable: Vec<String> = lacking.chain(m.missing).collect();
+            let mut m = CpuModel::from_named(&named);
+            let unavailable: Vec<String> = match host {
+                Some(_) if named.name == "max" => Vec::new(),
+                Some(host) => {
+                    m.restrict(host);
+                    m.missing
+                }
+                None => {
+                    let lacking = m.features().into_iter().filter(|f| !on_this_host(f)).map(str::to_owned);
+                    lacking.chain(m.missing).collect()
+                }
+            };
             for name in named.aliases.split(' ').filter(|a| !a.is_empty()).chain([named.name]) {
                 all.push((name.to_owned(), unavailable.clone()));
             }
@@ -344,7 +409,39 @@ impl CpuModel {
 mod tests {
     use super::*;
 
-    const AT: CpuidContext = CpuidContext { apic_id: 0, cpus: 1, osxsave: false, apic_on: true, xcr0: 1 };
+    const AT: CpuidContext =
+        CpuidContext { apic_id: 0, cpus: 1, osxsave: false, apic_on: true, xcr0: 1, kvm: false };
+
+    #[test]
+    fn on_a_hypervisor_models_have_what_it_shows() {
+        let host = HostCpuid {
+            leaves: vec![
+                (0, 0, [0xD, 0x756E_6547, 0x6C65_746E, 0x4965_6E69]),
+                (1, 0, [0x306C4, 0, 1 | 1 << 26 | 1 << 5, 0x0783_FBFF]),
+                (7, 0, [0, 1 << 16 | 1 << 5, 0, 0]),
+                (0x8000_0000, 0, [0x8000_0008, 0, 0, 0]),
+                (0x8000_0001, 0, [0, 0, 0, 1 << 29]),
+            ],
+        };
+        let m = CpuModel::parse_on("Haswell-noTSX,check=off", Some(&host)).unwrap();
+        let c = m.cpuid(1, 0, AT);
+        assert_eq!((c[2] & 1, c[2] >> 9 & 1, c[2] >> 31), (1, 0, 1), "pni, not ssse3");
+        assert!(m.missing().contains(&"ssse3".to_owned()) && m.check_software().is_ok());
+        assert!(matches!(
+            CpuModel::parse_on("Haswell-noTSX,enforce", Some(&host)),
+            Err(ModelError::Enforced(..))
+        ));
+        // AVX-512, which no model here names, and not VMX unless the hypervisor shows it.
+        let m = CpuModel::parse_on("host,-avx2", Some(&host)).unwrap();
+        assert_eq!(m.cpuid(7, 0, AT)[1], 1 << 16);
+        assert_eq!(m.cpuid(1, 0, CpuidContext { apic_id: 3, cpus: 4, ..AT })[1], 3 << 24 | 4 << 16 | 8 << 8);
+        assert_eq!((m.name(), m.cpuid(0, 0, AT)[1]), ("host", 0x756E_6547));
+        assert!(m.check_software().is_err());
+        assert_eq!(m.cpuid(0x4000_0000, 0, CpuidContext { kvm: true, ..AT })[1].to_le_bytes(), *b"KVMK");
+        assert_eq!(m.cpuid(0x4000_0000, 0, AT)[1].to_le_bytes(), *b"TCGT");
+        let names = CpuModel::definitions(Some(&host));
+        assert_eq!(names[0], ("host".to_owned(), Vec::new()));
+    }
 
     #[test]
     fn features_go_on_and_off_by_name() {

@@ -20,24 +20,24 @@ pub struct Lapic {
     pub id: u32,
     /// IA32_APIC_BASE.
     pub base: u64,
-    tpr: u32,
-    ldr: u32,
-    dfr: u32,
-    svr: u32,
-    isr: [u32; 8],
-    tmr: [u32; 8],
-    irr: [u32; 8],
-    esr: u32,
-    icr: u64,
+    pub tpr: u32,
+    pub ldr: u32,
+    pub dfr: u32,
+    pub svr: u32,
+    pub isr: [u32; 8],
+    pub tmr: [u32; 8],
+    pub irr: [u32; 8],
+    pub esr: u32,
+    pub icr: u64,
     /// Timer, thermal, performance, LINT0, LINT1, error.
-    lvt: [u32; 6],
-    divide: u32,
-    initial: u32,
+    pub lvt: [u32; 6],
+    pub divide: u32,
+    pub initial: u32,
     /// When the count was written (or the last period began).
-    started: u64,
+    pub started: u64,
     /// Virtual time at which the timer fires.
-    deadline: Option<u64>,
-    tsc_deadline: u64,
+    pub deadline: Option<u64>,
+    pub tsc_deadline: u64,
 }
 
 /// What a register write asks of the processor around the APIC.
@@ -203,11 +203,11 @@ impl Lapic {
 
     // ---- timer
 
-    fn divisor(&self) -> u64 {
+    pub fn divisor(&self) -> u64 {
         let v = self.divide & 3 | self.divide >> 1 & 4;
         1 << ((v + 1) & 7)
     }
-    fn mode(&self) -> u32 {
+    pub fn mode(&self) -> u32 {
         self.lvt[TIMER] >> 17 & 3
     }
     pub fn next_deadline(&self) -> Option<u64> {
@@ -253,21 +253,13 @@ impl Lapic {
     pub fn read_tsc_deadline(&self) -> u64 {
         self.tsc_deadline
     }
-    /// Write IA32_TSC_DEADLINE; `adjust` is TSC minus virtual time.
-    pub fn write_tsc_deadline(&mut self, v: u64, adjust: u64) {
+    /// Write IA32_TSC_DEADLINE; `adjust` is the TSC at virtual time 0, which gains `khz` in a millisecond.
+    pub fn write_tsc_deadline(&mut self, v: u64, adjust: u64, khz: u32) {
         if self.mode() != 2 {
             return;
         }
         self.tsc_deadline = v;
-        self.deadline = (v != 0).then(|| {
-            let at = v.wrapping_sub(adjust);
-            // A deadline before the epoch of virtual time is past.
-            if v < adjust && adjust < 1 << 63 {
-                0
-            } else {
-                at
-            }
-        });
+        self.deadline = (v != 0).then(|| tsc_to_ns(v, adjust, khz));
     }
 
     // ---- registers
@@ -377,6 +369,19 @@ impl Lapic {
             return Effect::None;
         }
         Effect::Send(Ipi { source: self.id, icr, destination, x2apic })
+    }
+}
+
+/// The virtual time at which the TSC shows `v`; see [`Lapic::write_tsc_deadline`].
+pub(crate) fn tsc_to_ns(v: u64, adjust: u64, khz: u32) -> u64 {
+    // What is before the epoch of virtual time is past.
+    if v < adjust && adjust < 1 << 63 {
+        return 0;
+    }
+    let ticks = v.wrapping_sub(adjust);
+    match khz {
+        super::TSC_KHZ => ticks,
+        khz => (u128::from(ticks) * 1_000_000).div_ceil(u128::from(khz)).min(u128::from(u64::MAX)) as u64,
     }
 }
 

@@ -17,14 +17,14 @@ mod find;
 mod flags;
 mod interrupt;
 mod jit;
-mod lapic;
+pub(crate) mod lapic;
 mod mov;
-mod msr;
+pub(crate) mod msr;
 pub(crate) mod op;
 mod paging;
 mod points;
 pub mod registers;
-mod save;
+pub(crate) mod save;
 mod segment;
 mod shift;
 mod string;
@@ -57,6 +57,9 @@ static IDLE: Op = decode::BLANK;
 
 /// Calls whose returns are predicted; a byte counts the bytes of as many addresses.
 const RING: usize = 32;
+
+/// The TSC's rate on a machine that began here: one tick for each nanosecond of virtual time.
+pub(crate) const TSC_KHZ: u32 = 1_000_000;
 
 /// At most so many instructions in a block.
 const MAX_BLOCK: usize = 48;
@@ -94,6 +97,14 @@ pub struct SoftCpu {
     extint_vector: Option<u8>,
     /// Bits of DR6 for a #DB that is due before the next instruction.
     pending_db: u64,
+    /// An exception whose delivery began on another processor, which could not end it.
+    begun: Option<Exception>,
+    /// What the TSC gains in a millisecond.
+    tsc_khz: u32,
+    /// kvmclock's MSRs: system time, wall clock.
+    kvm_clock: [u64; 2],
+    /// The guest began on KVM, and goes on finding it.
+    found_kvm: bool,
     /// Deliveries since an instruction last retired, and where.
     deliveries: u32,
     delivery_at: u64,
@@ -237,6 +248,10 @@ impl SoftCpu {
             nmi_blocked: false,
             extint_vector: None,
             pending_db: 0,
+            begun: None,
+            tsc_khz: TSC_KHZ,
+            kvm_clock: [0; 2],
+            found_kvm: false,
             deliveries: 0,
             delivery_at: 0,
             long: false,
@@ -337,6 +352,11 @@ impl SoftCpu {
         self.nmi_blocked = false;
         self.extint_vector = None;
         self.pending_db = 0;
+        self.begun = None;
+        if !init {
+            self.kvm_clock = [0; 2];
+            self.found_kvm = false;
+        }
         self.debug_changed();
         self.flush_tlb();
         self.update_mode();
@@ -544,6 +564,13 @@ impl SoftCpu {
             self.attention = true;
             return Some(Exit::Halt);
         }
+        if let Some(exception) = self.begun.take() {
+            self.fault = exception;
+            self.halted = false;
+            self.deliver_exception();
+            self.attention = true;
+            return None;
+        }
         if self.pending_db != 0 && !self.shadow {
             self.db_bits = std::mem::take(&mut self.pending_db);
             self.fault = Exception::DB;
@@ -623,7 +650,12 @@ impl Processor for SoftCpu {
         if self.wait_sipi {
             return true;
         }
-        if !self.halted || self.shutdown || self.pending_db != 0 || self.nmi_pending && !self.nmi_blocked {
+        if !self.halted
+            || self.shutdown
+            || self.begun.is_some()
+            || self.pending_db != 0
+            || self.nmi_pending && !self.nmi_blocked
+        {
             return false;
         }
         !(self.eflags & IF != 0
@@ -655,7 +687,7 @@ impl Processor for SoftCpu {
     }
 
     fn save(&self) -> Vec<u8> {
-        self.save_state()
+        self.saved().to_bytes()
     }
 
     fn load(&mut self, saved: &[u8]) -> Result<(), String> {
@@ -663,7 +695,7 @@ impl Processor for SoftCpu {
     }
 
     fn describe(&self) -> String {
-        self.describe_registers()
+        self.saved().describe()
     }
 
     fn view(&self) -> Option<registers::View> {
@@ -694,6 +726,7 @@ impl SoftCpu {
             osxsave: self.st.cr4 & CR4_OSXSAVE != 0,
             apic_on: self.lapic.enabled(),
             xcr0: self.st.xcr0,
+            kvm: self.found_kvm,
         };
         self.model.cpuid(leaf, sub, at)
     }

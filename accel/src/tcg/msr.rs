@@ -38,7 +38,14 @@ pub struct Msrs {
     pub smbase: u64,
 }
 
-const BANKS: u32 = 10;
+/// kvmclock's MSRs, present and former.
+const KVM_SYSTEM_TIME: u32 = 0x4B56_4D01;
+const KVM_WALL_CLOCK: u32 = 0x4B56_4D00;
+const KVM_SYSTEM_TIME_OLD: u32 = 0x12;
+const KVM_WALL_CLOCK_OLD: u32 = 0x11;
+
+/// Machine-check banks.
+pub(crate) const BANKS: u32 = 10;
 
 impl Msrs {
     pub(crate) fn reset() -> Self {
@@ -66,34 +73,21 @@ impl SoftCpu {
         let m = &self.msr;
         Ok(match n {
             0x10 => self.tsc(),
-            0x17 => 0,
             0x1B => self.lapic.base,
-            0x2A => 0,
             0x3A => m.feature_control,
             0x3B => m.tsc_adjust,
             0x48 => m.spec_ctrl,
             0x8B => m.bios_sign,
-            0xCE => 0x8000_0000,
-            0xC1..=0xC8 | 0x186..=0x18D | 0x38D..=0x390 | 0x309..=0x30B => 0,
-            0xFE => 0x508,
-            0x10A => 0,
-            0x122 => 0,
-            0x140 | 0x13C => 0,
             0x174 => m.sysenter_cs,
             0x175 => m.sysenter_esp,
             0x176 => m.sysenter_eip,
-            0x179 => BANKS as u64 | 1 << 8,
             0x17A => m.mcg_status,
             0x17B => m.mcg_ctl,
-            0x198 => 1 << 32 | 1,
-            0x199 | 0x19A | 0x19B | 0x19C | 0x1A2 => 0,
             0x1A0 => m.misc_enable,
-            0x1B0 | 0x1D7 | 0x1D8 | 0x1DB | 0x1DC | 0x1DD | 0x1DE => 0,
             0x1D9 => m.debug_ctl,
             0x200..=0x20F => m.mtrr_var[n as usize - 0x200],
             0x277 => m.pat,
             0x2FF => m.mtrr_def,
-            0x345 | 0x34 | 0x606 | 0x611 | 0x619 | 0x639 | 0x641 | 0x64D => 0,
             0x400..=0x47F if n - 0x400 < BANKS * 4 => m.mc[n as usize - 0x400],
             0x6E0 => self.lapic.read_tsc_deadline(),
             0x800..=0x8FF => match self.x2apic_read(n) {
@@ -110,10 +104,12 @@ impl SoftCpu {
             0xC000_0101 => self.segs[GS].base,
             0xC000_0102 => m.kernel_gs_base,
             0xC000_0103 => m.tsc_aux,
-            n if is_platform(n) => 0,
-            _ => match fixed_index(n) {
-                Some(i) => m.mtrr_fixed[i],
-                None => {
+            KVM_SYSTEM_TIME | KVM_SYSTEM_TIME_OLD if self.found_kvm => self.kvm_clock[0],
+            KVM_WALL_CLOCK | KVM_WALL_CLOCK_OLD if self.found_kvm => self.kvm_clock[1],
+            _ => match (fixed_index(n), constant(n)) {
+                (Some(i), _) => m.mtrr_fixed[i],
+                (None, Some(value)) => value,
+                (None, None) => {
                     log::debug!("RDMSR {n:#x}: unknown");
                     return self.gp(0);
                 }
@@ -131,17 +127,12 @@ impl SoftCpu {
             0x3A => self.msr.feature_control = v,
             0x3B => self.msr.tsc_adjust = v,
             0x48 => self.msr.spec_ctrl = v,
-            0x49 | 0x10B => {}
-            0x79 => {}
             0x8B => self.msr.bios_sign = v,
-            0x17 | 0x2A | 0xC1..=0xC8 | 0x186..=0x18D | 0x38D..=0x390 | 0x309..=0x30B => {}
-            0x122 | 0x140 => {}
             0x174 => self.msr.sysenter_cs = v & 0xFFFF,
             0x175 if canonical(v) => self.msr.sysenter_esp = v,
             0x176 if canonical(v) => self.msr.sysenter_eip = v,
             0x17A => self.msr.mcg_status = v,
             0x17B => self.msr.mcg_ctl = v,
-            0x199 | 0x19A | 0x19B | 0x19C | 0x1A2 | 0x1B0 => {}
             0x1A0 => self.msr.misc_enable = v,
             0x1D9 => self.msr.debug_ctl = v & 0x3,
             0x200..=0x20F => self.msr.mtrr_var[n as usize - 0x200] = v,
@@ -152,11 +143,10 @@ impl SoftCpu {
                 self.msr.pat = v;
             }
             0x2FF => self.msr.mtrr_def = v,
-            0x345 | 0x34 | 0x606 | 0x611 | 0x619 | 0x639 | 0x641 | 0x64D => {}
             0x400..=0x47F if n - 0x400 < BANKS * 4 => self.msr.mc[n as usize - 0x400] = v,
             0x6E0 => {
                 let adjust = self.msr.tsc_adjust;
-                self.lapic.write_tsc_deadline(v, adjust);
+                self.lapic.write_tsc_deadline(v, adjust, self.tsc_khz);
                 self.brk = true;
             }
             0x800..=0x8FF => {
@@ -194,9 +184,14 @@ impl SoftCpu {
             0xC000_0101 if canonical(v) => self.segs[GS].base = v,
             0xC000_0102 if canonical(v) => self.msr.kernel_gs_base = v,
             0xC000_0103 => self.msr.tsc_aux = v & 0xFFFF_FFFF,
-            n if is_platform(n) => {}
+            KVM_SYSTEM_TIME | KVM_SYSTEM_TIME_OLD if self.found_kvm => {
+                self.kvm_clock[0] = v;
+                self.write_kvm_clock();
+            }
+            KVM_WALL_CLOCK | KVM_WALL_CLOCK_OLD if self.found_kvm => self.kvm_clock[1] = v,
             _ => match fixed_index(n) {
                 Some(i) => self.msr.mtrr_fixed[i] = v,
+                None if is_ignored(n) => {}
                 None => {
                     log::debug!("WRMSR {n:#x} = {v:#x}: unknown");
                     return self.gp(0);
@@ -204,6 +199,38 @@ impl SoftCpu {
             },
         }
         Ok(())
+    }
+
+    /// Write kvmclock's structure (Linux's Documentation/virt/kvm/x86/msr.rst): virtual time as a function of the TSC.
+    /// It holds for ever, since the TSC's rate does.
+    fn write_kvm_clock(&mut self) {
+        let at = self.kvm_clock[0];
+        if at & 1 == 0 {
+            return;
+        }
+        // Nanoseconds are (ticks << shift) * multiplier >> 32.
+        let (mut shift, mut khz) = (0i8, u64::from(self.tsc_khz));
+        while khz > 2_000_000 {
+            (shift, khz) = (shift - 1, khz >> 1);
+        }
+        while khz <= 1_000_000 {
+            (shift, khz) = (shift + 1, khz << 1);
+        }
+        let (ticks, ns) = (u128::from(self.tsc_khz), 1_000_000u128 << 32);
+        let multiplier = if shift < 0 { (ns << -shift) / ticks } else { ns / (ticks << shift) } as u32;
+        let tsc = self.tsc();
+        let position = self.position();
+        let now = self.bus().clock_ns(position);
+        let mut page = [0u8; 32];
+        page[0..4].copy_from_slice(&2u32.to_le_bytes());
+        page[8..16].copy_from_slice(&tsc.to_le_bytes());
+        page[16..24].copy_from_slice(&now.to_le_bytes());
+        page[24..28].copy_from_slice(&multiplier.to_le_bytes());
+        page[28] = shift as u8;
+        page[29] = 1;
+        if self.mem().write(at & !1, &page).is_err() {
+            log::debug!("kvmclock: {at:#x} is not in RAM");
+        }
     }
 
     fn write_apic_base(&mut self, v: u64) -> R<()> {
@@ -220,6 +247,48 @@ impl SoftCpu {
         self.flush_tlb();
         Ok(())
     }
+}
+
+/// The value of an MSR that always reads the same.
+pub(crate) fn constant(n: u32) -> Option<u64> {
+    Some(match n {
+        0xCE => 0x8000_0000,
+        0xFE => 0x508,
+        0x179 => u64::from(BANKS) | 1 << 8,
+        0x198 => 1 << 32 | 1,
+        0x10A | 0x13C | 0x1D7 | 0x1D8 | 0x1DB..=0x1DE => 0,
+        0x49 | 0x10B | 0x79 => return None,
+        n if is_ignored(n) => 0,
+        _ => return None,
+    })
+}
+
+/// Whether what is written to an MSR is forgotten.
+pub(crate) fn is_ignored(n: u32) -> bool {
+    matches!(
+        n,
+        0x17 | 0x2A
+            | 0x34
+            | 0x49
+            | 0x79
+            | 0xC1..=0xC8
+            | 0x10B
+            | 0x122
+            | 0x140
+            | 0x186..=0x18D
+            | 0x199..=0x19C
+            | 0x1A2
+            | 0x1B0
+            | 0x309..=0x30B
+            | 0x345
+            | 0x38D..=0x390
+            | 0x606
+            | 0x611
+            | 0x619
+            | 0x639
+            | 0x641
+            | 0x64D
+    ) || is_platform(n)
 }
 
 /// AMD's SYSCFG, HWCR, top of memory, NB_CFG, patch level, performance, SVM, IBS and others: they read as zero,

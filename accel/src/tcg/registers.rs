@@ -41,18 +41,7 @@ pub struct View {
 impl SoftCpu {
     /// The registers as they are now.
     pub fn view(&self) -> View {
-        let mut gpr = [0; 16];
-        gpr.copy_from_slice(&self.st.gpr[..16]);
-        View {
-            gpr,
-            registers: self.registers(),
-            cr0: self.st.cr0,
-            cr4: self.st.cr4,
-            kernel_gs_base: self.msr.kernel_gs_base,
-            cr8: self.lapic.cr8(),
-            x87: self.st.x87,
-            vector: self.st.vector,
-        }
+        self.saved().view()
     }
 
     /// Replace all of it; nothing is checked.

@@ -72,9 +72,18 @@ impl SoftCpu {
     }
 
     /// The time-stamp counter at the instruction in hand.
+    /// Ticks of the TSC in so many nanoseconds.
+    fn ticks(&self, ns: u64) -> u64 {
+        match self.tsc_khz {
+            super::TSC_KHZ => ns,
+            khz => (u128::from(ns) * u128::from(khz) / 1_000_000) as u64,
+        }
+    }
+
     pub(crate) fn tsc(&mut self) -> u64 {
         let position = self.position();
-        self.bus().clock_ns(position).wrapping_add(self.msr.tsc_adjust)
+        let now = self.bus().clock_ns(position);
+        self.ticks(now).wrapping_add(self.msr.tsc_adjust)
     }
 
     fn set_cr0(&mut self, v: u64) -> R<()> {

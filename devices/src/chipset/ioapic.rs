@@ -11,6 +11,16 @@ const LEVEL: u64 = 1 << 15;
 const REMOTE_IRR: u64 = 1 << 14;
 const READ_ONLY: u64 = 1 << 12 | REMOTE_IRR;
 
+/// What a redirection entry sends.
+fn message(entry: u64) -> ApicMessage {
+    let destination = entry >> 56;
+    let logical = entry >> 11 & 1;
+    let address = 0xFEE0_0000 | destination << 12 | logical << 2 | logical << 3;
+    let trigger = entry >> 15 & 1;
+    let data = (entry & 0x7FF) | trigger << 15 | 1 << 14;
+    ApicMessage { address, data: data as u32 }
+}
+
 /// The I/O APIC.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct IoApic {
@@ -72,12 +82,12 @@ impl IoApic {
         } else {
             self.irr &= !bit;
         }
-        let destination = entry >> 56;
-        let logical = entry >> 11 & 1;
-        let address = 0xFEE0_0000 | destination << 12 | logical << 2 | logical << 3;
-        let trigger = entry >> 15 & 1;
-        let data = (entry & 0x7FF) | trigger << 15 | 1 << 14;
-        out.push(ApicMessage { address, data: data as u32 });
+        out.push(message(entry));
+    }
+
+    /// What each pin would send, for those that are not masked and level-triggered.
+    pub fn level_pins(&self) -> Vec<Option<ApicMessage>> {
+        self.redirect.iter().map(|&e| (e & (MASKED | LEVEL) == LEVEL).then(|| message(e))).collect()
     }
 
     /// A local APIC ended level-triggered interrupt `vector`.

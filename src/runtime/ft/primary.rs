@@ -11,6 +11,7 @@ use ftvm_devices::Output;
 use super::disks::{self, Copier};
 use super::link::{Link, Pulse};
 use super::{Common, FtEvent, Role};
+use crate::cli::config::Accel;
 use crate::cli::ft::Reads;
 use crate::lockstep::primary::{Action, Phase, Primary};
 use crate::lockstep::wire::{self, Epoch, Message, WireError, PROTOCOL};
@@ -733,6 +734,12 @@ fn turn_off(rt: &mut Runtime) {
         log::warn!("ft: {e}");
     }
     shared.update_ft(|ft| *ft = Default::default());
+    // Back to what it was started on.
+    if rt.home_accel == Accel::Kvm {
+        if let Err(e) = rt.change_processors(Accel::Kvm) {
+            log::warn!("the machine stays on tcg: {e}");
+        }
+    }
 }
 
 /// What the user wants of the pair; the caller has looked whether the state allows it.

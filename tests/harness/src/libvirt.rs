@@ -35,8 +35,22 @@ pub fn missing() -> Option<String> {
 }
 
 impl Libvirt {
-    /// Start a daemon with its directories below `scratch`.
+    /// Start a daemon with its directories below `scratch`, on a host without KVM.
     pub fn start(scratch: &Scratch) -> Result<Libvirt> {
+        // The emulator runs without, and libvirt must not think otherwise.
+        let nothing = scratch.path("nothing");
+        std::fs::write(&nothing, "").map_err(|e| e.to_string())?;
+        set_mode(&nothing, 0)?;
+        Self::start_on(scratch, &format!("[ ! -e /dev/kvm ] || mount --bind '{nothing}' /dev/kvm\n"))
+    }
+
+    /// As [`Self::start`], with a /dev/kvm that the emulator's user can open.
+    pub fn start_with_kvm(scratch: &Scratch) -> Result<Libvirt> {
+        let own = scratch.path("kvm");
+        Self::start_on(scratch, &format!("mknod -m 666 '{own}' c 10 232\nmount --bind '{own}' /dev/kvm\n"))
+    }
+
+    fn start_on(scratch: &Scratch, kvm: &str) -> Result<Libvirt> {
         let text = |e: std::io::Error| e.to_string();
         // The emulator runs as another user.
         open_to_all(&scratch.0)?;
@@ -54,11 +68,7 @@ impl Libvirt {
             (scratch.path("libvirtd.conf"), scratch.path("libvirtd.pid"), scratch.path("libvirtd.log"));
         let sockets = scratch.path("sockets");
         std::fs::create_dir_all(&sockets).map_err(text)?;
-        // No processor support of the host: the emulator runs without, and libvirt must not think otherwise.
-        let nothing = scratch.path("nothing");
-        std::fs::write(&nothing, "").map_err(text)?;
-        set_mode(&nothing, 0)?;
-        script.push_str(&format!("[ ! -e /dev/kvm ] || mount --bind '{nothing}' /dev/kvm\n"));
+        script.push_str(kvm);
         script.push_str(&format!("exec /usr/sbin/libvirtd -f '{conf}' -p '{pid}'\n"));
         std::fs::write(
             &conf,

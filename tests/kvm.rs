@@ -1,0 +1,235 @@
+//! `-accel kvm`: a machine on the host's processor, with the firmware, a disk, monitors, and moves to the software
+//! processor and back. The guest is a boot sector that needs little of a processor, since the KVM of a machine inside
+//! a cloud may execute little; what needs hardware is run by `make test-kvm` (tests/kvm/run.sh).
+
+mod common;
+
+use std::time::{Duration, Instant};
+
+use common::*;
+use ftvm_harness::vm::Vm;
+use ftvm_harness::{wait_for, Result, Scratch};
+use serde_json::{json, Value};
+
+core::arch::global_asm!(
+    ".pushsection .rodata.ftvm_boot, \"a\"",
+    ".global ftvm_boot_start",
+    "ftvm_boot_start:",
+    ".code16",
+    // A counter in EBP, a generator in EBX; now and then a sector is read, and all three are printed.
+    "cli; cld; xor ax, ax; mov ds, ax; mov es, ax; mov ss, ax; mov sp, 0x7C00; sti; mov byte ptr [0x600], dl",
+    "xor ebp, ebp; mov ebx, 1",
+    "2: inc ebp; imul ebx, ebx, 1103515245; add ebx, 12345; test bp, 0xFF; jnz 2b",
+    "mov dword ptr [0x610], 0x10010; mov dword ptr [0x614], 0x8000; mov dword ptr [0x618], 1",
+    "mov dword ptr [0x61C], 0; mov dword ptr [0x8000], 0",
+    "mov ah, 0x42; mov dl, byte ptr [0x600]; mov si, 0x610; pushad; int 0x13; popad",
+    "mov al, 'R'; call 5f; mov eax, ebp; call 3f; mov eax, ebx; call 3f; mov eax, dword ptr [0x8000]; call 3f",
+    "mov al, 10; call 5f; jmp 2b",
+    "3: mov cx, 8",
+    "4: rol eax, 4; push ax; and al, 15; add al, '0'; cmp al, '9'; jbe 6f; add al, 7",
+    "6: call 5f; pop ax; loop 4b; mov al, ' '",
+    "5: push ax; mov dx, 0x3FD",
+    "7: in al, dx; test al, 0x20; jz 7b; mov dx, 0x3F8; pop ax; out dx, al; ret",
+    ".global ftvm_boot_end",
+    "ftvm_boot_end:",
+    ".popsection",
+);
+
+extern "C" {
+    static ftvm_boot_start: u8;
+    static ftvm_boot_end: u8;
+}
+
+/// A disk image with the program in its boot sector.
+fn disk(scratch: &Scratch) -> Result<String> {
+    // SAFETY: both labels are of the block above, in this order, in one section.
+    let code = unsafe {
+        let (from, to) = (&raw const ftvm_boot_start, &raw const ftvm_boot_end);
+        std::slice::from_raw_parts(from, to.offset_from(from) as usize)
+    };
+    let mut image = vec![0u8; 16 << 20];
+    image[..code.len()].copy_from_slice(code);
+    image[510..512].copy_from_slice(&[0x55, 0xAA]);
+    image[512..516].copy_from_slice(b"FTVM");
+    let path = scratch.path("disk.raw");
+    std::fs::write(&path, image).map_err(|e| format!("{path}: {e}"))?;
+    Ok(path)
+}
+
+/// Why these tests cannot run here.
+fn missing() -> Option<String> {
+    match std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm") {
+        Ok(_) => None,
+        Err(e) => Some(format!("/dev/kvm: {e}")),
+    }
+}
+
+macro_rules! need_kvm {
+    () => {
+        if let Some(reason) = missing() {
+            eprintln!("skipped: {reason}");
+            return Ok(());
+        }
+    };
+}
+
+fn launch(scratch: &Scratch, name: &str, image: &str, more: &[&str]) -> Result<Vm> {
+    let drive = format!("file={image},format=raw,if=virtio");
+    let mut args = vec!["-m", "32", "-nodefaults", "-drive", &drive];
+    args.extend(more);
+    start(scratch, name, &args)
+}
+
+/// The counts that the guest has printed in whole lines, each checked: the generator's value belongs to the count, and
+/// the sector was read.
+fn counts(text: &str) -> Result<Vec<u32>> {
+    let mut out: Vec<u32> = Vec::new();
+    let (mut n, mut x) = (0u32, 1u32);
+    let Some((whole, _)) = text.rsplit_once('\n') else { return Ok(out) };
+    for line in whole.lines().filter_map(|l| l.trim_end().strip_prefix('R')) {
+        let words: Vec<u32> =
+            line.split_whitespace().filter_map(|w| u32::from_str_radix(w, 16).ok()).collect();
+        let [count, value, sector] = words[..] else { return Err(format!("'{line}' in\n{text}")) };
+        while n < count {
+            n += 1;
+            x = x.wrapping_mul(1_103_515_245).wrapping_add(12_345);
+        }
+        if n != count || x != value || sector != u32::from_le_bytes(*b"FTVM") {
+            return Err(format!("'{line}': the generator is {x:x} at {n:x}"));
+        }
+        if out.last().is_some_and(|last| last + 0x100 != count) {
+            return Err(format!("a line is missing before '{line}'"));
+        }
+        out.push(count);
+    }
+    Ok(out)
+}
+
+/// Wait until the guest has printed `more` lines than now.
+fn progress(vm: &Vm, more: usize) -> Result<usize> {
+    progress_after("", vm, more)
+}
+
+/// As [`progress`], of a guest that printed `before` elsewhere.
+fn progress_after(before: &str, vm: &Vm, more: usize) -> Result<usize> {
+    let all = || counts(&format!("{before}{}", vm.text()));
+    let had = all()?.len();
+    wait_for("more lines of the guest", LONG, || match all() {
+        Ok(list) if list.len() < had + more => None,
+        other => Some(other.map(|l| l.len())),
+    })
+    .map_err(|e| format!("{e}\n{}\n{}", vm.text(), vm.log()))?
+}
+
+#[test]
+fn a_machine_on_the_hosts_processor_does_what_users_ask_of_it() -> Result<()> {
+    need_kvm!();
+    let scratch = Scratch::new("kvm")?;
+    let image = disk(&scratch)?;
+    let mut vm = launch(&scratch, "vm", &image, &["-accel", "kvm", "-smp", "2"])?;
+    let mut qmp = vm.qmp()?;
+    assert_eq!(qmp.command("query-kvm", Value::Null)?, json!({"enabled": true, "present": true}));
+    progress(&vm, 3)?;
+    let cpus = qmp.command("query-cpus-fast", Value::Null)?;
+    for cpu in cpus.as_array().ok_or("no list")? {
+        let thread = format!("/proc/{}/task/{}/comm", vm.pid(), cpu["thread-id"]);
+        let name = std::fs::read_to_string(&thread).map_err(|e| format!("{thread}: {e}"))?;
+        assert_eq!(name.trim(), format!("CPU {}/KVM", cpu["cpu-index"]));
+    }
+    let line = |q: &mut ftvm_harness::qmp::Qmp, text: &str| {
+        q.command("human-monitor-command", json!({"command-line": text}))
+    };
+    assert_eq!(line(&mut qmp, "info kvm")?, "kvm support: enabled\r\n");
+    // Registers of a guest that runs.
+    let registers = line(&mut qmp, "info registers")?.as_str().unwrap_or_default().to_owned();
+    assert!(registers.contains("CS =") && registers.matches("RIP=").count() == 2, "{registers}");
+    // Stopped, it prints nothing.
+    qmp.command("stop", Value::Null)?;
+    let stood = counts(&vm.text())?.len();
+    std::thread::sleep(Duration::from_millis(300));
+    assert_eq!(counts(&vm.text())?.len(), stood);
+    qmp.command("cont", Value::Null)?;
+    progress(&vm, 3)?;
+    let dump = scratch.path("dump");
+    qmp.command("dump-guest-memory", json!({"paging": false, "protocol": format!("file:{dump}")}))?;
+    progress(&vm, 2)?;
+    // After a reset it begins again.
+    qmp.command("system_reset", Value::Null)?;
+    qmp.wait_event("RESET", LONG)?;
+    wait_for("the guest's second start", LONG, || {
+        (vm.text().matches("R00000100 ").count() == 2).then_some(())
+    })?;
+    qmp.command("quit", Value::Null)?;
+    ends_well(&mut vm)
+}
+
+/// Move `from` to `to`, which waits at `socket`; the downtime in ms.
+fn migrate(from: &Vm, to: &Vm, socket: &str) -> Result<u64> {
+    let mut qmp = from.qmp()?;
+    qmp.command("migrate", json!({"uri": format!("unix:{socket}")}))?;
+    let status = wait_for("the end of the migration", LONG, || {
+        let info = qmp.command("query-migrate", Value::Null).ok()?;
+        matches!(info["status"].as_str(), Some("completed" | "failed")).then_some(info)
+    })?;
+    if status["status"] != "completed" {
+        return Err(format!("{status}\n{}\n{}", from.log(), to.log()));
+    }
+    Ok(status["downtime"].as_u64().unwrap_or_default())
+}
+
+#[test]
+fn a_machine_moves_from_tcg_to_kvm_and_back() -> Result<()> {
+    need_kvm!();
+    let scratch = Scratch::new("kvmmove")?;
+    let raw = disk(&scratch)?;
+    // Not every KVM shows SSE3.
+    let cpu = "qemu64,-pni";
+    let mut vm = launch(&scratch, "m0", &raw, &["-accel", "tcg", "-cpu", cpu])?;
+    progress(&vm, 3)?;
+    // What the guest has printed so far, in all places: every line must follow the one before, also over the seams.
+    let mut printed = String::new();
+    for (n, accel) in ["kvm", "tcg", "kvm"].into_iter().enumerate() {
+        let socket = scratch.path(&format!("move{n}"));
+        let uri = format!("unix:{socket}");
+        let args = ["-accel", accel, "-cpu", cpu, "-incoming", &uri];
+        let next = launch(&scratch, &format!("m{}", n + 1), &raw, &args)?;
+        next.qmp()?;
+        let downtime = migrate(&vm, &next, &socket)?;
+        printed.push_str(&vm.text());
+        vm.qmp()?.command("quit", Value::Null)?;
+        vm.wait_exit(LONG)?;
+        progress_after(&printed, &next, 4)?;
+        eprintln!("to {accel}: downtime {downtime} ms");
+        vm = next;
+    }
+    Ok(())
+}
+
+#[test]
+fn turning_protection_on_moves_the_machine_to_tcg_in_place() -> Result<()> {
+    need_kvm!();
+    let scratch = Scratch::new("kvmft")?;
+    let image = disk(&scratch)?;
+    let mut vm = launch(&scratch, "vm", &image, &["-accel", "kvm"])?;
+    let mut qmp = vm.qmp()?;
+    progress(&vm, 3)?;
+    let listen = free_port()?.to_string();
+    for round in 0..2 {
+        let start = Instant::now();
+        qmp.command("ft-turn-on", json!({"listen": listen}))?;
+        let took = start.elapsed();
+        assert_eq!(qmp.command("query-kvm", Value::Null)?["enabled"], false);
+        assert_eq!(qmp.command("query-ft", Value::Null)?["state"], "unprotected");
+        progress(&vm, 5)?;
+        let back = Instant::now();
+        qmp.command("ft-turn-off", Value::Null)?;
+        wait_for("the way back", LONG, || {
+            let kvm = qmp.command("query-kvm", Value::Null).ok()?;
+            (kvm["enabled"] == true).then_some(())
+        })?;
+        eprintln!("round {round}: to tcg in {took:.1?}, back in {:.1?}", back.elapsed());
+        progress(&vm, 5)?;
+    }
+    qmp.command("quit", Value::Null)?;
+    ends_well(&mut vm)
+}
