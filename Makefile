@@ -25,6 +25,7 @@ test: setup
 	$(CARGO) build --release --workspace --bins
 	tests/guests/build.sh build/guests all
 	$(CARGO) build --release --manifest-path tests/second-reader/Cargo.toml --target-dir build/second-reader
+	@tests/kvm/run.sh list
 	$(CARGO) test --release --workspace --no-fail-fast
 
 # All checks of -accel kvm, those that need real hardware among them; says what it could not run, and why.

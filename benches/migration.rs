@@ -1,8 +1,8 @@
 //! Live migration side by side with QEMU's TCG in the same run: the same guest, over the loopback address, idle and while it
 //! writes to its memory.
 //!
-//! `cargo bench --bench migration`; FTVM_BENCH_ROUNDS (default 3). The guest is the tiny one with 512 MiB, of which 192 MiB hold what
-//! does not compress to nothing; both programs have no limit of bandwidth and a downtime limit of 300 ms. The downtime is
+//! `cargo bench --bench migration`; FTVM_BENCH_ROUNDS (default 3). The guest is the tiny one with 512 MiB, of which 192 MiB hold
+//! something; both programs have no limit of bandwidth and a downtime limit of 300 ms. The downtime is
 //! the time between the source's event STOP and the destination's RESUME. The table is printed and written to `build/bench/`.
 
 // Of it only the medians.
@@ -22,7 +22,7 @@ use marked::Times;
 use serde_json::{json, Value};
 
 const LIMIT: Duration = Duration::from_secs(240);
-/// What fills memory: numbers, MiB of them.
+/// MiB that are filled with something.
 const FILLED: u32 = 192;
 /// Writes to 16 MiB again and again.
 const BUSY: &str =
@@ -48,7 +48,13 @@ fn round(program: &str, accel: &[&str], busy: bool, times: &mut Times) -> Result
     let mut console = Console::socket(&scratch.path("source.tty"))?;
     console.until("tiny guest ready", LIMIT)?;
     std::thread::sleep(Duration::from_millis(300));
-    console.run(&format!("yes 0123456789abcdef0123 | head -c {FILLED}M > /tmp/fill"))?;
+    let fill = format!(
+        "tr '\\0' x < /dev/zero | dd of=/tmp/fill bs=1M count={FILLED} iflag=fullblock; ls -l /tmp/fill"
+    );
+    let filled = console.run(&fill)?;
+    if !filled.contains(&(FILLED << 20).to_string()) {
+        return Err(format!("{program}: memory was not filled: {filled}"));
+    }
     if busy {
         console.run(BUSY)?;
         std::thread::sleep(Duration::from_secs(1));

@@ -90,7 +90,10 @@ const WRONG: &[(&str, &str)] = &[
     ("-ft primary,speed=9", "'speed'"),
     ("-ft primary", "lock"),
     ("-ft backup", "peer"),
-    ("-ft primary,lock=/tmp/x -accel kvm", "kvm"),
+    ("-ft primary,lock=/tmp/x -accel kvm", "fault tolerance (-ft) needs the deterministic processor"),
+    ("-accel kvm -icount shift=3", "-icount is not allowed with hardware virtualization"),
+    ("-accel kvm -icount shift=3,rr=record,rrfile=/tmp/x", "need the deterministic processor"),
+    ("-machine pc,accel=tcg -accel tcg", "options are incompatible"),
     ("-d warp", "unknown log item"),
     ("-pidfile /no/such/dir/p", "/no/such/dir/p"),
 ];

@@ -32,6 +32,12 @@ skip() { # name, reason
     say "skipped  $1: $2"
 }
 
+if [ "${1:-}" = list ]; then
+    say "not part of this (make test-kvm runs it where the processor has VMX or SVM): -accel kvm with Linux kernels of one and \
+four processors, Debian from its disk image, and its speed against tcg"
+    [ -w /dev/kvm ] || say "skipped here for want of /dev/kvm: all tests of -accel kvm"
+    exit 0
+fi
 if ! [ -r /dev/kvm ] || ! [ -w /dev/kvm ]; then
     say "/dev/kvm cannot be opened: nothing of this can run here (is the module loaded, and this user in the group kvm?)"
     exit 2

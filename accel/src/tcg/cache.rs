@@ -307,22 +307,6 @@ impl SoftCpu {
         }
     }
 
-    /// Drop the code of pages with instructions at some page offsets, so that it is decoded anew.
-    pub(crate) fn drop_cut(&mut self, offsets: &[u64; 64]) {
-        let hit = |b: &Block| {
-            let at = b.key & 0xFFF;
-            (at..(at + b.bytes as u64).min(4096)).any(|o| offsets[o as usize / 64] >> (o % 64) & 1 != 0)
-        };
-        let touched = |p: &CodePage| {
-            offsets.iter().enumerate().any(|(i, bits)| *bits != 0 && p.mask >> i & 1 != 0)
-                && p.blocks.iter().any(|b| hit(b))
-        };
-        let pages: Vec<u64> = self.cache.pages.iter().filter(|(_, p)| touched(p)).map(|(k, _)| *k).collect();
-        for page in pages {
-            self.drop_code_page(page);
-        }
-    }
-
     /// Take blocks out of the table by linear address.
     fn forget_blocks(&mut self, blocks: &[Box<Block>]) {
         let miss = self.miss();

@@ -133,7 +133,8 @@ impl SoftCpu {
         copy[..len].copy_from_slice(unsafe { std::slice::from_raw_parts(e.host.add(at), len) });
         let bytes = &copy[..len];
         let mut b = Block::new(key);
-        self.mark_cut(&b, lin);
+        let phys = e.phys | lin & 0xFFF;
+        self.mark_cut(&b, phys);
         let mut ops = std::mem::take(&mut self.cache.ops);
         ops.clear();
         loop {
@@ -141,7 +142,7 @@ impl SoftCpu {
                 Ok(d) => {
                     let ends = d.ends;
                     add_op(&mut b, &mut ops, d);
-                    if ends || ops.len() >= MAX_BLOCK || self.points.cut(lin.wrapping_add(b.bytes as u64)) {
+                    if ends || ops.len() >= MAX_BLOCK || self.points.cut(phys + b.bytes as u64) {
                         break;
                     }
                 }
@@ -187,7 +188,8 @@ impl SoftCpu {
         }
         let Ok(d) = decode::decode(&bytes, self.decode_mode()) else { return Ok(None) };
         let mut b = Block::new(key);
-        self.mark_cut(&b, lin);
+        let phys = e.phys | lin & 0xFFF;
+        self.mark_cut(&b, phys);
         let mut ops = Vec::with_capacity(1);
         add_op(&mut b, &mut ops, d);
         b.finish(&ops);
@@ -199,6 +201,7 @@ impl SoftCpu {
     fn lone_block(&mut self, lin: u64) -> R<*const Block> {
         let mut bytes = Vec::with_capacity(15);
         let mut page = self.fetch_page(lin)?;
+        let first = page.phys;
         let limit = self.segs[CS].limit as u64;
         loop {
             let n = bytes.len() as u64;
@@ -224,7 +227,7 @@ impl SoftCpu {
             bytes.push(v);
             if let Ok(d) = decode::decode(&bytes, self.decode_mode()) {
                 let mut b = Block::new(0);
-                self.mark_cut(&b, lin);
+                self.mark_cut(&b, first | lin & 0xFFF);
                 let mut ops = Vec::with_capacity(1);
                 add_op(&mut b, &mut ops, d);
                 b.finish(&ops);

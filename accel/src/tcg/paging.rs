@@ -729,6 +729,7 @@ impl SoftCpu {
         }
         let w = self.walk(lin, Access::Exec, self.mmu)?;
         let phys = w.phys & !0xFFF;
+        self.cut_page(page, phys);
         let host = if self.lapic.covers(phys) { std::ptr::null() } else { self.mem().backing(phys).read };
         if w.leaf != NO_LEAF {
             let half = (lin >> 63) as usize;

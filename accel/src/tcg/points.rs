@@ -1,8 +1,11 @@
 //! A debugger's break- and watchpoints.
 //!
-//! Guest memory is not touched. An instruction at the page offset of a breakpoint (in whatever page: code is kept by
-//! physical address, breakpoints are linear) starts a block of its own, which is never compiled: compiled code runs up to
-//! it at full speed and leaves there. Pages with watched bytes get no TLB entries, so their accesses go the slow way.
+//! Guest memory is not touched. An instruction at a breakpoint starts a block of its own, which is never compiled: compiled
+//! code runs up to it at full speed and leaves there. Breakpoints are linear and code is kept by physical address, so when
+//! instructions are fetched from a linear page with breakpoints, blocks of the physical page are cut at these offsets,
+//! whatever else it is mapped to. Pages with watched bytes get no TLB entries, so their accesses go the slow way.
+
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::op::{Block, CS, WATCHED};
 use super::SoftCpu;
@@ -11,9 +14,11 @@ use crate::debug::{DebugHit, DebugPoints};
 /// The debugger's side of a processor. Not part of its state.
 pub(super) struct Points {
     set: DebugPoints,
-    /// A bit for each page offset at which blocks are cut. It outlives the breakpoints: debuggers take them out at each
-    /// stop and put them in again.
-    cuts: Box<[u64; 64]>,
+    /// Addresses at which there were breakpoints. They outlive them: debuggers take their breakpoints out at each stop and
+    /// put them in again.
+    known: BTreeSet<u64>,
+    /// Where blocks are cut: by physical page, its offsets.
+    cuts: BTreeMap<u64, BTreeSet<u64>>,
     /// What is to be told.
     pub hit: Option<DebugHit>,
     /// The breakpoint that was told last: position and address. It is passed now.
@@ -22,13 +27,18 @@ pub(super) struct Points {
 
 impl Points {
     pub fn new() -> Points {
-        Points { set: DebugPoints::default(), cuts: Box::new([0; 64]), hit: None, told: None }
+        Points {
+            set: DebugPoints::default(),
+            known: BTreeSet::new(),
+            cuts: BTreeMap::new(),
+            hit: None,
+            told: None,
+        }
     }
 
-    /// Whether a block begins at this address's offset in its page.
-    pub fn cut(&self, address: u64) -> bool {
-        let at = address as usize & 0xFFF;
-        self.cuts[at / 64] >> (at % 64) & 1 != 0
+    /// Whether a block begins at this physical address.
+    pub fn cut(&self, phys: u64) -> bool {
+        !self.cuts.is_empty() && self.cuts.get(&(phys & !0xFFF)).is_some_and(|c| c.contains(&(phys & 0xFFF)))
     }
 
     pub fn hold_interrupts(&self) -> bool {
@@ -44,14 +54,21 @@ impl Points {
 impl SoftCpu {
     pub(super) fn set_points(&mut self, points: Option<&DebugPoints>) {
         let new = points.cloned().unwrap_or_default();
-        let mut cuts = if points.is_some() { *self.points.cuts } else { [0; 64] };
-        for at in new.breaks.iter().map(|a| *a as usize & 0xFFF) {
-            cuts[at / 64] |= 1 << (at % 64);
-        }
-        if cuts != *self.points.cuts {
-            let changed: [u64; 64] = std::array::from_fn(|i| cuts[i] ^ self.points.cuts[i]);
-            *self.points.cuts = cuts;
-            self.drop_cut(&changed);
+        match points {
+            None if !self.points.known.is_empty() => {
+                self.points.known.clear();
+                self.points.cuts.clear();
+                self.drop_all_code();
+            }
+            None => {}
+            Some(_) if new.breaks.is_subset(&self.points.known) => {}
+            Some(_) => {
+                self.points.known.extend(&new.breaks);
+                // Pages are fetched anew, by `cut_page`.
+                self.drop_fetches();
+                self.new_epoch();
+                self.end = std::ptr::null();
+            }
         }
         let watches = new.watches != self.points.set.watches;
         self.points.set = new;
@@ -109,9 +126,23 @@ impl SoftCpu {
         faulted
     }
 
-    /// Mark a new block that begins at a cut.
-    pub(super) fn mark_cut(&self, b: &Block, lin: u64) {
-        if self.points.cut(lin) {
+    /// Instructions are fetched from linear page `lin`, which is physical page `phys`.
+    pub(super) fn cut_page(&mut self, lin: u64, phys: u64) {
+        let offsets: Vec<u64> = self.points.known.range(lin..=lin | 0xFFF).map(|a| a & 0xFFF).collect();
+        if offsets.is_empty() {
+            return;
+        }
+        let cuts = self.points.cuts.entry(phys).or_default();
+        let before = cuts.len();
+        cuts.extend(offsets);
+        if cuts.len() > before {
+            self.drop_code_page(phys);
+        }
+    }
+
+    /// Mark a new block that begins at a cut; `phys` is where it does.
+    pub(super) fn mark_cut(&self, b: &Block, phys: u64) {
+        if self.points.cut(phys) {
             b.runs.set(WATCHED);
         }
     }

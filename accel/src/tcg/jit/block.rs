@@ -6,9 +6,10 @@ use super::super::op::FS;
 use super::super::paging::{TlbEntry, TLB_SIZE};
 use super::super::SoftCpu;
 use super::asm::*;
-use super::flags::{place, Flags};
+use super::flags::Flags;
 use super::groups::{Plan, Role, Values};
 use super::kind::{classify, leaves_flags, Kind, ALL};
+use super::registers::Placing;
 use super::stubs::{mem, Stubs, HOST, NONE};
 use super::trace::Trace;
 use super::*;
@@ -21,7 +22,8 @@ enum Cold {
     /// Load the vector registers for instruction `i`, then on at `back`.
     Load { from: Fix, i: usize, flags: Flags, back: Fix, level: u8 },
     /// An edge without a link, and without budget.
-    Edge { n: u32, link: Option<Fix>, budget: Fix, flags: Flags, target: i32 },
+    /// `inside`: registers are still where this trace has them.
+    Edge { n: u32, link: Option<Fix>, budget: Fix, flags: Flags, target: i32, inside: bool },
     /// Fill the TLB for the group of leader `n`, and try `again`.
     Touch { from: Fix, again: Fix, n: usize, flags: Flags, tag: i32 },
     /// The budget has no room for a trace that was found in the table.
@@ -39,6 +41,11 @@ pub struct Compiler<'a> {
     /// Whether somebody may look at the flags as they are before instruction i (and at the end).
     pub need: Vec<bool>,
     pub fl: Flags,
+    /// Where guest registers are in the code in hand; [`HOST`] outside of it.
+    pub host: [u8; 16],
+    pub placing: Placing,
+    /// Offset of what a loop of this trace leads back to.
+    inner: usize,
     /// The vector registers are in the host's: 1 XMM, 2 YMM.
     loaded: u8,
     /// Where the memory operand in hand is, once its address is known.
@@ -209,8 +216,11 @@ impl<'a> Compiler<'a> {
             a: Asm::new(base),
             far,
             need: needs(&trace.kinds, &[]),
+            placing: Placing::of(&trace),
             trace,
             fl: Flags::KEPT,
+            host: HOST,
+            inner: 0,
             loaded: 0,
             place: Rm::M(RDI, 0),
             values: Values::new(),
@@ -270,6 +280,10 @@ impl<'a> Compiler<'a> {
             debug_assert_eq!(self.a.at() - far, FAR as usize);
             self.home = self.a.here_is();
             self.cold.push(Cold::Short { from });
+            self.take_over();
+            self.inner = self.a.at();
+        } else {
+            self.host = self.placing.host;
         }
         let n = self.trace.len();
         for i in 0..n {
@@ -322,9 +336,11 @@ impl<'a> Compiler<'a> {
         let jumps = if jumps { JUMPS } else { 0 };
         let place = self.place_of(i) | neutral | jumps | grouped;
         let op = self.op(i) as *const Op as u64;
+        self.give_back();
         self.a.constant(RAX, op);
         self.a.constant(RDI, place as u64);
         self.a.call_abs(self.stubs.step[loaded as usize]);
+        self.take_over();
     }
 
     /// See [`step`].
@@ -502,6 +518,7 @@ impl<'a> Compiler<'a> {
             if back != 0 {
                 self.a.alu_imm(8, 0, mem(LEFT), back);
             }
+            self.give_back();
             self.a.load(8, RAX, mem(PAGE));
             self.a.lea(self.trace.word, RAX, Rm::M(RAX, target as i32));
             self.indirect();
@@ -522,6 +539,13 @@ impl<'a> Compiler<'a> {
         if need || self.fl.recipe.is_none() {
             self.keep();
         }
+        // A loop keeps registers where they are.
+        let inside = key == first.key && self.entries.is_empty();
+        if inside {
+            code = self.a.address(self.inner);
+        } else {
+            self.give_back();
+        }
         self.a.word(8, 0, 0x81, 5, mem(LEFT)); // sub
         self.a.d32(count as i32 - back);
         let count_at = self.a.end_address(self.a.at()) - 4;
@@ -534,7 +558,7 @@ impl<'a> Compiler<'a> {
         };
         let jump_at = self.a.end_address(self.a.at()) - 4;
         self.edges.push(Edge { count_at, jump_at, count, back: back as u32, leave_at: 0 });
-        self.cold.push(Cold::Edge { n, link, budget, flags: self.fl, target: target as i32 });
+        self.cold.push(Cold::Edge { n, link, budget, flags: self.fl, target: target as i32, inside });
     }
 
     /// A new site, its address into RDI.
@@ -599,6 +623,7 @@ impl<'a> Compiler<'a> {
     fn out_of_line(&mut self) {
         self.a.apart(self.far);
         while let Some(c) = self.cold.pop() {
+            self.host = self.placing.host;
             match c {
                 Cold::Short { from } => {
                     self.a.here(from);
@@ -630,8 +655,10 @@ impl<'a> Compiler<'a> {
                     let plainly = self.a.jmp();
                     self.a.here(plainly);
                     self.leaders[n].jump_at = self.a.end_address(plainly.end()) - 4;
+                    self.give_back();
                     self.a.constant(RAX, (self.first_leader + n) as u64);
                     self.a.call_abs(self.stubs.touch);
+                    self.take_over();
                     self.a.load(8, RDI, mem(TOUCHED));
                     let back = self.a.jmp();
                     self.a.to(back, again.end());
@@ -643,6 +670,7 @@ impl<'a> Compiler<'a> {
                     self.a.call_abs(self.stubs.load[level as usize]);
                     let ok = self.a.jcc(cc::E);
                     self.a.to(ok, back.end());
+                    self.give_back();
                     let op = self.op(i);
                     self.a.word(8, 0, 0x81, 0, mem(LEFT)); // add
                     self.a.d32(self.trace.rest(i) as i32);
@@ -653,7 +681,10 @@ impl<'a> Compiler<'a> {
                     self.a.constant(RAX, INTERPRET as u64);
                     self.a.jmp_abs(self.stubs.exit);
                 }
-                Cold::Edge { n, link, budget, flags, target } => {
+                Cold::Edge { n, link, budget, flags, target, inside } => {
+                    if !inside {
+                        self.host = HOST;
+                    }
                     let to_common = link.map(|link| {
                         self.a.here(link);
                         if !flags.kept {
@@ -668,6 +699,7 @@ impl<'a> Compiler<'a> {
                         self.fl = Flags { host: 0, ..flags };
                         self.keep();
                     }
+                    self.give_back();
                     self.a.constant(RAX, (EDGE + 2 * n + 1) as u64);
                     if let Some(f) = to_common {
                         self.a.here(f);
@@ -684,9 +716,9 @@ impl<'a> Compiler<'a> {
 
     /// A guest register into a host register of ours, or where it already is.
     pub fn reg(&mut self, g: u8, scratch: u8) -> u8 {
-        match HOST[g as usize] {
+        match self.host[g as usize] {
             NONE => {
-                self.a.load(8, scratch, place(g));
+                self.a.load(8, scratch, self.at(g));
                 scratch
             }
             h => h,

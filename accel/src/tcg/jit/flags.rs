@@ -8,7 +8,7 @@ use super::super::op::FLAGS;
 use super::asm::*;
 use super::block::Compiler;
 use super::kind::*;
-use super::stubs::{self, mem, HOST, NONE};
+use super::stubs::{self, mem, NONE};
 
 /// How to compute flags again.
 #[derive(Clone, Copy, Debug)]
@@ -154,12 +154,12 @@ impl Compiler<'_> {
                 self.fl.host = ALL & !AF;
             }
             Recipe::Add { size, d, s } => {
-                self.a.load(8, RAX, place(d));
+                self.a.load(8, RAX, self.at(d));
                 self.alu_val(5, size, Rm::R(RAX), s);
                 self.alu_val(0, size, Rm::R(RAX), s);
             }
             Recipe::Sub { size, d, s } => {
-                self.a.load(8, RAX, place(d));
+                self.a.load(8, RAX, self.at(d));
                 self.alu_val(0, size, Rm::R(RAX), s);
                 self.alu_val(5, size, Rm::R(RAX), s);
             }
@@ -194,7 +194,7 @@ impl Compiler<'_> {
     pub fn alu_val(&mut self, op: u8, size: u8, rm: Rm, val: Val) {
         match val {
             Val::Imm(v) => self.a.alu_imm(size, op, rm, v),
-            Val::Reg(r) if HOST[r as usize] != NONE => self.a.alu(size, op, rm, HOST[r as usize]),
+            Val::Reg(r) if self.host[r as usize] != NONE => self.a.alu(size, op, rm, self.host[r as usize]),
             Val::Reg(r) => match rm {
                 Rm::R(h) => self.a.alu_load(size, op, h, mem(r as usize)),
                 _ => unreachable!("two operands in memory"),
@@ -204,9 +204,9 @@ impl Compiler<'_> {
 
     /// CMP (7) or TEST (8) of a register.
     pub fn compare(&mut self, op: u8, size: u8, a: u8, b: Val) {
-        let mut rm = place(a);
+        let mut rm = self.at(a);
         if let (Rm::M(..), Val::Reg(r)) = (rm, b) {
-            if HOST[r as usize] == NONE {
+            if self.host[r as usize] == NONE {
                 self.a.load(8, RAX, rm);
                 rm = Rm::R(RAX);
             }
@@ -217,21 +217,13 @@ impl Compiler<'_> {
         }
         match b {
             Val::Imm(v) => self.a.test_imm(size, rm, v),
-            Val::Reg(r) if HOST[r as usize] != NONE => self.a.test(size, rm, HOST[r as usize]),
+            Val::Reg(r) if self.host[r as usize] != NONE => self.a.test(size, rm, self.host[r as usize]),
             // TEST has no order of operands.
             Val::Reg(r) => {
                 let Rm::R(h) = rm else { unreachable!("two operands in memory") };
                 self.a.test(size, mem(r as usize), h);
             }
         }
-    }
-}
-
-/// Where a guest register is.
-pub fn place(g: u8) -> Rm {
-    match HOST[g as usize] {
-        NONE => mem(g as usize),
-        h => Rm::R(h),
     }
 }
 

@@ -3,7 +3,7 @@
 use super::super::op::{FLAGS, PAGE, RBP as GUEST_BP, RIP_OUT, RSP as GUEST_SP};
 use super::asm::*;
 use super::block::{Access, Compiler};
-use super::flags::{keep_host, place, Flags, Overflow, Recipe};
+use super::flags::{keep_host, Flags, Overflow, Recipe};
 use super::kind::*;
 use super::stubs::{mem, HOST, NONE};
 
@@ -32,7 +32,7 @@ impl Compiler<'_> {
             }
             Kind::Extend { s: Some(s), .. } => {
                 self.before(i, false);
-                self.extend(kind, place(s));
+                self.extend(kind, self.at(s));
                 self.after(i, false);
             }
             Kind::Extend { from, s: None, .. } => {
@@ -45,7 +45,7 @@ impl Compiler<'_> {
             Kind::Load { size, d } => {
                 self.before(i, true);
                 let access = self.operand(i, size as u64, false);
-                match HOST[d as usize] {
+                match self.host[d as usize] {
                     NONE => {
                         self.a.load(size, RAX, self.place);
                         self.put(size, d);
@@ -121,7 +121,7 @@ impl Compiler<'_> {
                 self.before(i, true);
                 let access = self.operand(i, size as u64, true);
                 self.a.load(8, RAX, Rm::R(AX));
-                self.a.sized(size, 1, 0xB0, HOST[r as usize], self.place);
+                self.a.sized(size, 1, 0xB0, self.host[r as usize], self.place);
                 // The accumulator changes only when they differed.
                 self.a.word(8, 1, 0x40 | cc::NE, AX, Rm::R(RAX));
                 self.join(access);
@@ -130,7 +130,7 @@ impl Compiler<'_> {
             Kind::Xadd { size, r } => {
                 self.before(i, true);
                 let access = self.operand(i, size as u64, true);
-                let h = HOST[r as usize];
+                let h = self.host[r as usize];
                 self.a.load(size, RAX, self.place);
                 self.a.alu(size, 0, self.place, h);
                 self.a.load(size, h, Rm::R(RAX));
@@ -151,7 +151,7 @@ impl Compiler<'_> {
             Kind::Div { .. } => self.divide(i),
             Kind::Scan { reverse, size, d, s } => {
                 let access = self.source(i, s, size);
-                self.a.word(size, 1, 0xBC | reverse as u8, RDI, s.map_or(self.place, place));
+                self.a.word(size, 1, 0xBC | reverse as u8, RDI, self.from(s));
                 // Of zero: the destination stays.
                 self.modify(d, |c, r| c.a.word(8, 1, 0x40 | cc::NE, r, Rm::R(RDI)));
                 if self.need[i + 1] {
@@ -166,7 +166,7 @@ impl Compiler<'_> {
             }
             Kind::Popcnt { size, d, s } => {
                 let access = self.source(i, s, size);
-                let from = s.map_or(self.place, place);
+                let from = self.from(s);
                 self.modify(d, |c, r| {
                     let prefix = 0xF3;
                     if size == 2 {
@@ -187,13 +187,13 @@ impl Compiler<'_> {
             }
             Kind::ExtendHigh { signed, size, d, s } => {
                 self.before(i, false);
-                self.a.load(8, RAX, place(s));
+                self.a.load(8, RAX, self.at(s));
                 // From AH, which no REX prefix may go with.
                 self.a.b(&[0x0F, 0xB6 | (signed as u8) << 3, 0xC4]);
                 if signed && size == 8 {
                     self.a.word(8, 0, 0x63, RAX, Rm::R(RAX));
                 }
-                match HOST[d as usize] {
+                match self.host[d as usize] {
                     NONE => self.put(size, d),
                     h => self.a.load(size, h, Rm::R(RAX)),
                 }
@@ -203,14 +203,14 @@ impl Compiler<'_> {
                 if op == 2 || op == 3 {
                     self.want(CF);
                 }
-                self.a.load(8, RAX, place(d));
+                self.a.load(8, RAX, self.at(d));
                 if op == 8 {
                     self.a.b(&[0xF6, 0xC4, imm as u8]); // test ah, imm
                 } else {
                     self.a.b(&[0x80, 0xC4 | op << 3, imm as u8]); // op ah, imm
                 }
                 if op < 7 {
-                    self.a.store(8, place(d), RAX);
+                    self.a.store(8, self.at(d), RAX);
                 }
                 self.fl = if matches!(op, 1 | 4 | 6 | 8) { Flags::LOGIC } else { Flags::HOST };
             }
@@ -228,7 +228,7 @@ impl Compiler<'_> {
                 self.before(i, s.is_none());
                 let access = s.is_none().then(|| self.operand(i, size as u64, false));
                 self.want(condition(cc));
-                let from = s.map_or(self.place, place);
+                let from = self.from(s);
                 self.modify(d, |c, r| c.a.word(size, 1, 0x40 | cc, r, from));
                 if let Some(access) = access {
                     self.join(access);
@@ -242,11 +242,11 @@ impl Compiler<'_> {
 
     /// Let `f` change guest register `d` in a host register. `f` must not use RAX otherwise.
     pub fn modify(&mut self, d: u8, f: impl FnOnce(&mut Self, u8)) {
-        match HOST[d as usize] {
+        match self.host[d as usize] {
             NONE => {
-                self.a.load(8, RAX, place(d));
+                self.a.load(8, RAX, self.at(d));
                 f(self, RAX);
-                self.a.store(8, place(d), RAX);
+                self.a.store(8, self.at(d), RAX);
             }
             h => f(self, h),
         }
@@ -256,11 +256,11 @@ impl Compiler<'_> {
     /// that is wider than the write before it has to wait for that. Uses RDI.
     fn put(&mut self, size: u8, d: u8) {
         if size < 4 {
-            self.a.load(8, RDI, place(d));
+            self.a.load(8, RDI, self.at(d));
             self.a.load(size, RDI, Rm::R(RAX));
-            self.a.store(8, place(d), RDI);
+            self.a.store(8, self.at(d), RDI);
         } else {
-            self.a.store(8, place(d), RAX);
+            self.a.store(8, self.at(d), RAX);
         }
     }
 
@@ -304,7 +304,7 @@ impl Compiler<'_> {
         match self.trace.kinds[i] {
             Kind::Mov { size, d, s } => {
                 let s = self.reg(s, RAX);
-                match HOST[d as usize] {
+                match self.host[d as usize] {
                     NONE => {
                         if s != RAX || size == 4 {
                             self.a.load(size.max(4), RAX, Rm::R(s));
@@ -314,18 +314,18 @@ impl Compiler<'_> {
                     h => self.a.load(size, h, Rm::R(s)),
                 }
             }
-            Kind::MovImm { size, d, imm } => match HOST[d as usize] {
+            Kind::MovImm { size, d, imm } => match self.host[d as usize] {
                 _ if size < 4 => self.modify(d, |c, r| c.a.store_imm(size, Rm::R(r), imm as i32)),
-                NONE if imm as i64 == imm as i32 as i64 => self.a.store_imm(8, place(d), imm as i32),
+                NONE if imm as i64 == imm as i32 as i64 => self.a.store_imm(8, self.at(d), imm as i32),
                 NONE => {
                     self.a.constant(RAX, imm);
-                    self.a.store(8, place(d), RAX);
+                    self.a.store(8, self.at(d), RAX);
                 }
                 h => self.a.constant(h, imm),
             },
             Kind::Lea { size, d } => {
                 let rm = self.offset(i);
-                let h = HOST[d as usize];
+                let h = self.host[d as usize];
                 let to = if h == NONE { RAX } else { h };
                 match rm {
                     Some(rm) => self.a.lea(size, to, rm),
@@ -345,7 +345,7 @@ impl Compiler<'_> {
                 }
             }
             Kind::Xchg { size, a, b } => {
-                self.a.sized(size, 0, 0x86, HOST[a as usize], Rm::R(HOST[b as usize]));
+                self.a.sized(size, 0, 0x86, self.host[a as usize], Rm::R(self.host[b as usize]));
             }
             _ => {}
         }
@@ -370,7 +370,7 @@ impl Compiler<'_> {
 
     fn extend(&mut self, kind: Kind, from_rm: Rm) {
         let Kind::Extend { signed, from, size, d, .. } = kind else { return };
-        let h = HOST[d as usize];
+        let h = self.host[d as usize];
         let to = if h == NONE { RAX } else { h };
         if from == 4 {
             self.a.word(size, 0, 0x63, to, from_rm);
@@ -460,7 +460,7 @@ impl Compiler<'_> {
         if needed {
             // CF as it came out; OF as for a count of one applied to the result.
             self.keep_carry();
-            self.a.load(8, RAX, place(d));
+            self.a.load(8, RAX, self.at(d));
             self.a.shift(size, op ^ 1, Rm::R(RAX), 1);
             self.keep_overflow(cc::O);
         }
@@ -484,7 +484,7 @@ impl Compiler<'_> {
             keep_host(&mut self.a, true, if op == 4 { Overflow::Shl } else { Overflow::Clear });
             if op == 5 {
                 // The top bit before the last step is the second from the top now.
-                self.a.word(size, 1, 0xBA, 4, place(d));
+                self.a.word(size, 1, 0xBA, 4, self.at(d));
                 self.a.b(&[8 * size - 2]);
                 self.keep_overflow(cc::B);
             }
@@ -536,7 +536,7 @@ impl Compiler<'_> {
                 access
             }
             Some(s) => {
-                self.a.load(size, RDI, place(s));
+                self.a.load(size, RDI, self.at(s));
                 Access { slow: Vec::new(), i, flags: self.fl }
             }
         };
@@ -565,7 +565,7 @@ impl Compiler<'_> {
         let (size, d) = match self.trace.kinds[i] {
             Kind::Imul { size, d, s, imm } => {
                 let access = self.source(i, s, size);
-                let from = s.map_or(self.place, place);
+                let from = self.from(s);
                 self.modify(d, |c, r| match imm {
                     Some(v) => {
                         c.a.word(size, 0, 0x69, r, from);
@@ -580,7 +580,7 @@ impl Compiler<'_> {
             Kind::Mul { signed, size, s } => {
                 let access = self.source(i, s, size);
                 self.a.load(8, RAX, Rm::R(AX));
-                self.a.sized(size, 0, 0xF6, 4 | signed as u8, s.map_or(self.place, place));
+                self.a.sized(size, 0, 0xF6, 4 | signed as u8, self.from(s));
                 self.a.load(size, AX, Rm::R(RAX));
                 self.overflow_only(i, size, 0);
                 self.close(access);
@@ -648,11 +648,11 @@ impl Compiler<'_> {
             }
             Kind::Pop(d) => {
                 let access = self.stack_slot(i, GUEST_SP, SP, 0, false);
-                match HOST[d as usize] {
+                match self.host[d as usize] {
                     SP => self.a.load(word, SP, self.place),
                     NONE => {
                         self.a.load(word, RAX, self.place);
-                        self.a.store(8, place(d), RAX);
+                        self.a.store(8, self.at(d), RAX);
                         self.a.lea(word, SP, Rm::M(SP, word as i32));
                     }
                     h => {
@@ -713,13 +713,14 @@ impl Compiler<'_> {
                 self.check_target(&mut access);
                 self.a.lea(word, SP, Rm::M(SP, word as i32 + extra));
                 self.join(access);
+                self.give_back();
                 self.back();
             }
             Kind::Indirect { call, s } => {
                 self.keep();
                 let mut access = match s {
                     Some(s) => {
-                        self.a.load(word, RAX, place(s));
+                        self.a.load(word, RAX, self.at(s));
                         Access { slow: Vec::new(), i, flags: self.fl }
                     }
                     None => {
@@ -736,6 +737,7 @@ impl Compiler<'_> {
                     self.a.load(8, RAX, mem(RIP_OUT));
                 }
                 self.join(access);
+                self.give_back();
                 self.indirect();
             }
             _ => {}

@@ -24,6 +24,7 @@ mod groups;
 mod int;
 mod kind;
 mod memory;
+mod registers;
 mod stubs;
 mod trace;
 mod vector;

@@ -3,8 +3,8 @@
 use super::super::op::VecOp;
 use super::asm::*;
 use super::block::Compiler;
-use super::flags::{place, Flags};
-use super::stubs::{HOST, NONE};
+use super::flags::Flags;
+use super::stubs::NONE;
 use crate::simd::{self, Form, Map, Native, Prefix};
 
 impl Compiler<'_> {
@@ -44,11 +44,11 @@ impl Compiler<'_> {
         let general = matches!(native.form, Form::FromRm | Form::ToRm);
         let from = match insn.rm {
             simd::Rm::Mem => self.place,
-            simd::Rm::Reg(r) if general => place(r),
+            simd::Rm::Reg(r) if general => self.at(r),
             simd::Rm::Reg(r) => Rm::R(r),
         };
         if native.form == Form::Strings {
-            self.a.load(8, RAX, place(0));
+            self.a.load(8, RAX, self.at(0));
         }
         let mut put = |reg: u8, rm: Rm| {
             match native.vex {
@@ -61,17 +61,17 @@ impl Compiler<'_> {
             self.a.b(native.imm.as_slice());
         };
         match (native.form, insn.rm) {
-            (Form::ToReg, _) => match HOST[insn.reg as usize & 15] {
+            (Form::ToReg, _) => match self.host[insn.reg as usize & 15] {
                 NONE => {
                     put(RAX, from);
-                    self.a.store(8, place(insn.reg & 15), RAX);
+                    self.a.store(8, self.at(insn.reg & 15), RAX);
                 }
                 h => put(h, from),
             },
-            (Form::ToRm, simd::Rm::Reg(r)) => match HOST[r as usize & 15] {
+            (Form::ToRm, simd::Rm::Reg(r)) => match self.host[r as usize & 15] {
                 NONE => {
                     put(insn.reg, Rm::R(RAX));
-                    self.a.store(8, place(r & 15), RAX);
+                    self.a.store(8, self.at(r & 15), RAX);
                 }
                 h => put(insn.reg, Rm::R(h)),
             },
