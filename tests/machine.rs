@@ -7,6 +7,7 @@ use std::time::Duration;
 use common::*;
 use ftvm_harness::client::{get, Client, Line};
 use ftvm_harness::guests::run;
+use ftvm_harness::libvirt::Console;
 use ftvm_harness::{Result, Scratch};
 use serde_json::{json, Value};
 
@@ -219,4 +220,28 @@ fn a_dump_is_a_core_file_with_memory_and_registers() -> Result<()> {
     let refused = qmp.command("dump-guest-memory", json!({"paging": true, "protocol": "file:/dev/null"}));
     assert!(refused.is_err_and(|e| e.contains("paging")));
     Ok(())
+}
+
+/// One socket for the guest's shell and the monitor: Ctrl-A leads from one to the other, and ends the machine.
+#[test]
+fn a_shell_and_the_monitor_share_a_socket() -> Result<()> {
+    let scratch = Scratch::new("mux")?;
+    let socket = scratch.path("tty");
+    let more = format!(
+        "-chardev socket,id=c,path={socket},server=on,wait=off,mux=on -serial chardev:c -mon chardev=c -net none"
+    );
+    let mut vm = start_tiny(&scratch, "vm", "", &more)?;
+    let mut line = Console::socket(&socket)?;
+    line.until("tiny guest ready", LONG)?;
+    assert!(line.run("echo sum $((20 + 3))")?.contains("sum 23"));
+    line.send("\x01c")?;
+    line.until("(ftvm) ", LONG)?;
+    line.send("info status\r")?;
+    line.until("VM status: running", LONG)?;
+    line.send("\x01c")?;
+    assert!(line.run("echo sum $((40 + 5))")?.contains("sum 45"));
+    line.send("\x01h")?;
+    line.until("C-a x    exit emulator", LONG)?;
+    line.send("\x01x")?;
+    ends_well(&mut vm)
 }

@@ -46,15 +46,26 @@ pub const MACHINES: &[MachineType] = &[
     },
 ];
 
+impl Char {
+    /// The back end itself, below a multiplexer.
+    pub fn inner(&self) -> &Char {
+        match self {
+            Char::Mux(dev) => dev.inner(),
+            other => other,
+        }
+    }
+}
+
 /// A character back end.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Char {
     Null,
-    /// The terminal; `mux` shares it with the monitor (Ctrl-A c switches, Ctrl-A x ends).
+    /// The terminal; with `signal` Ctrl-C ends the program.
     Stdio {
-        mux: bool,
         signal: bool,
     },
+    /// Several front ends share it (Ctrl-A c switches, Ctrl-A x ends).
+    Mux(Box<Char>),
     File {
         path: String,
         append: bool,
@@ -344,8 +355,15 @@ pub fn legacy_char(text: &str) -> Result<Option<Char>, KeyvalError> {
     Ok(Some(match kind {
         "none" if rest.is_empty() => return Ok(None),
         "null" if rest.is_empty() => Char::Null,
-        "stdio" if rest.is_empty() => Char::Stdio { mux: false, signal: true },
-        "mon" if rest == "stdio" => Char::Stdio { mux: true, signal: false },
+        "stdio" if rest.is_empty() => Char::Stdio { signal: true },
+        // With a monitor of its own.
+        "mon" if rest == "stdio" => Char::Mux(Box::new(Char::Stdio { signal: false })),
+        "mon" => match legacy_char(rest)? {
+            Some(Char::Id(_) | Char::Mux(_)) | None => {
+                return Err(KeyvalError::Other(format!("'{text}' is not a valid char driver")))
+            }
+            Some(dev) => Char::Mux(Box::new(dev)),
+        },
         "file" => Char::File { path: rest.to_owned(), append: false },
         "pipe" => Char::Pipe { path: rest.to_owned() },
         "pty" if rest.is_empty() => Char::Pty,
@@ -381,14 +399,10 @@ fn chardev(text: &str) -> Result<(String, Char), KeyvalError> {
     let server = p.bool("server")?.unwrap_or(false);
     let wait = p.bool("wait")?.unwrap_or(true);
     let backend = p.need("backend")?;
-    if backend != "stdio" && p.bool("mux")? == Some(true) {
-        return Err(KeyvalError::Other("mux=on is available with stdio only".into()));
-    }
+    let mux = p.bool("mux")? == Some(true);
     let dev = match backend {
         "null" => Char::Null,
-        "stdio" => {
-            Char::Stdio { mux: p.bool("mux")?.unwrap_or(false), signal: p.bool("signal")?.unwrap_or(true) }
-        }
+        "stdio" => Char::Stdio { signal: p.bool("signal")?.unwrap_or(true) },
         "file" => Char::File { path: p.need("path")?.to_owned(), append: p.bool("append")?.unwrap_or(false) },
         "pipe" => Char::Pipe { path: p.need("path")?.to_owned() },
         "pty" => Char::Pty,
@@ -404,7 +418,7 @@ fn chardev(text: &str) -> Result<(String, Char), KeyvalError> {
         }
         other => return Err(KeyvalError::Other(format!("'{other}' is not a valid char driver name"))),
     };
-    Ok((id, dev))
+    Ok((id, if mux { Char::Mux(Box::new(dev)) } else { dev }))
 }
 
 /// Parse a UUID in the usual form.
@@ -759,16 +773,16 @@ impl Config {
             h.vnc = VncConfig::parse(&text, &secrets).map_err(at("vnc", &text))?;
         }
         if !nodefaults {
-            let stdio_free = !m.serials.iter().flatten().any(|c| matches!(c, Char::Stdio { .. }));
+            let stdio_free = !m.serials.iter().flatten().any(|c| matches!(c.inner(), Char::Stdio { .. }));
             if m.serials.is_empty() && !m.devices.iter().any(|d| d.driver == "isa-serial") {
                 if m.nographic {
-                    m.serials.push(Some(Char::Stdio { mux: true, signal: false }));
+                    m.serials.push(Some(Char::Mux(Box::new(Char::Stdio { signal: false }))));
                 } else {
                     m.serials.push(Some(Char::Null));
                 }
             } else if m.nographic && !monitor_given && stdio_free && !h.daemonize {
                 h.monitors.push(Monitor {
-                    dev: Char::Stdio { mux: true, signal: false },
+                    dev: Char::Mux(Box::new(Char::Stdio { signal: false })),
                     qmp: false,
                     pretty: false,
                 });

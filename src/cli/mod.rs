@@ -96,7 +96,7 @@ mod tests {
             ("-append x", "-append only allowed with -kernel"),
             ("-drive file=a -drive file=b,index=0", "exists"),
             ("-serial bogus:1", "not a valid char driver"),
-            ("-chardev null,id=a,mux=on", "mux=on is available with stdio only"),
+            ("-serial mon:chardev:x", "not a valid char driver"),
             ("-icount 99", "shift"),
         ] {
             let e = run(line).unwrap_err().to_string();
@@ -115,6 +115,6 @@ mod tests {
     #[test]
     fn nographic_gives_the_serial_line_the_terminal() {
         let c = run("-nographic").unwrap();
-        assert_eq!(c.machine.serials, [Some(Char::Stdio { mux: true, signal: false })]);
+        assert_eq!(c.machine.serials, [Some(Char::Mux(Box::new(Char::Stdio { signal: false })))]);
     }
 }

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::termios;
 
+use super::mux::Mux;
 use crate::cli::Char;
 
 /// What is done with bytes that were typed.
@@ -38,6 +39,8 @@ pub struct CharSink {
     pending: Arc<AtomicUsize>,
     /// Wait for room rather than lose bytes.
     lossless: bool,
+    /// It is one of several front ends of this device.
+    mux: Option<Arc<Mux>>,
     /// What a person can be told of it (`pty:/dev/pts/3`).
     pub label: String,
     ends: Arc<Ends>,
@@ -68,8 +71,16 @@ impl Ends {
 }
 
 impl CharSink {
+    /// The output of one of the front ends of a device.
+    pub fn through(mux: Arc<Mux>, label: String) -> Self {
+        CharSink { mux: Some(mux), label, ..CharSink::default() }
+    }
+
     /// Write; a reader that does not keep up loses bytes rather than stopping the machine. A file loses none.
     pub fn write(&self, bytes: &[u8]) {
+        if let Some(mux) = &self.mux {
+            return mux.write(bytes);
+        }
         if let Some(queue) = &self.queue {
             self.pending.fetch_add(1, Ordering::SeqCst);
             if self.lossless {
@@ -112,6 +123,9 @@ impl CharSink {
 
     /// Wait until what was written has left, but not for ever for a reader that does not read.
     pub fn drain(&self) {
+        if let Some(mux) = &self.mux {
+            return mux.drain();
+        }
         let until = Instant::now() + Duration::from_millis(500);
         while self.pending.load(Ordering::SeqCst) > 0 && Instant::now() < until {
             std::thread::sleep(Duration::from_millis(1));
@@ -146,7 +160,8 @@ fn sink(label: &str, out: Clients) -> Result<CharSink, CharError> {
         }
     })?;
     let lossless = label.starts_with("file:");
-    Ok(CharSink { queue: Some(queue), pending, lossless, label: label.to_owned(), ends: Arc::default() })
+    let ends = Arc::default();
+    Ok(CharSink { queue: Some(queue), pending, lossless, mux: None, label: label.to_owned(), ends })
 }
 
 fn pump(mut from: impl Read, typed: &mut Typed) {
@@ -164,7 +179,7 @@ fn pump(mut from: impl Read, typed: &mut Typed) {
 /// Open a back end named `label`; `typed` receives its input, `opened` hears whether somebody is there.
 pub fn open(dev: &Char, label: &str, mut typed: Typed, mut opened: Opened) -> Result<CharSink, CharError> {
     let server = matches!(
-        dev,
+        dev.inner(),
         Char::Unix { server: true, .. } | Char::Tcp { server: true, .. } | Char::Fd { server: true, .. }
     );
     if !server {
@@ -177,8 +192,9 @@ pub fn open(dev: &Char, label: &str, mut typed: Typed, mut opened: Opened) -> Re
     let ends: Arc<Ends> = Arc::default();
     let opened_sink = match dev {
         Char::Null => Ok(CharSink::default()),
+        Char::Mux(dev) => return open(dev, label, typed, opened),
         Char::Id(id) => Err(CharError::Open(id.clone(), std::io::ErrorKind::NotFound.into())),
-        Char::Stdio { signal, .. } => {
+        Char::Stdio { signal } => {
             terminal(*signal)?;
             spawn("stdin", move || pump(std::io::stdin(), &mut typed))?;
             sink("stdio", Arc::new(Mutex::new(Some(Box::new(std::io::stdout())))))
@@ -361,69 +377,5 @@ pub fn restore_terminal() {
     let Ok(saved) = SAVED_TERMINAL.lock() else { return };
     if let Some(saved) = saved.as_ref() {
         let _ = termios::tcsetattr(std::io::stdin().as_fd(), termios::SetArg::TCSANOW, saved);
-    }
-}
-
-/// The escape key of a terminal shared with the monitor (Ctrl-A, as QEMU's).
-pub const ESCAPE: u8 = 0x01;
-
-/// What the terminal's user asked with the escape key.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Escape {
-    /// Ctrl-A x
-    Exit,
-    /// Ctrl-A c
-    Switch,
-    /// Ctrl-A h
-    Help,
-}
-
-/// Takes escape sequences out of typed bytes: returns the bytes for the focused side and the requests.
-#[derive(Debug, Default)]
-pub struct EscapeFilter {
-    pending: bool,
-}
-
-impl EscapeFilter {
-    /// Filter one byte.
-    pub fn byte(&mut self, byte: u8) -> Result<Option<u8>, Escape> {
-        if !std::mem::take(&mut self.pending) {
-            if byte == ESCAPE {
-                self.pending = true;
-                return Ok(None);
-            }
-            return Ok(Some(byte));
-        }
-        match byte {
-            b'x' => Err(Escape::Exit),
-            b'c' => Err(Escape::Switch),
-            b'h' | b'?' => Err(Escape::Help),
-            ESCAPE => Ok(Some(ESCAPE)),
-            _ => Ok(None),
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_escape_key_is_taken_out() {
-        let mut f = EscapeFilter::default();
-        let got: Vec<_> = b"a\x01xb\x01\x01\x01c".iter().map(|b| f.byte(*b)).collect();
-        assert_eq!(
-            got,
-            [
-                Ok(Some(b'a')),
-                Ok(None),
-                Err(Escape::Exit),
-                Ok(Some(b'b')),
-                Ok(None),
-                Ok(Some(1)),
-                Ok(None),
-                Err(Escape::Switch)
-            ]
-        );
     }
 }

@@ -7,6 +7,7 @@ pub mod chars;
 pub mod disk;
 pub mod jobs;
 pub mod keys;
+pub mod mux;
 pub mod sandbox;
 pub mod signals;
 pub mod vnc;

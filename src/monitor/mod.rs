@@ -53,6 +53,8 @@ pub struct Control {
     pub outside: Arc<Outside>,
     /// The character devices, the monitors' own among them.
     pub chars: Mutex<Vec<CharView>>,
+    /// Those of them that have several front ends, by their labels.
+    pub muxes: Mutex<std::collections::BTreeMap<String, Arc<crate::host::mux::Mux>>>,
     pub fdsets: fdsets::FdSets,
     pub bitmaps: Mutex<graph::Bitmaps>,
     /// The stub for GDB, if there is one.
@@ -230,6 +232,7 @@ impl Control {
             config,
             outside: Arc::default(),
             chars: Mutex::default(),
+            muxes: Mutex::default(),
             fdsets: Default::default(),
             bitmaps: Mutex::default(),
             gdb: Mutex::default(),

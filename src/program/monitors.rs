@@ -13,7 +13,8 @@ use crate::cli::config::Monitor;
 use crate::cli::vnc::{VncAddress, VncConfig};
 use crate::cli::{Char, Config};
 use crate::host::backends::Backends;
-use crate::host::chars::{self, CharSink, Escape, EscapeFilter, Opened};
+use crate::host::chars::{self, CharSink, Opened};
+use crate::host::mux::{Front, Mux};
 use crate::host::vnc::{Access, Vnc};
 use crate::host::Outside;
 use crate::machine::MachineInput;
@@ -33,6 +34,7 @@ pub fn control(
         config: machine.clone(),
         outside,
         chars: Mutex::default(),
+        muxes: Mutex::default(),
         fdsets: Default::default(),
         bitmaps: Default::default(),
         gdb: Default::default(),
@@ -60,8 +62,8 @@ pub fn open_outside(
         .filter_map(|d| d.chardev)
         .collect();
     let mut sinks = Vec::new();
-    for (port, dev) in blueprint.chars.iter().enumerate() {
-        let dev = dev.resolve(&blueprint.config.chardevs)?;
+    for (port, given) in blueprint.chars.iter().enumerate() {
+        let dev = given.resolve(&blueprint.config.chardevs)?;
         let send = events.clone();
         let port = port as u32;
         let deliver = move |bytes: &[u8]| {
@@ -77,86 +79,101 @@ pub fn open_outside(
             }),
         };
         let label = blueprint.labels.get(port as usize).cloned().unwrap_or_default();
-        let sink = if matches!(dev, Char::Stdio { mux: true, .. }) {
-            mux_terminal(&dev, deliver, &control)?
+        let sink = if let Some(mux) = mux(given, &dev, &label, &control)? {
+            let front = Front { typed: Box::new(deliver), opened, focus: Box::new(|_| {}) };
+            let sink = mux.attach(front, true).map_err(|e| format!("chardev '{label}': {e}"))?;
+            if !matches!(given, Char::Id(_)) {
+                // `mon:`: the monitor behind it has no option of its own.
+                human_front(&mux, &control)?;
+            }
+            sink
         } else {
             chars::open(&dev, &label, Box::new(deliver), opened).map_err(|e| e.to_string())?
         };
-        if let Ok(mut chars) = control.chars.lock() {
-            chars.push(CharView { label, filename: sink.label.clone() });
-        }
+        note(&control, &label, &sink);
         sinks.push(sink);
     }
     outside.set_chars(sinks);
     Ok((outside, control))
 }
 
-/// The terminal shared by a serial line and the human monitor: Ctrl-A c switches, Ctrl-A x ends.
-fn mux_terminal(
-    dev: &Char,
-    deliver: impl Fn(&[u8]) + Send + 'static,
-    control: &Arc<Control>,
-) -> Result<CharSink, String> {
-    let out: Arc<Mutex<Option<CharSink>>> = Arc::default();
-    let echo = Arc::clone(&out);
-    let control = Arc::clone(control);
-    let mut filter = EscapeFilter::default();
-    let mut in_monitor = false;
-    let mut line = String::new();
-    let say = move |text: &str| {
-        if let Some(sink) = echo.lock().ok().and_then(|s| s.clone()) {
-            sink.write(text.as_bytes());
+/// What `query-chardev` shows, once for each device.
+fn note(control: &Control, label: &str, sink: &CharSink) {
+    if let Ok(mut chars) = control.chars.lock() {
+        if chars.iter().all(|c| c.label != label) {
+            chars.push(CharView { label: label.to_owned(), filename: sink.label.clone() });
         }
-    };
+    }
+}
+
+/// The multiplexer of a device that has one, open: the same for all that name its id.
+fn mux(given: &Char, dev: &Char, label: &str, control: &Arc<Control>) -> Result<Option<Arc<Mux>>, String> {
+    let Char::Mux(inner) = dev else { return Ok(None) };
+    let mut known = control.muxes.lock().map_err(|_| "internal lock")?;
+    if let Some(mux) = Some(given).and_then(|g| matches!(g, Char::Id(_)).then(|| known.get(label))?) {
+        return Ok(Some(Arc::clone(mux)));
+    }
+    let events = control.events.clone();
+    let exit = Box::new(move || {
+        let _ = events.send(Event::Quit(Quit::HostQmpQuit));
+    });
+    let mux = Mux::open(inner, label, exit).map_err(|e| e.to_string())?;
+    known.insert(label.to_owned(), Arc::clone(&mux));
+    Ok(Some(mux))
+}
+
+/// A human monitor among the front ends of a device. It shows what is typed, and greets when it is first in front of somebody.
+fn human_front(mux: &Arc<Mux>, control: &Arc<Control>) -> Result<CharSink, String> {
+    struct Shown {
+        sink: Option<CharSink>,
+        greeted: bool,
+    }
+    let shown = Arc::new(Mutex::new(Shown { sink: None, greeted: false }));
+    let sink_of = |shown: &Arc<Mutex<Shown>>| shown.lock().ok().and_then(|s| s.sink.clone());
+    let echo = Arc::clone(&shown);
+    let control = Arc::clone(control);
+    let mut line = String::new();
     let typed = move |bytes: &[u8]| {
-        let mut guest = Vec::new();
+        let Some(sink) = sink_of(&echo) else { return };
+        let say = |text: &str| sink.write(text.as_bytes());
         for byte in bytes {
-            match filter.byte(*byte) {
-                Ok(None) => {}
-                Ok(Some(b)) if !in_monitor => guest.push(b),
-                Ok(Some(b'\r' | b'\n')) => {
+            match byte {
+                b'\r' | b'\n' => {
                     say("\r\n");
                     let line = std::mem::take(&mut line);
                     say(&control.human(&line, &mut Fds::default()));
-                    say("(ftvm) ");
+                    say(PROMPT);
                 }
-                Ok(Some(8 | 127)) => {
-                    if line.pop().is_some() {
-                        say("\x08 \x08");
-                    }
+                8 | 127 if line.pop().is_some() => say("\x08 \x08"),
+                32..127 => {
+                    line.push(*byte as char);
+                    say(&(*byte as char).to_string());
                 }
-                Ok(Some(b)) if (32..127).contains(&b) => {
-                    line.push(b as char);
-                    say(&(b as char).to_string());
-                }
-                Ok(Some(_)) => {}
-                Err(Escape::Exit) => {
-                    let _ = control.events.send(Event::Quit(Quit::HostQmpQuit));
-                }
-                Err(Escape::Switch) => {
-                    in_monitor = !in_monitor;
-                    if in_monitor {
-                        say(&format!(
-                            "\r\nftvm {} monitor - type 'help'\r\n(ftvm) ",
-                            env!("CARGO_PKG_VERSION")
-                        ));
-                    } else {
-                        say("\r\n");
-                    }
-                }
-                Err(Escape::Help) => {
-                    say("\r\nC-a h  this help\r\nC-a x  end\r\nC-a c  switch to the monitor and back\r\nC-a C-a  send C-a\r\n");
-                }
+                _ => {}
             }
         }
-        if !guest.is_empty() {
-            deliver(&guest);
-        }
     };
-    let opened = Box::new(|_| {});
-    let sink = chars::open(dev, "serial0", Box::new(typed), opened).map_err(|e| e.to_string())?;
-    if let Ok(mut slot) = out.lock() {
-        *slot = Some(sink.clone());
+    let of = Arc::clone(&shown);
+    let focus: Opened = Box::new(move |focus| {
+        let Some(sink) = sink_of(&of) else { return };
+        let greeted = of.lock().is_ok_and(|mut shown| {
+            let before = shown.greeted;
+            shown.greeted |= focus;
+            before
+        });
+        sink.write(match (focus, greeted) {
+            (true, false) => GREETING.as_bytes(),
+            (true, true) => PROMPT.as_bytes(),
+            (false, _) => b"\r\n",
+        });
+    });
+    let front = Front { typed: Box::new(typed), opened: Box::new(|_| {}), focus };
+    let sink = mux.attach(front, false)?;
+    if let Ok(mut shown) = shown.lock() {
+        shown.sink = Some(sink.clone());
+    }
+    if mux.is_alone() {
+        mux.show(true);
     }
     Ok(sink)
 }
@@ -174,6 +191,11 @@ pub fn start_monitors(config: &Config, control: &Arc<Control>) -> Result<(), Str
                 chars.push(CharView { label, filename });
             }
         } else {
+            if let Some(mux) = mux(&monitor.dev, &dev, &label, control)? {
+                let sink = human_front(&mux, control).map_err(|e| format!("chardev '{label}': {e}"))?;
+                note(control, &label, &sink);
+                continue;
+            }
             start_human(&dev, &label, control)?;
         }
     }
@@ -242,6 +264,7 @@ fn start_qmp(monitor: &Monitor, dev: &Char, control: &Arc<Control>) -> Result<St
 
 /// What a human monitor says first.
 const GREETING: &str = concat!("ftvm ", env!("CARGO_PKG_VERSION"), " monitor - type 'help'\r\n(ftvm) ");
+const PROMPT: &str = "(ftvm) ";
 
 /// A human monitor of its own (not on a shared terminal).
 fn start_human(dev: &Char, label: &str, control: &Arc<Control>) -> Result<(), String> {
@@ -269,9 +292,7 @@ fn start_human(dev: &Char, label: &str, control: &Arc<Control>) -> Result<(), St
         }
     });
     let sink = chars::open(dev, label, Box::new(typed), opened).map_err(|e| e.to_string())?;
-    if let Ok(mut chars) = views.chars.lock() {
-        chars.push(CharView { label: label.to_owned(), filename: sink.label.clone() });
-    }
+    note(&views, label, &sink);
     if let Ok(mut slot) = out.lock() {
         *slot = Some(sink);
     }

@@ -227,6 +227,11 @@ impl Console {
         Ok(std::mem::take(&mut self.text))
     }
 
+    /// Type something.
+    pub fn send(&mut self, text: &str) -> Result<()> {
+        self.tty.write_all(text.as_bytes()).map_err(|e| e.to_string())
+    }
+
     /// Run a command in the guest's shell; what it prints.
     pub fn run(&mut self, command: &str) -> Result<String> {
         self.text.clear();
