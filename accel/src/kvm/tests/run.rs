@@ -109,11 +109,17 @@ fn local_apics_have_timers_other_processors_and_messages() {
     }
 }
 
-/// What [`crunch`] gives after so many rounds.
-fn crunch_alone(rounds: u32) -> (u64, Vec<u8>) {
+/// Memory with [`crunch`], which is to make so many rounds.
+fn crunching(rounds: u32) -> GuestMemory {
     let mem = GuestMemory::new(4 << 20).unwrap();
     crunch(&mem);
     mem.write(0x700, &rounds.to_le_bytes()).unwrap();
+    mem
+}
+
+/// What [`crunch`] gives after so many rounds.
+fn crunch_alone(rounds: u32) -> (u64, Vec<u8>) {
+    let mem = crunching(rounds);
     let mut board = TestBoard::new(GuestMemory::new(1 << 20).unwrap());
     let mut soft = SoftCpu::new(0, 1, &model());
     real_mode(&mut soft, AT);
@@ -129,10 +135,7 @@ fn crunch_alone(rounds: u32) -> (u64, Vec<u8>) {
 #[test]
 fn a_program_that_moves_between_the_processors_computes_the_same() {
     const ROUNDS: u32 = 100_000;
-    let mem = GuestMemory::new(4 << 20).unwrap();
-    crunch(&mem);
-    mem.write(0x700, &ROUNDS.to_le_bytes()).unwrap();
-    let mut board = TestBoard::new(mem);
+    let mut board = TestBoard::new(crunching(ROUNDS));
     let Some((mut kvm, mut cpus)) = kvm(&board.mem, 1) else { return };
     begin(&mut cpus);
     let (mut now, mut moves, mut position) = (0, 0, 0);
@@ -173,10 +176,7 @@ fn a_program_that_moves_between_the_processors_computes_the_same() {
 #[test]
 fn written_pages_are_found_while_the_guest_runs() {
     const ROUNDS: u32 = 60_000;
-    let mem = GuestMemory::new(4 << 20).unwrap();
-    crunch(&mem);
-    mem.write(0x700, &ROUNDS.to_le_bytes()).unwrap();
-    let mut board = TestBoard::new(mem);
+    let mut board = TestBoard::new(crunching(ROUNDS));
     let Some((mut kvm, mut cpus)) = kvm(&board.mem, 1) else { return };
     begin(&mut cpus);
     kvm.go(0, false).unwrap();

@@ -33,8 +33,7 @@ impl Placing {
             Kind::Jcc { rel, .. } | Kind::Jmp { rel } => trace.next(i) + rel == start,
             _ => false,
         };
-        let steady = |k: &Kind| !matches!(k, Kind::Handler);
-        if !(0..trace.len()).any(back) || !trace.kinds.iter().all(steady) {
+        if !(0..trace.len()).any(back) || trace.kinds.contains(&Kind::Handler) {
             return placing;
         }
         let mut uses = [0u32; 16];
