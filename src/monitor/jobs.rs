@@ -655,13 +655,11 @@ fn creation(
     }
 }
 
-pub fn create(c: &Control, call: &mut Call) -> Reply {
-    let none = Map::new();
-    let options = call.arguments.get("options").and_then(Value::as_object).unwrap_or(&none);
-    let work = creation(c, options)?;
+/// Start a job that is of no image's node, and that stays until it is dismissed.
+pub(super) fn begin(c: &Control, call: &Call, kind: &'static str, body: Box<dyn Body>) -> Reply {
     let wanted = Wanted {
         id: call.text("job-id").to_owned(),
-        kind: "create",
+        kind,
         auto_finalize: true,
         auto_dismiss: false,
         speed: 0,
@@ -671,7 +669,14 @@ pub fn create(c: &Control, call: &mut Call) -> Reply {
     if !super::devices::is_identifier(&wanted.id) {
         return fail(format!("Invalid job ID '{}'", wanted.id));
     }
-    start(c, wanted, Box::new(CreateJob { work: Some(work) }))
+    start(c, wanted, body)
+}
+
+pub fn create(c: &Control, call: &mut Call) -> Reply {
+    let none = Map::new();
+    let options = call.arguments.get("options").and_then(Value::as_object).unwrap_or(&none);
+    let work = creation(c, options)?;
+    begin(c, call, "create", Box::new(CreateJob { work: Some(work) }))
 }
 
 pub fn query(c: &Control, _: &mut Call) -> Reply {

@@ -11,8 +11,8 @@ use ftvm_qmp::{Call, QmpError};
 use serde_json::Value;
 
 use super::graph::{find, Found};
-use super::{done, Control, Reply};
-use crate::host::jobs::{Body, End, Wanted};
+use super::{Control, Reply};
+use crate::host::jobs::{Body, End};
 use crate::migration::snapshot::{self, Chosen, Wish};
 use crate::runtime::control::Shared;
 use crate::runtime::live::Runtime;
@@ -75,21 +75,8 @@ fn chosen(c: &Control, call: &Call) -> Result<Chosen, QmpError> {
 }
 
 fn start(c: &Control, call: &Call, kind: &'static str, task: Task) -> Reply {
-    let wanted = Wanted {
-        id: call.text("job-id").to_owned(),
-        kind,
-        auto_finalize: true,
-        auto_dismiss: false,
-        speed: 0,
-        stop_on_error: false,
-        nodes: Vec::new(),
-    };
-    if !super::devices::is_identifier(&wanted.id) {
-        return Err(QmpError::generic(format!("Invalid job ID '{}'", wanted.id)));
-    }
     let body = SnapshotJob { task: Some(task), events: c.events.clone(), shared: Arc::clone(&c.shared) };
-    c.shared.jobs.start(wanted, &c.shared.events, Box::new(body)).map_err(QmpError::generic)?;
-    done()
+    super::jobs::begin(c, call, kind, Box::new(body))
 }
 
 fn wish(c: &Control, call: &Call, kind: &'static str, wish: Wish) -> Reply {
