@@ -62,18 +62,9 @@ fn bench() -> Result<()> {
         "\nMedians of {rounds} rounds of each in turn; a qcow2 image of {SIZE} MiB in the host's page cache, virtio-blk, \
          cache=writeback, O_DIRECT and Linux's asynchronous I/O in the guest."
     );
-    println!("{table}");
-    let out = guests::root().join("build/bench");
-    let fail = |e: std::io::Error| format!("{}: {e}", out.display());
-    std::fs::create_dir_all(&out).map_err(fail)?;
-    std::fs::write(out.join("guest_disk.md"), &table).map_err(fail)?;
-    println!("written to build/bench/guest_disk.md");
-    Ok(())
+    marked::report(&table, &[("guest_disk.md", &table)])
 }
 
 fn main() {
-    if let Err(e) = bench() {
-        eprintln!("bench: {e}");
-        std::process::exit(1);
-    }
+    marked::end(bench());
 }

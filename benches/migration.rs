@@ -130,18 +130,9 @@ fn bench() -> Result<()> {
         let _ = writeln!(table, "| {row} | {b:.1} | {a:.1} |");
     }
     let _ = writeln!(table, "\nMedians of {rounds} rounds of each in turn.");
-    println!("{table}");
-    let out = guests::root().join("build/bench");
-    let fail = |e: std::io::Error| format!("{}: {e}", out.display());
-    std::fs::create_dir_all(&out).map_err(fail)?;
-    std::fs::write(out.join("migration.md"), &table).map_err(fail)?;
-    println!("written to build/bench/migration.md");
-    Ok(())
+    marked::report(&table, &[("migration.md", &table)])
 }
 
 fn main() {
-    if let Err(e) = bench() {
-        eprintln!("bench: {e}");
-        std::process::exit(1);
-    }
+    marked::end(bench());
 }

@@ -190,19 +190,9 @@ fn bench() -> Result<()> {
         size(&log) as f64 / 1e3,
         size(&their_log) as f64 / 1e3
     );
-    println!("{table}");
-    let out = guests::root().join("build/bench");
-    let fail = |e: std::io::Error| format!("{}: {e}", out.display());
-    std::fs::create_dir_all(&out).map_err(fail)?;
-    std::fs::write(out.join("speed.md"), &table).map_err(fail)?;
-    std::fs::write(out.join("speed.svg"), plot(&bars)).map_err(fail)?;
-    println!("written to build/bench/speed.md and speed.svg");
-    Ok(())
+    marked::report(&table, &[("speed.md", &table), ("speed.svg", &plot(&bars))])
 }
 
 fn main() {
-    if let Err(e) = bench() {
-        eprintln!("bench: {e}");
-        std::process::exit(1);
-    }
+    marked::end(bench());
 }

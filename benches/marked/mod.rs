@@ -1,11 +1,12 @@
-//! Guests that print a mark before and after each row of work: the host takes the time of the marks.
+//! What the benches share: guests that print a mark before and after each row of work, of which the host takes the time, and
+//! where tables go.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 
-use ftvm_harness::Result;
+use ftvm_harness::{guests, Result};
 
 /// Seconds by row, in the order in which the rows were met.
 #[derive(Default)]
@@ -81,4 +82,25 @@ pub fn run_marked(mut command: Command, times: &mut Times) -> Result<()> {
         return Err(format!("{shown} did not come to its end ({status})"));
     }
     Ok(())
+}
+
+/// Print the table, and write it and what goes with it (names and contents) to `build/bench`.
+pub fn report(table: &str, files: &[(&str, &str)]) -> Result<()> {
+    println!("{table}");
+    let out = guests::root().join("build/bench");
+    let fail = |e: std::io::Error| format!("{}: {e}", out.display());
+    std::fs::create_dir_all(&out).map_err(fail)?;
+    for (name, text) in files {
+        std::fs::write(out.join(name), text).map_err(fail)?;
+        println!("written to build/bench/{name}");
+    }
+    Ok(())
+}
+
+/// The bench's end: what went wrong, if anything did.
+pub fn end(result: Result<()>) {
+    if let Err(e) = result {
+        eprintln!("bench: {e}");
+        std::process::exit(1);
+    }
 }
