@@ -6,6 +6,7 @@ mod common;
 use std::time::Duration;
 
 use common::{ends_well, ext4, free_port, start_tiny, LONG};
+use ftvm_harness::certs::Authority;
 use ftvm_harness::client::Line;
 use ftvm_harness::guests::run;
 use ftvm_harness::moves::wait_migration;
@@ -149,6 +150,66 @@ fn failures_leave_the_source_running() -> Result<()> {
     }
     drop(qmp);
     pair.arrive()?;
+    clients.wait_progress(10, WAIT)?;
+    clients.finish()?;
+    pair.finish(false)
+}
+
+/// Only those who show the right certificates send a machine or take one; the source goes on otherwise.
+fn with_certificates() -> Result<()> {
+    let mut pair = Pair::start_plain("certificates", Guest::Tiny)?;
+    let (authority, other) = (Authority::new("trusted")?, Authority::new("unknown")?);
+    let addresses = ["10.77.0.11", "10.77.0.12", "10.77.0.13", "moves.example"];
+    let good = authority.issue(&pair.scratch.path("good"), "moves.example", &addresses)?;
+    let bad = other.issue(&pair.scratch.path("bad"), "moves.example", &addresses)?;
+    let object = format!("tls-creds-x509,id=tls0,dir={good},endpoint=server");
+    let authz = "authz-simple,id=auth0,identity=CN=moves.example,,O=ftvm tests";
+    let nobody = "authz-simple,id=auth1,identity=CN=somebody.example,,O=ftvm tests";
+    pair.destination(&["-object", &object, "-object", authz, "-object", nobody])?;
+    let other = pair.other();
+    let mut there = pair.hosts[other].as_ref().ok_or("there is no destination")?.qmp()?;
+    let mut here = pair.qmp()?;
+    for (id, dir) in [("good", &good), ("bad", &bad)] {
+        let client = json!({"qom-type": "tls-creds-x509", "id": id, "dir": dir, "endpoint": "client"});
+        here.command("object-add", client)?;
+    }
+    let missing = json!({"qom-type": "tls-creds-x509", "id": "x", "dir": pair.scratch.path("none")});
+    let refused = here.command("object-add", missing).err().unwrap_or_default();
+    assert!(refused.starts_with("Unable to access credentials ") && refused.contains("ca-cert.pem"), "{refused}");
+    for (creds, why) in [
+        ("nothing", "No TLS credentials with id 'nothing'"),
+        ("tls0", "No TLS credentials with id 'tls0'"),
+    ] {
+        here.command("migrate-set-parameters", json!({"tls-creds": creds}))?;
+        let refused = here.command("migrate", json!({"uri": pair.destination_uri()})).err();
+        assert_eq!(refused.as_deref(), Some(why));
+    }
+    there.command("migrate-set-parameters", json!({"tls-creds": "tls0"}))?;
+    // Here: whose certificates, and for which host they are to be; there: who may come; and what becomes of it.
+    for (creds, host, authz, text) in [
+        ("", "", "", "hung up"),
+        ("bad", "", "", "known issuer"),
+        ("good", "elsewhere.example", "", "Certificate does not match the hostname elsewhere.example"),
+        ("good", "", "auth1", "hung up"),
+        ("good", "moves.example", "auth0", ""),
+    ] {
+        let case = format!("'{creds}' '{host}' '{authz}'");
+        here.command("migrate-set-parameters", json!({"tls-creds": creds, "tls-hostname": host}))?;
+        there.command("migrate-set-parameters", json!({"tls-authz": authz}))?;
+        here.command("migrate", json!({"uri": pair.destination_uri()}))?;
+        let done = wait_migration(&mut here, WAIT).map_err(|e| format!("{case}: {e}"))?;
+        let said = done["error-desc"].as_str().unwrap_or_default();
+        if text.is_empty() {
+            assert_eq!(done["status"], "completed", "{case}: {done}\n{}", pair.logs());
+            continue;
+        }
+        assert!(done["status"] == "failed" && (said.contains(text) || text == "hung up"), "{case}: {done}");
+        assert_eq!(here.command("query-status", Value::Null)?["status"], "running", "{case}");
+        assert_eq!(there.command("query-status", Value::Null)?["status"], "inmigrate", "{case}");
+    }
+    drop((here, there));
+    pair.arrive()?;
+    let clients = Clients::start(&pair, 8080, "HTTP/1.1 200", "certificates");
     clients.wait_progress(10, WAIT)?;
     clients.finish()?;
     pair.finish(false)
@@ -307,6 +368,7 @@ fn main() {
         &[
             ("back_and_forth", back_and_forth),
             ("failures_leave_the_source_running", failures_leave_the_source_running),
+            ("with_certificates", with_certificates),
             ("through_a_file", through_a_file),
             ("snapshots", snapshots),
         ],

@@ -70,7 +70,7 @@ fn ask<T: Send + 'static>(
 
 fn receive(listener: Listener, shared: &Shared, events: &Events) -> Result<(), String> {
     let text = |e: &dyn std::fmt::Display| e.to_string();
-    let channel = listener.accept().map_err(|e| text(&e))?;
+    let channel = listener.accept(|| shared.migration.tls_server())?;
     set(shared, Status::Active);
     let (Some(input), mut output, child) = (channel.input, channel.output, channel.child) else {
         return Err("the channel has no way in".into());

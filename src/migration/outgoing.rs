@@ -12,7 +12,7 @@ use ftvm_accel::GuestMemory;
 use ftvm_devices::Output;
 use serde_json::json;
 
-use super::channel::Channel;
+use super::channel::{Channel, Client};
 use super::status::{Migration, Status};
 use super::stream::{self, Answer, Frame, MachineInfo, Pages, PAGE};
 use crate::runtime::control::RunState;
@@ -163,7 +163,7 @@ pub fn blocked(rt: &Runtime) -> Option<String> {
 }
 
 /// Begin.
-pub fn start(rt: &mut Runtime, channel: Channel) -> Result<(), String> {
+pub fn start(rt: &mut Runtime, channel: Channel, tls: Option<Client>) -> Result<(), String> {
     if let Some(reason) = blocked(rt) {
         return Err(reason);
     }
@@ -193,7 +193,7 @@ pub fn start(rt: &mut Runtime, channel: Channel) -> Result<(), String> {
     let answers = channel.answers();
     let id = rt.next_migration;
     rt.next_migration += 1;
-    let mut writer = spawn(channel, id, &migration, rt.events.clone()).map_err(|e| {
+    let mut writer = spawn(channel, tls, id, &migration, rt.events.clone()).map_err(|e| {
         set(rt, Status::Failed);
         e.to_string()
     })?;
@@ -231,7 +231,13 @@ fn pass_event(rt: &Runtime, pass: u64) {
 }
 
 /// Start the thread that writes.
-fn spawn(channel: Channel, id: u64, migration: &Arc<Migration>, events: Events) -> std::io::Result<Writer> {
+fn spawn(
+    channel: Channel,
+    tls: Option<Client>,
+    id: u64,
+    migration: &Arc<Migration>,
+    events: Events,
+) -> std::io::Result<Writer> {
     let (work, queue) = mpsc::channel();
     let queued = Arc::new(AtomicUsize::new(0));
     let hurry = Arc::new(AtomicBool::new(false));
@@ -245,7 +251,13 @@ fn spawn(channel: Channel, id: u64, migration: &Arc<Migration>, events: Events) 
     };
     std::thread::Builder::new().name("migration".into()).spawn(move || {
         let say = teller(events.clone(), id);
-        let mut channel = channel;
+        let mut channel = match &tls {
+            None => channel,
+            Some(tls) => match channel.secure(tls) {
+                Ok(channel) => channel,
+                Err(e) => return say(News::Failed(e)),
+            },
+        };
         let heard = Arc::new(AtomicBool::new(false));
         let listening = match channel.input.take().filter(|_| channel.output.is_some()) {
             Some(input) => listen(input, Arc::clone(&heard), teller(events, id)).map(|()| true),

@@ -6,6 +6,9 @@ use std::time::{Duration, Instant};
 
 use serde_json::{json, Value};
 
+use super::channel::{Client, Server, Uri};
+use crate::host::tls;
+
 /// Capabilities that this program has, and whether they can be turned off.
 pub const CAPABILITIES: &[(&str, bool)] = &[
     ("auto-converge", true),
@@ -72,8 +75,10 @@ pub struct Parameters {
     pub max_cpu_throttle: u64,
     /// Milliseconds.
     pub downtime_limit: u64,
+    /// Objects of TLS, and the name that the destination's certificate must have; empty: none.
     pub tls_creds: String,
     pub tls_hostname: String,
+    pub tls_authz: String,
 }
 
 impl Default for Parameters {
@@ -90,6 +95,7 @@ impl Default for Parameters {
             downtime_limit: 300,
             tls_creds: String::new(),
             tls_hostname: String::new(),
+            tls_authz: String::new(),
         }
     }
 }
@@ -224,6 +230,32 @@ impl Migration {
         out
     }
 
+    /// How a migration to this place is to be kept secret, if it is.
+    pub fn tls_client(&self, uri: &Uri) -> Result<Option<Client>, String> {
+        let p = self.state().parameters.clone();
+        if p.tls_creds.is_empty() {
+            return Ok(None);
+        }
+        let credentials = tls::find(&p.tls_creds, false)?;
+        let host = Some(p.tls_hostname.as_str()).filter(|h| !h.is_empty()).or(uri.host());
+        let host = host.ok_or("No hostname available for TLS")?.to_owned();
+        Ok(Some(Client { credentials, host }))
+    }
+
+    /// As [`Self::tls_client`], for one that comes.
+    pub fn tls_server(&self) -> Result<Option<Server>, String> {
+        let p = self.state().parameters.clone();
+        if p.tls_creds.is_empty() {
+            return Ok(None);
+        }
+        let credentials = tls::find(&p.tls_creds, true)?;
+        let identity = match p.tls_authz.as_str() {
+            "" => None,
+            id => Some(tls::find_identity(id)?),
+        };
+        Ok(Some(Server { credentials, identity }))
+    }
+
     /// The answer of `query-migrate-parameters`.
     pub fn query_parameters(&self) -> Value {
         let s = self.state();
@@ -239,6 +271,7 @@ impl Migration {
             "max-cpu-throttle": p.max_cpu_throttle,
             "tls-creds": p.tls_creds,
             "tls-hostname": p.tls_hostname,
+            "tls-authz": p.tls_authz,
             "max-bandwidth": self.bandwidth.load(Ordering::Relaxed),
             "downtime-limit": p.downtime_limit,
         })
@@ -259,10 +292,7 @@ impl Migration {
                 number(name, value, low, high, &format!("an integer in the range of {low} to {high}"))
             };
             let any = |high, what: &str| number(name, value, 0, high, what);
-            let text = |old: &str| match (value.as_str(), old) {
-                (Some(new), _) => new.to_owned(),
-                (None, _) => String::new(),
-            };
+            let text = || value.as_str().unwrap_or_default().to_owned();
             match name.as_str() {
                 "announce-initial" => p.announce_initial = any(100_000, "a value between 0 and 100000")?,
                 "announce-max" => p.announce_max = any(100_000, "a value between 0 and 100000")?,
@@ -281,8 +311,9 @@ impl Migration {
                     let what = "an integer in the range of 0 to 18446744073709551615 bytes/second";
                     bandwidth = Some(any(u64::MAX, what)?);
                 }
-                "tls-creds" => p.tls_creds = text(&p.tls_creds),
-                "tls-hostname" => p.tls_hostname = text(&p.tls_hostname),
+                "tls-creds" => p.tls_creds = text(),
+                "tls-hostname" => p.tls_hostname = text(),
+                "tls-authz" => p.tls_authz = text(),
                 other => return Err(format!("the migration parameter '{other}' has no effect here")),
             }
         }

@@ -43,12 +43,13 @@ pub fn migrate(c: &Control, call: &mut Call) -> Reply {
         outgoing::blocked(rt).map_or(Ok(()), |reason| Err(QmpError::generic(reason)))
     })?;
     let failed = |e: &QmpError| c.shared.migration.state().error = Some(e.to_string());
+    let tls = c.shared.migration.tls_client(&uri).map_err(QmpError::generic).inspect_err(failed)?;
     let channel = open(&uri, call.fds).inspect_err(failed)?;
     c.change(move |rt| {
         if rt.outgoing.is_some() {
             return Err(QmpError::generic("There's a migration process in progress"));
         }
-        outgoing::start(rt, channel).map_err(QmpError::generic)?;
+        outgoing::start(rt, channel, tls).map_err(QmpError::generic)?;
         done()
     })
 }
@@ -202,7 +203,7 @@ pub fn line(c: &Control, verb: &str, words: &[&str], fds: &mut Fds) -> Result<St
             // As in QEMU, a bandwidth without a suffix is in MiB a second.
             let unit = if name == "max-bandwidth" { 1 << 20 } else { 1 };
             let value = match name {
-                "tls-creds" | "tls-hostname" => json!(text),
+                "tls-creds" | "tls-hostname" | "tls-authz" => json!(text),
                 _ => json!(crate::cli::keyval::parse_size(text, unit)
                     .ok_or_else(|| QmpError::generic(format!("'{text}' is not a number")))?),
             };
