@@ -175,11 +175,13 @@ fn with_certificates() -> Result<()> {
     }
     let missing = json!({"qom-type": "tls-creds-x509", "id": "x", "dir": pair.scratch.path("none")});
     let refused = here.command("object-add", missing).err().unwrap_or_default();
-    assert!(refused.starts_with("Unable to access credentials ") && refused.contains("ca-cert.pem"), "{refused}");
-    for (creds, why) in [
-        ("nothing", "No TLS credentials with id 'nothing'"),
-        ("tls0", "No TLS credentials with id 'tls0'"),
-    ] {
+    assert!(
+        refused.starts_with("Unable to access credentials ") && refused.contains("ca-cert.pem"),
+        "{refused}"
+    );
+    for (creds, why) in
+        [("nothing", "No TLS credentials with id 'nothing'"), ("tls0", "No TLS credentials with id 'tls0'")]
+    {
         here.command("migrate-set-parameters", json!({"tls-creds": creds}))?;
         let refused = here.command("migrate", json!({"uri": pair.destination_uri()})).err();
         assert_eq!(refused.as_deref(), Some(why));

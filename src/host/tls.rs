@@ -156,9 +156,7 @@ impl Credentials {
                     }
                 };
                 let config = match own {
-                    Some((chain, key)) => {
-                        builder.with_client_auth_cert(chain, key).map_err(|e| wrong(&e))?
-                    }
+                    Some((chain, key)) => builder.with_client_auth_cert(chain, key).map_err(|e| wrong(&e))?,
                     None => builder.with_no_client_auth(),
                 };
                 Config::Client(Arc::new(config))
@@ -308,15 +306,15 @@ impl Duplex {
         let connection = lock(&self.both.connection);
         let certificate = connection.peer_certificates()?.first()?.clone();
         let (_, parsed) = x509_parser::parse_x509_certificate(&certificate).ok()?;
-        let mut parts: Vec<String> =
-            parsed.subject().to_string().split(", ").map(str::to_owned).collect();
+        let mut parts: Vec<String> = parsed.subject().to_string().split(", ").map(str::to_owned).collect();
         parts.reverse();
         Some(parts.join(","))
     }
 
     /// The two directions.
     pub fn split(self) -> (Reader, Writer) {
-        let reader = Reader { both: Arc::clone(&self.both), socket: self.socket, raw: vec![0; 1 << 16], rest: 0..0 };
+        let reader =
+            Reader { both: Arc::clone(&self.both), socket: self.socket, raw: vec![0; 1 << 16], rest: 0..0 };
         (reader, Writer { both: self.both })
     }
 }
@@ -458,7 +456,12 @@ mod tests {
     }
 
     /// Both sides' opinions of each other.
-    fn meet(server: Credentials, identity: Option<&'static str>, client: &Credentials, host: &str) -> (String, String) {
+    fn meet(
+        server: Credentials,
+        identity: Option<&'static str>,
+        client: &Credentials,
+        host: &str,
+    ) -> (String, String) {
         let (a, b) = UnixStream::pair().unwrap();
         let server = std::thread::spawn(move || {
             let duplex = server.accept(b, identity)?;
@@ -511,7 +514,8 @@ mod tests {
     #[test]
     fn two_that_both_send_much_do_not_wait_for_each_other() {
         let scratch = Scratch::new("tls-both").unwrap();
-        let dir = Authority::new("a").unwrap().issue(&scratch.path("d"), "h.example", &["h.example"]).unwrap();
+        let dir =
+            Authority::new("a").unwrap().issue(&scratch.path("d"), "h.example", &["h.example"]).unwrap();
         let (a, b) = UnixStream::pair().unwrap();
         let server = creds(&dir, "server", true);
         let there = std::thread::spawn(move || server.accept(b, None).unwrap());

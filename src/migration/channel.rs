@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -129,7 +129,9 @@ impl Channel {
     }
 
     fn take_socket(&mut self) -> Result<UnixStream, String> {
-        self.socket.take().ok_or_else(|| "TLS needs a channel that goes both ways: tcp:, unix: or a socket's fd:".into())
+        self.socket
+            .take()
+            .ok_or_else(|| "TLS needs a channel that goes both ways: tcp:, unix: or a socket's fd:".into())
     }
 
     fn with(self, duplex: Duplex) -> Channel {
@@ -231,7 +233,8 @@ fn shell(command: &str) -> Command {
 pub enum Listener {
     Tcp(TcpListener),
     Unix(UnixListener),
-    Open(Channel),
+    /// What needs no waiting; once.
+    Open(Option<Channel>),
 }
 
 /// Open the way in; nothing is waited for.
@@ -256,16 +259,16 @@ pub fn listen(uri: &Uri) -> Result<Listener, ChannelError> {
                 })?;
             // SAFETY: the descriptor is open, and was given to this process for this use alone.
             let fd = unsafe { OwnedFd::from_raw_fd(number) };
-            Channel::descriptor(fd, false).map(Listener::Open).map_err(fail)
+            Channel::descriptor(fd, false).map(|c| Listener::Open(Some(c))).map_err(fail)
         }
         Uri::File(path) => {
-            File::open(path).map(|f| Listener::Open(Channel::one_way(Some(f), None))).map_err(fail)
+            File::open(path).map(|f| Listener::Open(Some(Channel::one_way(Some(f), None)))).map_err(fail)
         }
         Uri::Exec(command) => {
             let mut child =
                 shell(command).stdin(Stdio::null()).stdout(Stdio::piped()).spawn().map_err(fail)?;
             let input = child.stdout.take().map(|s| File::from(OwnedFd::from(s)));
-            Ok(Listener::Open(Channel { child: Some(child), ..Channel::one_way(input, None) }))
+            Ok(Listener::Open(Some(Channel { child: Some(child), ..Channel::one_way(input, None) })))
         }
         Uri::Defer => Err(ChannelError::Unknown("defer".into())),
     }
@@ -279,27 +282,37 @@ fn borrow(number: i32) -> std::os::fd::BorrowedFd<'static> {
 impl Listener {
     /// Wait for the sender; `secure` says each time whether it must speak TLS. One that does not, or is not who it should be,
     /// is sent away, and the next is waited for.
-    pub fn accept(self, secure: impl Fn() -> Result<Option<Server>, String>) -> Result<Channel, String> {
+    pub fn accept(&mut self, secure: impl Fn() -> Result<Option<Server>, String>) -> Result<Channel, String> {
         let text = |e: std::io::Error| e.to_string();
         let upgrade = |channel: Channel| match secure()? {
             Some(server) => channel.secure_server(&server),
             None => Ok(channel),
         };
         loop {
-            let channel = match &self {
+            let channel = match self {
                 Listener::Tcp(l) => l.accept().and_then(|(s, _)| Channel::tcp(s)).map_err(text)?,
                 Listener::Unix(l) => l.accept().and_then(|(s, _)| Channel::socket(s)).map_err(text)?,
-                Listener::Open(_) => break,
+                Listener::Open(channel) => {
+                    return upgrade(channel.take().ok_or("the way in is closed")?);
+                }
             };
             match upgrade(channel) {
                 Ok(channel) => return Ok(channel),
                 Err(e) => log::warn!("migration: a caller was sent away: {e}"),
             }
         }
-        match self {
-            Listener::Open(channel) => upgrade(channel),
-            _ => Err("the way in is closed".into()),
-        }
+    }
+
+    /// Ends the waiting in [`Self::accept`].
+    pub fn stopper(&self) -> Option<Box<dyn FnOnce() + Send>> {
+        let fd = match self {
+            Listener::Tcp(l) => l.as_fd().try_clone_to_owned().ok()?,
+            Listener::Unix(l) => l.as_fd().try_clone_to_owned().ok()?,
+            Listener::Open(_) => return None,
+        };
+        Some(Box::new(move || {
+            drop(nix::sys::socket::shutdown(fd.as_raw_fd(), nix::sys::socket::Shutdown::Both))
+        }))
     }
 
     /// Where it listens, as QEMU's `SocketAddress`.

@@ -49,7 +49,8 @@ impl Authority {
     pub fn issue(&self, dir: &str, name: &str, names: &[&str]) -> Result<String> {
         let (certificate, key) = self.sign(name, names)?;
         std::fs::create_dir_all(dir).map_err(text)?;
-        let put = |file: &str, contents: &str| std::fs::write(Path::new(dir).join(file), contents).map_err(text);
+        let put =
+            |file: &str, contents: &str| std::fs::write(Path::new(dir).join(file), contents).map_err(text);
         put("ca-cert.pem", &self.certificate)?;
         for side in ["server", "client"] {
             put(&format!("{side}-cert.pem"), &certificate)?;
