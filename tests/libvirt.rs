@@ -664,7 +664,8 @@ fn libvirt_saves_reverts_and_moves_a_domain() -> Result<()> {
     let wrote = console.run("MARK=there; dd if=/dev/zero of=/dev/vdb bs=1M count=4; sync")?;
     assert!(wrote.contains("END:0"), "{wrote}");
     b.virsh(&["detach-disk", "moves", "vdb"])?;
-    to(&b, &a, &[]).map_err(|e| format!("{e}\n{}", emulator_log(&one, "moves")))?;
+    to(&b, &a, &["--postcopy", "--postcopy-after-precopy"])
+        .map_err(|e| format!("{e}\n{}", emulator_log(&one, "moves")))?;
     a.wait_state("moves", "running", LONG)?;
     let mut console = says(&a, "there")?;
     assert!(console.run("test -e /dev/vdb")?.contains("END:1"), "the disk is back");

@@ -217,6 +217,128 @@ fn with_certificates() -> Result<()> {
     pair.finish(false)
 }
 
+fn status(qmp: &mut Qmp) -> Option<String> {
+    let answer = qmp.command("query-migrate", Value::Null).ok()?;
+    Some(answer["status"].as_str().unwrap_or_default().to_owned())
+}
+
+fn wait_status(qmp: &mut Qmp, wanted: &str, pair: &Pair) -> Result<()> {
+    let wait = || (status(qmp)? == wanted).then_some(());
+    ftvm_harness::wait_for(&format!("the status {wanted}"), WAIT, wait)
+        .map_err(|e| format!("{e}\n{}", pair.logs()))
+}
+
+/// Begin a move whose machine runs there long before its memory is there.
+fn begin_postcopy(pair: &mut Pair) -> Result<(Qmp, Qmp)> {
+    pair.destination(&[])?;
+    let other = pair.other();
+    let mut there = pair.hosts[other].as_ref().ok_or("there is no destination")?.qmp()?;
+    there.command("migrate-set-capabilities", capability("postcopy-ram"))?;
+    let mut here = pair.qmp()?;
+    here.command("migrate-set-capabilities", capability("postcopy-ram"))?;
+    here.command(
+        "migrate-set-parameters",
+        json!({"max-bandwidth": 8 << 20, "max-postcopy-bandwidth": 4 << 20}),
+    )?;
+    let uri = pair.destination_uri();
+    here.command("migrate", json!({"uri": uri}))?;
+    wait_status(&mut here, "active", pair)?;
+    std::thread::sleep(Duration::from_millis(500));
+    here.command("migrate-start-postcopy", Value::Null)?;
+    wait_status(&mut here, "postcopy-active", pair)?;
+    Ok((here, there))
+}
+
+/// The machine runs on the other host while its memory comes: what it needs first is sent first, and nothing is lost.
+fn postcopy() -> Result<()> {
+    let mut pair = Pair::start_plain("postcopy", Guest::Tiny)?;
+    let clients = Clients::start(&pair, 8080, "HTTP/1.1 200", "postcopy");
+    clients.wait_progress(10, WAIT)?;
+    let refused = pair.qmp()?.command("migrate-start-postcopy", Value::Null).err();
+    let text = "Enable postcopy with migrate_set_capability before the start of migration";
+    assert_eq!(refused.as_deref(), Some(text));
+    let refused = pair.qmp()?.command("migrate-pause", Value::Null).err();
+    let text = "migrate-pause is currently only supported during postcopy-active state";
+    assert_eq!(refused.as_deref(), Some(text));
+
+    let (mut here, mut there) = begin_postcopy(&mut pair)?;
+    // There it works on what has come; what needs all of it waits.
+    assert_eq!(status(&mut there).as_deref(), Some("postcopy-active"), "{}", pair.logs());
+    ftvm_harness::wait_for("the machine there", WAIT, || {
+        (there.command("query-status", Value::Null).ok()?["status"] == "running").then_some(())
+    })?;
+    for (command, arguments) in [("ft-turn-on", Value::Null), ("migrate", json!({"uri": "file:/dev/null"}))] {
+        let refused = there.command(command, arguments).err().unwrap_or_default();
+        assert!(refused.contains("has not all come yet"), "{command}: {refused}");
+    }
+    assert_eq!(here.command("query-status", Value::Null)?["status"], "finish-migrate");
+    here.command("migrate_cancel", Value::Null)?;
+    assert_eq!(status(&mut here).as_deref(), Some("postcopy-active"), "it is too late to cancel");
+    clients.wait_progress(5, WAIT)?;
+    // And then it may come as fast as it can.
+    here.command("migrate-set-parameters", json!({"max-postcopy-bandwidth": 0}))?;
+    let done = wait_migration(&mut here, WAIT).map_err(|e| format!("{e}\n{}", pair.logs()))?;
+    assert_eq!(done["status"], "completed", "{done}\n{}", pair.logs());
+    wait_status(&mut there, "completed", &pair)?;
+    let requests = done["ram"]["postcopy-requests"].as_u64().unwrap_or(0);
+    assert!(requests > 0 && done["ram"]["postcopy-bytes"].as_u64() > Some(1 << 20), "{done}");
+    println!("post-copy: stopped for {} ms, {requests} pages asked for", done["downtime"]);
+    drop((here, there));
+    pair.arrive()?;
+    clients.wait_progress(10, WAIT)?;
+    // Its next move is as any other.
+    pair.move_machine()?;
+    clients.wait_progress(10, WAIT)?;
+    clients.finish()?;
+    pair.finish(false)
+}
+
+/// A connection that breaks in post-copy costs time and nothing else.
+fn a_postcopy_that_breaks_goes_on() -> Result<()> {
+    let mut pair = Pair::start_plain("recover", Guest::Tiny)?;
+    let clients = Clients::start(&pair, 8080, "HTTP/1.1 200", "recover");
+    clients.wait_progress(10, WAIT)?;
+    let (mut here, mut there) = begin_postcopy(&mut pair)?;
+    let refused = here.command("migrate", json!({"uri": pair.destination_uri(), "resume": true})).err();
+    assert_eq!(refused.as_deref(), Some("Cannot resume if there is no paused migration"));
+    let refused = there.command("migrate-recover", json!({"uri": "unix:/nowhere/at/all"})).err();
+    assert_eq!(refused.as_deref(), Some("Migrate recover can only be run when postcopy is paused."));
+    for from_here in [true, false] {
+        if from_here { &mut here } else { &mut there }.command("migrate-pause", Value::Null)?;
+        wait_status(&mut here, "postcopy-paused", &pair)?;
+        wait_status(&mut there, "postcopy-paused", &pair)?;
+        // The monitor answers although the machine may wait for memory.
+        assert_eq!(there.command("query-status", Value::Null)?["status"], "running");
+        // Another place may be named, as long as nobody has come.
+        let uri = pair.destination_uri();
+        there.command("migrate-recover", json!({"uri": "tcp:127.0.0.1:0"}))?;
+        there.command("migrate-recover", json!({"uri": uri}))?;
+        here.command("migrate", json!({"uri": uri, "resume": true}))?;
+        wait_status(&mut here, "postcopy-active", &pair)?;
+        wait_status(&mut there, "postcopy-active", &pair)?;
+        clients.wait_progress(3, WAIT).map_err(|e| format!("{e}\n{}", pair.logs()))?;
+    }
+    here.command("migrate-set-parameters", json!({"max-postcopy-bandwidth": 0}))?;
+    let done = wait_migration(&mut here, WAIT).map_err(|e| format!("{e}\n{}", pair.logs()))?;
+    assert_eq!(done["status"], "completed", "{done}");
+    wait_status(&mut there, "completed", &pair)?;
+    drop((here, there));
+    pair.arrive()?;
+    clients.wait_progress(10, WAIT)?;
+    clients.finish()?;
+
+    // Without its source it is no machine; but the program ends when it is told to.
+    let (mut here, there) = begin_postcopy(&mut pair)?;
+    here.command("migrate-pause", Value::Null)?;
+    drop((here, there));
+    let other = pair.other();
+    let mut there = pair.hosts[other].take().ok_or("there is no destination")?;
+    std::thread::sleep(Duration::from_millis(500));
+    there.qmp()?.command("quit", Value::Null)?;
+    there.wait_exit(WAIT)?;
+    Ok(())
+}
+
 /// Into a compressed file and back; what is cut off or changed is refused, and the source goes on.
 fn through_a_file() -> Result<()> {
     let scratch = Scratch::new("file")?;
@@ -371,6 +493,8 @@ fn main() {
             ("back_and_forth", back_and_forth),
             ("failures_leave_the_source_running", failures_leave_the_source_running),
             ("with_certificates", with_certificates),
+            ("postcopy", postcopy),
+            ("a_postcopy_that_breaks_goes_on", a_postcopy_that_breaks_goes_on),
             ("through_a_file", through_a_file),
             ("snapshots", snapshots),
         ],

@@ -311,7 +311,7 @@ impl Listener {
             Listener::Open(_) => return None,
         };
         Some(Box::new(move || {
-            drop(nix::sys::socket::shutdown(fd.as_raw_fd(), nix::sys::socket::Shutdown::Both))
+            let _ = nix::sys::socket::shutdown(fd.as_raw_fd(), nix::sys::socket::Shutdown::Both);
         }))
     }
 

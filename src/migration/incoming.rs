@@ -143,7 +143,9 @@ fn take(reader: &mut Input, events: &Events) -> Result<Option<Rest>, String> {
             Frame::Machine(info) => ask(events, move |rt| compare(rt, info))?,
             Frame::Pages(pages) => {
                 if let Some(received) = &received {
-                    pages.iter().for_each(|(gpa, _)| drop(received.insert(*gpa)));
+                    for (gpa, _) in &pages {
+                        received.insert(*gpa);
+                    }
                 }
                 window.recv().map_err(|_| "the program ends".to_owned())?;
                 let (free, wrong) = (free.clone(), wrong.clone());

@@ -30,6 +30,8 @@ const CALM: usize = 512 << 10;
 const MEASURE_EVERY: Duration = Duration::from_millis(100);
 /// The receiver's longest silence while it makes the machine complete.
 const ANSWER_WITHIN: Duration = Duration::from_secs(60);
+/// The same where the user may ask for post-copy at any time: what waits then delays the machine's start.
+const SHORT_WINDOW: usize = 2 << 20;
 /// Bytes that may wait for the channel in post-copy, where a page that is asked for is to come soon; pages in one frame there.
 const POST_WINDOW: usize = 512 << 10;
 const POST_PAGES: usize = 32;
@@ -103,11 +105,19 @@ impl Outgoing {
         }
     }
 
+    fn window(&self) -> usize {
+        if self.session.is_some() {
+            SHORT_WINDOW
+        } else {
+            WINDOW
+        }
+    }
+
     /// Whether there is something to send at once.
     pub fn is_hungry(&self) -> bool {
         let most = match self.phase {
             Phase::Copying if self.settling => CALM,
-            Phase::Copying => WINDOW,
+            Phase::Copying => self.window(),
             Phase::Posting => POST_WINDOW,
             _ => return false,
         };
@@ -318,7 +328,7 @@ fn copy(rt: &mut Runtime) {
             out.settling = false;
             return pass_ends(rt);
         }
-        if out.settling || queued > WINDOW {
+        if out.settling || queued > out.window() {
             return;
         }
         let pages = take_pages(mem, &mut out.cursor, PAGES);

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::io::{Read, Write};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -220,6 +220,7 @@ impl Sending {
         };
         self.put(output.as_mut(), &stream::head(self.flags)).map_err(|e| text(&e))?;
         let (mut window, mut in_window) = (Instant::now(), 0u64);
+        let mut behind = self.flags & stream::RESUME != 0;
         while let Ok(work) = queue.recv() {
             loop {
                 let urgent = self.urgent.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
@@ -230,11 +231,12 @@ impl Sending {
                 Work::Frame(frame) => {
                     let queued = if let Frame::Pages(p) = &frame { bytes_of(p) } else { 0 };
                     let bytes = frame.to_bytes(self.pack);
+                    behind |= frame == Frame::Postcopy;
                     drop(frame);
                     self.put(output.as_mut(), &bytes).map_err(|e| text(&e))?;
                     self.queued.fetch_sub(queued, Ordering::Relaxed);
                     in_window += bytes.len() as u64;
-                    self.pace(&mut window, &mut in_window);
+                    self.pace(&mut window, &mut in_window, behind);
                 }
                 Work::Urgent => {}
                 Work::Finish => {
@@ -267,13 +269,12 @@ impl Sending {
         Ok(())
     }
 
-    /// Keep to the bandwidth that the user allows.
-    fn pace(&self, window: &mut Instant, in_window: &mut u64) {
-        let posts = self.posts.load(Ordering::Relaxed);
-        let bandwidth = if posts { &self.migration.postcopy_bandwidth } else { &self.migration.bandwidth };
+    /// Keep to the bandwidth that the user allows; `behind` the state it is another.
+    fn pace(&self, window: &mut Instant, in_window: &mut u64, behind: bool) {
+        let bandwidth = if behind { &self.migration.postcopy_bandwidth } else { &self.migration.bandwidth };
         let limit = bandwidth.load(Ordering::Relaxed);
         // Behind the state the machine runs again, and somebody may wait.
-        let hurried = || match posts {
+        let hurried = || match behind {
             true => !self.urgent.lock().unwrap_or_else(PoisonError::into_inner).is_empty(),
             false => self.hurry.load(Ordering::Relaxed),
         };
@@ -284,7 +285,7 @@ impl Sending {
         // In small pieces: the limit may change, and the machine may stop meanwhile.
         while window.elapsed() < due && !hurried() {
             let left = due.saturating_sub(window.elapsed());
-            std::thread::sleep(left.min(Duration::from_millis(if posts { 1 } else { 5 })));
+            std::thread::sleep(left.min(Duration::from_millis(if behind { 1 } else { 5 })));
             if bandwidth.load(Ordering::Relaxed) != limit {
                 break;
             }
