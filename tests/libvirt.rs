@@ -531,10 +531,6 @@ fn a_pair_of_libvirts_keeps_a_domain_when_one_side_dies() -> Result<()> {
     let write = |s: &Scratch, text: String| std::fs::write(path(s), text).map_err(|e| e.to_string());
     write(&one, with_ft(&xml, &format!("primary,listen={first}")))?;
     write(&two, with_ft(&xml, &format!("backup,peer={first},listen={second}")))?;
-    let authority = Authority::new("hosts")?;
-    for host in [&one, &two] {
-        authority.issue(&host.path("tls"), "host.example", &["127.0.0.1", "host.example"])?;
-    }
     let (a, b) = (Libvirt::start(&one)?, Libvirt::start(&two)?);
     run("chmod", &["777", &one.0.display().to_string()])?;
     a.virsh(&["define", &path(&one)])?;
@@ -596,6 +592,10 @@ fn libvirt_saves_reverts_and_moves_a_domain() -> Result<()> {
     let (one, two) = (Scratch::new("libvirt-from")?, Scratch::new("libvirt-to")?);
     let xml = one.path("moves.xml");
     std::fs::write(&xml, q35_description(&one, "moves")?).map_err(|e| e.to_string())?;
+    let authority = Authority::new("hosts")?;
+    for host in [&one, &two] {
+        authority.issue(&host.path("tls"), "host.example", &["127.0.0.1", "host.example"])?;
+    }
     let (a, b) = (Libvirt::start(&one)?, Libvirt::start(&two)?);
     run("chmod", &["777", &one.0.display().to_string()])?;
     a.virsh(&["define", &xml])?;

@@ -163,8 +163,8 @@ fn with_certificates() -> Result<()> {
     let good = authority.issue(&pair.scratch.path("good"), "moves.example", &addresses)?;
     let bad = other.issue(&pair.scratch.path("bad"), "moves.example", &addresses)?;
     let object = format!("tls-creds-x509,id=tls0,dir={good},endpoint=server");
-    let authz = "authz-simple,id=auth0,identity=CN=moves.example,,O=ftvm tests";
-    let nobody = "authz-simple,id=auth1,identity=CN=somebody.example,,O=ftvm tests";
+    let authz = "authz-simple,id=auth0,identity=O=ftvm tests,,CN=moves.example";
+    let nobody = "authz-simple,id=auth1,identity=O=ftvm tests,,CN=somebody.example";
     pair.destination(&["-object", &object, "-object", authz, "-object", nobody])?;
     let other = pair.other();
     let mut there = pair.hosts[other].as_ref().ok_or("there is no destination")?.qmp()?;

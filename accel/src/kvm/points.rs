@@ -8,9 +8,8 @@ use crate::debug::{DebugHit, DebugPoints, Watch};
 const REGISTERS: usize = 4;
 /// DR7's bits that are always set (SDM vol. 3, section 18.2.4): GE, LE and a reserved one.
 const DR7: u64 = 0x700;
-/// DR6: a debug register's condition, and a single step's.
+/// DR6: the conditions of the debug registers.
 const DR6_REGISTERS: u64 = 0xF;
-pub const DR6_STEP: u64 = 1 << 14;
 
 /// What KVM tells of an exit for a debugger.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -149,7 +148,7 @@ mod tests {
         assert_eq!(exit(1, 0x10, 8), Some(DebugHit::Break(0x10)));
         assert_eq!(exit(3, 0x30, 0), Some(DebugHit::Break(0x30)));
         assert_eq!(exit(3, 0x40, 0), None);
-        assert_eq!(exit(1, 0x40, DR6_STEP), None);
+        assert_eq!(exit(1, 0x40, 1 << 14), None);
     }
 
     #[test]

@@ -46,7 +46,7 @@ impl Authority {
         Ok((certificate.pem(), key.serialize_pem()))
     }
 
-    /// Fill `dir` for a host with these names (or addresses): as a server it is all of them, as a client `CN=name,O=ftvm tests`.
+    /// Fill `dir` for a host with these names (or addresses): as a server it is all of them, as a client `O=ftvm tests,CN=name`.
     pub fn issue(&self, dir: &str, name: &str, names: &[&str]) -> Result<String> {
         let (certificate, key) = self.sign(name, names)?;
         std::fs::create_dir_all(dir).map_err(text)?;
