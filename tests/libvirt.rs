@@ -5,7 +5,7 @@ mod common;
 use std::process::Command;
 
 use common::*;
-use ftvm_harness::guests::{debian, root, run, tiny};
+use ftvm_harness::guests::{debian, generic, root, run, tiny};
 use ftvm_harness::libvirt::{missing, share, Console, Libvirt};
 use ftvm_harness::{wait_for, Result, Scratch};
 
@@ -278,6 +278,173 @@ fn libvirt_probes_starts_and_manages_a_pc() -> Result<()> {
     assert!(!log.contains("is not what the schema says"), "a reply or event disagrees with the schema");
     let out = Command::new("qemu-img").args(["check", &scratch.path("more.qcow2")]).output();
     assert!(out.is_ok_and(|o| o.status.success()));
+    Ok(())
+}
+
+/// A screen of virtio's, which the guest's driver takes over, and USB devices that come and go.
+#[test]
+fn libvirt_gives_a_domain_a_virtio_screen_and_usb_devices() -> Result<()> {
+    if let Some(reason) = missing() {
+        eprintln!("skipped: {reason}");
+        return Ok(());
+    }
+    let scratch = Scratch::new("libvirt-screen")?;
+    let (kernel, initrd) = generic()?;
+    let kernel = share(&kernel, &scratch.path("generic-vmlinuz"), 0o644)?;
+    let initrd = share(&initrd, &scratch.path("generic-initrd"), 0o644)?;
+    let mut xml = description(&scratch, "screen")?;
+    for (what, path) in [("kernel", &kernel), ("initrd", &initrd)] {
+        let (from, to) = (format!("<{what}>"), format!("</{what}>"));
+        let (head, rest) = xml.split_once(&from).ok_or("no kernel in the description")?;
+        let (_, tail) = rest.split_once(&to).ok_or("no end of the kernel's name")?;
+        xml = format!("{head}{from}{path}{to}{tail}");
+    }
+    let more = "<video><model type='virtio'/></video><graphics type='vnc' port='-1' autoport='yes'/>
+        <controller type='usb' model='qemu-xhci'/></devices>";
+    let words = "console=ttyS0 load=virtio-gpu,xhci-pci,usbhid,hid-generic,usb-storage";
+    let xml = xml.replace("</devices>", more).replace("console=ttyS0", words);
+    let path = scratch.path("screen.xml");
+    std::fs::write(&path, xml).map_err(|e| e.to_string())?;
+    let v = Libvirt::start(&scratch)?;
+    let emulator = scratch.path("ftvm");
+    let caps =
+        v.virsh(&["domcapabilities", "--emulatorbin", &emulator, "--virttype", "qemu", "--machine", "pc"])?;
+    let video = caps.split("<video").nth(1).and_then(|t| t.split("</video>").next()).unwrap_or_default();
+    assert!(video.contains("<value>virtio</value>") && video.contains("<value>vga</value>"), "{caps}");
+    v.virsh(&["define", &path])?;
+    v.virsh(&["start", "screen"])?;
+    let mut console = Console::open(&v, "screen")?;
+    console.until("tiny guest ready", LONG)?;
+    console.until("Enter 'help'", LONG)?;
+    let shot = scratch.path("screen.ppm");
+    v.virsh(&["screenshot", "screen", "--file", &shot])?;
+    let picture = std::fs::read(&shot).map_err(|e| e.to_string())?;
+    // PNG or PPM, whatever libvirt asks for.
+    let size = match picture.starts_with(b"\x89PNG") {
+        true => [16, 20].map(|at| u32::from_be_bytes([0, 1, 2, 3].map(|i| picture[at + i]))),
+        false => [1280, if picture.starts_with(b"P6\n1280 800\n") { 800 } else { 0 }],
+    };
+    assert_eq!(size, [1280, 800]);
+
+    let stick = scratch.path("stick.raw");
+    let mut data = b"on the stick".to_vec();
+    data.resize(4 << 20, 0);
+    std::fs::write(&stick, data).map_err(|e| e.to_string())?;
+    run("chmod", &["666", &stick])?;
+    let disk = format!(
+        "<disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='{stick}'/>\
+         <target dev='sda' bus='usb'/></disk>"
+    );
+    for (name, device, there, gone) in [
+        ("disk.xml", disk.as_str(), "head -c 12 /dev/sda", "on the stick"),
+        ("mouse.xml", "<input type='mouse' bus='usb'/>", "cat /proc/bus/input/devices", "QEMU USB Mouse"),
+    ] {
+        let path = scratch.path(name);
+        std::fs::write(&path, device).map_err(|e| e.to_string())?;
+        v.virsh(&["attach-device", "screen", &path, "--live"])?;
+        wait_for(&format!("{name} in the guest"), LONG, || {
+            console.run(there).ok().filter(|s| s.contains(gone))
+        })?;
+        v.virsh(&["detach-device", "screen", &path, "--live"])?;
+        wait_for(&format!("{name} to be gone"), LONG, || {
+            console.run(there).ok().filter(|s| !s.contains(gone))
+        })?;
+        assert!(!v.virsh(&["dumpxml", "screen"])?.contains("stick.raw"));
+    }
+    v.virsh(&["destroy", "screen"])?;
+    let log = std::fs::read_to_string(&v.log).unwrap_or_default();
+    assert!(!log.contains("is not what the schema says"), "a reply or event disagrees with the schema");
+    Ok(())
+}
+
+/// Encrypted images, whose passphrase libvirt keeps and sends under a key of its own.
+#[test]
+fn libvirt_keeps_the_passphrase_of_encrypted_disks() -> Result<()> {
+    if let Some(reason) = missing() {
+        eprintln!("skipped: {reason}");
+        return Ok(());
+    }
+    let scratch = Scratch::new("libvirt-luks")?;
+    let v = Libvirt::start(&scratch)?;
+    let passphrase = "only libvirt knows";
+    let secret = format!("secret,id=s,data={passphrase}");
+    let mut uuids = Vec::new();
+    for (name, format) in [("first.qcow2", "qcow2"), ("second.luks", "luks")] {
+        let path = scratch.path(name);
+        let prefix = if format == "qcow2" { "encrypt." } else { "" };
+        let mut options = format!("{prefix}key-secret=s,{prefix}iter-time=100");
+        if format == "qcow2" {
+            options.insert_str(0, "encrypt.format=luks,");
+        }
+        let create = ["create", "-q", "-f", format, "--object", &secret, "-o", &options, &path, "16M"];
+        // It asks the kernel for its own processor time, which here and there is nothing.
+        let made = (0..20).find_map(|_| run("qemu-img", &create).ok());
+        made.ok_or("qemu-img makes no encrypted image")?;
+        run("chmod", &["666", &path])?;
+        let xml = scratch.path(&format!("{name}.xml"));
+        let text = format!(
+            "<secret ephemeral='no' private='yes'><usage type='volume'><volume>{path}</volume></usage></secret>"
+        );
+        std::fs::write(&xml, text).map_err(|e| e.to_string())?;
+        let said = v.virsh(&["secret-define", &xml])?;
+        let uuid = said.split_whitespace().find(|w| w.len() == 36).ok_or(said.clone())?.to_owned();
+        let file = scratch.path("passphrase");
+        std::fs::write(&file, passphrase).map_err(|e| e.to_string())?;
+        v.virsh(&["secret-set-value", &uuid, "--file", &file, "--plain"])?;
+        uuids.push(uuid);
+    }
+    let encrypted = |name: &str, format: &str, target: &str, uuid: &str| {
+        format!(
+            "<disk type='file' device='disk'><driver name='qemu' type='{format}'/><source file='{}'>\
+             <encryption format='luks'><secret type='passphrase' uuid='{uuid}'/></encryption></source>\
+             <target dev='{target}' bus='virtio'/></disk>",
+            scratch.path(name)
+        )
+    };
+    let first = encrypted("first.qcow2", "qcow2", "vdb", &uuids[0]);
+    let xml = description(&scratch, "secret")?.replace("</devices>", &format!("{first}</devices>"));
+    let path = scratch.path("secret.xml");
+    std::fs::write(&path, xml).map_err(|e| e.to_string())?;
+    v.virsh(&["define", &path])?;
+    v.virsh(&["start", "secret"])?;
+    let mut console = Console::open(&v, "secret")?;
+    console.until("tiny guest ready", LONG)?;
+    console.until("Enter 'help'", LONG)?;
+    // Another one comes while the machine runs.
+    let second = scratch.path("second.xml");
+    std::fs::write(&second, encrypted("second.luks", "raw", "vdc", &uuids[1])).map_err(|e| e.to_string())?;
+    v.virsh(&["attach-device", "secret", &second, "--live"])?;
+    wait_for("the second disk", LONG, || {
+        console.run("cat /sys/block/vdc/size").ok().filter(|s| s.contains("32768"))
+    })?;
+    for disk in ["vdb", "vdc"] {
+        let write =
+            format!("echo hidden-{disk} | dd of=/dev/{disk} bs=512 seek=9 conv=sync,fsync 2>/dev/null");
+        assert!(console.run(&write)?.contains("END:0"));
+    }
+    v.virsh(&["detach-device", "secret", &second, "--live"])?;
+    wait_for("the second disk to be gone", LONG, || {
+        console.run("test ! -e /sys/block/vdc").ok().filter(|s| s.contains("END:0"))
+    })?;
+    v.virsh(&["destroy", "secret"])?;
+    for (name, format, wanted) in
+        [("first.qcow2", "qcow2", "hidden-vdb"), ("second.luks", "luks", "hidden-vdc")]
+    {
+        let path = scratch.path(name);
+        let has = |path: &str| -> Result<bool> {
+            let data = std::fs::read(path).map_err(|e| e.to_string())?;
+            Ok(data.windows(wanted.len()).any(|w| w == wanted.as_bytes()))
+        };
+        assert!(!has(&path)?, "{name} is not encrypted");
+        let key = if format == "qcow2" { "encrypt.key-secret" } else { "key-secret" };
+        let image = format!("driver={format},{key}=s,file.driver=file,file.filename={path}");
+        let plain = scratch.path("plain");
+        run("qemu-img", &["convert", "--object", &secret, "--image-opts", &image, "-O", "raw", &plain])?;
+        assert!(has(&plain)?, "what was written to {name} is lost");
+    }
+    // Without its passphrase the domain does not start.
+    v.virsh(&["secret-undefine", &uuids[0]])?;
+    assert!(v.virsh(&["start", "secret"]).is_err());
     Ok(())
 }
 
@@ -684,7 +851,7 @@ fn virt_install_imports_debian_as_people_do() -> Result<()> {
     let emulator = share(env!("CARGO_BIN_EXE_ftvm"), &scratch.path("ftvm"), 0o755)?;
     let v = Libvirt::start(&scratch)?;
     for (name, osinfo, parts) in [
-        ("known", "debian11", ["machine='pc-q35-7.2'", "qemu-xhci", "model type='vga'", "type='tablet'"]),
+        ("known", "debian11", ["machine='pc-q35-7.2'", "qemu-xhci", "model type='virtio'", "type='tablet'"]),
         (
             "unknown",
             "generic",

@@ -617,10 +617,19 @@ fn raw_images() -> Result<()> {
 /// An encrypted image: the backup needs the secret too, a takeover is no slower for it, and what it leaves beside the image
 /// is encrypted.
 fn encrypted_image() -> Result<()> {
-    let mut pair = Pair::start_on("luks", Guest::Tiny, "", Kind::Nfs, ",encrypt.key-secret=s")?;
+    encrypted("luks", Kind::Nfs, ",encrypt.key-secret=s")
+}
+
+/// The same of an image that is nothing but encrypted.
+fn encrypted_raw_image() -> Result<()> {
+    encrypted("raw-luks", Kind::Path, ",format=luks,key-secret=s")
+}
+
+fn encrypted(name: &str, storage: Kind, options: &str) -> Result<()> {
+    let mut pair = Pair::start_on(name, Guest::Tiny, "", storage, options)?;
     let refused = pair.refused_backup()?;
     ensure(&refused, refused.contains("No secret with id 's'"))?;
-    let clients = clients(&pair, "luks");
+    let clients = clients(&pair, name);
     in_guest(&pair, &["dd if=/dev/urandom of=/mnt/f bs=1M count=8", "sync", "sha256sum /mnt/f > /tmp/sum"])?;
     let faults: [fn(&mut Pair) -> Result<Value>; 2] =
         [Pair::kill_primary, |pair| pair.stall_primary(Duration::from_secs(1))];
@@ -628,7 +637,7 @@ fn encrypted_image() -> Result<()> {
         pair.protect()?;
         clients.wait_progress(20, WAIT).map_err(|e| format!("{e}\n{}", pair.logs()))?;
         let ft = fault(&mut pair)?;
-        println!("luks: failover {}", ft["last-failover"]);
+        println!("{name}: failover {}", ft["last-failover"]);
         let took = ft["last-failover"]["takeover-ms"].as_f64().unwrap_or(f64::MAX);
         ensure(&format!("the key is at hand: {took} ms"), took < 1000.0)?;
         clients.wait_progress(20, WAIT).map_err(|e| format!("{e}\n{}", pair.logs()))?;
@@ -713,7 +722,7 @@ fn main() {
         return;
     }
     let wanted: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
-    let tests: [Test; 15] = [
+    let tests: [Test; 16] = [
         ("no_space", Kind::Path, no_space),
         ("iscsi_reservations", Kind::Iscsi, iscsi_reservations),
         ("iscsi_late_write", Kind::Iscsi, iscsi_late_write),
@@ -726,6 +735,7 @@ fn main() {
         ("long_outage", Kind::Nfs, long_outage),
         ("raw_images", Kind::Nfs, raw_images),
         ("encrypted_image", Kind::Nfs, encrypted_image),
+        ("encrypted_raw_image", Kind::Path, encrypted_raw_image),
         ("other_device", Kind::Path, other_device),
         ("path_disk_reads", Kind::Path, path_disk_reads),
         ("nfs_disk_reads", Kind::Nfs, nfs_disk_reads),

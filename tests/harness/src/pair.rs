@@ -50,6 +50,8 @@ pub struct Pair {
 pub enum Guest {
     Tiny,
     Debian,
+    /// As `Tiny`, with the kernel for all machines, a virtio-vga that its driver draws on, and a USB controller.
+    Screen,
 }
 
 impl Pair {
@@ -67,19 +69,24 @@ impl Pair {
         drive_options: &str,
     ) -> Result<Pair> {
         let scratch = Scratch::new(name)?;
-        let format = if drive_options.contains("format=raw") { "raw" } else { "qcow2" };
+        let format = ["raw", "luks"].into_iter().find(|f| drive_options.contains(&format!("format={f}")));
+        let format = format.unwrap_or("qcow2");
         let mut image = scratch.path(&format!("vm.{format}"));
         let mut args: Vec<String> = Vec::new();
         let mark = match guest {
-            Guest::Tiny => {
-                let (kernel, initrd) = guests::tiny()?;
+            Guest::Tiny | Guest::Screen => {
+                let screen = guest == Guest::Screen;
+                let (kernel, initrd) = if screen { guests::generic()? } else { guests::tiny()? };
                 let raw = scratch.path("fs.raw");
                 guests::run("truncate", &["-s", "64M", &raw])?;
                 guests::run("mke2fs", &["-q", "-t", "ext4", "-O", "^metadata_csum_seed,^orphan_file", &raw])?;
                 let mut convert = vec!["convert", "-q", "-O", format];
                 if drive_options.contains(KEY) {
                     // It asks the kernel for its own processor time, which here and there is nothing.
-                    let luks = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=100";
+                    let luks = match format {
+                        "luks" => "key-secret=s,iter-time=100",
+                        _ => "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=100",
+                    };
                     convert.extend(["--object", SECRET, "-o", luks, &raw, &image]);
                     let made = (0..20).find_map(|_| guests::run("qemu-img", &convert).ok());
                     made.ok_or("qemu-img makes no encrypted image")?;
@@ -87,7 +94,15 @@ impl Pair {
                     convert.extend([raw.as_str(), &image]);
                     guests::run("qemu-img", &convert)?;
                 }
-                let append = format!("console=ttyS0 quiet net addr={GUEST}/24 disk serve");
+                let console = match screen {
+                    true => {
+                        let card = ["-vga", "virtio", "-device", "qemu-xhci,id=usb"];
+                        args.extend(card.map(str::to_owned));
+                        "console=tty0 console=ttyS0 vt.global_cursor_default=0 load=virtio-gpu,xhci-pci,usbhid,hid-generic"
+                    }
+                    false => "console=ttyS0 quiet",
+                };
+                let append = format!("{console} net addr={GUEST}/24 disk serve");
                 for a in ["-m", "192M", "-kernel", &kernel, "-initrd", &initrd, "-append", &append] {
                     args.push(a.to_owned());
                 }
@@ -530,7 +545,14 @@ impl Pair {
     /// `e2fsck` finds nothing on the guest's file system; the machine has ended in order.
     pub fn check_file_system(&self) -> Result<()> {
         let raw = self.scratch.path("check.raw");
-        self.qemu_img(&["convert", "-f", self.format, "-O", "raw", self.image_of(self.live), &raw])?;
+        let image = self.image_of(self.live);
+        match self.format {
+            "luks" => {
+                let image = format!("driver=luks,key-secret=s,file.driver=file,file.filename={image}");
+                self.qemu_img(&["convert", "--object", SECRET, "--image-opts", &image, "-O", "raw", &raw])?
+            }
+            format => self.qemu_img(&["convert", "-f", format, "-O", "raw", image, &raw])?,
+        };
         let start = first_partition(&raw)?;
         let name = format!("{raw}?offset={start}");
         let said = guests::run("e2fsck", &["-fn", &name]);
@@ -598,7 +620,7 @@ pub fn flip_guest_memory(pid: i32) -> Result<()> {
 const PLAIN: &str = "plain";
 
 /// What a drive's options have when the image is to be encrypted.
-const KEY: &str = "encrypt.key-secret=s";
+const KEY: &str = "key-secret=s";
 const SECRET: &str = "secret,id=s,data=only-these-two-know";
 
 const TAP: &str = "tap,id=n0,ifname=vmtap,script=no,downscript=no";
