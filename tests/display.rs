@@ -189,15 +189,15 @@ fn a_virtio_card_is_a_vga_until_the_guests_driver_draws() -> Result<()> {
 
     line.run("modprobe virtio-gpu")?;
     wait_size(&mut qmp, &scratch, (1280, 800))?;
-    line.run("echo drawn $((40 + 3)) > /dev/tty1")?;
-    wait_screen(&mut qmp, &scratch, DRAWN, "drawn 43")?;
+    line.run("echo painted $((40 + 3)) > /dev/tty1")?;
+    wait_screen(&mut qmp, &scratch, DRAWN, "painted 43")?;
     let edid = line.run("wc -c < /sys/class/drm/card0-Virtual-1/edid")?;
     assert!(edid.contains("128"), "{edid}");
 
     let (mut client, width, height) = VncClient::connect(port)?;
     assert_eq!((width, height), (1280, 800));
     let seen = read_text(&client.picture(width, height)?, DRAWN)?;
-    assert!(seen.iter().any(|l| l.contains("drawn 43")), "{seen:?}");
+    assert!(seen.iter().any(|l| l.contains("painted 43")), "{seen:?}");
     let mut wish = vec![251, 0, 4, 0, 3, 0, 1, 0];
     wish.resize(24, 0);
     client.write(&wish)?;

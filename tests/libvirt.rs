@@ -382,12 +382,13 @@ fn libvirt_keeps_the_passphrase_of_encrypted_disks() -> Result<()> {
         made.ok_or("qemu-img makes no encrypted image")?;
         run("chmod", &["666", &path])?;
         let xml = scratch.path(&format!("{name}.xml"));
+        let uuid = format!("f7f7f7f7-0000-4000-8000-{:012}", uuids.len());
         let text = format!(
-            "<secret ephemeral='no' private='yes'><usage type='volume'><volume>{path}</volume></usage></secret>"
+            "<secret ephemeral='no' private='yes'><uuid>{uuid}</uuid>\
+             <usage type='volume'><volume>{path}</volume></usage></secret>"
         );
         std::fs::write(&xml, text).map_err(|e| e.to_string())?;
-        let said = v.virsh(&["secret-define", &xml])?;
-        let uuid = said.split_whitespace().find(|w| w.len() == 36).ok_or(said.clone())?.to_owned();
+        v.virsh(&["secret-define", &xml])?;
         let file = scratch.path("passphrase");
         std::fs::write(&file, passphrase).map_err(|e| e.to_string())?;
         v.virsh(&["secret-set-value", &uuid, "--file", &file, "--plain"])?;

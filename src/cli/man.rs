@@ -101,7 +101,7 @@ const DETAILS: &[(&str, &[&str])] = &[
     ("nic", &["Models: e1000 (the default) and virtio."]),
     (
         "chardev",
-        &["socket: path, or host and port; server, wait; fd. file: path, append. pipe: path. stdio: signal. With mux=on up to four front ends (serial lines, -mon) share the device: all write, and what is typed goes to one of them. Ctrl-A c goes to the next, Ctrl-A x ends the program, Ctrl-A t puts the time before each line, Ctrl-A h shows these keys; breaks (b) and saving (s) are not there."],
+        &["socket: path, or host and port; server, wait; fd. file: path, append. pipe: path. stdio: signal. With mux=on up to four front ends (serial lines, -mon) share the device: all write, and what is typed goes to one of them. Ctrl-A c goes to the next, Ctrl-A x ends the program, Ctrl-A t puts the time before each line, Ctrl-A b sends a break, Ctrl-A s writes into the images what -snapshot holds, Ctrl-A h shows these keys."],
     ),
     (
         "serial",
