@@ -5,7 +5,7 @@ mod common;
 use std::process::Command;
 
 use common::*;
-use ftvm_harness::guests::{debian, generic, root, run, tiny};
+use ftvm_harness::guests::{debian, generic, luks_options, make_encrypted, root, run, tiny};
 use ftvm_harness::libvirt::{missing, share, Console, Libvirt};
 use ftvm_harness::{wait_for, Result, Scratch};
 
@@ -357,98 +357,6 @@ fn libvirt_gives_a_domain_a_virtio_screen_and_usb_devices() -> Result<()> {
     Ok(())
 }
 
-/// Encrypted images, whose passphrase libvirt keeps and sends under a key of its own.
-#[test]
-fn libvirt_keeps_the_passphrase_of_encrypted_disks() -> Result<()> {
-    if let Some(reason) = missing() {
-        eprintln!("skipped: {reason}");
-        return Ok(());
-    }
-    let scratch = Scratch::new("libvirt-luks")?;
-    let v = Libvirt::start(&scratch)?;
-    let passphrase = "only libvirt knows";
-    let secret = format!("secret,id=s,data={passphrase}");
-    let mut uuids = Vec::new();
-    for (name, format) in [("first.qcow2", "qcow2"), ("second.luks", "luks")] {
-        let path = scratch.path(name);
-        let prefix = if format == "qcow2" { "encrypt." } else { "" };
-        let mut options = format!("{prefix}key-secret=s,{prefix}iter-time=100");
-        if format == "qcow2" {
-            options.insert_str(0, "encrypt.format=luks,");
-        }
-        let create = ["create", "-q", "-f", format, "--object", &secret, "-o", &options, &path, "16M"];
-        // It asks the kernel for its own processor time, which here and there is nothing.
-        let made = (0..20).find_map(|_| run("qemu-img", &create).ok());
-        made.ok_or("qemu-img makes no encrypted image")?;
-        run("chmod", &["666", &path])?;
-        let xml = scratch.path(&format!("{name}.xml"));
-        let uuid = format!("f7f7f7f7-0000-4000-8000-{:012}", uuids.len());
-        let text = format!(
-            "<secret ephemeral='no' private='yes'><uuid>{uuid}</uuid>\
-             <usage type='volume'><volume>{path}</volume></usage></secret>"
-        );
-        std::fs::write(&xml, text).map_err(|e| e.to_string())?;
-        v.virsh(&["secret-define", &xml])?;
-        let file = scratch.path("passphrase");
-        std::fs::write(&file, passphrase).map_err(|e| e.to_string())?;
-        v.virsh(&["secret-set-value", &uuid, "--file", &file, "--plain"])?;
-        uuids.push(uuid);
-    }
-    let encrypted = |name: &str, format: &str, target: &str, uuid: &str| {
-        format!(
-            "<disk type='file' device='disk'><driver name='qemu' type='{format}'/><source file='{}'>\
-             <encryption format='luks'><secret type='passphrase' uuid='{uuid}'/></encryption></source>\
-             <target dev='{target}' bus='virtio'/></disk>",
-            scratch.path(name)
-        )
-    };
-    let first = encrypted("first.qcow2", "qcow2", "vdb", &uuids[0]);
-    let xml = description(&scratch, "secret")?.replace("</devices>", &format!("{first}</devices>"));
-    let path = scratch.path("secret.xml");
-    std::fs::write(&path, xml).map_err(|e| e.to_string())?;
-    v.virsh(&["define", &path])?;
-    v.virsh(&["start", "secret"])?;
-    let mut console = Console::open(&v, "secret")?;
-    console.until("tiny guest ready", LONG)?;
-    console.until("Enter 'help'", LONG)?;
-    // Another one comes while the machine runs.
-    let second = scratch.path("second.xml");
-    std::fs::write(&second, encrypted("second.luks", "raw", "vdc", &uuids[1])).map_err(|e| e.to_string())?;
-    v.virsh(&["attach-device", "secret", &second, "--live"])?;
-    wait_for("the second disk", LONG, || {
-        console.run("cat /sys/block/vdc/size").ok().filter(|s| s.contains("32768"))
-    })?;
-    for disk in ["vdb", "vdc"] {
-        let write =
-            format!("echo hidden-{disk} | dd of=/dev/{disk} bs=512 seek=9 conv=sync,fsync 2>/dev/null");
-        assert!(console.run(&write)?.contains("END:0"));
-    }
-    v.virsh(&["detach-device", "secret", &second, "--live"])?;
-    wait_for("the second disk to be gone", LONG, || {
-        console.run("test ! -e /sys/block/vdc").ok().filter(|s| s.contains("END:0"))
-    })?;
-    v.virsh(&["destroy", "secret"])?;
-    for (name, format, wanted) in
-        [("first.qcow2", "qcow2", "hidden-vdb"), ("second.luks", "luks", "hidden-vdc")]
-    {
-        let path = scratch.path(name);
-        let has = |path: &str| -> Result<bool> {
-            let data = std::fs::read(path).map_err(|e| e.to_string())?;
-            Ok(data.windows(wanted.len()).any(|w| w == wanted.as_bytes()))
-        };
-        assert!(!has(&path)?, "{name} is not encrypted");
-        let key = if format == "qcow2" { "encrypt.key-secret" } else { "key-secret" };
-        let image = format!("driver={format},{key}=s,file.driver=file,file.filename={path}");
-        let plain = scratch.path("plain");
-        run("qemu-img", &["convert", "--object", &secret, "--image-opts", &image, "-O", "raw", &plain])?;
-        assert!(has(&plain)?, "what was written to {name} is lost");
-    }
-    // Without its passphrase the domain does not start.
-    v.virsh(&["secret-undefine", &uuids[0]])?;
-    assert!(v.virsh(&["start", "secret"]).is_err());
-    Ok(())
-}
-
 /// External snapshots, block jobs, limits and sizes through virsh, while the guest uses its disk.
 #[test]
 fn libvirt_changes_the_images_of_a_running_domain() -> Result<()> {
@@ -603,6 +511,54 @@ fn plug_and_pull(v: &Libvirt, name: &str, scratch: &Scratch, console: &mut Conso
     Ok(())
 }
 
+/// Encrypted disks, of which libvirt keeps the secret, come and go.
+fn plug_encrypted(v: &Libvirt, name: &str, scratch: &Scratch, console: &mut Console) -> Result<()> {
+    const UUID: &str = "5eb5eb5e-0000-4000-8000-000000000001";
+    let write = |file: &str, text: &str| std::fs::write(scratch.path(file), text).map_err(|e| e.to_string());
+    write(
+        "secret.xml",
+        &format!("<secret ephemeral='yes' private='yes'><uuid>{UUID}</uuid><usage type='volume'><volume>v</volume></usage></secret>"),
+    )?;
+    write("passphrase", "only libvirt knows")?;
+    v.virsh(&["secret-define", &scratch.path("secret.xml")])?;
+    v.virsh(&["secret-set-value", UUID, "--plain", "--file", &scratch.path("passphrase")])?;
+    for (format, sectors) in [("qcow2", "40960"), ("luks", "32768")] {
+        let disk = scratch.path(&format!("encrypted.{format}"));
+        let secret = "secret,id=s,data=only libvirt knows";
+        let size = if format == "qcow2" { "20M" } else { "16M" };
+        let options = luks_options(format);
+        make_encrypted(&["create", "-q", "--object", secret, "-f", format, "-o", options, &disk, size])?;
+        run("chmod", &["666", &disk])?;
+        // The format under the encryption, as libvirt's users name it.
+        let driver = if format == "qcow2" { "qcow2" } else { "raw" };
+        write(
+            "disk.xml",
+            &format!(
+                "<disk type='file' device='disk'><driver name='qemu' type='{driver}'/><source file='{disk}'>
+  <encryption format='luks'><secret type='passphrase' uuid='{UUID}'/></encryption></source>
+  <target dev='vdb' bus='virtio'/></disk>"
+            ),
+        )?;
+        v.virsh(&["attach-device", name, &scratch.path("disk.xml")])?;
+        wait_for("the encrypted disk in the guest", LONG, || {
+            console.run("cat /sys/block/vdb/size").ok().filter(|s| s.contains(sectors))
+        })?;
+        let wrote =
+            console.run("echo what nobody may read | dd of=/dev/vdb bs=512 seek=9 conv=sync,fsync")?;
+        assert!(wrote.contains("END:0"), "{wrote}");
+        v.virsh(&["detach-device", name, &scratch.path("disk.xml")])?;
+        assert!(console.run("test -e /dev/vdb")?.contains("END:1"), "the disk is still there");
+        let key = if format == "qcow2" { "encrypt.key-secret" } else { "key-secret" };
+        let (from, raw) = (format!("driver={format},{key}=s,file.filename={disk}"), scratch.path("plain"));
+        run("qemu-img", &["convert", "--object", secret, "--image-opts", &from, "-O", "raw", &raw])?;
+        let found = |file: &str| {
+            std::fs::read(file).is_ok_and(|b| b.windows(22).any(|w| w == b"what nobody may read\n\0"))
+        };
+        assert!(found(&raw) && !found(&disk), "{format}");
+    }
+    Ok(())
+}
+
 #[test]
 fn libvirt_runs_a_q35_as_virt_install_writes_it() -> Result<()> {
     if let Some(reason) = missing() {
@@ -658,6 +614,7 @@ fn libvirt_runs_a_q35_as_virt_install_writes_it() -> Result<()> {
         console.run("cat /sys/block/sd?/size").ok().filter(|s| !s.contains("49152"))
     })?;
     plug_and_pull(&v, "q", &scratch, &mut console)?;
+    plug_encrypted(&v, "q", &scratch, &mut console)?;
     console.run(AGENT)?;
     wait_for("the agent", LONG, || {
         v.virsh(&["qemu-agent-command", "q", "{\"execute\":\"guest-ping\"}", "--timeout", "5"]).ok()

@@ -36,7 +36,7 @@ pub struct Pair {
     pub may_leak: bool,
     /// The image is encrypted, and both hosts have the secret.
     encrypted: bool,
-    /// `qcow2` or `raw`.
+    /// `qcow2`, `raw` or `luks`.
     format: &'static str,
     /// Host 1 has an image of its own (`disks=separate`).
     pub second_image: Option<String>,
@@ -69,8 +69,9 @@ impl Pair {
         drive_options: &str,
     ) -> Result<Pair> {
         let scratch = Scratch::new(name)?;
-        let format = ["raw", "luks"].into_iter().find(|f| drive_options.contains(&format!("format={f}")));
-        let format = format.unwrap_or("qcow2");
+        let formats = ["raw", "luks"];
+        let format =
+            formats.into_iter().find(|f| drive_options.contains(&format!("format={f}"))).unwrap_or("qcow2");
         let mut image = scratch.path(&format!("vm.{format}"));
         let mut args: Vec<String> = Vec::new();
         let mark = match guest {
@@ -82,14 +83,8 @@ impl Pair {
                 guests::run("mke2fs", &["-q", "-t", "ext4", "-O", "^metadata_csum_seed,^orphan_file", &raw])?;
                 let mut convert = vec!["convert", "-q", "-O", format];
                 if drive_options.contains(KEY) {
-                    // It asks the kernel for its own processor time, which here and there is nothing.
-                    let luks = match format {
-                        "luks" => "key-secret=s,iter-time=100",
-                        _ => "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=100",
-                    };
-                    convert.extend(["--object", SECRET, "-o", luks, &raw, &image]);
-                    let made = (0..20).find_map(|_| guests::run("qemu-img", &convert).ok());
-                    made.ok_or("qemu-img makes no encrypted image")?;
+                    convert.extend(["--object", SECRET, "-o", guests::luks_options(format), &raw, &image]);
+                    guests::make_encrypted(&convert)?;
                 } else {
                     convert.extend([raw.as_str(), &image]);
                     guests::run("qemu-img", &convert)?;
@@ -518,7 +513,7 @@ impl Pair {
         }
     }
 
-    /// `qemu-img check` finds nothing, and no overlay is left. A raw image has nothing to check.
+    /// `qemu-img check` finds nothing, and no overlay is left. An image of another format has nothing to check.
     pub fn check_image(&self) -> Result<()> {
         if self.has_overlays() {
             return Err(format!("an overlay was left\n{}", self.logs()));
