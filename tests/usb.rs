@@ -36,9 +36,10 @@ fn usb_devices_and_a_sound_card_come_and_go() -> Result<()> {
         "-m 256 -kernel {kernel} -initrd {initrd} -net none -serial unix:{socket},server=on,wait=off \
          -device qemu-xhci,id=three -device piix3-usb-uhci,id=one -device usb-tablet,bus=one.0,id=first \
          -device ich9-usb-ehci1,id=two,addr=b.7 \
-         -device ich9-usb-uhci1,masterbus=two.0,firstport=0,multifunction=on,addr=b.0 \
-         -icount shift=3,rr=record,rrfile={file}"
+         -device ich9-usb-uhci1,masterbus=two.0,firstport=0,multifunction=on,addr=b.0"
     );
+    let replayed = long("the same from a recording");
+    let more = if replayed { format!("{more} -icount shift=3,rr=record,rrfile={file}") } else { more };
     let mut args: Vec<&str> = more.split_whitespace().collect();
     let words =
         "console=ttyS0 load=xhci-pci,ehci-pci,uhci-hcd,usbhid,hid-generic,evdev,usb-storage,snd-hda-intel";
@@ -97,6 +98,9 @@ fn usb_devices_and_a_sound_card_come_and_go() -> Result<()> {
     assert_eq!(qmp.wait_event("DEVICE_DELETED", LONG)?["data"]["device"], "sound");
     qmp.command("quit", json!({}))?;
     ends_well(&mut vm)?;
+    if !replayed {
+        return Ok(());
+    }
     // All of it once more, from the recording.
     let args: Vec<String> = args
         .iter()

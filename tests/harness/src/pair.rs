@@ -540,14 +540,7 @@ impl Pair {
     /// `e2fsck` finds nothing on the guest's file system; the machine has ended in order.
     pub fn check_file_system(&self) -> Result<()> {
         let raw = self.scratch.path("check.raw");
-        let image = self.image_of(self.live);
-        match self.format {
-            "luks" => {
-                let image = format!("driver=luks,key-secret=s,file.driver=file,file.filename={image}");
-                self.qemu_img(&["convert", "--object", SECRET, "--image-opts", &image, "-O", "raw", &raw])?
-            }
-            format => self.qemu_img(&["convert", "-f", format, "-O", "raw", image, &raw])?,
-        };
+        self.qemu_img(&["convert", "-f", self.format, "-O", "raw", self.image_of(self.live), &raw])?;
         let start = first_partition(&raw)?;
         let name = format!("{raw}?offset={start}");
         let said = guests::run("e2fsck", &["-fn", &name]);
