@@ -24,6 +24,7 @@ use serde::{Deserialize, Serialize};
 use crate::cli::config::{Accel, Char, RtcBase};
 use crate::cli::drive::{Backing, Cache, DriveConfig, Interface};
 use crate::cli::net::{NetKind, NetdevConfig};
+use crate::cli::object::is_host_own;
 use crate::cli::MachineConfig;
 use crate::machine::{Chipset, Machine};
 
@@ -662,14 +663,14 @@ impl Blueprint {
         same!("snapshot", snapshot);
         same!("device", devices);
         same!("global", globals);
-        // Secrets are each host's own: they do not travel.
-        mine.objects.retain(|(kind, _)| kind != "secret");
-        let is_other = |o: &&(String, String)| o.0 != "secret";
+        // Secrets and certificates are each host's own: they do not travel.
+        mine.objects.retain(|(kind, _)| !is_host_own(kind));
+        let is_other = |o: &&(String, String)| !is_host_own(&o.0);
         let others: Vec<_> = here.objects.iter().filter(is_other).cloned().collect();
         if !others.is_empty() && others != mine.objects {
             return differs("-object", format!("{others:?}"), format!("{:?}", mine.objects));
         }
-        mine.objects.extend(here.objects.iter().filter(|o| o.0 == "secret").cloned());
+        mine.objects.extend(here.objects.iter().filter(|o| is_host_own(&o.0)).cloned());
         if given.iter().any(|g| g == "no-hpet") && mine.hpet {
             return differs("-no-hpet", "off".into(), "on".into());
         }

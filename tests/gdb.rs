@@ -92,12 +92,6 @@ fn small(scratch: &Scratch, name: &str, more: &[&str]) -> Result<ftvm_harness::v
     start(scratch, name, &[&args, more].concat())
 }
 
-/// The little-endian bytes of register `n` of GDB's.
-fn register(rsp: &mut Rsp, n: usize) -> Result<u64> {
-    let hex = rsp.ask(&format!("p{n:x}"))?;
-    let byte = |i: usize| hex.get(2 * i..2 * i + 2).and_then(|b| u8::from_str_radix(b, 16).ok());
-    Ok((0..hex.len() / 2).rev().fold(0, |v, i| v << 8 | u64::from(byte(i).unwrap_or(0))))
-}
 const RIP: usize = 16;
 
 fn runs(qmp: &mut Qmp) -> Result<()> {
@@ -124,7 +118,7 @@ fn monitors_see_a_debuggers_stops_and_the_debugger_sees_theirs() -> Result<()> {
     for round in 0..2 {
         let stop = rsp.ask("vCont;c:p1.-1")?;
         assert!(stop.starts_with("T05") && stop.contains("swbreak"), "{stop}");
-        assert_eq!((register(&mut rsp, RIP)?, rsp.ask("m500,2")?), (3, format!("0{round}00")));
+        assert_eq!((rsp.register(RIP)?, rsp.ask("m500,2")?), (3, format!("0{round}00")));
         qmp.wait_event("RESUME", LONG)?;
         qmp.wait_event("STOP", LONG)?;
     }
@@ -132,12 +126,12 @@ fn monitors_see_a_debuggers_stops_and_the_debugger_sees_theirs() -> Result<()> {
     assert_eq!(rsp.ask("z0,f0003,1")?, "OK");
     let stop = rsp.ask("vCont;s:p1.1;c:p1.-1")?;
     assert!(stop.starts_with("T05"), "{stop}");
-    assert_eq!(register(&mut rsp, RIP)?, 7);
+    assert_eq!(rsp.register(RIP)?, 7);
     // A watchpoint stops behind the instruction.
     assert_eq!(rsp.ask("Z2,500,2")?, "OK");
     let stop = rsp.ask("vCont;c:p1.-1")?;
     assert!(stop.contains("watch:") && stop.contains("500;"), "{stop}");
-    assert_eq!((register(&mut rsp, RIP)?, rsp.ask("m500,2")?), (7, "0300".into()));
+    assert_eq!((rsp.register(RIP)?, rsp.ask("m500,2")?), (7, "0300".into()));
     // What others stop is told: here the machine waits in its last jump.
     assert_eq!(rsp.ask("z2,500,2")?, "OK");
     assert_eq!(rsp.ask("Pb=0000000000000000")?, "OK", "r11 can be set");
@@ -339,11 +333,11 @@ fn positions_of_a_replay_are_reached_exactly_from_both_sides() -> Result<()> {
     }
     for round in (0..4).rev() {
         assert!(rsp.ask("bc")?.contains("watch:"));
-        assert_eq!((rsp.ask("m500,2")?, register(&mut rsp, RIP)?), (format!("0{round}00"), 3));
+        assert_eq!((rsp.ask("m500,2")?, rsp.register(RIP)?), (format!("0{round}00"), 3));
         assert_eq!(at(&mut qmp)?.1, json!(2 + 2 * round));
     }
     assert!(rsp.ask("bc")?.contains("replaylog:begin"));
-    assert_eq!((at(&mut qmp)?.1, register(&mut rsp, RIP)?), (json!(0), 0xFFF0));
+    assert_eq!((at(&mut qmp)?.1, rsp.register(RIP)?), (json!(0), 0xFFF0));
     assert!(rsp.ask("bs")?.contains("replaylog:begin"));
     assert_eq!(rsp.ask("z2,500,2")?, "OK");
     // A breakpoint at the loop: the third time, from both sides; steps.
@@ -354,7 +348,7 @@ fn positions_of_a_replay_are_reached_exactly_from_both_sides() -> Result<()> {
     assert_eq!(at(&mut qmp)?.1, json!(7));
     assert!(rsp.ask("vCont;s:p1.1;c:p1.-1")?.contains("05"));
     assert!(rsp.ask("bs")?.contains("05"));
-    assert_eq!((at(&mut qmp)?.1, register(&mut rsp, RIP)?), (json!(7), 7));
+    assert_eq!((at(&mut qmp)?.1, rsp.register(RIP)?), (json!(7), 7));
     assert!(rsp.ask("bc")?.contains("swbreak"));
     assert_eq!((at(&mut qmp)?.1, rsp.ask("m500,2")?), (json!(5), "0200".into()));
     assert_eq!(rsp.ask("M500,2:0000")?, "E0e");

@@ -7,6 +7,7 @@ mod common;
 use std::time::{Duration, Instant};
 
 use common::*;
+use ftvm_harness::gdb::Rsp;
 use ftvm_harness::vm::Vm;
 use ftvm_harness::{wait_for, Result, Scratch};
 use serde_json::{json, Value};
@@ -175,6 +176,60 @@ fn migrate(from: &Vm, to: &Vm, socket: &str) -> Result<u64> {
         return Err(format!("{status}\n{}\n{}", from.log(), to.log()));
     }
     Ok(status["downtime"].as_u64().unwrap_or_default())
+}
+
+/// mov cx,4; a: inc word [0x500]; loop a; hlt.
+const LOOP: [u8; 10] = [0xB9, 4, 0, 0xFF, 0x06, 0x00, 0x05, 0xE2, 0xFA, 0xF4];
+
+#[test]
+fn gdb_stops_and_steps_the_hosts_processor() -> Result<()> {
+    need_kvm!();
+    const RIP: usize = 16;
+    let scratch = Scratch::new("kvmgdb")?;
+    let rom = firmware(&scratch, "loop.rom", &LOOP)?;
+    let port = free_port()?;
+    let args =
+        ["-accel", "kvm", "-bios", &rom, "-m", "16", "-net", "none", "-S", "-gdb", &format!("tcp:{port}")];
+    let mut vm = start(&scratch, "vm", &args)?;
+    let mut qmp = vm.qmp()?;
+    let mut rsp = Rsp::connect(port)?;
+    assert!(rsp.ask("qSupported:multiprocess+;swbreak+;hwbreak+")?.contains("PacketSize="));
+    assert_eq!((rsp.register(RIP)?, rsp.ask("m500,2")?), (0xFFF0, "0000".into()));
+    // The second time round; addresses are linear.
+    assert_eq!(rsp.ask("Z1,f0003,1")?, "OK");
+    for round in 0..2 {
+        let stop = rsp.ask("vCont;c:p1.-1")?;
+        assert!(stop.starts_with("T05") && stop.contains("hwbreak"), "{stop}");
+        assert_eq!((rsp.register(RIP)?, rsp.ask("m500,2")?), (3, format!("0{round}00")));
+    }
+    assert_eq!(qmp.command("query-status", Value::Null)?["status"], "debug");
+    // GDB takes its breakpoint away to step from it.
+    assert_eq!(rsp.ask("z1,f0003,1")?, "OK");
+    for (rip, count) in [(7, 2), (3, 2), (7, 3)] {
+        let stop = rsp.ask("vCont;s:p1.1;c:p1.-1")?;
+        assert!(stop.starts_with("T05"), "{stop}");
+        assert_eq!((rsp.register(RIP)?, rsp.ask("m500,2")?), (rip, format!("0{count}00")));
+    }
+    // Registers and memory can be changed: the loop has another hundred rounds.
+    assert_eq!(rsp.ask("P2=6400000000000000")?, "OK");
+    assert_eq!(rsp.ask("M500,2:0000")?, "OK");
+    assert_eq!(rsp.ask("Z1,f0009,1")?, "OK");
+    assert!(rsp.ask("vCont;c:p1.-1")?.contains("hwbreak"));
+    assert_eq!((rsp.register(RIP)?, rsp.ask("m500,2")?), (9, "6300".into()));
+    // Asleep, it is stopped by the debugger's key.
+    assert_eq!(rsp.ask("z1,f0009,1")?, "OK");
+    rsp.send("vCont;c:p1.-1")?;
+    wait_for("the guest's sleep", LONG, || {
+        qmp.command("query-status", Value::Null).is_ok_and(|s| s["running"] == true).then_some(())
+    })?;
+    rsp.raw(b"\x03")?;
+    assert!(rsp.receive()?.is_some_and(|s| s.starts_with("T02")));
+    // KVM ends a HLT that is stepped over, and the next one is just behind it.
+    let rip = rsp.register(RIP)?;
+    assert!((10..=11).contains(&rip), "{rip:#x}");
+    assert_eq!(rsp.ask("D;1")?, "OK");
+    qmp.command("quit", Value::Null)?;
+    ends_well(&mut vm)
 }
 
 #[test]

@@ -5,6 +5,7 @@ mod common;
 use std::process::Command;
 
 use common::*;
+use ftvm_harness::certs::Authority;
 use ftvm_harness::guests::{debian, generic, luks_options, make_encrypted, root, run, tiny};
 use ftvm_harness::libvirt::{missing, share, Console, Libvirt};
 use ftvm_harness::{wait_for, Result, Scratch};
@@ -716,6 +717,10 @@ fn libvirt_saves_reverts_and_moves_a_domain() -> Result<()> {
     let (one, two) = (Scratch::new("libvirt-from")?, Scratch::new("libvirt-to")?);
     let xml = one.path("moves.xml");
     std::fs::write(&xml, q35_description(&one, "moves")?).map_err(|e| e.to_string())?;
+    let authority = Authority::new("hosts")?;
+    for host in [&one, &two] {
+        authority.issue(&host.path("tls"), "host.example", &["127.0.0.1", "host.example"])?;
+    }
     let (a, b) = (Libvirt::start(&one)?, Libvirt::start(&two)?);
     run("chmod", &["777", &one.0.display().to_string()])?;
     a.virsh(&["define", &xml])?;
@@ -770,18 +775,22 @@ fn libvirt_saves_reverts_and_moves_a_domain() -> Result<()> {
     wait_for("the disk in the guest", LONG, || {
         console.run("cat /sys/block/vdb/size").ok().filter(|s| s.contains("65536"))
     })?;
-    let to = |from: &Libvirt, to: &Libvirt| {
+    let to = |from: &Libvirt, to: &Libvirt, more: &[&str]| {
         let uri = ["migrate", "--live", "--unsafe", "moves", to.uri(), "--migrateuri", "tcp://127.0.0.1"];
-        from.virsh(&uri)
+        from.virsh(&[&uri, more].concat())
     };
-    to(&a, &b).map_err(|e| format!("{e}\n{}", emulator_log(&two, "moves")))?;
+    let refused = to(&a, &b, &["--tls", "--tls-destination", "elsewhere.example"]).err().unwrap_or_default();
+    assert!(refused.contains("Certificate does not match the hostname elsewhere.example"), "{refused}");
+    a.wait_state("moves", "running", LONG)?;
+    to(&a, &b, &["--tls"]).map_err(|e| format!("{e}\n{}", emulator_log(&two, "moves")))?;
     assert!(a.virsh(&["domstate", "moves"])?.starts_with("shut off"));
     b.wait_state("moves", "running", LONG)?;
     let mut console = says(&b, "first")?;
     let wrote = console.run("MARK=there; dd if=/dev/zero of=/dev/vdb bs=1M count=4; sync")?;
     assert!(wrote.contains("END:0"), "{wrote}");
     b.virsh(&["detach-disk", "moves", "vdb"])?;
-    to(&b, &a).map_err(|e| format!("{e}\n{}", emulator_log(&one, "moves")))?;
+    to(&b, &a, &["--postcopy", "--postcopy-after-precopy"])
+        .map_err(|e| format!("{e}\n{}", emulator_log(&one, "moves")))?;
     a.wait_state("moves", "running", LONG)?;
     let mut console = says(&a, "there")?;
     assert!(console.run("test -e /dev/vdb")?.contains("END:1"), "the disk is back");

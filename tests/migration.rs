@@ -6,6 +6,7 @@ mod common;
 use std::time::Duration;
 
 use common::{ends_well, ext4, free_port, start_tiny, LONG};
+use ftvm_harness::certs::Authority;
 use ftvm_harness::client::Line;
 use ftvm_harness::guests::run;
 use ftvm_harness::moves::wait_migration;
@@ -152,6 +153,190 @@ fn failures_leave_the_source_running() -> Result<()> {
     clients.wait_progress(10, WAIT)?;
     clients.finish()?;
     pair.finish(false)
+}
+
+/// Only those who show the right certificates send a machine or take one; the source goes on otherwise.
+fn with_certificates() -> Result<()> {
+    let mut pair = Pair::start_plain("certificates", Guest::Tiny)?;
+    let (authority, other) = (Authority::new("trusted")?, Authority::new("unknown")?);
+    let addresses = ["10.77.0.11", "10.77.0.12", "10.77.0.13", "moves.example"];
+    let good = authority.issue(&pair.scratch.path("good"), "moves.example", &addresses)?;
+    let bad = other.issue(&pair.scratch.path("bad"), "moves.example", &addresses)?;
+    let object = format!("tls-creds-x509,id=tls0,dir={good},endpoint=server");
+    let authz = "authz-simple,id=auth0,identity=O=ftvm tests,,CN=moves.example";
+    let nobody = "authz-simple,id=auth1,identity=O=ftvm tests,,CN=somebody.example";
+    pair.destination(&["-object", &object, "-object", authz, "-object", nobody])?;
+    let other = pair.other();
+    let mut there = pair.hosts[other].as_ref().ok_or("there is no destination")?.qmp()?;
+    let mut here = pair.qmp()?;
+    for (id, dir) in [("good", &good), ("bad", &bad)] {
+        let client = json!({"qom-type": "tls-creds-x509", "id": id, "dir": dir, "endpoint": "client"});
+        here.command("object-add", client)?;
+    }
+    let missing = json!({"qom-type": "tls-creds-x509", "id": "x", "dir": pair.scratch.path("none")});
+    let refused = here.command("object-add", missing).err().unwrap_or_default();
+    assert!(
+        refused.starts_with("Unable to access credentials ") && refused.contains("ca-cert.pem"),
+        "{refused}"
+    );
+    for (creds, why) in
+        [("nothing", "No TLS credentials with id 'nothing'"), ("tls0", "No TLS credentials with id 'tls0'")]
+    {
+        here.command("migrate-set-parameters", json!({"tls-creds": creds}))?;
+        let refused = here.command("migrate", json!({"uri": pair.destination_uri()})).err();
+        assert_eq!(refused.as_deref(), Some(why));
+    }
+    there.command("migrate-set-parameters", json!({"tls-creds": "tls0"}))?;
+    // Here: whose certificates, and for which host they are to be; there: who may come; and what becomes of it.
+    for (creds, host, authz, text) in [
+        ("", "", "", "hung up"),
+        ("bad", "", "", "known issuer"),
+        ("good", "elsewhere.example", "", "Certificate does not match the hostname elsewhere.example"),
+        ("good", "", "auth1", "hung up"),
+        ("good", "moves.example", "auth0", ""),
+    ] {
+        let case = format!("'{creds}' '{host}' '{authz}'");
+        here.command("migrate-set-parameters", json!({"tls-creds": creds, "tls-hostname": host}))?;
+        there.command("migrate-set-parameters", json!({"tls-authz": authz}))?;
+        here.command("migrate", json!({"uri": pair.destination_uri()}))?;
+        let done = wait_migration(&mut here, WAIT).map_err(|e| format!("{case}: {e}"))?;
+        let said = done["error-desc"].as_str().unwrap_or_default();
+        if text.is_empty() {
+            assert_eq!(done["status"], "completed", "{case}: {done}\n{}", pair.logs());
+            continue;
+        }
+        assert!(done["status"] == "failed" && (said.contains(text) || text == "hung up"), "{case}: {done}");
+        assert_eq!(here.command("query-status", Value::Null)?["status"], "running", "{case}");
+        assert_eq!(there.command("query-status", Value::Null)?["status"], "inmigrate", "{case}");
+    }
+    drop((here, there));
+    pair.arrive()?;
+    let clients = Clients::start(&pair, 8080, "HTTP/1.1 200", "certificates");
+    clients.wait_progress(10, WAIT)?;
+    clients.finish()?;
+    pair.finish(false)
+}
+
+fn status(qmp: &mut Qmp) -> Option<String> {
+    let answer = qmp.command("query-migrate", Value::Null).ok()?;
+    Some(answer["status"].as_str().unwrap_or_default().to_owned())
+}
+
+fn wait_status(qmp: &mut Qmp, wanted: &str, pair: &Pair) -> Result<()> {
+    let wait = || (status(qmp)? == wanted).then_some(());
+    ftvm_harness::wait_for(&format!("the status {wanted}"), WAIT, wait)
+        .map_err(|e| format!("{e}\n{}", pair.logs()))
+}
+
+/// Begin a move whose machine runs there long before its memory is there.
+fn begin_postcopy(pair: &mut Pair) -> Result<(Qmp, Qmp)> {
+    pair.destination(&[])?;
+    let other = pair.other();
+    let mut there = pair.hosts[other].as_ref().ok_or("there is no destination")?.qmp()?;
+    there.command("migrate-set-capabilities", capability("postcopy-ram"))?;
+    let mut here = pair.qmp()?;
+    here.command("migrate-set-capabilities", capability("postcopy-ram"))?;
+    here.command(
+        "migrate-set-parameters",
+        json!({"max-bandwidth": 8 << 20, "max-postcopy-bandwidth": 4 << 20}),
+    )?;
+    let uri = pair.destination_uri();
+    here.command("migrate", json!({"uri": uri}))?;
+    wait_status(&mut here, "active", pair)?;
+    std::thread::sleep(Duration::from_millis(500));
+    here.command("migrate-start-postcopy", Value::Null)?;
+    wait_status(&mut here, "postcopy-active", pair)?;
+    Ok((here, there))
+}
+
+/// The machine runs on the other host while its memory comes: what it needs first is sent first, and nothing is lost.
+fn postcopy() -> Result<()> {
+    let mut pair = Pair::start_plain("postcopy", Guest::Tiny)?;
+    let clients = Clients::start(&pair, 8080, "HTTP/1.1 200", "postcopy");
+    clients.wait_progress(10, WAIT)?;
+    let refused = pair.qmp()?.command("migrate-start-postcopy", Value::Null).err();
+    let text = "Enable postcopy with migrate_set_capability before the start of migration";
+    assert_eq!(refused.as_deref(), Some(text));
+    let refused = pair.qmp()?.command("migrate-pause", Value::Null).err();
+    let text = "migrate-pause is currently only supported during postcopy-active state";
+    assert_eq!(refused.as_deref(), Some(text));
+
+    let (mut here, mut there) = begin_postcopy(&mut pair)?;
+    // There it works on what has come; what needs all of it waits.
+    assert_eq!(status(&mut there).as_deref(), Some("postcopy-active"), "{}", pair.logs());
+    ftvm_harness::wait_for("the machine there", WAIT, || {
+        (there.command("query-status", Value::Null).ok()?["status"] == "running").then_some(())
+    })?;
+    for (command, arguments) in [("ft-turn-on", Value::Null), ("migrate", json!({"uri": "file:/dev/null"}))] {
+        let refused = there.command(command, arguments).err().unwrap_or_default();
+        assert!(refused.contains("has not all come yet"), "{command}: {refused}");
+    }
+    assert_eq!(here.command("query-status", Value::Null)?["status"], "finish-migrate");
+    here.command("migrate_cancel", Value::Null)?;
+    assert_eq!(status(&mut here).as_deref(), Some("postcopy-active"), "it is too late to cancel");
+    clients.wait_progress(5, WAIT)?;
+    // And then it may come as fast as it can.
+    here.command("migrate-set-parameters", json!({"max-postcopy-bandwidth": 0}))?;
+    let done = wait_migration(&mut here, WAIT).map_err(|e| format!("{e}\n{}", pair.logs()))?;
+    assert_eq!(done["status"], "completed", "{done}\n{}", pair.logs());
+    wait_status(&mut there, "completed", &pair)?;
+    let requests = done["ram"]["postcopy-requests"].as_u64().unwrap_or(0);
+    assert!(requests > 0 && done["ram"]["postcopy-bytes"].as_u64() > Some(1 << 20), "{done}");
+    println!("post-copy: stopped for {} ms, {requests} pages asked for", done["downtime"]);
+    drop((here, there));
+    pair.arrive()?;
+    clients.wait_progress(10, WAIT)?;
+    // Its next move is as any other.
+    pair.move_machine()?;
+    clients.wait_progress(10, WAIT)?;
+    clients.finish()?;
+    pair.finish(false)
+}
+
+/// A connection that breaks in post-copy costs time and nothing else.
+fn a_postcopy_that_breaks_goes_on() -> Result<()> {
+    let mut pair = Pair::start_plain("recover", Guest::Tiny)?;
+    let clients = Clients::start(&pair, 8080, "HTTP/1.1 200", "recover");
+    clients.wait_progress(10, WAIT)?;
+    let (mut here, mut there) = begin_postcopy(&mut pair)?;
+    let refused = here.command("migrate", json!({"uri": pair.destination_uri(), "resume": true})).err();
+    assert_eq!(refused.as_deref(), Some("Cannot resume if there is no paused migration"));
+    let refused = there.command("migrate-recover", json!({"uri": "unix:/nowhere/at/all"})).err();
+    assert_eq!(refused.as_deref(), Some("Migrate recover can only be run when postcopy is paused."));
+    for from_here in [true, false] {
+        if from_here { &mut here } else { &mut there }.command("migrate-pause", Value::Null)?;
+        wait_status(&mut here, "postcopy-paused", &pair)?;
+        wait_status(&mut there, "postcopy-paused", &pair)?;
+        // The monitor answers although the machine may wait for memory.
+        assert_eq!(there.command("query-status", Value::Null)?["status"], "running");
+        // Another place may be named, as long as nobody has come.
+        let uri = pair.destination_uri();
+        there.command("migrate-recover", json!({"uri": "tcp:127.0.0.1:0"}))?;
+        there.command("migrate-recover", json!({"uri": uri}))?;
+        here.command("migrate", json!({"uri": uri, "resume": true}))?;
+        wait_status(&mut here, "postcopy-active", &pair)?;
+        wait_status(&mut there, "postcopy-active", &pair)?;
+        clients.wait_progress(3, WAIT).map_err(|e| format!("{e}\n{}", pair.logs()))?;
+    }
+    here.command("migrate-set-parameters", json!({"max-postcopy-bandwidth": 0}))?;
+    let done = wait_migration(&mut here, WAIT).map_err(|e| format!("{e}\n{}", pair.logs()))?;
+    assert_eq!(done["status"], "completed", "{done}");
+    wait_status(&mut there, "completed", &pair)?;
+    drop((here, there));
+    pair.arrive()?;
+    clients.wait_progress(10, WAIT)?;
+    clients.finish()?;
+
+    // Without its source it is no machine; but the program ends when it is told to.
+    let (mut here, there) = begin_postcopy(&mut pair)?;
+    here.command("migrate-pause", Value::Null)?;
+    drop((here, there));
+    let other = pair.other();
+    let mut there = pair.hosts[other].take().ok_or("there is no destination")?;
+    std::thread::sleep(Duration::from_millis(500));
+    there.qmp()?.command("quit", Value::Null)?;
+    there.wait_exit(WAIT)?;
+    Ok(())
 }
 
 /// Into a compressed file and back; what is cut off or changed is refused, and the source goes on.
@@ -307,6 +492,9 @@ fn main() {
         &[
             ("back_and_forth", back_and_forth),
             ("failures_leave_the_source_running", failures_leave_the_source_running),
+            ("with_certificates", with_certificates),
+            ("postcopy", postcopy),
+            ("a_postcopy_that_breaks_goes_on", a_postcopy_that_breaks_goes_on),
             ("through_a_file", through_a_file),
             ("snapshots", snapshots),
         ],

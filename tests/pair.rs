@@ -4,9 +4,12 @@
 use std::io::Write;
 use std::time::Duration;
 
+use ftvm_harness::gdb::Rsp;
 use ftvm_harness::hosts::Network;
 use ftvm_harness::pair::{Clients, Guest, Pair};
-use ftvm_harness::{guests, run_stories, Result};
+use ftvm_harness::qmp::Qmp;
+use ftvm_harness::{guests, run_stories, wait_for, Result};
+use serde_json::{json, Value};
 
 const WAIT: Duration = Duration::from_secs(60);
 
@@ -51,6 +54,73 @@ fn stall() -> Result<()> {
     clients.finish()?;
     // The overlay is merged when the old primary is gone.
     std::thread::sleep(Duration::from_secs(2));
+    pair.finish(false)
+}
+
+/// A debugger stops both sides in the same place, and the pair stays one.
+fn debugged() -> Result<()> {
+    const RIP: usize = 16;
+    let mut pair = Pair::start("debugged", Guest::Tiny, "")?;
+    let clients = clients(&pair, "debugged");
+    pair.protect()?;
+    clients.wait_progress(30, WAIT)?;
+    let socket = pair.scratch.path("gdb");
+    let serve = json!({"command-line": format!("gdbserver unix:{socket},server=on,wait=off")});
+    pair.qmp()?.command("human-monitor-command", serve)?;
+    let mut rsp = Rsp::unix(&socket)?;
+    assert!(rsp.ask("qSupported:multiprocess+;swbreak+;hwbreak+")?.contains("PacketSize="));
+    let other = pair.other();
+    let mut there = pair.hosts[other].as_ref().ok_or("there is no backup")?.qmp()?;
+    let mut here = pair.qmp()?;
+    let same_place = |here: &mut Qmp, there: &mut Qmp| -> Result<()> {
+        assert_eq!(here.ft()?["state"], "protected");
+        let registers = json!({"command-line": "info registers"});
+        let ours = here.command("human-monitor-command", registers.clone())?;
+        assert!(ours.as_str().is_some_and(|text| text.contains("RIP=")), "{ours}");
+        let mut theirs = Value::Null;
+        wait_for("the backup in the same place", WAIT, || {
+            theirs = there.command("human-monitor-command", registers.clone()).ok()?;
+            (ours == theirs).then_some(())
+        })
+        .map_err(|e| format!("{e}: {ours}\n{theirs}"))
+    };
+    // It stands still for longer than a side may be silent.
+    std::thread::sleep(Duration::from_secs(2));
+    same_place(&mut here, &mut there)?;
+    // Where it happens to be, some times; to one of these places it comes again.
+    let mut places = Vec::new();
+    for _ in 0..6 {
+        places.push(rsp.register(RIP)?);
+        rsp.send("vCont;c:p1.-1")?;
+        std::thread::sleep(Duration::from_millis(100));
+        rsp.raw(b"\x03")?;
+        assert!(rsp.receive()?.is_some_and(|s| s.starts_with("T02")));
+    }
+    places.sort_unstable();
+    places.dedup();
+    for at in &places {
+        assert_eq!(rsp.ask(&format!("Z0,{at:x},1"))?, "OK");
+    }
+    for _ in 0..3 {
+        let stop = rsp.ask("vCont;c:p1.-1")?;
+        assert!(stop.starts_with("T05") && stop.contains("swbreak"), "{stop}");
+        let rip = rsp.register(RIP)?;
+        assert!(places.contains(&rip), "{rip:#x} is not of {places:x?}");
+        same_place(&mut here, &mut there)?;
+        assert!(rsp.ask("vCont;s:p1.1;c:p1.-1")?.starts_with("T05"));
+        same_place(&mut here, &mut there)?;
+    }
+    assert_eq!(rsp.ask("P10=0d00000000000000")?, "E0e", "the backup would not have the change");
+    for at in &places {
+        assert_eq!(rsp.ask(&format!("z0,{at:x},1"))?, "OK");
+    }
+    assert_eq!(rsp.ask("D;1")?, "OK");
+    drop((rsp, here, there));
+    clients.wait_progress(20, WAIT)?;
+    // And the backup takes over as ever.
+    pair.kill_primary()?;
+    clients.wait_progress(20, WAIT)?;
+    clients.finish()?;
     pair.finish(false)
 }
 
@@ -378,6 +448,7 @@ fn main() {
         &[
             ("kills", kills),
             ("stall", stall),
+            ("debugged", debugged),
             ("cut", cut),
             ("moves", moves),
             ("divergence", divergence),

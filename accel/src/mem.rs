@@ -502,6 +502,54 @@ impl GuestMemory {
         out
     }
 
+    /// Clear dirty bit `which` of the RAM page at `gpa`; whether it was set.
+    pub fn take_dirty_page(&self, which: u8, gpa: u64) -> bool {
+        let Some((_, flags)) = self.ram_page(gpa) else { return false };
+        // SAFETY: the flag byte lives as long as self.
+        let old = unsafe { &*flags }.fetch_and(!which, Ordering::Relaxed);
+        if old & which != 0 {
+            self.bump();
+        }
+        old & which != 0
+    }
+
+    /// Runs of RAM pages with dirty bit `which` set: the first one's address, and how many.
+    pub fn dirty_runs(&self, which: u8) -> Vec<(u64, u64)> {
+        let mut out: Vec<(u64, u64)> = Vec::new();
+        for r in &self.regions {
+            for (p, flag) in r.flags.0.flags.iter().enumerate() {
+                if flag.load(Ordering::Relaxed) & which == 0 {
+                    continue;
+                }
+                let gpa = r.start + p as u64 * PAGE_SIZE;
+                match out.last_mut() {
+                    Some((start, pages)) if *start + *pages * PAGE_SIZE == gpa => *pages += 1,
+                    _ => out.push((gpa, 1)),
+                }
+            }
+        }
+        out
+    }
+
+    /// Set dirty bit(s) `which` of exactly those RAM pages of which `is_dirty` says so by their number, counted over all
+    /// of RAM.
+    pub fn set_dirty_where(&self, which: u8, is_dirty: impl Fn(u64) -> bool) {
+        let flags = self.regions.iter().flat_map(|r| r.flags.0.flags.iter());
+        for (n, flag) in flags.enumerate() {
+            match is_dirty(n as u64) {
+                true => flag.fetch_or(which, Ordering::Relaxed),
+                false => flag.fetch_and(!which, Ordering::Relaxed),
+            };
+        }
+        self.bump();
+    }
+
+    /// Where RAM lies in this process.
+    pub fn blocks(&self) -> RamBlocks {
+        let block = |r: &Region| RamBlock { gpa: r.start, len: r.len, host: r.host as usize };
+        RamBlocks { list: self.regions.iter().map(block).collect(), _ram: self.ram.clone() }
+    }
+
     /// How many RAM pages have dirty bit `which` set.
     pub fn count_dirty(&self, which: u8) -> u64 {
         self.regions
@@ -612,6 +660,60 @@ impl GuestMemory {
     }
 }
 
+/// Where RAM lies in this process, for other threads than the machine's. It stays there as long as this.
+#[derive(Clone)]
+pub struct RamBlocks {
+    list: Vec<RamBlock>,
+    _ram: Ram,
+}
+
+/// A block of RAM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RamBlock {
+    /// Its first guest physical address.
+    pub gpa: u64,
+    /// Bytes, a multiple of [`PAGE_SIZE`].
+    pub len: u64,
+    /// Its address in this process, at a page boundary.
+    pub host: usize,
+}
+
+impl RamBlocks {
+    /// The blocks, in order of addresses.
+    pub fn iter(&self) -> impl Iterator<Item = &RamBlock> {
+        self.list.iter()
+    }
+
+    /// Pages in all.
+    pub fn pages(&self) -> u64 {
+        self.list.iter().map(|b| b.len / PAGE_SIZE).sum()
+    }
+
+    /// The number of the page at `gpa`, counted over all blocks.
+    pub fn number(&self, gpa: u64) -> Option<u64> {
+        let mut before = 0;
+        for b in &self.list {
+            if gpa >= b.gpa && gpa - b.gpa < b.len {
+                return Some(before + (gpa - b.gpa) / PAGE_SIZE);
+            }
+            before += b.len / PAGE_SIZE;
+        }
+        None
+    }
+
+    /// The address of `gpa` in this process.
+    pub fn host(&self, gpa: u64) -> Option<usize> {
+        let block = self.list.iter().find(|b| gpa >= b.gpa && gpa - b.gpa < b.len)?;
+        Some(block.host + (gpa - block.gpa) as usize)
+    }
+
+    /// The guest physical address of one in this process.
+    pub fn guest(&self, host: usize) -> Option<u64> {
+        let block = self.list.iter().find(|b| host >= b.host && ((host - b.host) as u64) < b.len)?;
+        Some(block.gpa + (host - block.host) as u64)
+    }
+}
+
 /// A run of physical addresses that host memory backs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Span {
@@ -706,6 +808,25 @@ mod tests {
         let mut cursor = 0;
         assert_eq!(mem.take_dirty(DIRTY_MIGRATION, &mut cursor, 64), vec![0x4000, 0x5000]);
         assert!(mem.read((1 << 20) - 1, &mut [0; 2]).is_err());
+    }
+
+    #[test]
+    fn runs_of_dirty_pages_and_single_ones() {
+        let mem = GuestMemory::split(2 << 20, 1 << 20).unwrap();
+        mem.set_dirty_where(DIRTY_MIGRATION, |n| matches!(n, 3 | 4 | 255..=257));
+        let runs = [(0x3000, 2), (0xF_F000, 1), (1 << 32, 2)];
+        assert_eq!(mem.dirty_runs(DIRTY_MIGRATION), runs);
+        let blocks = mem.blocks();
+        assert_eq!((blocks.pages(), blocks.number((1 << 32) + 0x1800)), (512, Some(257)));
+        assert_eq!((blocks.number(1 << 20), blocks.host(1 << 20)), (None, None));
+        let host = blocks.host(0x3010).unwrap();
+        assert_eq!(
+            (host as *const u8, blocks.guest(host)),
+            (mem.backing(0x3000).read.wrapping_add(16), Some(0x3010))
+        );
+        assert!(mem.take_dirty_page(DIRTY_MIGRATION, 0x3000));
+        assert!(!mem.take_dirty_page(DIRTY_MIGRATION, 0x3000));
+        assert_eq!(mem.dirty_runs(DIRTY_MIGRATION)[0], (0x4000, 1));
     }
 
     #[test]

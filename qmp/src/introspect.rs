@@ -144,6 +144,9 @@ pub fn schema(schema: &Schema) -> Value {
         if !c.features.is_empty() {
             entry["features"] = json!(c.features);
         }
+        if c.oob {
+            entry["allow-oob"] = json!(true);
+        }
         walk.out.push(entry);
     }
     for e in &schema.events {

@@ -10,6 +10,7 @@
 //! command NAME { member: type } -> type
 //! command NAME : Type
 //! command NAME { member: type } open
+//! command NAME { member: type } oob
 //! event NAME { member: type }
 //! ```
 //!
@@ -81,6 +82,8 @@ pub struct Command {
     pub arguments: Arguments,
     /// It takes members that are not named here (`open` behind the arguments).
     pub open: bool,
+    /// It may be executed before others that wait (`oob` behind the arguments).
+    pub oob: bool,
     /// What it returns; `None`: an empty object.
     pub returns: Option<Type>,
     pub features: Vec<String>,
@@ -314,13 +317,14 @@ impl Parser {
                 "command" => {
                     let arguments = self.arguments()?;
                     let open = self.accept("open");
+                    let oob = self.accept("oob");
                     let returns = if self.accept(">") { Some(self.kind()?) } else { None };
                     let features = self.features()?;
                     let about = std::mem::take(&mut about);
                     if about.is_empty() || schema.command(&name).is_some() {
                         return Err(SchemaError(format!("'{name}' has no sentence or is there twice")));
                     }
-                    schema.commands.push(Command { name, about, arguments, open, returns, features });
+                    schema.commands.push(Command { name, about, arguments, open, oob, returns, features });
                     continue;
                 }
                 "event" => {

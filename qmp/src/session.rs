@@ -176,7 +176,7 @@ impl Session {
         }
         let schema = Schema::get();
         let command = schema.command(name).ok_or_else(|| QmpError::command_not_found(name))?;
-        if oob {
+        if oob && !command.oob {
             return Err(QmpError::generic(format!("The command {name} does not support OOB")));
         }
         schema.check_command(command, arguments)?;

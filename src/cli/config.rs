@@ -593,11 +593,17 @@ impl Config {
                         "rng-builtin" => &["qom-type", "id"],
                         "memory-backend-ram" => &["qom-type", "id", "size", "share", "prealloc"],
                         "secret" => &["qom-type", "id", "data", "file", "format", "keyid", "iv"],
-                        other => {
-                            return Err(CliError::Plain(format!("-object {v}: invalid object type: {other}")))
-                        }
+                        other => match super::object::known(other) {
+                            Some(known) => known,
+                            None => {
+                                let why = super::object::why_not(other);
+                                let why = why.unwrap_or_else(|| format!("invalid object type: {other}"));
+                                return Err(CliError::Plain(format!("-object {v}: {why}")));
+                            }
+                        },
                     };
                     p.only(known).map_err(&err)?;
+                    super::object::make(kind, p.need("id").map_err(&err)?, &p).map_err(&err)?;
                     if kind == "secret" {
                         let id = p.need("id").map_err(&err)?;
                         let value = secret(&p).map_err(&err)?;

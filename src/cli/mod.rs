@@ -8,6 +8,7 @@ pub mod keys;
 pub mod keyval;
 pub mod man;
 pub mod net;
+pub mod object;
 pub mod options;
 pub mod secret;
 pub mod vnc;

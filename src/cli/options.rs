@@ -67,7 +67,7 @@ pub const OPTIONS: &[(&str, &str, &str, &str)] = &[
         "object",
         "type[,prop=value]",
         "Standard options",
-        "create an object: rng-random, rng-builtin, memory-backend-ram, secret",
+        "create an object: rng-random, rng-builtin, memory-backend-ram, secret, tls-creds-x509, authz-simple",
     ),
     (
         "rtc",

@@ -109,7 +109,7 @@ impl Debuggee {
         }
         let work = move |rt: &mut Runtime| {
             let mut found = add;
-            rt.debug_points(|p| match p.watches.iter().position(|w| *w == watch) {
+            let can = rt.debug_points(|p| match p.watches.iter().position(|w| *w == watch) {
                 _ if add => p.watches.push(watch),
                 Some(at) => {
                     p.watches.remove(at);
@@ -117,7 +117,7 @@ impl Debuggee {
                 }
                 None => {}
             });
-            found
+            found && can
         };
         self.ask(work).map_err(TargetError::Fatal)
     }
@@ -125,13 +125,13 @@ impl Debuggee {
     fn set_break(&self, address: u64, add: bool) -> TargetResult<bool, Self> {
         let work = move |rt: &mut Runtime| {
             let mut found = true;
-            rt.debug_points(|p| match add {
+            let can = rt.debug_points(|p| match add {
                 true => {
                     p.breaks.insert(address);
                 }
                 false => found = p.breaks.remove(&address),
             });
-            found
+            found && can
         };
         self.ask(work).map_err(TargetError::Fatal)
     }

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::assembly::Blueprint;
 use crate::cli::drive::{Backing, DriveConfig};
 use crate::cli::net::NetdevConfig;
+use crate::cli::object::is_host_own;
 
 /// A network card's connection.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -75,7 +76,9 @@ impl Backends {
 
     /// The bytes for the machine's note.
     pub fn to_note(&self) -> Vec<u8> {
-        postcard::to_stdvec(self).unwrap_or_default()
+        let mut note = self.clone();
+        note.objects.retain(|(kind, _)| !is_host_own(kind));
+        postcard::to_stdvec(&note).unwrap_or_default()
     }
 
     /// Take over what another host of this machine noted; what belongs to this host (paths and interfaces of what the machine
@@ -95,6 +98,7 @@ impl Backends {
                 *dev = mine.clone();
             }
         }
+        theirs.objects.extend(self.objects.drain(..).filter(|(kind, _)| is_host_own(kind)));
         *self = theirs;
     }
 

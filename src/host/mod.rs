@@ -10,6 +10,7 @@ pub mod keys;
 pub mod mux;
 pub mod sandbox;
 pub mod signals;
+pub mod tls;
 pub mod vnc;
 
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -41,6 +41,7 @@ impl From<DebugHit> for Reason {
 impl Machine {
     /// Stop at these points from now on; `None`: there is no debugger any more. False: a processor cannot do this.
     pub fn set_debug(&mut self, points: Option<&DebugPoints>) -> bool {
+        self.still();
         if points.is_none() {
             self.step = None;
         }
@@ -50,6 +51,9 @@ impl Machine {
     /// Stop when this processor has executed one more instruction. (Others take their turns meanwhile.)
     pub fn set_step(&mut self, cpu: Option<usize>) {
         self.step = cpu;
+        if self.is_hardware() {
+            self.step_hardware(cpu);
+        }
     }
 
     /// The processor whose turn it is.

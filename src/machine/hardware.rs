@@ -10,7 +10,7 @@ use ftvm_accel::kvm::{Board, Kvm, KvmError, Trouble};
 use ftvm_accel::{ApicMessage, GuestMemory, Processor};
 use ftvm_devices::MachineRequest;
 
-use super::{Chipset, Machine, Stop};
+use super::{Chipset, DebugStop, Machine, Reason, Stop};
 
 /// Virtual time while it follows the host's.
 #[derive(Clone, Copy)]
@@ -35,7 +35,12 @@ pub(super) struct Hardware {
     /// Time stood since the processors last ran, or is another.
     shifted: bool,
     trouble: Option<String>,
+    /// Where a debugger's INT3 is while they run, and what it hides: guest physical address, byte.
+    patches: Vec<(u64, u8)>,
 }
+
+/// INT3.
+const BREAKPOINT: u8 = 0xCC;
 
 /// What the processors reach.
 struct Lent<'a> {
@@ -94,7 +99,7 @@ macro_rules! parts {
 
 impl Hardware {
     pub fn new(kvm: Kvm, now: u64) -> Self {
-        Hardware { kvm, clock: HostClock::from(now), shifted: true, trouble: None }
+        Hardware { kvm, clock: HostClock::from(now), shifted: true, trouble: None, patches: Vec::new() }
     }
 
     pub fn now(&self) -> Option<u64> {
@@ -139,6 +144,7 @@ impl Machine {
             let clock = hardware.clock;
             hardware.kvm.stop(&mut board, || clock.now())
         };
+        self.take_patches();
         match stopped {
             Ok(now) => self.clock.skip_to(self.position, now),
             Err(e) => {
@@ -157,6 +163,8 @@ impl Machine {
         if h.kvm.is_running() {
             return;
         }
+        self.put_patches();
+        let Some(h) = &mut self.hardware else { return };
         let stood = self.clock.now(self.position);
         if h.shifted {
             h.clock = HostClock::from(stood);
@@ -165,6 +173,52 @@ impl Machine {
         let done = h.kvm.go(now, !h.shifted);
         h.shifted = false;
         h.note(done);
+    }
+
+    /// Put INT3 where a debugger's breakpoints are that have no debug register. It is there only while the processors run: so
+    /// whoever looks at memory that stands still, and whoever copies it to its end, sees the guest's own.
+    fn put_patches(&mut self) {
+        let Some(h) = &self.hardware else { return };
+        let breaks = h.kvm.soft_breaks();
+        if breaks.is_empty() {
+            return;
+        }
+        for index in h.kvm.at_soft_breaks() {
+            // Behind it, before it is hidden again.
+            parts!(self, hardware, board);
+            let done = hardware.kvm.step(&mut board, index);
+            hardware.note(done);
+        }
+        let views: Vec<_> = self.cpus.iter().filter_map(|cpu| cpu.view()).collect();
+        let mut patches = Vec::new();
+        for at in breaks {
+            let physical = views.iter().find_map(|view| ftvm_accel::debug::translate(view, &self.mem, at));
+            let mut byte = [0];
+            match physical.filter(|gpa| self.mem.read(*gpa, &mut byte).is_ok()) {
+                Some(gpa) if patches.iter().all(|(p, _)| *p != gpa) => {
+                    if self.mem.write(gpa, &[BREAKPOINT]).is_ok() {
+                        patches.push((gpa, byte[0]));
+                    }
+                }
+                Some(_) => {}
+                None => log::warn!("gdb: there is no RAM at the breakpoint {at:#x} now"),
+            }
+        }
+        if let Some(h) = &mut self.hardware {
+            h.patches = patches;
+        }
+    }
+
+    /// Put back what the breakpoints hid.
+    fn take_patches(&mut self) {
+        let Some(h) = &mut self.hardware else { return };
+        for (gpa, byte) in std::mem::take(&mut h.patches) {
+            let mut now = [0];
+            // What the guest wrote there is its own.
+            if self.mem.read(gpa, &mut now).is_ok() && now[0] == BREAKPOINT {
+                let _ = self.mem.write(gpa, &[byte]);
+            }
+        }
     }
 
     /// Deliver what is due.
@@ -202,6 +256,11 @@ impl Machine {
             }
             Some(Trouble::Failed(text)) => {
                 h.trouble.get_or_insert(text);
+            }
+            Some(Trouble::Debug(cpu, hit)) => {
+                let reason = hit.map_or(Reason::Step, Reason::from);
+                self.set_step(None);
+                return Stop::Debug(DebugStop { cpu: cpu as usize, reason });
             }
             None => {}
         }
@@ -242,6 +301,14 @@ impl Machine {
         match &self.hardware {
             Some(h) => h.kvm.collect_dirty(&self.mem).map_err(|e| e.to_string()),
             None => Ok(()),
+        }
+    }
+
+    /// As [`Machine::set_step`], of the host's processors.
+    pub(super) fn step_hardware(&mut self, cpu: Option<usize>) {
+        self.still();
+        if let Some(h) = &self.hardware {
+            h.kvm.set_step(cpu);
         }
     }
 

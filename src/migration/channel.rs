@@ -3,12 +3,14 @@
 use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 
 use serde_json::{json, Value};
+
+use crate::host::tls::{Credentials, Duplex};
 
 /// Errors of a URI and what it names.
 #[derive(Debug, thiserror::Error)]
@@ -64,6 +66,14 @@ impl Uri {
         }
     }
 
+    /// The host that it names.
+    pub fn host(&self) -> Option<&str> {
+        match self {
+            Uri::Tcp(place) => place.rsplit_once(':').map(|(host, _)| host.trim_matches(['[', ']'])),
+            _ => None,
+        }
+    }
+
     /// The text again.
     fn text(&self) -> String {
         match self {
@@ -85,18 +95,60 @@ pub struct Channel {
     pub stop: Arc<dyn Fn() + Send + Sync>,
     /// The program behind it; what it says at its end counts.
     pub child: Option<Child>,
+    /// What it is, if both directions are one socket.
+    socket: Option<UnixStream>,
+}
+
+/// How a channel becomes a secret one, on the side that begins it.
+#[derive(Clone, Debug)]
+pub struct Client {
+    pub credentials: Arc<Credentials>,
+    /// The name that the other side's certificate must have.
+    pub host: String,
+}
+
+/// The same, on the side that is called.
+#[derive(Clone, Debug)]
+pub struct Server {
+    pub credentials: Arc<Credentials>,
+    /// The name that the caller's certificate must have.
+    pub identity: Option<String>,
 }
 
 impl Channel {
     /// A connection that goes both ways.
     fn socket(stream: UnixStream) -> std::io::Result<Channel> {
-        let (input, stop) = (stream.try_clone()?, stream.try_clone()?);
+        let (input, stop, socket) = (stream.try_clone()?, stream.try_clone()?, stream.try_clone()?);
         Ok(Channel {
             input: Some(Box::new(input)),
             output: Some(Box::new(stream)),
             stop: Arc::new(move || drop(stop.shutdown(Shutdown::Both))),
             child: None,
+            socket: Some(socket),
         })
+    }
+
+    fn take_socket(&mut self) -> Result<UnixStream, String> {
+        self.socket
+            .take()
+            .ok_or_else(|| "TLS needs a channel that goes both ways: tcp:, unix: or a socket's fd:".into())
+    }
+
+    fn with(self, duplex: Duplex) -> Channel {
+        let (input, output) = duplex.split();
+        Channel { input: Some(Box::new(input)), output: Some(Box::new(output)), ..self }
+    }
+
+    /// Speak TLS from here on, as the side that begins. It waits for the other side.
+    pub fn secure(mut self, client: &Client) -> Result<Channel, String> {
+        let duplex = client.credentials.connect(self.take_socket()?, &client.host)?;
+        Ok(self.with(duplex))
+    }
+
+    /// As [`Self::secure`], as the side that is called.
+    pub fn secure_server(mut self, server: &Server) -> Result<Channel, String> {
+        let duplex = server.credentials.accept(self.take_socket()?, server.identity.as_deref())?;
+        Ok(self.with(duplex))
     }
 
     fn tcp(stream: TcpStream) -> std::io::Result<Channel> {
@@ -111,6 +163,7 @@ impl Channel {
             output: output.map(|f| Box::new(f) as Box<dyn Write + Send>),
             stop: Arc::new(|| {}),
             child: None,
+            socket: None,
         }
     }
 
@@ -180,7 +233,8 @@ fn shell(command: &str) -> Command {
 pub enum Listener {
     Tcp(TcpListener),
     Unix(UnixListener),
-    Open(Channel),
+    /// What needs no waiting; once.
+    Open(Option<Channel>),
 }
 
 /// Open the way in; nothing is waited for.
@@ -205,16 +259,16 @@ pub fn listen(uri: &Uri) -> Result<Listener, ChannelError> {
                 })?;
             // SAFETY: the descriptor is open, and was given to this process for this use alone.
             let fd = unsafe { OwnedFd::from_raw_fd(number) };
-            Channel::descriptor(fd, false).map(Listener::Open).map_err(fail)
+            Channel::descriptor(fd, false).map(|c| Listener::Open(Some(c))).map_err(fail)
         }
         Uri::File(path) => {
-            File::open(path).map(|f| Listener::Open(Channel::one_way(Some(f), None))).map_err(fail)
+            File::open(path).map(|f| Listener::Open(Some(Channel::one_way(Some(f), None)))).map_err(fail)
         }
         Uri::Exec(command) => {
             let mut child =
                 shell(command).stdin(Stdio::null()).stdout(Stdio::piped()).spawn().map_err(fail)?;
             let input = child.stdout.take().map(|s| File::from(OwnedFd::from(s)));
-            Ok(Listener::Open(Channel { child: Some(child), ..Channel::one_way(input, None) }))
+            Ok(Listener::Open(Some(Channel { child: Some(child), ..Channel::one_way(input, None) })))
         }
         Uri::Defer => Err(ChannelError::Unknown("defer".into())),
     }
@@ -226,13 +280,39 @@ fn borrow(number: i32) -> std::os::fd::BorrowedFd<'static> {
 }
 
 impl Listener {
-    /// Wait for the sender.
-    pub fn accept(self) -> std::io::Result<Channel> {
-        match self {
-            Listener::Tcp(l) => l.accept().and_then(|(s, _)| Channel::tcp(s)),
-            Listener::Unix(l) => l.accept().and_then(|(s, _)| Channel::socket(s)),
-            Listener::Open(channel) => Ok(channel),
+    /// Wait for the sender; `secure` says each time whether it must speak TLS. One that does not, or is not who it should be,
+    /// is sent away, and the next is waited for.
+    pub fn accept(&mut self, secure: impl Fn() -> Result<Option<Server>, String>) -> Result<Channel, String> {
+        let text = |e: std::io::Error| e.to_string();
+        let upgrade = |channel: Channel| match secure()? {
+            Some(server) => channel.secure_server(&server),
+            None => Ok(channel),
+        };
+        loop {
+            let channel = match self {
+                Listener::Tcp(l) => l.accept().and_then(|(s, _)| Channel::tcp(s)).map_err(text)?,
+                Listener::Unix(l) => l.accept().and_then(|(s, _)| Channel::socket(s)).map_err(text)?,
+                Listener::Open(channel) => {
+                    return upgrade(channel.take().ok_or("the way in is closed")?);
+                }
+            };
+            match upgrade(channel) {
+                Ok(channel) => return Ok(channel),
+                Err(e) => log::warn!("migration: a caller was sent away: {e}"),
+            }
         }
+    }
+
+    /// Ends the waiting in [`Self::accept`].
+    pub fn stopper(&self) -> Option<Box<dyn FnOnce() + Send>> {
+        let fd = match self {
+            Listener::Tcp(l) => l.as_fd().try_clone_to_owned().ok()?,
+            Listener::Unix(l) => l.as_fd().try_clone_to_owned().ok()?,
+            Listener::Open(_) => return None,
+        };
+        Some(Box::new(move || {
+            let _ = nix::sys::socket::shutdown(fd.as_raw_fd(), nix::sys::socket::Shutdown::Both);
+        }))
     }
 
     /// Where it listens, as QEMU's `SocketAddress`.
@@ -263,6 +343,7 @@ mod tests {
         assert_eq!(ok("tcp:[::]:49152"), Uri::Tcp("[::]:49152".into()));
         assert_eq!(ok("exec:gzip -c > a:b"), Uri::Exec("gzip -c > a:b".into()));
         assert_eq!(ok("defer"), Uri::Defer);
+        assert_eq!(ok("tcp:[::1]:49152").host(), Some("::1"));
         for bad in ["", "tcp:host", "tcp:host:x", "unix:", "rdma:host:1", "carrier-pigeon:"] {
             assert!(Uri::parse(bad).is_err(), "{bad}");
         }

@@ -2,12 +2,16 @@
 
 use std::io::{BufReader, Read};
 use std::sync::mpsc::{channel, sync_channel, Receiver, SyncSender};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ftvm_accel::mem::{DIRTY_HASH, DIRTY_MIGRATION};
 use serde_json::json;
 
 use super::channel::{listen, Channel, ChannelError, Listener, Uri};
+use super::postcopy;
+use super::postcopy::arriving::{self, Behind, Connection, Input};
+use super::postcopy::pages::PageSet;
 use super::status::Status;
 use super::stream::{Answer, Frame, MachineInfo, Pages, Reader, PAGE};
 use crate::machine::MachineState;
@@ -28,7 +32,8 @@ pub struct Incoming {
     ran: bool,
 }
 
-fn set(shared: &Shared, status: Status) {
+/// What is told of a machine that comes.
+pub fn set(shared: &Shared, status: Status) {
     shared.migration.state().status = status;
     if shared.migration.has("events") {
         shared.events.emit("MIGRATION", json!({"status": status.word()}));
@@ -36,7 +41,7 @@ fn set(shared: &Shared, status: Status) {
 }
 
 /// Open the way in, and wait on a thread of its own.
-pub fn start(uri: &Uri, shared: &std::sync::Arc<Shared>, events: &Events) -> Result<(), ChannelError> {
+pub fn start(uri: &Uri, shared: &Arc<Shared>, events: &Events) -> Result<(), ChannelError> {
     let listener = listen(uri)?;
     {
         let mut s = shared.migration.state();
@@ -45,7 +50,7 @@ pub fn start(uri: &Uri, shared: &std::sync::Arc<Shared>, events: &Events) -> Res
         s.addresses = listener.address().into_iter().collect();
     }
     set(shared, Status::Setup);
-    let (shared, events) = (std::sync::Arc::clone(shared), events.clone());
+    let (shared, events) = (Arc::clone(shared), events.clone());
     let spawned = std::thread::Builder::new().name("incoming".into()).spawn(move || {
         if let Err(e) = receive(listener, &shared, &events) {
             shared.migration.state().error = Some(e.clone());
@@ -57,7 +62,7 @@ pub fn start(uri: &Uri, shared: &std::sync::Arc<Shared>, events: &Events) -> Res
 }
 
 /// Ask the machine thread, and wait.
-fn ask<T: Send + 'static>(
+pub fn ask<T: Send + 'static>(
     events: &Events,
     work: impl FnOnce(&mut Runtime) -> Result<T, String> + Send + 'static,
 ) -> Result<T, String> {
@@ -68,11 +73,13 @@ fn ask<T: Send + 'static>(
     receiver.recv().map_err(|_| ended())?
 }
 
-fn receive(listener: Listener, shared: &Shared, events: &Events) -> Result<(), String> {
+fn receive(mut listener: Listener, shared: &Arc<Shared>, events: &Events) -> Result<(), String> {
     let text = |e: &dyn std::fmt::Display| e.to_string();
-    let channel = listener.accept().map_err(|e| text(&e))?;
+    let channel = listener.accept(|| shared.migration.tls_server())?;
     set(shared, Status::Active);
-    let (Some(input), mut output, child) = (channel.input, channel.output, channel.child) else {
+    drop(listener);
+    let (Some(input), mut output, child, stop) = (channel.input, channel.output, channel.child, channel.stop)
+    else {
         return Err("the channel has no way in".into());
     };
     let mut reader = Reader::new(BufReader::with_capacity(1 << 20, input)).map_err(|e| text(&e))?;
@@ -88,7 +95,11 @@ fn receive(listener: Listener, shared: &Shared, events: &Events) -> Result<(), S
         let mut rest = [0; 65536];
         while Instant::now() < until && reader.input().read(&mut rest).is_ok_and(|n| n > 0) {}
     }
-    taken?;
+    if let Some((behind, kernel)) = taken? {
+        let output = output.ok_or("a post-copy needs a channel that goes both ways")?;
+        let connection = Connection { input: reader, output, stop };
+        return arriving::take_over(behind, connection, kernel, shared, events);
+    }
     if let (Some(output), true) = (&mut output, answers) {
         Answer::Loaded.write(output).map_err(|e| text(&e))?;
         match Answer::read(reader.input()) {
@@ -100,13 +111,24 @@ fn receive(listener: Listener, shared: &Shared, events: &Events) -> Result<(), S
         Channel::finish(child)?;
     }
     ask(events, |rt| {
-        arrived(rt);
+        arrived(rt, Some(Status::Completed));
         Ok(())
     })
 }
 
-/// Take frames to the end, and make the machine complete.
-fn take(reader: &mut Reader<impl std::io::Read>, events: &Events) -> Result<(), String> {
+/// What comes in post-copy, and whether the kernel will touch its memory too.
+type Rest = (Behind, bool);
+
+/// Take frames to the end, and make the machine complete; or to where the rest comes in post-copy.
+fn take(reader: &mut Input, events: &Events) -> Result<Option<Rest>, String> {
+    if reader.resumes {
+        return Err("it goes on with a migration that is not paused here".into());
+    }
+    let mut received = match reader.postcopy {
+        true => Some(PageSet::new(ask(events, postcopy::prepare)?)),
+        false => None,
+    };
+    let mut session = 0;
     let (free, window): (SyncSender<()>, Receiver<()>) = sync_channel(WINDOW);
     for _ in 0..WINDOW {
         let _ = free.try_send(());
@@ -120,6 +142,11 @@ fn take(reader: &mut Reader<impl std::io::Read>, events: &Events) -> Result<(), 
         match reader.frame().map_err(|e| e.to_string())? {
             Frame::Machine(info) => ask(events, move |rt| compare(rt, info))?,
             Frame::Pages(pages) => {
+                if let Some(received) = &received {
+                    for (gpa, _) in &pages {
+                        received.insert(*gpa);
+                    }
+                }
                 window.recv().map_err(|_| "the program ends".to_owned())?;
                 let (free, wrong) = (free.clone(), wrong.clone());
                 let call = Box::new(move |rt: &mut Runtime| {
@@ -131,6 +158,24 @@ fn take(reader: &mut Reader<impl std::io::Read>, events: &Events) -> Result<(), 
                 events.send(Event::Call(call)).map_err(|_| "the program ends".to_owned())?;
             }
             Frame::State { running, state: bytes } => state = Some((running, bytes)),
+            Frame::Advise(number) => session = number,
+            Frame::Discard(runs) => {
+                let set = received.as_ref().ok_or("it discards pages out of place")?;
+                runs.iter().for_each(|(gpa, pages)| set.remove(*gpa, *pages));
+                // Pages that came before it are in their places by then.
+                ask(events, move |rt| postcopy::discard(&rt.machine.memory().blocks(), &runs))?;
+            }
+            Frame::Postcopy => {
+                let kernel = ask(events, |rt| Ok(rt.machine.is_hardware()))?;
+                if let Ok(reason) = bad.try_recv() {
+                    return Err(reason);
+                }
+                let (Some((running, state)), Some(received)) = (state, received.take()) else {
+                    return Err("it came without its state".into());
+                };
+                return Ok(Some((Behind { session, running, state, received }, kernel)));
+            }
+            Frame::Resume(_) | Frame::Go => return Err("its parts are not in their order".into()),
             Frame::End { .. } => break,
         }
     }
@@ -139,7 +184,7 @@ fn take(reader: &mut Reader<impl std::io::Read>, events: &Events) -> Result<(), 
     // Pages were put before the state; what was wrong with them is known now.
     match bad.try_recv() {
         Ok(reason) => Err(reason),
-        Err(_) => Ok(()),
+        Err(_) => Ok(None),
     }
 }
 
@@ -177,7 +222,7 @@ pub fn put(rt: &mut Runtime, pages: &Pages) -> Result<(), String> {
 }
 
 /// Load the state of everything but RAM, and open the images.
-fn load(rt: &mut Runtime, running: bool, bytes: &[u8]) -> Result<(), String> {
+pub fn load(rt: &mut Runtime, running: bool, bytes: &[u8]) -> Result<(), String> {
     restore(rt, bytes)?;
     if let Some(incoming) = &mut rt.incoming {
         incoming.ran = running;
@@ -210,11 +255,13 @@ pub fn restore(rt: &mut Runtime, bytes: &[u8]) -> Result<(), String> {
     Ok(())
 }
 
-/// The machine is this side's.
-fn arrived(rt: &mut Runtime) {
+/// The machine is this side's; the status of its migration is `status` now.
+pub fn arrived(rt: &mut Runtime, status: Option<Status>) {
     let Some(incoming) = rt.incoming.take() else { return };
     rt.restart_pace();
-    set(&rt.shared, Status::Completed);
+    if let Some(status) = status {
+        set(&rt.shared, status);
+    }
     rt.shared.migration.state().addresses.clear();
     for output in rt.machine.pending_disk() {
         rt.outside.perform(output);

@@ -9,6 +9,8 @@
 pub mod channel;
 pub mod incoming;
 pub mod outgoing;
+pub mod postcopy;
+pub mod sender;
 pub mod snapshot;
 pub mod status;
 pub mod stream;

@@ -1,9 +1,8 @@
 //! The source: copies memory while the machine runs, stops it, hands it over.
 
 use std::collections::BTreeSet;
-use std::io::{Read, Write};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::mpsc::{self, Receiver, Sender};
+use std::hash::{BuildHasher, Hasher};
+use std::sync::atomic::Ordering;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -12,12 +11,14 @@ use ftvm_accel::GuestMemory;
 use ftvm_devices::Output;
 use serde_json::json;
 
-use super::channel::Channel;
+use super::channel::{Channel, Client};
+use super::postcopy::pages::is_in;
+use super::postcopy::{self, MISSING};
+use super::sender::{spawn, News, Writer};
 use super::status::{Migration, Status};
-use super::stream::{self, Answer, Frame, MachineInfo, Pages, PAGE};
+use super::stream::{self, Frame, MachineInfo, Pages, PAGE};
 use crate::runtime::control::RunState;
 use crate::runtime::live::{Runtime, Sink};
-use crate::runtime::{Event, Events};
 
 /// Pages in one frame, and frames that one step makes at most.
 const PAGES: usize = 256;
@@ -29,47 +30,13 @@ const CALM: usize = 512 << 10;
 const MEASURE_EVERY: Duration = Duration::from_millis(100);
 /// The receiver's longest silence while it makes the machine complete.
 const ANSWER_WITHIN: Duration = Duration::from_secs(60);
-/// How long a reason may take behind a connection that broke.
-const REASON_WITHIN: Duration = Duration::from_millis(500);
-
-/// What the sender's thread is to do.
-enum Work {
-    Frame(Frame),
-    /// All frames are there: send what waits, and hear the answer.
-    Finish,
-    /// Give the machine away.
-    Go,
-}
-
-/// What the sender's thread has to say.
-enum News {
-    /// Everything is on its way, and nobody answers.
-    Written,
-    Loaded,
-    Given,
-    Failed(String),
-}
-
-/// The thread that writes the stream, seen from the machine thread.
-struct Writer {
-    work: Sender<Work>,
-    queued: Arc<AtomicUsize>,
-    /// No limit of bandwidth any more: the machine stands still.
-    hurry: Arc<AtomicBool>,
-    stop: Arc<dyn Fn() + Send + Sync>,
-    frames: u64,
-}
-
-impl Writer {
-    fn send(&mut self, frame: Frame) {
-        if let Frame::Pages(pages) = &frame {
-            let bytes: usize = pages.iter().map(|(_, p)| 8 + p.as_ref().map_or(0, |_| PAGE)).sum();
-            self.queued.fetch_add(bytes, Ordering::Relaxed);
-        }
-        self.frames += 1;
-        let _ = self.work.send(Work::Frame(frame));
-    }
-}
+/// The same where the user may ask for post-copy at any time: what waits then delays the machine's start.
+const SHORT_WINDOW: usize = 2 << 20;
+/// Bytes that may wait for the channel in post-copy, where a page that is asked for is to come soon; pages in one frame there.
+const POST_WINDOW: usize = 512 << 10;
+const POST_PAGES: usize = 32;
+/// Runs of stale pages in one frame.
+const RUNS: usize = 1 << 16;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
@@ -83,6 +50,21 @@ enum Phase {
     Handing,
     /// The receiver may have it: no way back.
     Given,
+    /// The receiver runs it; the rest of its memory is sent.
+    Posting,
+    /// The same, and all is sent.
+    Posted,
+    /// The connection is broken; the receiver has not all of the memory.
+    Paused,
+    /// There is another one; the receiver says what it has.
+    Recovering,
+}
+
+impl Phase {
+    /// Behind the point of no return.
+    fn is_given(self) -> bool {
+        matches!(self, Phase::Given | Phase::Posting | Phase::Posted | Phase::Paused | Phase::Recovering)
+    }
 }
 
 /// A machine on its way out.
@@ -108,6 +90,10 @@ pub struct Outgoing {
     pass_sent: u64,
     outrun: u32,
     throttle: u64,
+    /// The number of a migration that may come to post-copy.
+    session: Option<u64>,
+    /// It came to that: pages follow the state.
+    posts: bool,
 }
 
 impl Outgoing {
@@ -119,10 +105,23 @@ impl Outgoing {
         }
     }
 
+    fn window(&self) -> usize {
+        if self.session.is_some() {
+            SHORT_WINDOW
+        } else {
+            WINDOW
+        }
+    }
+
     /// Whether there is something to send at once.
     pub fn is_hungry(&self) -> bool {
-        let most = if self.settling { CALM } else { WINDOW };
-        self.phase == Phase::Copying && self.writer.queued.load(Ordering::Relaxed) <= most
+        let most = match self.phase {
+            Phase::Copying if self.settling => CALM,
+            Phase::Copying => self.window(),
+            Phase::Posting => POST_WINDOW,
+            _ => return false,
+        };
+        self.writer.queued.load(Ordering::Relaxed) <= most
     }
 }
 
@@ -143,6 +142,8 @@ fn set(rt: &Runtime, status: Status) {
 pub fn blocked(rt: &Runtime) -> Option<String> {
     let reason = if rt.home.is_none() {
         "this machine cannot be moved"
+    } else if rt.shared.migration.arriving().is_some() {
+        MISSING
     } else if rt.ft.is_some() {
         "the machine is one of a pair (ft-turn-off ends the pair)"
     } else if !matches!(rt.sink, Sink::None) {
@@ -163,7 +164,7 @@ pub fn blocked(rt: &Runtime) -> Option<String> {
 }
 
 /// Begin.
-pub fn start(rt: &mut Runtime, channel: Channel) -> Result<(), String> {
+pub fn start(rt: &mut Runtime, channel: Channel, tls: Option<Client>) -> Result<(), String> {
     if let Some(reason) = blocked(rt) {
         return Err(reason);
     }
@@ -174,6 +175,13 @@ pub fn start(rt: &mut Runtime, channel: Channel) -> Result<(), String> {
         firmware: home.firmware.clone(),
     };
     let migration = Arc::clone(&rt.shared.migration);
+    let answers = channel.answers();
+    let post = migration.has("postcopy-ram");
+    if post && !answers {
+        return Err("a post-copy needs a channel that goes both ways: tcp:, unix: or a socket's fd:".into());
+    }
+    let session = post.then(|| std::hash::RandomState::new().build_hasher().finish());
+    migration.start_postcopy.store(false, Ordering::Relaxed);
     let total = rt.machine.memory().ram_size();
     rt.machine.track_dirty(true)?;
     {
@@ -190,14 +198,17 @@ pub fn start(rt: &mut Runtime, channel: Channel) -> Result<(), String> {
     }
     migration.sent.store(0, Ordering::Relaxed);
     set(rt, Status::Setup);
-    let answers = channel.answers();
     let id = rt.next_migration;
     rt.next_migration += 1;
-    let mut writer = spawn(channel, id, &migration, rt.events.clone()).map_err(|e| {
+    let flags = if answers { stream::ANSWERS } else { 0 } | if post { stream::POSTCOPY } else { 0 };
+    let mut writer = spawn(channel, tls, flags, id, &migration, rt.events.clone()).map_err(|e| {
         set(rt, Status::Failed);
         e.to_string()
     })?;
     writer.send(Frame::Machine(info));
+    if let Some(session) = session {
+        writer.send(Frame::Advise(session));
+    }
     rt.machine.memory().set_all_dirty(DIRTY_MIGRATION);
     rt.outgoing = Some(Box::new(Outgoing {
         id,
@@ -217,6 +228,8 @@ pub fn start(rt: &mut Runtime, channel: Channel) -> Result<(), String> {
         pass_sent: 0,
         outrun: 0,
         throttle: 0,
+        session,
+        posts: false,
     }));
     set(rt, Status::Active);
     pass_event(rt, 1);
@@ -230,175 +243,41 @@ fn pass_event(rt: &Runtime, pass: u64) {
     }
 }
 
-/// Start the thread that writes.
-fn spawn(channel: Channel, id: u64, migration: &Arc<Migration>, events: Events) -> std::io::Result<Writer> {
-    let (work, queue) = mpsc::channel();
-    let queued = Arc::new(AtomicUsize::new(0));
-    let hurry = Arc::new(AtomicBool::new(false));
-    let stop = Arc::clone(&channel.stop);
-    let sender = Sending {
-        queued: Arc::clone(&queued),
-        hurry: Arc::clone(&hurry),
-        sent: Arc::clone(&migration.sent),
-        bandwidth: Arc::clone(&migration.bandwidth),
-        pack: migration.has("compress"),
-    };
-    std::thread::Builder::new().name("migration".into()).spawn(move || {
-        let say = teller(events.clone(), id);
-        let mut channel = channel;
-        let heard = Arc::new(AtomicBool::new(false));
-        let listening = match channel.input.take().filter(|_| channel.output.is_some()) {
-            Some(input) => listen(input, Arc::clone(&heard), teller(events, id)).map(|()| true),
-            None => Ok(false),
-        };
-        let sent = listening
-            .map_err(|e| e.to_string())
-            .and_then(|answers| sender.run(channel, answers, &queue, &say));
-        if let Err(e) = sent {
-            // A destination that refuses says why, and hangs up: the reason counts.
-            let until = Instant::now() + REASON_WITHIN;
-            while !heard.load(Ordering::SeqCst) && Instant::now() < until {
-                std::thread::sleep(Duration::from_millis(5));
-            }
-            if !heard.load(Ordering::SeqCst) {
-                say(News::Failed(e));
-            }
-        }
-    })?;
-    Ok(Writer { work, queued, hurry, stop, frames: 0 })
-}
-
-/// Tells the machine thread.
-fn teller(events: Events, id: u64) -> impl Fn(News) + Send {
-    move |news| drop(events.send(Event::Call(Box::new(move |rt| on_news(rt, id, news)))))
-}
-
-/// Hear the destination's answer whenever it comes.
-fn listen(
-    mut input: Box<dyn Read + Send>,
-    heard: Arc<AtomicBool>,
-    say: impl Fn(News) + Send + 'static,
-) -> std::io::Result<()> {
-    let hear = move || {
-        let news = match Answer::read(&mut input) {
-            Ok(Answer::Loaded) => News::Loaded,
-            Ok(Answer::Failed(reason)) => {
-                News::Failed(format!("the destination refuses the machine: {reason}"))
-            }
-            Ok(Answer::Go) => News::Failed("the destination gave an answer that makes no sense".into()),
-            Err(e) => News::Failed(format!("the destination hung up: {e}")),
-        };
-        heard.store(true, Ordering::SeqCst);
-        say(news);
-    };
-    std::thread::Builder::new().name("migration-answer".into()).spawn(hear).map(drop)
-}
-
-/// The sender's thread.
-struct Sending {
-    queued: Arc<AtomicUsize>,
-    hurry: Arc<AtomicBool>,
-    sent: Arc<AtomicU64>,
-    bandwidth: Arc<AtomicU64>,
-    pack: bool,
-}
-
-impl Sending {
-    fn run(
-        &self,
-        channel: Channel,
-        answers: bool,
-        queue: &Receiver<Work>,
-        say: &dyn Fn(News),
-    ) -> Result<(), String> {
-        let text = |e: &dyn std::fmt::Display| format!("the machine cannot be sent: {e}");
-        let (Some(mut output), child) = (channel.output, channel.child) else {
-            return Err("the channel has no way out".into());
-        };
-        self.put(output.as_mut(), &stream::head(if answers { stream::ANSWERS } else { 0 }))
-            .map_err(|e| text(&e))?;
-        let (mut window, mut in_window) = (Instant::now(), 0u64);
-        while let Ok(work) = queue.recv() {
-            match work {
-                Work::Frame(frame) => {
-                    let queued: usize = match &frame {
-                        Frame::Pages(p) => p.iter().map(|(_, p)| 8 + p.as_ref().map_or(0, |_| PAGE)).sum(),
-                        _ => 0,
-                    };
-                    let bytes = frame.to_bytes(self.pack);
-                    drop(frame);
-                    self.put(output.as_mut(), &bytes).map_err(|e| text(&e))?;
-                    self.queued.fetch_sub(queued, Ordering::Relaxed);
-                    in_window += bytes.len() as u64;
-                    self.pace(&mut window, &mut in_window);
-                }
-                Work::Finish => {
-                    output.flush().map_err(|e| text(&e))?;
-                    if !answers {
-                        drop(output);
-                        Channel::finish(child)?;
-                        say(News::Written);
-                        return Ok(());
-                    }
-                }
-                Work::Go => {
-                    Answer::Go.write(&mut output).map_err(|e| text(&e))?;
-                    say(News::Given);
-                    return Ok(());
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn put(&self, output: &mut dyn Write, bytes: &[u8]) -> std::io::Result<()> {
-        output.write_all(bytes)?;
-        self.sent.fetch_add(bytes.len() as u64, Ordering::Relaxed);
-        Ok(())
-    }
-
-    /// Keep to the bandwidth that the user allows.
-    fn pace(&self, window: &mut Instant, in_window: &mut u64) {
-        let limit = self.bandwidth.load(Ordering::Relaxed);
-        if limit == 0 || self.hurry.load(Ordering::Relaxed) {
-            return;
-        }
-        let due = Duration::from_secs_f64(*in_window as f64 / limit as f64);
-        // In small pieces: the limit may change, and the machine may stop meanwhile.
-        while window.elapsed() < due && !self.hurry.load(Ordering::Relaxed) {
-            let left = due.saturating_sub(window.elapsed());
-            std::thread::sleep(left.min(Duration::from_millis(5)));
-            if self.bandwidth.load(Ordering::Relaxed) != limit {
-                break;
-            }
-        }
-        if window.elapsed() > MEASURE_EVERY {
-            *window = Instant::now();
-            *in_window = 0;
-        }
-    }
-}
-
 /// Take the pages that are dirty, `limit` at most, in address order from `cursor` on.
 pub fn take_pages(mem: &GuestMemory, cursor: &mut u64, limit: usize) -> Pages {
     let addresses = mem.take_dirty(DIRTY_MIGRATION, cursor, limit);
-    let mut pages = Vec::with_capacity(addresses.len());
-    for gpa in addresses {
-        let mut page = Box::new([0u8; PAGE]);
-        // What is dirty is RAM.
-        let read = mem.read(gpa, page.as_mut_slice()).is_ok();
-        pages.push((gpa, Some(page).filter(|p| read && p.iter().any(|b| *b != 0))));
-    }
-    pages
+    addresses.into_iter().map(|gpa| (gpa, page(mem, gpa))).collect()
+}
+
+/// A page's contents; `None`: all zero.
+fn page(mem: &GuestMemory, gpa: u64) -> Option<Box<[u8; PAGE]>> {
+    let mut page = Box::new([0u8; PAGE]);
+    // What is dirty is RAM.
+    let read = mem.read(gpa, page.as_mut_slice()).is_ok();
+    Some(page).filter(|p| read && p.iter().any(|b| *b != 0))
+}
+
+/// Break the connection of a post-copy; false: there is none here.
+pub fn break_off(rt: &Runtime) -> bool {
+    let posting = rt.outgoing.as_ref().filter(|o| matches!(o.phase, Phase::Posting | Phase::Posted));
+    posting.map(|out| (out.writer.stop)()).is_some()
 }
 
 /// The machine thread's part, in each of its rounds.
 pub fn work(rt: &mut Runtime) {
     let Some(out) = &rt.outgoing else { return };
     match out.phase {
+        Phase::Copying if out.session.is_some() && wants_postcopy(rt) => {
+            log::info!("migration: the rest goes in post-copy");
+            stop(rt, true);
+        }
         Phase::Copying => {
             measure(rt);
             copy(rt);
+        }
+        Phase::Posting => {
+            measure(rt);
+            post(rt);
         }
         Phase::Draining => drain(rt),
         Phase::Handing => {
@@ -407,8 +286,12 @@ pub fn work(rt: &mut Runtime) {
                 fail(rt, "the destination does not answer".into());
             }
         }
-        Phase::Waiting | Phase::Given => {}
+        Phase::Waiting | Phase::Given | Phase::Posted | Phase::Paused | Phase::Recovering => {}
     }
+}
+
+fn wants_postcopy(rt: &Runtime) -> bool {
+    rt.shared.migration.start_postcopy.load(Ordering::Relaxed)
 }
 
 fn measure(rt: &mut Runtime) {
@@ -445,7 +328,7 @@ fn copy(rt: &mut Runtime) {
             out.settling = false;
             return pass_ends(rt);
         }
-        if out.settling || queued > WINDOW {
+        if out.settling || queued > out.window() {
             return;
         }
         let pages = take_pages(mem, &mut out.cursor, PAGES);
@@ -493,7 +376,7 @@ fn pass_ends(rt: &mut Runtime) {
     let idle = rt.machine.is_paused();
     let fits = (remaining + waiting) as f64 <= speed * limit.as_secs_f64();
     if fits || idle && remaining == 0 {
-        return stop(rt);
+        return stop(rt, false);
     }
     let sent_in_pass = sent.saturating_sub(out.pass_sent);
     out.pass_sent = sent;
@@ -514,9 +397,10 @@ fn pass_ends(rt: &mut Runtime) {
     pass_event(rt, pass);
 }
 
-/// The machine stops.
-fn stop(rt: &mut Runtime) {
+/// The machine stops, with everything sent soon or (`posts`) with the rest of its memory to follow.
+fn stop(rt: &mut Runtime, posts: bool) {
     let Some(out) = &mut rt.outgoing else { return };
+    out.posts = posts;
     out.stopped_at = Some(Instant::now());
     out.ran = !rt.machine.is_paused();
     out.writer.hurry.store(true, Ordering::Relaxed);
@@ -566,7 +450,12 @@ fn hand_over(rt: &mut Runtime) -> Result<(), String> {
     migration.state().stats.precopy_bytes = migration.sent.load(Ordering::Relaxed);
     rt.machine.collect_dirty()?;
     let mut cursor = 0;
-    loop {
+    if out.posts {
+        out.cursor = 0;
+        let stale = rt.machine.memory().dirty_runs(DIRTY_MIGRATION);
+        stale.chunks(RUNS).for_each(|runs| out.writer.send(Frame::Discard(runs.to_vec())));
+    }
+    while !out.posts {
         let pages = take_pages(rt.machine.memory(), &mut cursor, PAGES);
         if pages.is_empty() {
             break;
@@ -576,17 +465,133 @@ fn hand_over(rt: &mut Runtime) -> Result<(), String> {
     }
     let state = rt.machine.save().to_bytes();
     out.writer.send(Frame::State { running: out.ran, state });
-    let frames = out.writer.frames;
-    out.writer.send(Frame::End { frames });
-    let _ = out.writer.work.send(Work::Finish);
+    if out.posts {
+        out.writer.posts.store(true, Ordering::SeqCst);
+        out.writer.send(Frame::Postcopy);
+        out.writer.finish();
+    } else {
+        out.writer.end();
+    }
     Ok(())
 }
 
-/// The sender's thread has news.
-fn on_news(rt: &mut Runtime, id: u64, news: News) {
+/// Send what the receiver has not asked for yet.
+fn post(rt: &mut Runtime) {
+    let Some(out) = &mut rt.outgoing else { return };
+    let release = rt.shared.migration.has("release-ram");
+    while out.writer.queued.load(Ordering::Relaxed) <= POST_WINDOW {
+        let from_start = out.cursor == 0;
+        let pages = take_pages(rt.machine.memory(), &mut out.cursor, POST_PAGES);
+        if pages.is_empty() {
+            // The search goes on behind what was asked for last, so the beginning comes at the end.
+            if from_start {
+                out.phase = Phase::Posted;
+                return out.writer.end();
+            }
+            continue;
+        }
+        count(&rt.shared.migration, &pages);
+        if release {
+            let blocks = rt.machine.memory().blocks();
+            let runs: Vec<(u64, u64)> = pages.iter().map(|(gpa, _)| (*gpa, 1)).collect();
+            if let Err(e) = postcopy::discard(&blocks, &runs) {
+                log::debug!("migration: {e}");
+            }
+        }
+        out.writer.send(Frame::Pages(pages));
+    }
+}
+
+/// The receiver waits for these pages.
+fn wanted(rt: &mut Runtime, wanted: &[u64]) {
+    let Some(out) = &mut rt.outgoing else { return };
+    let mem = rt.machine.memory();
+    rt.shared.migration.state().stats.postcopy_requests += wanted.len() as u64;
+    for gpa in wanted {
+        // One that is not dirty is on its way.
+        if mem.take_dirty_page(DIRTY_MIGRATION, *gpa) {
+            let pages = vec![(*gpa, page(mem, *gpa))];
+            count(&rt.shared.migration, &pages);
+            out.writer.send_first(pages);
+        }
+        // It will want what is near.
+        out.cursor = mem.blocks().number(*gpa).unwrap_or(0);
+    }
+}
+
+/// The receiver runs the machine now.
+fn switched(rt: &mut Runtime) {
+    let Some(out) = &mut rt.outgoing else { return };
+    out.phase = Phase::Posting;
+    let migration = &rt.shared.migration;
+    {
+        let mut s = migration.state();
+        s.downtime = out.stopped_at.map(|t| t.elapsed());
+        s.stats.switched_bytes = Some(migration.sent.load(Ordering::Relaxed));
+        s.stats.remaining = rt.machine.memory().count_dirty(DIRTY_MIGRATION) * PAGE as u64;
+    }
+    set(rt, Status::PostcopyActive);
+}
+
+/// The connection is gone: nobody has the whole machine until there is another.
+fn pause(rt: &mut Runtime, reason: String) {
+    let Some(out) = &mut rt.outgoing else { return };
+    out.phase = Phase::Paused;
+    (out.writer.stop)();
+    log::warn!("migration: paused: {reason}");
+    rt.shared.migration.state().error = Some(reason);
+    set(rt, Status::PostcopyPaused);
+}
+
+/// `migrate` with `resume`: go on over another connection.
+pub fn resume(rt: &mut Runtime, channel: Channel, tls: Option<Client>) -> Result<(), String> {
+    can_resume(rt)?;
+    if !channel.answers() {
+        return Err("a post-copy needs a channel that goes both ways: tcp:, unix: or a socket's fd:".into());
+    }
+    let migration = Arc::clone(&rt.shared.migration);
+    let flags = stream::ANSWERS | stream::POSTCOPY | stream::RESUME;
+    // What the threads of the connection before this one still say is not heard any more.
+    let id = rt.next_migration;
+    let mut writer =
+        spawn(channel, tls, flags, id, &migration, rt.events.clone()).map_err(|e| e.to_string())?;
+    rt.next_migration += 1;
+    let Some(out) = &mut rt.outgoing else { return Ok(()) };
+    writer.send(Frame::Resume(out.session.unwrap_or_default()));
+    out.id = id;
+    out.writer = writer;
+    out.phase = Phase::Recovering;
+    set(rt, Status::PostcopyRecover);
+    Ok(())
+}
+
+/// Whether there is a migration that [`resume`] may go on with.
+pub fn can_resume(rt: &Runtime) -> Result<(), String> {
+    if rt.outgoing.as_ref().is_none_or(|o| o.phase != Phase::Paused) {
+        return Err("Cannot resume if there is no paused migration".into());
+    }
+    if rt.shared.migration.has("release-ram") {
+        return Err("Postcopy recovery cannot work when release-ram capability is set".into());
+    }
+    Ok(())
+}
+
+/// The receiver has these pages: the others are sent (again).
+fn recovered(rt: &mut Runtime, has: &[u8]) {
+    let Some(out) = &mut rt.outgoing else { return };
+    rt.machine.memory().set_dirty_where(DIRTY_MIGRATION, |n| !is_in(has, n));
+    (out.phase, out.cursor) = (Phase::Posting, 0);
+    rt.shared.migration.state().error = None;
+    log::info!("migration: it goes on");
+    set(rt, Status::PostcopyActive);
+}
+
+/// The sender's threads have news.
+pub fn on_news(rt: &mut Runtime, id: u64, news: News) {
     let Some(out) = rt.outgoing.as_mut().filter(|o| o.id == id) else { return };
     match news {
-        News::Failed(reason) if out.phase == Phase::Given => {
+        News::Failed(reason) if out.posts && out.phase.is_given() => pause(rt, reason),
+        News::Failed(reason) | News::NotGiven(reason) if out.phase == Phase::Given => {
             // Whether the destination has heard it is not known: this side must not run.
             complete(rt);
             let text =
@@ -595,14 +600,19 @@ fn on_news(rt: &mut Runtime, id: u64, news: News) {
             rt.shared.migration.state().error = Some(text);
             set(rt, Status::Failed);
         }
-        News::Failed(reason) => fail(rt, reason),
+        News::Failed(reason) | News::NotGiven(reason) => fail(rt, reason),
         News::Loaded if out.phase == Phase::Handing => {
             out.phase = Phase::Given;
-            let _ = out.writer.work.send(Work::Go);
+            out.writer.go();
         }
         News::Written if out.phase == Phase::Handing => complete(rt),
+        News::Given if out.posts => switched(rt),
         News::Given => complete(rt),
-        News::Loaded | News::Written => fail(rt, "the destination answered out of turn".into()),
+        News::Wanted(pages) if out.posts && out.phase != Phase::Paused => wanted(rt, &pages),
+        News::Have(pages) if out.phase == Phase::Recovering => recovered(rt, &pages),
+        News::Complete if out.phase == Phase::Posted => complete(rt),
+        _ if out.phase.is_given() => pause(rt, "the destination answered out of turn".into()),
+        _ => fail(rt, "the destination answered out of turn".into()),
     }
 }
 
@@ -613,7 +623,7 @@ fn complete(rt: &mut Runtime) {
     {
         let mut s = rt.shared.migration.state();
         s.total_time = s.started.map(|t| now - t);
-        s.downtime = out.stopped_at.map(|t| now - t);
+        s.downtime = s.downtime.or(out.stopped_at.map(|t| now - t));
         s.stats.remaining = 0;
         let seconds = s.total_time.unwrap_or_default().as_secs_f64();
         s.stats.mbps =
@@ -665,7 +675,7 @@ fn end(rt: &mut Runtime, reason: Option<String>, status: Status) {
 
 /// `migrate_cancel`: nothing happens when nothing moves, or when it is too late.
 pub fn cancel(rt: &mut Runtime) {
-    if rt.outgoing.as_ref().is_some_and(|o| o.phase != Phase::Given) {
+    if rt.outgoing.as_ref().is_some_and(|o| !o.phase.is_given()) {
         set(rt, Status::Cancelling);
         end(rt, None, Status::Cancelled);
     }

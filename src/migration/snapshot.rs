@@ -78,6 +78,9 @@ fn find(image: &dyn Image, name: &str) -> Option<Snapshot> {
 /// Begin: the machine stops, and when its disks are idle the rest is done.
 pub fn begin(rt: &mut Runtime, wish: Wish, reply: Sender<Result<(), String>>) -> Result<(), String> {
     let busy = rt.outgoing.is_some() || rt.incoming.is_some() || rt.images_away || rt.snapshotting.is_some();
+    if rt.shared.migration.arriving().is_some() {
+        return Err(super::postcopy::MISSING.into());
+    }
     if busy {
         return Err("the machine is on its way, or a snapshot is under way".into());
     }

@@ -6,6 +6,10 @@ use std::time::{Duration, Instant};
 
 use serde_json::{json, Value};
 
+use super::channel::{Client, Server, Uri};
+use super::postcopy::arriving::Arriving;
+use crate::host::tls;
+
 /// Capabilities that this program has, and whether they can be turned off.
 pub const CAPABILITIES: &[(&str, bool)] = &[
     ("auto-converge", true),
@@ -13,6 +17,8 @@ pub const CAPABILITIES: &[(&str, bool)] = &[
     ("events", true),
     ("late-block-activate", true),
     ("pause-before-switchover", true),
+    ("postcopy-ram", true),
+    ("release-ram", true),
     ("return-path", true),
     ("zero-blocks", true),
 ];
@@ -30,6 +36,12 @@ pub enum Status {
     Failed,
     PreSwitchover,
     Device,
+    /// The destination runs; pages still come.
+    PostcopyActive,
+    /// The same, and the connection is broken.
+    PostcopyPaused,
+    /// Another connection is there.
+    PostcopyRecover,
 }
 
 impl Status {
@@ -45,6 +57,9 @@ impl Status {
             Status::Failed => "failed",
             Status::PreSwitchover => "pre-switchover",
             Status::Device => "device",
+            Status::PostcopyActive => "postcopy-active",
+            Status::PostcopyPaused => "postcopy-paused",
+            Status::PostcopyRecover => "postcopy-recover",
         }
     }
 
@@ -52,7 +67,14 @@ impl Status {
     pub fn is_busy(self) -> bool {
         matches!(
             self,
-            Status::Setup | Status::Cancelling | Status::Active | Status::PreSwitchover | Status::Device
+            Status::Setup
+                | Status::Cancelling
+                | Status::Active
+                | Status::PreSwitchover
+                | Status::Device
+                | Status::PostcopyActive
+                | Status::PostcopyPaused
+                | Status::PostcopyRecover
         )
     }
 }
@@ -72,8 +94,10 @@ pub struct Parameters {
     pub max_cpu_throttle: u64,
     /// Milliseconds.
     pub downtime_limit: u64,
+    /// Objects of TLS, and the name that the destination's certificate must have; empty: none.
     pub tls_creds: String,
     pub tls_hostname: String,
+    pub tls_authz: String,
 }
 
 impl Default for Parameters {
@@ -90,6 +114,7 @@ impl Default for Parameters {
             downtime_limit: 300,
             tls_creds: String::new(),
             tls_hostname: String::new(),
+            tls_authz: String::new(),
         }
     }
 }
@@ -110,8 +135,11 @@ pub struct Stats {
     pub dirty_sync_count: u64,
     pub throttle: u64,
     pub expected_downtime: Option<Duration>,
-    /// Bytes that were sent when the machine was stopped.
+    /// Bytes that were sent when the machine was stopped, and when the destination ran in post-copy.
     pub precopy_bytes: u64,
+    pub switched_bytes: Option<u64>,
+    /// Pages that the destination asked for.
+    pub postcopy_requests: u64,
 }
 
 /// One program's migrations.
@@ -140,7 +168,12 @@ pub struct Migration {
     pub bandwidth: Arc<AtomicU64>,
     /// Bytes that the present (or last) migration has put on its way.
     pub sent: Arc<AtomicU64>,
-    pub cancelled: AtomicBool,
+    /// The same for pages in post-copy that nobody waits for.
+    pub postcopy_bandwidth: Arc<AtomicU64>,
+    /// The user wants no more passes: `migrate-start-postcopy`.
+    pub start_postcopy: AtomicBool,
+    /// A machine that runs here while its memory comes.
+    arriving: Mutex<Option<Arc<Arriving>>>,
 }
 
 impl Migration {
@@ -154,6 +187,21 @@ impl Migration {
     /// The state, to look at or to change.
     pub fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The machine that runs here while its memory comes, if there is one.
+    pub fn arriving(&self) -> Option<Arc<Arriving>> {
+        self.arriving.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// See [`Self::arriving`].
+    pub fn set_arriving(&self, arriving: Option<Arc<Arriving>>) {
+        *self.arriving.lock().unwrap_or_else(PoisonError::into_inner) = arriving;
+    }
+
+    /// Whether the machine here may wait for memory that nobody brings.
+    pub fn is_stuck(&self) -> bool {
+        self.arriving().is_some() && self.state().status != Status::PostcopyActive
     }
 
     /// Whether the user turned this capability on.
@@ -198,6 +246,7 @@ impl Migration {
         let sent = self.sent.load(Ordering::Relaxed);
         let stats = &s.stats;
         let precopy = if stats.precopy_bytes > 0 { stats.precopy_bytes } else { sent };
+        let switched = stats.switched_bytes.unwrap_or(sent);
         out["ram"] = json!({
             "transferred": sent,
             "remaining": if s.status == Status::Completed { 0 } else { stats.remaining },
@@ -209,19 +258,45 @@ impl Migration {
             "dirty-pages-rate": stats.dirty_pages_rate,
             "mbps": stats.mbps,
             "dirty-sync-count": stats.dirty_sync_count,
-            "postcopy-requests": 0,
+            "postcopy-requests": stats.postcopy_requests,
             "page-size": 4096,
             "multifd-bytes": 0,
             "pages-per-second": stats.pages_per_second,
             "precopy-bytes": precopy,
-            "downtime-bytes": sent - precopy.min(sent),
-            "postcopy-bytes": 0,
+            "downtime-bytes": switched - precopy.min(switched),
+            "postcopy-bytes": sent - switched.min(sent),
             "dirty-sync-missed-zero-copy": 0,
         });
         if stats.throttle > 0 {
             out["cpu-throttle-percentage"] = json!(stats.throttle);
         }
         out
+    }
+
+    /// How a migration to this place is to be kept secret, if it is.
+    pub fn tls_client(&self, uri: &Uri) -> Result<Option<Client>, String> {
+        let p = self.state().parameters.clone();
+        if p.tls_creds.is_empty() {
+            return Ok(None);
+        }
+        let credentials = tls::find(&p.tls_creds, false)?;
+        let host = Some(p.tls_hostname.as_str()).filter(|h| !h.is_empty()).or(uri.host());
+        let host = host.ok_or("No hostname available for TLS")?.to_owned();
+        Ok(Some(Client { credentials, host }))
+    }
+
+    /// As [`Self::tls_client`], for one that comes.
+    pub fn tls_server(&self) -> Result<Option<Server>, String> {
+        let p = self.state().parameters.clone();
+        if p.tls_creds.is_empty() {
+            return Ok(None);
+        }
+        let credentials = tls::find(&p.tls_creds, true)?;
+        let identity = match p.tls_authz.as_str() {
+            "" => None,
+            id => Some(tls::find_identity(id)?),
+        };
+        Ok(Some(Server { credentials, identity }))
     }
 
     /// The answer of `query-migrate-parameters`.
@@ -239,7 +314,9 @@ impl Migration {
             "max-cpu-throttle": p.max_cpu_throttle,
             "tls-creds": p.tls_creds,
             "tls-hostname": p.tls_hostname,
+            "tls-authz": p.tls_authz,
             "max-bandwidth": self.bandwidth.load(Ordering::Relaxed),
+            "max-postcopy-bandwidth": self.postcopy_bandwidth.load(Ordering::Relaxed),
             "downtime-limit": p.downtime_limit,
         })
     }
@@ -247,7 +324,7 @@ impl Migration {
     /// `migrate-set-parameters`: all of them or none.
     pub fn set_parameters(&self, given: &serde_json::Map<String, Value>) -> Result<(), String> {
         let mut p = self.state().parameters.clone();
-        let mut bandwidth = None;
+        let (mut bandwidth, mut postcopy_bandwidth) = (None, None);
         let number = |name: &str, value: &Value, low: u64, high: u64, what: &str| {
             value
                 .as_u64()
@@ -259,10 +336,7 @@ impl Migration {
                 number(name, value, low, high, &format!("an integer in the range of {low} to {high}"))
             };
             let any = |high, what: &str| number(name, value, 0, high, what);
-            let text = |old: &str| match (value.as_str(), old) {
-                (Some(new), _) => new.to_owned(),
-                (None, _) => String::new(),
-            };
+            let text = || value.as_str().unwrap_or_default().to_owned();
             match name.as_str() {
                 "announce-initial" => p.announce_initial = any(100_000, "a value between 0 and 100000")?,
                 "announce-max" => p.announce_max = any(100_000, "a value between 0 and 100000")?,
@@ -277,18 +351,26 @@ impl Migration {
                 "downtime-limit" => {
                     p.downtime_limit = any(2_000_000, "an integer in the range of 0 to 2000 seconds")?;
                 }
-                "max-bandwidth" => {
+                "max-bandwidth" | "max-postcopy-bandwidth" => {
                     let what = "an integer in the range of 0 to 18446744073709551615 bytes/second";
-                    bandwidth = Some(any(u64::MAX, what)?);
+                    let value = Some(any(u64::MAX, what)?);
+                    match name.as_str() {
+                        "max-bandwidth" => bandwidth = value,
+                        _ => postcopy_bandwidth = value,
+                    }
                 }
-                "tls-creds" => p.tls_creds = text(&p.tls_creds),
-                "tls-hostname" => p.tls_hostname = text(&p.tls_hostname),
+                "tls-creds" => p.tls_creds = text(),
+                "tls-hostname" => p.tls_hostname = text(),
+                "tls-authz" => p.tls_authz = text(),
                 other => return Err(format!("the migration parameter '{other}' has no effect here")),
             }
         }
         self.state().parameters = p;
         if let Some(bandwidth) = bandwidth {
             self.bandwidth.store(bandwidth, Ordering::Relaxed);
+        }
+        if let Some(bandwidth) = postcopy_bandwidth {
+            self.postcopy_bandwidth.store(bandwidth, Ordering::Relaxed);
         }
         Ok(())
     }

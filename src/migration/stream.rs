@@ -8,6 +8,10 @@
 //! Numbers are little-endian. The frames are one [`Frame::Machine`], any number of [`Frame::Pages`], one [`Frame::State`]
 //! and [`Frame::End`]. Where the receiver can answer it does so by frames too ([`Answer`]). Nothing that was cut off, changed on
 //! its way or written by a later version is taken for a state.
+//!
+//! A stream with the flag [`POSTCOPY`] has a [`Frame::Advise`] behind the machine, and may have the state before all pages are
+//! sent: then [`Frame::Discard`] tells which of them are stale before it, [`Frame::Postcopy`] follows it, and more pages follow
+//! that. When such a stream broke there, another one with the flag [`RESUME`] goes on: [`Frame::Resume`], pages, the end.
 
 use std::io::{Read, Write};
 
@@ -19,6 +23,10 @@ pub const MAGIC: &[u8; 8] = b"FTVMSTAT";
 pub const VERSION: u32 = 1;
 /// Flag: the sender waits for the receiver's answers.
 pub const ANSWERS: u32 = 1;
+/// Flag: pages may come behind the state.
+pub const POSTCOPY: u32 = 2;
+/// Flag: this goes on with a stream that broke behind its state.
+pub const RESUME: u32 = 4;
 /// The largest payload of a frame in bytes.
 pub const MAX_PAYLOAD: usize = 256 << 20;
 /// Bytes of a page of guest memory.
@@ -31,9 +39,16 @@ const PAGES: u8 = 2;
 const STATE: u8 = 3;
 const END: u8 = 4;
 const PACKED_PAGES: u8 = 5;
+const ADVISE: u8 = 6;
+const DISCARD: u8 = 7;
+const POSTCOPY_RUN: u8 = 8;
+const RESUMES: u8 = 9;
 const LOADED: u8 = 16;
 const FAILED: u8 = 17;
 const GO: u8 = 18;
+const WANTED: u8 = 19;
+const HAVE: u8 = 20;
+const COMPLETE: u8 = 21;
 
 /// Errors of a stream.
 #[derive(Debug, thiserror::Error)]
@@ -92,6 +107,16 @@ pub enum Frame {
     End {
         frames: u64,
     },
+    /// The migration's number, by which it knows itself again.
+    Advise(u64),
+    /// Runs of pages (the first one's address, how many) that were sent and changed since, or that were not sent.
+    Discard(Vec<(u64, u64)>),
+    /// The machine may run, and asks for the pages that it has not.
+    Postcopy,
+    /// This goes on with the migration of that number.
+    Resume(u64),
+    /// In the midst of pages: [`Answer::Go`].
+    Go,
 }
 
 /// What receiver and sender say to one another behind the end.
@@ -103,6 +128,12 @@ pub enum Answer {
     Failed(String),
     /// Sender: the machine is the receiver's now.
     Go,
+    /// Receiver: it waits for these pages.
+    Wanted(Vec<u64>),
+    /// Receiver: a bit for each page of RAM, in order, that is set if the page is there.
+    Have(Vec<u8>),
+    /// Receiver: every page is there.
+    Complete,
 }
 
 /// The head of a stream.
@@ -125,7 +156,7 @@ pub fn read_head(input: &mut impl Read) -> Result<u32, StreamError> {
         return Err(StreamError::Version(version));
     }
     let flags = word(&raw[12..]);
-    match flags & !ANSWERS {
+    match flags & !(ANSWERS | POSTCOPY | RESUME) {
         0 => Ok(flags),
         other => Err(StreamError::Flags(other)),
     }
@@ -172,6 +203,10 @@ fn take(input: &mut impl Read) -> Result<(u8, Vec<u8>), StreamError> {
         return Err(StreamError::Damaged("a checksum is wrong"));
     }
     Ok((head[0], payload))
+}
+
+fn to_bytes(words: &[u64]) -> Vec<u8> {
+    words.iter().flat_map(|w| w.to_le_bytes()).collect()
 }
 
 fn pages_payload(pages: &Pages) -> Vec<u8> {
@@ -239,6 +274,14 @@ impl Frame {
                 put(STATE, &payload)
             }
             Frame::End { frames } => put(END, &frames.to_le_bytes()),
+            Frame::Advise(session) => put(ADVISE, &session.to_le_bytes()),
+            Frame::Discard(runs) => {
+                let words: Vec<u64> = runs.iter().flat_map(|(start, pages)| [*start, *pages]).collect();
+                put(DISCARD, &to_bytes(&words))
+            }
+            Frame::Postcopy => put(POSTCOPY_RUN, &[]),
+            Frame::Resume(session) => put(RESUMES, &session.to_le_bytes()),
+            Frame::Go => put(GO, &[]),
         }
     }
 
@@ -272,6 +315,17 @@ impl Frame {
                 8 => Ok(Frame::End { frames: long(&payload) }),
                 _ => Err(StreamError::Damaged("its end is not readable")),
             },
+            ADVISE if payload.len() == 8 => Ok(Frame::Advise(long(&payload))),
+            RESUMES if payload.len() == 8 => Ok(Frame::Resume(long(&payload))),
+            DISCARD if payload.len().is_multiple_of(16) => {
+                let run = |raw: &[u8]| (long(raw), long(&raw[8..]));
+                Ok(Frame::Discard(payload.chunks_exact(16).map(run).collect()))
+            }
+            POSTCOPY_RUN if payload.is_empty() => Ok(Frame::Postcopy),
+            GO if payload.is_empty() => Ok(Frame::Go),
+            ADVISE | RESUMES | DISCARD | POSTCOPY_RUN | GO => {
+                Err(StreamError::Damaged("a part of a post-copy is not readable"))
+            }
             other => Err(StreamError::Unknown(other)),
         }
     }
@@ -284,6 +338,9 @@ impl Answer {
             Answer::Loaded => put(LOADED, &[]),
             Answer::Failed(reason) => put(FAILED, reason.as_bytes()),
             Answer::Go => put(GO, &[]),
+            Answer::Wanted(pages) => put(WANTED, &to_bytes(pages)),
+            Answer::Have(bits) => put(HAVE, bits),
+            Answer::Complete => put(COMPLETE, &[]),
         };
         output.write_all(&bytes)?;
         Ok(output.flush()?)
@@ -296,6 +353,11 @@ impl Answer {
             LOADED => Ok(Answer::Loaded),
             FAILED => Ok(Answer::Failed(String::from_utf8_lossy(&payload).into_owned())),
             GO => Ok(Answer::Go),
+            WANTED if payload.len().is_multiple_of(8) => {
+                Ok(Answer::Wanted(payload.chunks_exact(8).map(long).collect()))
+            }
+            HAVE => Ok(Answer::Have(payload)),
+            COMPLETE => Ok(Answer::Complete),
             other => Err(StreamError::Unknown(other)),
         }
     }
@@ -305,33 +367,57 @@ impl Answer {
 pub struct Reader<R> {
     input: R,
     frames: u64,
-    machine: bool,
-    state: bool,
+    at: Place,
     /// The sender waits for answers.
     pub answers: bool,
+    /// Pages may come behind the state.
+    pub postcopy: bool,
+    /// It goes on with a stream that broke.
+    pub resumes: bool,
+}
+
+/// How far a stream is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Place {
+    Begin,
+    Memory,
+    State,
+    /// Pages behind the state.
+    Rest,
 }
 
 impl<R: Read> Reader<R> {
     /// Read the head.
     pub fn new(mut input: R) -> Result<Self, StreamError> {
         let flags = read_head(&mut input)?;
-        Ok(Reader { input, frames: 0, machine: false, state: false, answers: flags & ANSWERS != 0 })
+        Ok(Reader {
+            input,
+            frames: 0,
+            at: Place::Begin,
+            answers: flags & ANSWERS != 0,
+            postcopy: flags & POSTCOPY != 0,
+            resumes: flags & RESUME != 0,
+        })
     }
 
     /// The next frame; behind [`Frame::End`] there is none.
     pub fn frame(&mut self) -> Result<Frame, StreamError> {
         let frame = Frame::read(&mut self.input)?;
-        let fits = match &frame {
-            Frame::Machine(_) => !std::mem::replace(&mut self.machine, true),
-            Frame::Pages(_) => self.machine && !self.state,
-            Frame::State { .. } => self.machine && !std::mem::replace(&mut self.state, true),
-            Frame::End { frames } => self.state && *frames == self.frames,
+        let next = match (&frame, self.at) {
+            (Frame::Machine(_), Place::Begin) if !self.resumes => Some(Place::Memory),
+            (Frame::Resume(_), Place::Begin) if self.resumes => Some(Place::Rest),
+            (Frame::Pages(_), Place::Memory) => Some(Place::Memory),
+            (Frame::Advise(_) | Frame::Discard(_), Place::Memory) if self.postcopy => Some(Place::Memory),
+            (Frame::State { .. }, Place::Memory) => Some(Place::State),
+            (Frame::Postcopy, Place::State) if self.postcopy => Some(Place::Rest),
+            (Frame::Pages(_) | Frame::Go, Place::Rest) => Some(Place::Rest),
+            (Frame::End { frames }, Place::State | Place::Rest) if *frames == self.frames => Some(self.at),
+            _ => None,
         };
-        self.frames += 1;
-        match fits {
-            true => Ok(frame),
-            false => Err(StreamError::Damaged("its parts are not in their order")),
-        }
+        // What is said of the machine's owner is no part of what is sent.
+        self.frames += u64::from(frame != Frame::Go);
+        self.at = next.ok_or(StreamError::Damaged("its parts are not in their order"))?;
+        Ok(frame)
     }
 
     /// The input, for the answers.
@@ -404,16 +490,50 @@ mod tests {
         later[8] = 2;
         assert!(Reader::new(&later[..]).err().unwrap().to_string().contains("version 2"));
         let mut unknown = head(0);
-        unknown.extend(put(9, b"x"));
-        assert!(read(&unknown).unwrap_err().to_string().contains("kind 9"));
+        unknown.extend(put(15, b"x"));
+        assert!(read(&unknown).unwrap_err().to_string().contains("kind 15"));
         let mut order = head(0);
         order.extend(Frame::State { running: false, state: vec![] }.to_bytes(false));
         assert!(read(&order).unwrap_err().to_string().contains("order"));
     }
 
     #[test]
+    fn pages_come_behind_the_state_where_that_was_said() {
+        let page = || Frame::Pages(vec![(0x7000, None)]);
+        let before = [
+            Frame::Machine(info()),
+            Frame::Advise(77),
+            page(),
+            Frame::Discard(vec![(0x1000, 3), (1 << 32, 1)]),
+            Frame::State { running: true, state: vec![1] },
+        ];
+        let behind = [Frame::Postcopy, page(), Frame::Go, page(), Frame::End { frames: 8 }];
+        let with = |flags, frames: &[&[Frame]]| {
+            let mut out = head(flags);
+            frames.iter().copied().flatten().for_each(|f| out.extend(f.to_bytes(false)));
+            read(&out)
+        };
+        assert_eq!(
+            with(POSTCOPY | ANSWERS, &[&before, &behind]).unwrap(),
+            [before.to_vec(), behind.to_vec()].concat()
+        );
+        assert!(with(ANSWERS, &[&before, &behind]).is_err());
+        let rest = [Frame::Resume(77), page(), Frame::End { frames: 2 }];
+        assert_eq!(with(POSTCOPY | RESUME, &[&rest]).unwrap(), rest);
+        assert!(with(POSTCOPY, &[&rest]).is_err());
+        assert!(with(POSTCOPY | RESUME, &[&before]).is_err());
+    }
+
+    #[test]
     fn answers_are_heard() {
-        for answer in [Answer::Loaded, Answer::Failed("no".into()), Answer::Go] {
+        for answer in [
+            Answer::Loaded,
+            Answer::Failed("no".into()),
+            Answer::Go,
+            Answer::Wanted(vec![0x1000, 1 << 33]),
+            Answer::Have(vec![0xF0]),
+            Answer::Complete,
+        ] {
             let mut raw = Vec::new();
             answer.write(&mut raw).unwrap();
             assert_eq!(Answer::read(&mut &raw[..]).unwrap(), answer);

@@ -9,6 +9,7 @@ use serde_json::{json, Map, Value};
 
 use super::{done, qom, types, Control, Reply};
 use crate::assembly::open_net;
+use crate::cli::keyval::Params;
 use crate::cli::net::{NetKind, NetdevConfig};
 use crate::cli::secret::SecretProperties;
 use crate::host::backends::Nic;
@@ -240,6 +241,12 @@ pub fn object_add(c: &Control, call: &mut Call) -> Reply {
         };
         secret = Some(properties.read().map_err(QmpError::generic)?);
     }
+    let host_own = crate::cli::object::known(&kind).is_some();
+    let properties = match host_own {
+        true => Params::parse(&Value::Object(call.arguments.clone()).to_string(), None)
+            .map_err(|e| QmpError::generic(e.to_string()))?,
+        false => Params::default(),
+    };
     c.change(move |rt| {
         let mut backends = rt.shared.backends();
         if backends.objects.iter().any(|(_, n)| *n == id) {
@@ -250,6 +257,7 @@ pub fn object_add(c: &Control, call: &mut Call) -> Reply {
         if let Some(secret) = secret {
             ftvm_block::crypto::secrets::keep(&id, secret);
         }
+        crate::cli::object::make(&kind, &id, &properties).map_err(|e| QmpError::generic(e.to_string()))?;
         backends.objects.push((kind, id));
         drop(backends);
         note(rt);
@@ -271,8 +279,9 @@ pub fn object_del(c: &Control, call: &mut Call) -> Reply {
         }
         let (kind, id) = backends.objects.remove(at);
         drop(backends);
-        if kind == "secret" {
-            ftvm_block::crypto::secrets::forget(&id);
+        match kind.as_str() {
+            "secret" => ftvm_block::crypto::secrets::forget(&id),
+            _ => crate::host::tls::forget(&id),
         }
         note(rt);
         done()

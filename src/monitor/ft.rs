@@ -5,6 +5,7 @@ use ftvm_qmp::{Call, QmpError};
 use super::{done, Control, Reply};
 use crate::cli::config::Accel;
 use crate::cli::ft::FtConfig;
+use crate::migration::postcopy::MISSING;
 use crate::runtime::control::FtWish;
 use crate::runtime::live::Sink;
 
@@ -56,6 +57,12 @@ pub fn turn_on(c: &Control, call: &mut Call) -> Reply {
         }
         if rt.shared.jobs.is_busy() {
             return Err(QmpError::generic("a block job runs: it must end before"));
+        }
+        if rt.shared.migration.arriving().is_some() {
+            return Err(QmpError::generic(MISSING));
+        }
+        if rt.outgoing.is_some() {
+            return Err(QmpError::generic("There's a migration process in progress"));
         }
         if rt.shared.backends().moved {
             return Err(QmpError::generic(

@@ -5,7 +5,7 @@ use std::sync::{Arc, PoisonError};
 use ftvm_qmp::QmpError;
 
 use super::Control;
-use crate::cli::config::{gdb_char, Accel};
+use crate::cli::config::gdb_char;
 use crate::cli::Char;
 use crate::gdb::{Server, DEFAULT};
 
@@ -15,9 +15,6 @@ impl Control {
         let mut slot = self.gdb.lock().unwrap_or_else(PoisonError::into_inner);
         *slot = None;
         if let Some(dev) = dev {
-            if self.shared.accel() == Accel::Kvm {
-                return Err("debugging needs the software processor; use -accel tcg".into());
-            }
             *slot = Some(Server::start(&dev.resolve(&self.config.chardevs)?, self)?);
         }
         Ok(())

@@ -32,6 +32,7 @@ pub fn kvm(c: &Control, _: &mut Call) -> Reply {
 
 pub fn quit(c: &Control, _: &mut Call) -> Reply {
     let _ = c.events.send(Event::Quit(Quit::HostQmpQuit));
+    c.shared.end_if_stuck();
     done()
 }
 

@@ -1,5 +1,6 @@
 //! Commands that move the machine.
 
+use std::sync::atomic::Ordering;
 use std::sync::Arc;
 
 use ftvm_qmp::{Call, Fds, QmpError};
@@ -7,7 +8,8 @@ use serde_json::{json, Value};
 
 use super::{done, Control, Reply};
 use crate::migration::channel::{connect, Channel, Uri};
-use crate::migration::status::CAPABILITIES;
+use crate::migration::postcopy::{self, arriving};
+use crate::migration::status::{Status, CAPABILITIES};
 use crate::migration::{incoming, outgoing};
 use crate::runtime::announce::pauses;
 use crate::runtime::control::RunState;
@@ -26,10 +28,16 @@ pub fn migrate(c: &Control, call: &mut Call) -> Reply {
     if call.bool("blk") == Some(true) || call.bool("inc") == Some(true) {
         return Err(QmpError::generic("disks are not copied: the destination must see the same images"));
     }
-    if call.bool("resume") == Some(true) {
-        return Err(QmpError::generic("Cannot resume if there is no paused migration"));
-    }
     let uri = uri(call)?;
+    if call.bool("resume") == Some(true) {
+        c.change(|rt| outgoing::can_resume(rt).map_err(QmpError::generic))?;
+        let tls = c.shared.migration.tls_client(&uri).map_err(QmpError::generic)?;
+        let channel = open(&uri, call.fds)?;
+        return c.change(move |rt| {
+            outgoing::resume(rt, channel, tls).map_err(QmpError::generic)?;
+            done()
+        });
+    }
     c.change(|rt| {
         if rt.incoming.is_some() {
             return Err(QmpError::generic("Guest is waiting for an incoming migration"));
@@ -43,12 +51,13 @@ pub fn migrate(c: &Control, call: &mut Call) -> Reply {
         outgoing::blocked(rt).map_or(Ok(()), |reason| Err(QmpError::generic(reason)))
     })?;
     let failed = |e: &QmpError| c.shared.migration.state().error = Some(e.to_string());
+    let tls = c.shared.migration.tls_client(&uri).map_err(QmpError::generic).inspect_err(failed)?;
     let channel = open(&uri, call.fds).inspect_err(failed)?;
     c.change(move |rt| {
         if rt.outgoing.is_some() {
             return Err(QmpError::generic("There's a migration process in progress"));
         }
-        outgoing::start(rt, channel).map_err(QmpError::generic)?;
+        outgoing::start(rt, channel, tls).map_err(QmpError::generic)?;
         done()
     })
 }
@@ -61,6 +70,41 @@ fn open(uri: &Uri, fds: &mut Fds) -> Result<Channel, QmpError> {
 /// `migrate_cancel`
 pub fn cancel(c: &Control, _: &mut Call) -> Reply {
     c.machine(outgoing::cancel)?;
+    done()
+}
+
+/// `migrate-start-postcopy`
+pub fn start_postcopy(c: &Control, _: &mut Call) -> Reply {
+    if !c.shared.migration.has("postcopy-ram") {
+        let text = "Enable postcopy with migrate_set_capability before the start of migration";
+        return Err(QmpError::generic(text));
+    }
+    if c.shared.migration.state().status == Status::None {
+        return Err(QmpError::generic("Postcopy must be started after migration has been started"));
+    }
+    // One that has ended meanwhile is none to complain of.
+    c.shared.migration.start_postcopy.store(true, Ordering::Relaxed);
+    done()
+}
+
+/// `migrate-pause`; the machine thread, which may wait for a page, is not asked where it arrives.
+pub fn pause(c: &Control, _: &mut Call) -> Reply {
+    let active = c.shared.migration.state().status == Status::PostcopyActive;
+    match c.shared.migration.arriving() {
+        Some(arriving) if active => {
+            arriving.pause();
+            return done();
+        }
+        None if active && c.machine(|rt| outgoing::break_off(rt))? => return done(),
+        _ => {}
+    }
+    Err(QmpError::generic("migrate-pause is currently only supported during postcopy-active state"))
+}
+
+/// `migrate-recover`
+pub fn recover(c: &Control, call: &mut Call) -> Reply {
+    let uri = uri(call)?;
+    arriving::recover(&uri, &c.shared).map_err(QmpError::generic)?;
     done()
 }
 
@@ -107,6 +151,10 @@ pub fn set_capabilities(c: &Control, call: &mut Call) -> Reply {
             None => {}
         }
     }
+    if wanted.contains(&("postcopy-ram", true)) && c.shared.state() == RunState::InMigrate {
+        let kernel = c.machine(|rt| rt.machine.is_hardware())?;
+        postcopy::supported(kernel).map_err(QmpError::generic)?;
+    }
     let mut state = c.shared.migration.state();
     if state.status.is_busy() && !state.incoming {
         return Err(QmpError::generic("There's a migration process in progress"));
@@ -141,7 +189,10 @@ pub fn parameters(c: &Control, _: &mut Call) -> Reply {
 pub fn query(c: &Control, _: &mut Call) -> Reply {
     let mut answer = c.shared.migration.query();
     // Without a machine there is nothing that could move.
-    if c.config.machine != "none" {
+    if c.shared.migration.arriving().is_some() {
+        // The machine thread may wait for a page, so it is not asked.
+        answer["blocked-reasons"] = json!([postcopy::MISSING]);
+    } else if c.config.machine != "none" {
         if let Some(reason) = c.machine(|rt| outgoing::blocked(rt))? {
             answer["blocked-reasons"] = json!([reason]);
         }
@@ -170,20 +221,27 @@ pub fn line(c: &Control, verb: &str, words: &[&str], fds: &mut Fds) -> Result<St
     let word = |n: usize| words.get(n).copied().ok_or_else(missing);
     match verb {
         "migrate" => {
-            let detach = words.contains(&"-d");
-            let uri: Vec<&str> = words.iter().filter(|w| **w != "-d").copied().collect();
+            let (detach, resume) = (words.contains(&"-d"), words.contains(&"-r"));
+            let uri: Vec<&str> = words.iter().filter(|w| !["-d", "-r"].contains(w)).copied().collect();
             if uri.is_empty() {
                 return Err(missing());
             }
             let uri = uri.join(" ").trim_matches('"').to_owned();
-            c.run("migrate", json!({"uri": uri}), fds)?;
-            while !detach && c.shared.migration.state().status.is_busy() {
+            c.run("migrate", json!({"uri": uri, "resume": resume}), fds)?;
+            let waits = || {
+                let status = c.shared.migration.state().status;
+                status.is_busy() && status != Status::PostcopyPaused
+            };
+            while !detach && waits() {
                 std::thread::sleep(std::time::Duration::from_millis(50));
             }
             let error = c.shared.migration.state().error.clone().filter(|_| !detach);
             error.map_or(Ok(String::new()), |e| Err(QmpError::generic(e)))
         }
         "migrate_cancel" => c.run("migrate_cancel", json!({}), fds),
+        "migrate_start_postcopy" => c.run("migrate-start-postcopy", json!({}), fds),
+        "migrate_pause" => c.run("migrate-pause", json!({}), fds),
+        "migrate_recover" => c.run("migrate-recover", json!({"uri": words.join(" ").trim_matches('"')}), fds),
         "migrate_continue" => c.run("migrate-continue", json!({"state": word(0)?}), fds),
         "migrate_incoming" => {
             c.run("migrate-incoming", json!({"uri": words.join(" ").trim_matches('"')}), fds)
@@ -200,9 +258,9 @@ pub fn line(c: &Control, verb: &str, words: &[&str], fds: &mut Fds) -> Result<St
         "migrate_set_parameter" => {
             let (name, text) = (word(0)?, word(1)?);
             // As in QEMU, a bandwidth without a suffix is in MiB a second.
-            let unit = if name == "max-bandwidth" { 1 << 20 } else { 1 };
+            let unit = if name.starts_with("max-") && name.ends_with("-bandwidth") { 1 << 20 } else { 1 };
             let value = match name {
-                "tls-creds" | "tls-hostname" => json!(text),
+                "tls-creds" | "tls-hostname" | "tls-authz" => json!(text),
                 _ => json!(crate::cli::keyval::parse_size(text, unit)
                     .ok_or_else(|| QmpError::generic(format!("'{text}' is not a number")))?),
             };

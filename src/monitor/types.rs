@@ -38,6 +38,8 @@ const ABSTRACT: &[(&str, &str)] = &[
     ("memory-backend-file", "memory-backend"),
     ("rng-backend", "object"),
     ("secret_common", "object"),
+    ("tls-creds", "object"),
+    ("authz", "object"),
     ("chardev", "object"),
 ];
 
@@ -50,6 +52,8 @@ const CONCRETE: &[(&str, &str)] = &[
     ("rng-random", "rng-backend"),
     ("rng-builtin", "rng-backend"),
     ("secret", "secret_common"),
+    ("tls-creds-x509", "tls-creds"),
+    ("authz-simple", "authz"),
     ("chardev-file", "chardev"),
     ("chardev-null", "chardev"),
     ("chardev-pipe", "chardev"),
@@ -231,6 +235,17 @@ pub fn qom_properties(_: &Control, call: &mut Call) -> Reply {
             property("iv", "string", ""),
             property("keyid", "string", ""),
         ]);
+    }
+    if name == "tls-creds-x509" {
+        out.extend([
+            property("dir", "string", ""),
+            property("endpoint", "QCryptoTLSCredsEndpoint", ""),
+            property("sanity-check", "bool", ""),
+            property("verify-peer", "bool", ""),
+        ]);
+    }
+    if name == "authz-simple" {
+        out.push(property("identity", "string", ""));
     }
     Ok(json!(out))
 }

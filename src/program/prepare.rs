@@ -53,6 +53,8 @@ fn sizes(config: &Config) -> Result<(Vec<u64>, Vec<Medium>), String> {
 pub fn prepare(config: &Config, events: Events, receiver: Receiver<Event>) -> Result<Prepared, String> {
     let text = |e: &dyn std::fmt::Display| e.to_string();
     let shared = Shared::new();
+    let ends = Arc::clone(&shared);
+    crate::host::signals::on_end(Box::new(move || ends.end_if_stuck()));
     if config.machine.machine == "none" {
         if config.host.ft.is_some() || !config.machine.devices.is_empty() {
             return Err("the machine 'none' has no devices and cannot be protected".into());

@@ -1,6 +1,7 @@
 //! What the machine thread and the monitors share.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use ftvm_qmp::EventSink;
 use serde::Serialize;
@@ -11,6 +12,9 @@ use crate::host::backends::Backends;
 use crate::host::jobs::Jobs;
 use crate::migration::status::Migration;
 use crate::monitor::dump::Progress;
+
+/// How long a machine that waits for its memory may take to end.
+const END_WITHIN: Duration = Duration::from_secs(1);
 
 /// What the user wants of the pair, in vSphere's words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -163,6 +167,25 @@ impl Shared {
             backends: Mutex::default(),
             jobs: Jobs::default(),
         })
+    }
+
+    /// The program is told to end. A machine that runs here while its memory comes may wait for a page that nobody brings,
+    /// and its thread with it; then it ends as by a loss of power, which is what is left of it without its source.
+    pub fn end_if_stuck(self: &Arc<Self>) {
+        if !self.migration.is_stuck() {
+            return;
+        }
+        let shared = Arc::clone(self);
+        let spawned = std::thread::Builder::new().name("end".into()).spawn(move || {
+            std::thread::sleep(END_WITHIN);
+            if shared.migration.is_stuck() {
+                log::error!("the machine waits for memory that its source has: it ends as it is");
+                std::process::exit(1);
+            }
+        });
+        if let Err(e) = spawned {
+            log::error!("{e}");
+        }
     }
 
     /// The machine's state.

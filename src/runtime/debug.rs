@@ -122,16 +122,22 @@ impl Runtime {
         }
     }
 
-    /// Change where to stop.
-    pub fn debug_points(&mut self, change: impl FnOnce(&mut DebugPoints)) {
+    /// Change where to stop. False: the processors cannot do this; then all is as it was.
+    pub fn debug_points(&mut self, change: impl FnOnce(&mut DebugPoints)) -> bool {
+        let old = self.debugger.points.clone();
         change(&mut self.debugger.points);
-        self.debug_arm();
+        let can = self.debug_arm();
+        if !can {
+            self.debugger.points = old;
+            self.debug_arm();
+        }
+        can
     }
 
     /// Stop where the debugger wants to stop.
-    pub(super) fn debug_arm(&mut self) {
+    pub(super) fn debug_arm(&mut self) -> bool {
         let points = self.debugger.is_there().then_some(&self.debugger.points);
-        self.machine.set_debug(points);
+        self.machine.set_debug(points)
     }
 
     /// Go on; news of this run have the number that is returned.

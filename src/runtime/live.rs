@@ -414,6 +414,7 @@ impl Runtime {
         let (cpus, kvm) = make(accel, self.machine.memory())?;
         let made = start.elapsed();
         self.machine.replace_processors(cpus, kvm)?;
+        self.debug_arm();
         self.shared.set_accel(accel, self.machine.thread_ids());
         self.restart_pace();
         log::info!(
@@ -639,7 +640,11 @@ impl Runtime {
                 eprint!("{}", self.machine.describe_cpus());
                 None
             }
-            Stop::Output | Stop::Idle { .. } | Stop::Debug(_) => None,
+            Stop::Debug(stop) => {
+                self.debug_stop(stop);
+                None
+            }
+            Stop::Output | Stop::Idle { .. } => None,
         }
     }
 

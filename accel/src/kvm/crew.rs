@@ -5,9 +5,11 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::desk::{Board, Desk};
+use super::points::DebugExit;
 use super::vcpu::{Entry, Vcpu};
 use super::vm::Vm;
 use super::KvmError;
+use crate::debug::DebugHit;
 
 /// How long to wait for a processor that was told to stop before it is told again.
 const PATIENCE: Duration = Duration::from_millis(2);
@@ -19,6 +21,8 @@ pub enum Trouble {
     Shutdown,
     /// A processor cannot go on.
     Failed(String),
+    /// A processor stopped for the debugger; `None`: behind its step.
+    Debug(u32, Option<DebugHit>),
 }
 
 /// A processor's place: its thread has the state while it runs, the machine thread while it stands still.
@@ -265,12 +269,38 @@ impl Crew {
             if let Err(e) = vcpu.offer_interrupt(self) {
                 return Some(Trouble::Failed(e.to_string()));
             }
-            match vcpu.enter(self) {
+            let entry = match vcpu.steps() {
+                Ok(false) => Ok(vcpu.enter(self)),
+                Ok(true) => vcpu.step(self, &|| self.running.load(Ordering::SeqCst)),
+                Err(e) => Err(e),
+            };
+            let entry = entry.unwrap_or_else(|e| Entry::Failed(e.to_string()));
+            match self.debugged(seat, vcpu, entry) {
                 Entry::Again | Entry::Stepped => {}
+                Entry::Debug(_) => return None,
                 Entry::Shutdown => return Some(Trouble::Shutdown),
                 Entry::Failed(text) => return Some(Trouble::Failed(text)),
             }
         }
+    }
+
+    /// Tell the debugger of an entry that ended for it; [`Entry::Debug`]: it was told, and the processor waits.
+    fn debugged(&self, seat: &Seat, vcpu: &mut Vcpu, entry: Entry) -> Entry {
+        let hit = match entry {
+            Entry::Stepped if vcpu.stepped() => None,
+            Entry::Debug(exit) => match vcpu.judge(exit) {
+                Ok(Some(hit)) => Some(hit),
+                Ok(None) => return Entry::Again,
+                Err(e) => return Entry::Failed(e.to_string()),
+            },
+            other => return other,
+        };
+        self.complain(Trouble::Debug(seat.index, hit));
+        let mut gate = self.gate();
+        while gate.running && !gate.quit {
+            gate = self.moved.wait(gate).unwrap_or_else(PoisonError::into_inner);
+        }
+        Entry::Debug(DebugExit { exception: 1, pc: 0, dr6: 0 })
     }
 
     /// End what an exit began, so that the state can be read.
@@ -282,7 +312,8 @@ impl Crew {
             }
             // A vector that waits is taken by an entry, out of which a kick leads again.
             seat.flag().store(incomplete.into(), Ordering::SeqCst);
-            if let Entry::Failed(text) = vcpu.enter(self) {
+            let entry = vcpu.enter(self);
+            if let Entry::Failed(text) = self.debugged(seat, vcpu, entry) {
                 return Err(KvmError::Entry(text));
             }
         }

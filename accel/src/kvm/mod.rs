@@ -24,6 +24,7 @@ pub mod cpuid;
 mod crew;
 mod desk;
 mod lapic;
+mod points;
 mod raw;
 mod sys;
 mod vcpu;
@@ -42,10 +43,12 @@ pub use crew::Trouble;
 pub use desk::Board;
 
 use crate::bus::Ipi;
+use crate::debug::DebugPoints;
 use crate::tcg::registers::View;
 use crate::tcg::save::Saved;
 use crate::{ApicMessage, Bus, CpuModel, Exit, GuestMemory, Processor, RunResult, SoftCpu};
 use crew::{Crew, Seat};
+use points::Plan;
 use vcpu::{Entry, Vcpu};
 use vm::Vm;
 
@@ -229,11 +232,29 @@ impl Kvm {
         let Some(seat) = crew.seats().get(index).filter(|_| !self.running) else {
             return Err(KvmError::State("a processor that runs cannot be stepped".into()));
         };
-        match crew.lend(board, None, || seat.vcpu().step(crew))? {
+        match crew.lend(board, None, || seat.vcpu().step(crew, &|| true))? {
             Entry::Failed(text) => Err(KvmError::Entry(text)),
             Entry::Shutdown => Err(KvmError::Entry("triple fault".into())),
-            Entry::Again | Entry::Stepped => Ok(()),
+            Entry::Again | Entry::Stepped | Entry::Debug(_) => Ok(()),
         }
+    }
+
+    /// When they run again, this processor stops after one instruction, and no other does.
+    pub fn set_step(&self, index: Option<usize>) {
+        for (n, seat) in self.crew.seats().iter().enumerate() {
+            seat.vcpu().set_stepping(index == Some(n));
+        }
+    }
+
+    /// Linear addresses at which INT3 must be in the place of the instruction while processors run.
+    pub fn soft_breaks(&self) -> Vec<u64> {
+        self.crew.seats().first().map_or_else(Vec::new, |seat| seat.vcpu().soft_breaks())
+    }
+
+    /// The processors that stopped at such an address, and are to go on from it.
+    pub fn at_soft_breaks(&self) -> Vec<usize> {
+        let at = |seat: &Arc<Seat>| seat.vcpu().is_at_soft_break().unwrap_or(false);
+        self.crew.seats().iter().enumerate().filter(|(_, seat)| at(seat)).map(|(n, _)| n).collect()
     }
 
     /// Virtual time stands at `now`: states that are loaded are of this moment.
@@ -350,5 +371,31 @@ impl Processor for KvmCpu {
 
     fn view(&self) -> Option<View> {
         self.saved().ok().map(|s| s.view())
+    }
+
+    fn set_view(&mut self, view: &View) -> bool {
+        let set = || {
+            let old = self.saved().map_err(|e| e.to_string())?;
+            let mut soft = SoftCpu::new(self.seat.index, self.cpus, &self.model);
+            soft.load(&old.to_bytes())?;
+            soft.set_view(view);
+            // What the two kinds of processors do not have in common stays.
+            let mut new = soft.saved();
+            let mut msr = old.msr;
+            msr.kernel_gs_base = new.msr.kernel_gs_base;
+            (new.extra, new.lapic, new.msr) = (old.extra, old.lapic, msr);
+            self.seat.vcpu().load(new, self.now()).map_err(|e| e.to_string())
+        };
+        set().inspect_err(|e: &String| log::warn!("processor {}: {e}", self.seat.index)).is_ok()
+    }
+
+    fn set_debug(&mut self, points: Option<&DebugPoints>) -> bool {
+        let plan = match points.map(|p| Plan::new(p, points::guests_are_executed())) {
+            None => None,
+            Some(Some(plan)) => Some(plan),
+            Some(None) => return false,
+        };
+        let set = self.seat.vcpu().set_debug(plan);
+        set.inspect_err(|e| log::warn!("processor {}: {e}", self.seat.index)).is_ok()
     }
 }

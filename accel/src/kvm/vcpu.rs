@@ -4,8 +4,10 @@ use kvm_bindings::*;
 use kvm_ioctls::{Cap, VcpuFd};
 
 use super::crew::Crew;
+use super::points::{DebugExit, Plan};
 use super::raw::{self, Moment, Raw};
 use super::{cpuid, lapic, sys, KvmError};
+use crate::debug::DebugHit;
 use crate::tcg::lapic::tsc_to_ns;
 use crate::tcg::msr::{self, BANKS};
 use crate::tcg::save::Saved;
@@ -21,6 +23,8 @@ pub enum Entry {
     Again,
     /// One instruction was executed, as [`Vcpu::step`] asked.
     Stepped,
+    /// It stopped where a debugger wanted it to, or for a step's end.
+    Debug(DebugExit),
     /// Triple fault.
     Shutdown,
     /// It cannot go on, and this is why.
@@ -56,6 +60,12 @@ pub struct Vcpu {
     names_kvm: bool,
     /// The state came from elsewhere: its guest knows a TSC.
     foreign: bool,
+    /// Where a debugger wants it to stop.
+    plan: Option<Plan>,
+    /// The linear address of the breakpoint at which it stopped last, if it has executed nothing since.
+    stopped_at: Option<u64>,
+    /// The debugger steps it.
+    stepping: bool,
 }
 
 impl Vcpu {
@@ -92,6 +102,9 @@ impl Vcpu {
             model,
             names_kvm: true,
             foreign: false,
+            plan: None,
+            stopped_at: None,
+            stepping: false,
         };
         vcpu.has_xcrs = vcpu.fd.get_xcrs().is_ok();
         let reset = vcpu.base.clone();
@@ -171,7 +184,11 @@ impl Vcpu {
                 let exit = unsafe { &mut run.__bindgen_anon_1.msr };
                 exit.error = (!msr::is_ignored(exit.index)).into();
             }
-            KVM_EXIT_DEBUG => return Entry::Stepped,
+            KVM_EXIT_DEBUG => {
+                // SAFETY: this exit fills this member.
+                let arch = unsafe { run.__bindgen_anon_1.debug.arch };
+                return Entry::Debug(DebugExit { exception: arch.exception, pc: arch.pc, dr6: arch.dr6 });
+            }
             KVM_EXIT_SHUTDOWN => return Entry::Shutdown,
             KVM_EXIT_FAIL_ENTRY => {
                 // SAFETY: this exit fills this member.
@@ -195,16 +212,93 @@ impl Vcpu {
         Entry::Again
     }
 
-    /// Execute one instruction; interrupts are taken as ever. A halted processor waits for one.
-    pub fn step(&mut self, crew: &Crew) -> Result<Entry, KvmError> {
-        let debug = |control| kvm_guest_debug { control, ..Default::default() };
-        let set = |fd: &VcpuFd, control| {
-            fd.set_guest_debug(&debug(control)).map_err(KvmError::call("KVM_SET_GUEST_DEBUG"))
-        };
-        set(&self.fd, KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP)?;
+    fn set_guest_debug(&self, debug: &kvm_guest_debug) -> Result<(), KvmError> {
+        self.fd.set_guest_debug(debug).map_err(KvmError::call("KVM_SET_GUEST_DEBUG"))
+    }
+
+    /// Stop as the plan says from now on; `None`: nobody debugs.
+    pub fn set_debug(&mut self, plan: Option<Plan>) -> Result<(), KvmError> {
+        self.plan = plan;
+        if self.plan.is_none() {
+            (self.stopped_at, self.stepping) = (None, false);
+        }
+        self.arm(0)
+    }
+
+    fn arm(&self, more: u32) -> Result<(), KvmError> {
+        match &self.plan {
+            Some(plan) => self.set_guest_debug(&plan.guest_debug(more)),
+            None => self.set_guest_debug(&kvm_guest_debug::default()),
+        }
+    }
+
+    /// See [`Plan::soft`].
+    pub fn soft_breaks(&self) -> Vec<u64> {
+        self.plan.as_ref().map_or_else(Vec::new, |plan| plan.soft.clone())
+    }
+
+    /// Whether it stopped at one of them and has executed nothing since.
+    pub fn is_at_soft_break(&self) -> Result<bool, KvmError> {
+        match self.stopped_at {
+            Some(at) if self.soft_breaks().contains(&at) => Ok(self.linear_pc()? == at),
+            _ => Ok(false),
+        }
+    }
+
+    /// Stop after one instruction, or do not.
+    pub fn set_stepping(&mut self, on: bool) {
+        self.stepping = on;
+    }
+
+    /// Whether the next instruction is to be executed by itself: the debugger wants that, or it stopped here, and goes on.
+    pub fn steps(&mut self) -> Result<bool, KvmError> {
+        if self.stepping || self.stopped_at.is_none() {
+            return Ok(self.stepping);
+        }
+        let here = self.linear_pc()?;
+        Ok(self.stopped_at == Some(here))
+    }
+
+    fn linear_pc(&self) -> Result<u64, KvmError> {
+        let regs = self.fd.get_regs().map_err(KvmError::call("KVM_GET_REGS"))?;
+        let sregs = sys::get_sregs(&self.fd).map_err(KvmError::io("KVM_GET_SREGS2"))?;
+        Ok(sregs.cs.base.wrapping_add(regs.rip))
+    }
+
+    /// An instruction was executed by itself: whether that is what the debugger waits for.
+    pub fn stepped(&mut self) -> bool {
+        self.stopped_at = None;
+        self.stepping
+    }
+
+    /// What the debugger is to hear of an exit; `None`: nothing, it is the guest's own, which gets it.
+    pub fn judge(&mut self, exit: DebugExit) -> Result<Option<DebugHit>, KvmError> {
+        let hit = self.plan.as_ref().and_then(|plan| plan.hit(exit));
+        match hit {
+            Some(DebugHit::Break(at)) => self.stopped_at = Some(at),
+            Some(DebugHit::Watch(_)) => {}
+            None => {
+                let inject =
+                    if exit.exception == 3 { KVM_GUESTDBG_INJECT_BP } else { KVM_GUESTDBG_INJECT_DB };
+                self.arm(inject)?;
+                self.arm(0)?;
+            }
+        }
+        Ok(hit)
+    }
+
+    /// Execute one instruction; interrupts are taken as ever. A halted processor waits for one, as long as `waits` says.
+    pub fn step(&mut self, crew: &Crew, waits: &dyn Fn() -> bool) -> Result<Entry, KvmError> {
+        let mut control = KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP;
+        if self.plan.as_ref().is_some_and(|p| p.hold_interrupts) {
+            control |= KVM_GUESTDBG_BLOCKIRQ;
+        }
+        self.set_guest_debug(&kvm_guest_debug { control, ..Default::default() })?;
         self.fd.set_kvm_immediate_exit(0);
         let entry = loop {
             match self.enter(crew) {
+                Entry::Debug(_) => break Entry::Stepped,
+                Entry::Again if !self.incomplete && !waits() => break Entry::Again,
                 // An instruction that left the guest ends with the next entry, which goes no further.
                 Entry::Again if self.incomplete => {
                     self.fd.set_kvm_immediate_exit(1);
@@ -212,7 +306,7 @@ impl Vcpu {
                     self.fd.set_kvm_immediate_exit(0);
                     match end {
                         Entry::Again if self.incomplete => {}
-                        Entry::Again => break Entry::Stepped,
+                        Entry::Again | Entry::Debug(_) => break Entry::Stepped,
                         other => break other,
                     }
                 }
@@ -220,7 +314,7 @@ impl Vcpu {
                 other => break other,
             }
         };
-        set(&self.fd, 0)?;
+        self.arm(0)?;
         Ok(entry)
     }
 

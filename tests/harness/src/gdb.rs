@@ -2,6 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
 use std::sync::{Mutex, PoisonError};
@@ -72,14 +73,31 @@ pub fn gdb(elf: Option<&str>, target: &str, commands: &[&str], limit: Duration) 
 }
 
 /// A client of the remote protocol, without a mind of its own.
-pub struct Rsp(TcpStream);
+pub struct Rsp(Box<dyn Stream>);
+
+trait Stream: Read + Write {}
+impl<T: Read + Write> Stream for T {}
 
 impl Rsp {
     /// Connect.
     pub fn connect(address: SocketAddr) -> Result<Rsp> {
         let stream = wait_for("the stub", Duration::from_secs(20), || TcpStream::connect(address).ok())?;
         stream.set_read_timeout(Some(Duration::from_secs(60))).map_err(|e| e.to_string())?;
-        Ok(Rsp(stream))
+        Ok(Rsp(Box::new(stream)))
+    }
+
+    /// Connect to a Unix socket.
+    pub fn unix(path: &str) -> Result<Rsp> {
+        let stream = wait_for("the stub", Duration::from_secs(20), || UnixStream::connect(path).ok())?;
+        stream.set_read_timeout(Some(Duration::from_secs(60))).map_err(|e| e.to_string())?;
+        Ok(Rsp(Box::new(stream)))
+    }
+
+    /// The little-endian value of register `n` of GDB's.
+    pub fn register(&mut self, n: usize) -> Result<u64> {
+        let hex = self.ask(&format!("p{n:x}"))?;
+        let byte = |i: usize| hex.get(2 * i..2 * i + 2).and_then(|b| u8::from_str_radix(b, 16).ok());
+        Ok((0..hex.len() / 2).rev().fold(0, |v, i| v << 8 | u64::from(byte(i).unwrap_or(0))))
     }
 
     /// Send bytes as they are.

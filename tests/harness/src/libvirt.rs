@@ -78,9 +78,15 @@ impl Libvirt {
             ),
         )
         .map_err(text)?;
+        // Certificates that are there already are those of its migrations.
+        let tls = scratch.path("tls");
+        let tls = match std::path::Path::new(&tls).exists() {
+            true => format!("migrate_tls_x509_cert_dir = \"{tls}\"\nmigrate_tls_x509_verify = 1\n"),
+            false => String::new(),
+        };
         std::fs::write(
             scratch.path("libvirt0/qemu.conf"),
-            "security_driver = \"none\"\ndynamic_ownership = 0\nremember_owner = 0\ncgroup_controllers = [ ]\n\
+            tls + "security_driver = \"none\"\ndynamic_ownership = 0\nremember_owner = 0\ncgroup_controllers = [ ]\n\
              namespaces = [ ]\nstdio_handler = \"file\"\nmax_core = 0\n",
         )
         .map_err(text)?;

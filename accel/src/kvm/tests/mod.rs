@@ -1,6 +1,7 @@
 //! Tests on the host's KVM; where there is none, they say so and pass.
 
 mod convert;
+mod debug;
 mod guests;
 mod run;
 mod step;
