@@ -3,7 +3,7 @@ _ftvm() {
     local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD - 1]}
     case $prev in
         -machine | -M) COMPREPLY=($(compgen -W 'pc pc-i440fx-7.2 q35 pc-q35-7.2 none help' -- "$cur")) ;;
-        -device) COMPREPLY=($(compgen -W 'ICH9-LPC PIIX4_PM VGA e1000 ide-cd ide-hd isa-debug-exit isa-debugcon isa-serial pc-testdev pcie-root-port piix3-usb-uhci ich9-usb-uhci1 ich9-usb-uhci2 ich9-usb-uhci3 ich9-usb-ehci1 ich9-usb-ehci2 usb-ehci qemu-xhci ich9-intel-hda intel-hda hda-duplex hda-micro hda-output scsi-cd scsi-hd usb-kbd usb-mouse usb-tablet virtconsole virtio-balloon-pci virtio-blk-pci virtio-net-pci virtio-rng-pci virtio-scsi-pci virtio-serial-pci virtserialport pvpanic help' -- "$cur")) ;;
+        -device) COMPREPLY=($(compgen -W 'ICH9-LPC PIIX4_PM VGA e1000 ide-cd ide-hd isa-debug-exit isa-debugcon isa-serial pc-testdev pcie-root-port piix3-usb-uhci ich9-usb-uhci1 ich9-usb-uhci2 ich9-usb-uhci3 ich9-usb-ehci1 ich9-usb-ehci2 usb-ehci qemu-xhci ich9-intel-hda intel-hda hda-duplex hda-micro hda-output scsi-cd scsi-hd usb-storage usb-kbd usb-mouse usb-tablet virtconsole virtio-balloon-pci virtio-blk-pci virtio-gpu-pci virtio-net-pci virtio-rng-pci virtio-scsi-pci virtio-serial-pci virtio-vga virtserialport pvpanic help' -- "$cur")) ;;
         -accel) COMPREPLY=($(compgen -W 'tcg kvm kvm:tcg help' -- "$cur")) ;;
         -cpu) COMPREPLY=($(compgen -W "$("$1" -cpu help 2>/dev/null | sed -n 's/^x86 \([^ ]*\).*/\1/p') help" -- "$cur")) ;;
         -ft) COMPREPLY=($(compgen -W 'primary backup,peer=' -- "$cur")) ;;

@@ -13,6 +13,7 @@ use ftvm_accel::tcg::SoftCpu;
 use ftvm_accel::{ApicMessage, GuestMemory, Processor};
 use ftvm_block::iscsi::{is_device, is_lun, LunLock};
 use ftvm_block::{Image, Node, OpenOptions, Reserve};
+use ftvm_devices::display::VGA_CARDS;
 use ftvm_devices::registry::Attach;
 use ftvm_devices::{
     DeviceError, DeviceSpec, DriveSpec, FunctionView, InitrdFile, Input, Inventory, KernelImages,
@@ -68,9 +69,6 @@ pub struct Blueprint {
 
 /// Nanoseconds per instruction before the host's speed is known: 100 million a second.
 const DEFAULT_RATE: f64 = 10.0;
-
-/// The option ROM of the standard VGA.
-const VIDEO_BIOS: &str = "vgabios-stdvga.bin";
 
 const FIRMWARE_DIRS: &[&str] = &["/usr/share/ftvm", "/usr/share/seabios", "/usr/share/qemu"];
 
@@ -344,9 +342,12 @@ impl Blueprint {
         let mut nics = Vec::new();
         let mac =
             |given: Option<[u8; 6]>, n: usize| given.unwrap_or([0x52, 0x54, 0, 0x12, 0x34, 0x56 + n as u8]);
-        if config.vga == "std" {
-            devices.push(DeviceSpec { driver: "VGA".into(), ..DeviceSpec::default() });
-        }
+        let card = match config.vga.as_str() {
+            "std" => Some("VGA"),
+            "virtio" => Some("virtio-vga"),
+            _ => None,
+        };
+        devices.extend(card.map(|card| DeviceSpec { driver: card.into(), ..DeviceSpec::default() }));
         for nic in &config.nics {
             let index = nics.len();
             nics.push(NicSpec { index: index as u32, mac: mac(nic.mac, index) });
@@ -468,10 +469,12 @@ impl Blueprint {
                 })
             }
         };
-        let video_bios = match devices.iter().any(|d| d.driver == "VGA") {
-            true => firmware(VIDEO_BIOS, firmware_dirs)?,
-            false => Vec::new(),
-        };
+        let mut video_bios = BTreeMap::new();
+        for (card, file) in VGA_CARDS {
+            if devices.iter().any(|d| d.driver == card) {
+                video_bios.insert(card.to_owned(), firmware(file, firmware_dirs)?);
+            }
+        }
         let pc = PcConfig {
             ram_size: config.memory,
             cpus: config.cpus,
@@ -581,6 +584,11 @@ impl Blueprint {
         pc.random_seed = [0; 32];
         pc.rtc_base_unix = 0;
         let firmware = crc32fast::hash(&std::mem::take(&mut pc.firmware));
+        let video: Vec<String> = std::mem::take(&mut pc.video_bios)
+            .iter()
+            .map(|(card, bios)| format!(" {card} {:08x}", crc32fast::hash(bios)))
+            .collect();
+        let video = video.concat();
         let kernel = pc.kernel.take().map_or("none".into(), |k| {
             let files: Vec<String> =
                 k.initrds.iter().map(|i| format!("{:08x}", crc32fast::hash(&i.data))).collect();
@@ -589,7 +597,7 @@ impl Blueprint {
         let devices = format!("{:?}", (std::mem::take(&mut pc.devices), std::mem::take(&mut pc.nics)));
         let drives = format!("{:?}", std::mem::take(&mut pc.drives));
         format!(
-            "memory: {memory} MiB\nprocessors: {cpus}\ncpu: {}\nfirmware: {firmware:08x}\nkernel: {kernel}\n\
+            "memory: {memory} MiB\nprocessors: {cpus}\ncpu: {}\nfirmware: {firmware:08x}{video}\nkernel: {kernel}\n\
              devices: {devices}\ndrives: {drives}\nboard: {pc:?}",
             self.cpu_model.describe()
         )

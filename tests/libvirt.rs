@@ -6,7 +6,7 @@ use std::process::Command;
 
 use common::*;
 use ftvm_harness::certs::Authority;
-use ftvm_harness::guests::{debian, luks_options, make_encrypted, root, run, tiny};
+use ftvm_harness::guests::{debian, generic, luks_options, make_encrypted, root, run, tiny};
 use ftvm_harness::libvirt::{missing, share, Console, Libvirt};
 use ftvm_harness::{wait_for, Result, Scratch};
 
@@ -279,6 +279,82 @@ fn libvirt_probes_starts_and_manages_a_pc() -> Result<()> {
     assert!(!log.contains("is not what the schema says"), "a reply or event disagrees with the schema");
     let out = Command::new("qemu-img").args(["check", &scratch.path("more.qcow2")]).output();
     assert!(out.is_ok_and(|o| o.status.success()));
+    Ok(())
+}
+
+/// A screen of virtio's, which the guest's driver takes over, and USB devices that come and go.
+#[test]
+fn libvirt_gives_a_domain_a_virtio_screen_and_usb_devices() -> Result<()> {
+    if let Some(reason) = missing() {
+        eprintln!("skipped: {reason}");
+        return Ok(());
+    }
+    let scratch = Scratch::new("libvirt-screen")?;
+    let (kernel, initrd) = generic()?;
+    let kernel = share(&kernel, &scratch.path("generic-vmlinuz"), 0o644)?;
+    let initrd = share(&initrd, &scratch.path("generic-initrd"), 0o644)?;
+    let mut xml = description(&scratch, "screen")?;
+    for (what, path) in [("kernel", &kernel), ("initrd", &initrd)] {
+        let (from, to) = (format!("<{what}>"), format!("</{what}>"));
+        let (head, rest) = xml.split_once(&from).ok_or("no kernel in the description")?;
+        let (_, tail) = rest.split_once(&to).ok_or("no end of the kernel's name")?;
+        xml = format!("{head}{from}{path}{to}{tail}");
+    }
+    let more = "<video><model type='virtio'/></video><graphics type='vnc' port='-1' autoport='yes'/>
+        <controller type='usb' model='qemu-xhci'/></devices>";
+    let words = "console=ttyS0 load=virtio-gpu,xhci-pci,usbhid,hid-generic,usb-storage";
+    let xml = xml.replace("</devices>", more).replace("console=ttyS0", words);
+    let path = scratch.path("screen.xml");
+    std::fs::write(&path, xml).map_err(|e| e.to_string())?;
+    let v = Libvirt::start(&scratch)?;
+    let emulator = scratch.path("ftvm");
+    let caps =
+        v.virsh(&["domcapabilities", "--emulatorbin", &emulator, "--virttype", "qemu", "--machine", "pc"])?;
+    let video = caps.split("<video").nth(1).and_then(|t| t.split("</video>").next()).unwrap_or_default();
+    assert!(video.contains("<value>virtio</value>") && video.contains("<value>vga</value>"), "{caps}");
+    v.virsh(&["define", &path])?;
+    v.virsh(&["start", "screen"])?;
+    let mut console = Console::open(&v, "screen")?;
+    console.until("tiny guest ready", LONG)?;
+    console.until("Enter 'help'", LONG)?;
+    let shot = scratch.path("screen.ppm");
+    v.virsh(&["screenshot", "screen", "--file", &shot])?;
+    let picture = std::fs::read(&shot).map_err(|e| e.to_string())?;
+    // PNG or PPM, whatever libvirt asks for.
+    let size = match picture.starts_with(b"\x89PNG") {
+        true => [16, 20].map(|at| u32::from_be_bytes([0, 1, 2, 3].map(|i| picture[at + i]))),
+        false => [1280, if picture.starts_with(b"P6\n1280 800\n") { 800 } else { 0 }],
+    };
+    assert_eq!(size, [1280, 800]);
+
+    let stick = scratch.path("stick.raw");
+    let mut data = b"on the stick".to_vec();
+    data.resize(4 << 20, 0);
+    std::fs::write(&stick, data).map_err(|e| e.to_string())?;
+    run("chmod", &["666", &stick])?;
+    let disk = format!(
+        "<disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='{stick}'/>\
+         <target dev='sda' bus='usb'/></disk>"
+    );
+    for (name, device, there, gone) in [
+        ("disk.xml", disk.as_str(), "head -c 12 /dev/sda", "on the stick"),
+        ("mouse.xml", "<input type='mouse' bus='usb'/>", "cat /proc/bus/input/devices", "QEMU USB Mouse"),
+    ] {
+        let path = scratch.path(name);
+        std::fs::write(&path, device).map_err(|e| e.to_string())?;
+        v.virsh(&["attach-device", "screen", &path, "--live"])?;
+        wait_for(&format!("{name} in the guest"), LONG, || {
+            console.run(there).ok().filter(|s| s.contains(gone))
+        })?;
+        v.virsh(&["detach-device", "screen", &path, "--live"])?;
+        wait_for(&format!("{name} to be gone"), LONG, || {
+            console.run(there).ok().filter(|s| !s.contains(gone))
+        })?;
+        assert!(!v.virsh(&["dumpxml", "screen"])?.contains("stick.raw"));
+    }
+    v.virsh(&["destroy", "screen"])?;
+    let log = std::fs::read_to_string(&v.log).unwrap_or_default();
+    assert!(!log.contains("is not what the schema says"), "a reply or event disagrees with the schema");
     Ok(())
 }
 
@@ -742,7 +818,7 @@ fn virt_install_imports_debian_as_people_do() -> Result<()> {
     let emulator = share(env!("CARGO_BIN_EXE_ftvm"), &scratch.path("ftvm"), 0o755)?;
     let v = Libvirt::start(&scratch)?;
     for (name, osinfo, parts) in [
-        ("known", "debian11", ["machine='pc-q35-7.2'", "qemu-xhci", "model type='vga'", "type='tablet'"]),
+        ("known", "debian11", ["machine='pc-q35-7.2'", "qemu-xhci", "model type='virtio'", "type='tablet'"]),
         (
             "unknown",
             "generic",

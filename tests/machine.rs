@@ -227,8 +227,11 @@ fn a_dump_is_a_core_file_with_memory_and_registers() -> Result<()> {
 fn a_shell_and_the_monitor_share_a_socket() -> Result<()> {
     let scratch = Scratch::new("mux")?;
     let socket = scratch.path("tty");
+    let image = scratch.path("disk.raw");
+    std::fs::write(&image, vec![0; 1 << 20]).map_err(|e| e.to_string())?;
     let more = format!(
-        "-chardev socket,id=c,path={socket},server=on,wait=off,mux=on -serial chardev:c -mon chardev=c -net none"
+        "-chardev socket,id=c,path={socket},server=on,wait=off,mux=on -serial chardev:c -mon chardev=c -net none \
+         -snapshot -drive file={image},format=raw,if=virtio,id=d"
     );
     let mut vm = start_tiny(&scratch, "vm", "", &more)?;
     let mut line = Console::socket(&socket)?;
@@ -240,8 +243,45 @@ fn a_shell_and_the_monitor_share_a_socket() -> Result<()> {
     line.until("VM status: running", LONG)?;
     line.send("\x01c")?;
     assert!(line.run("echo sum $((40 + 5))")?.contains("sum 45"));
+    // What -snapshot holds is written into the image when it is wanted, by the key and in the monitor.
+    let is_there = |text: &str| -> Result<bool> {
+        Ok(std::fs::read(&image)
+            .map_err(|e| e.to_string())?
+            .windows(text.len())
+            .any(|w| w == text.as_bytes()))
+    };
+    let write = |text: &str, at: u32| {
+        format!("echo {text} | dd of=/dev/vda bs=64k seek={at} conv=sync,fsync 2>/dev/null; cat /proc/uptime")
+    };
+    line.run(&write("by-the-key", 1))?;
+    assert!(!is_there("by-the-key")?, "the image is written to");
+    line.send("\x01s")?;
+    ftvm_harness::wait_for("the image to be written", LONG, || is_there("by-the-key").ok()?.then_some(()))?;
+    line.run(&write("in-the-monitor", 5))?;
+    let mut qmp = vm.qmp()?;
+    let mut say = |line: &str| -> Result<String> {
+        let said = qmp.command("human-monitor-command", json!({"command-line": line}))?;
+        Ok(said.as_str().unwrap_or_default().to_owned())
+    };
+    assert!(say("commit nobody")?.contains("Device 'nobody' not found"));
+    assert!(!is_there("in-the-monitor")?);
+    assert_eq!(say("commit d")?, "");
+    assert!(is_there("in-the-monitor")? && is_there("by-the-key")?);
+    assert!(line
+        .run("head -c 4 /dev/vda | wc -c; dd if=/dev/vda bs=64k skip=5 count=1 2>/dev/null | head -n 1")?
+        .contains("in-the-monitor"));
+    // A break is Linux' magic key.
+    line.run("echo 1 > /proc/sys/kernel/sysrq")?;
+    line.send("\x01b")?;
+    std::thread::sleep(Duration::from_millis(300));
+    line.send("h")?;
+    line.until("sysrq: HELP", LONG)?;
     line.send("\x01h")?;
-    line.until("C-a x    exit emulator", LONG)?;
+    let help = line.until("C-a C-a  sends C-a", LONG)?;
+    assert!(
+        help.contains("C-a x    exit emulator") && help.contains("C-a b    send break (magic sysrq)"),
+        "{help}"
+    );
     line.send("\x01x")?;
     ends_well(&mut vm)
 }

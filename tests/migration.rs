@@ -34,7 +34,7 @@ fn back_and_forth() -> Result<()> {
     let mut pair = Pair::start_plain("moves", guest)?;
     let clients = match guest {
         Guest::Debian => Clients::start(&pair, 80, "ftvm guest", "moves").with_ssh(&pair),
-        Guest::Tiny => Clients::start(&pair, 8080, "HTTP/1.1 200", "moves"),
+        Guest::Tiny | Guest::Screen => Clients::start(&pair, 8080, "HTTP/1.1 200", "moves"),
     };
     let mut stopped = Vec::new();
     for round in 0..rounds {

@@ -146,7 +146,7 @@ fn moves() -> Result<()> {
     let mut pair = Pair::start("pair-moves", guest, "")?;
     let clients = match guest {
         Guest::Debian => Clients::start(&pair, 80, "ftvm guest", "moves").with_ssh(&pair),
-        Guest::Tiny => clients(&pair, "moves"),
+        Guest::Tiny | Guest::Screen => clients(&pair, "moves"),
     };
     pair.protect()?;
     for round in 0..rounds {
@@ -381,6 +381,66 @@ fn images() -> Result<()> {
     pair.finish(false)
 }
 
+/// What the guest's driver draws on virtio's card is the same on both hosts, and it goes on drawing after a takeover; so
+/// does a USB device that was plugged in on the way.
+fn screen() -> Result<()> {
+    if std::env::var_os("FTVM_LONG").is_none_or(|v| v == "0") {
+        println!("skipped: the generic kernel takes a minute; FTVM_LONG=1 runs it");
+        return Ok(());
+    }
+    let mut pair = Pair::start("screen", Guest::Screen, "")?;
+    let clients = clients(&pair, "screen");
+    pair.protect()?;
+    clients.wait_progress(20, WAIT)?;
+    fn shot(pair: &mut Pair) -> Result<Vec<u8>> {
+        let path = pair.scratch.path("screen.ppm");
+        pair.qmp()?.command("screendump", serde_json::json!({"filename": path}))?;
+        std::fs::read(path).map_err(|e| e.to_string())
+    }
+    let usb = serde_json::json!({"command-line": "info usb"});
+    let first = shot(&mut pair)?;
+    pair.qmp()?.command("device_add", serde_json::json!({"driver": "usb-tablet", "id": "tab"}))?;
+    // The kernel says so, and then is still.
+    ftvm_harness::wait_for("the kernel's words on the screen", WAIT, || {
+        (shot(&mut pair).ok()? != first).then_some(())
+    })?;
+    let mut before = shot(&mut pair)?;
+    ftvm_harness::wait_for("a screen that is still", WAIT, || {
+        std::thread::sleep(Duration::from_secs(2));
+        let last = std::mem::replace(&mut before, shot(&mut pair).ok()?);
+        (last == before).then_some(())
+    })?;
+    let lit = before.iter().skip(16).filter(|b| **b != 0).count();
+    if !before.starts_with(b"P6\n1280 800\n") || lit < 10_000 {
+        return Err(format!("a picture of {} bytes, {lit} of them not black", before.len()));
+    }
+    for round in 0..2 {
+        let ft = pair.kill_primary()?;
+        println!("screen: failover {}", ft["last-failover"]);
+        if shot(&mut pair)? != before {
+            return Err(format!("round {round}: after the takeover the picture is another"));
+        }
+        let said = pair.qmp()?.command("human-monitor-command", usb.clone())?;
+        if !said.as_str().is_some_and(|t| t.contains("ID: tab")) {
+            return Err(format!("round {round}: after the takeover: {said}"));
+        }
+        pair.qmp()?.command("inject-nmi", serde_json::Value::Null)?;
+        ftvm_harness::wait_for("more on the screen", WAIT, || {
+            (shot(&mut pair).ok()? != before).then_some(())
+        })?;
+        clients.wait_progress(20, WAIT)?;
+        pair.protect()?;
+        std::thread::sleep(Duration::from_secs(2));
+        before = shot(&mut pair)?;
+    }
+    let mut qmp = pair.qmp()?;
+    qmp.command("device_del", serde_json::json!({"id": "tab"}))?;
+    qmp.wait_event("DEVICE_DELETED", WAIT)?;
+    drop(qmp);
+    clients.finish()?;
+    pair.finish(false)
+}
+
 /// All in one process and one after the other: hosts have fixed addresses, and entering namespaces needs root.
 fn main() {
     run_stories(
@@ -397,6 +457,7 @@ fn main() {
             ("turned_on_and_off", turned_on_and_off),
             ("images", images),
             ("refusals", refusals),
+            ("screen", screen),
         ],
     );
 }

@@ -120,21 +120,6 @@ fn linux_uses_a_disk_and_a_cd_drive() -> Result<()> {
     says(&vm.log(), "state hashes equal")
 }
 
-/// A boot sector that says a word on the serial line.
-fn boot_sector(scratch: &Scratch, name: &str, word: &str) -> Result<String> {
-    // cs: mov si, text; loop: lodsb; test al, al; jz halt; mov dx, 3F8h; out dx, al; jmp loop; halt: hlt; jmp halt
-    let mut code = vec![0x31, 0xC0, 0x8E, 0xD8, 0xFC, 0xBE, 0x17, 0x7C, 0xAC, 0x84, 0xC0, 0x74, 0x06];
-    code.extend([0xBA, 0xF8, 0x03, 0xEE, 0xEB, 0xF5, 0xF4, 0xEB, 0xFD, 0x90]);
-    assert_eq!(code.len(), 0x17);
-    code.extend(word.bytes());
-    code.push(0);
-    code.resize(1 << 20, 0);
-    code[510..512].copy_from_slice(&[0x55, 0xAA]);
-    let path = scratch.path(name);
-    std::fs::write(&path, code).map_err(|e| e.to_string())?;
-    Ok(path)
-}
-
 #[test]
 fn firmware_boots_from_the_unit_that_is_wanted() -> Result<()> {
     let scratch = Scratch::new("scsi-boot")?;

@@ -12,8 +12,8 @@ pub struct PcConfig {
     pub cpus: u32,
     /// The firmware image; the machine puts it into guest memory.
     pub firmware: Vec<u8>,
-    /// The option ROM of a video card.
-    pub video_bios: Vec<u8>,
+    /// The option ROMs of video cards, by model.
+    pub video_bios: BTreeMap<String, Vec<u8>>,
     /// The machine's versioned name; it says which chipset it has.
     pub machine: String,
     pub uuid: [u8; 16],

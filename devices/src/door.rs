@@ -46,6 +46,10 @@ pub enum Input {
     /// A USB pointer goes to a place (0 to 0x7FFF) or by a way, turns its wheel, presses and lets go of buttons (a
     /// bit each: left, right, middle, side, extra).
     Pointer { x: Option<u16>, y: Option<u16>, dx: i16, dy: i16, wheel: i8, press: u8, release: u8 },
+    /// The monitor at a video card's output `head` has this size in pixels; 0: there is none.
+    Display { head: u32, width: u32, height: u32 },
+    /// The other end of character device `port` sent a break (a serial line that was low for longer than a character).
+    CharBreak { port: u32 },
 }
 
 /// A device to be plugged in, with what is behind it.

@@ -24,7 +24,7 @@ mod virtio;
 pub use boot::KernelKind;
 pub use config::{DeviceSpec, DriveSpec, InitrdFile, KernelImages, NicSpec, PcConfig, SerialSpec};
 pub use ctx::DeviceError;
-pub use display::{Picture, Screen};
+pub use display::{Picture, Pointer, Screen};
 pub use door::{DiskOp, Input, MachineRequest, Output, Plug};
 pub use ftvm_accel::ApicMessage;
 pub use pc::{FunctionView, Inventory, Pc, WindowView};

@@ -22,12 +22,14 @@ use crate::chipset::smbus::Ich9Smbus;
 use crate::chipset::southbridge::IsaBridge;
 use crate::config::{DeviceSpec, DriveSpec, PcConfig};
 use crate::ctx::{pack, Board, Ctx, Device, DeviceError};
+use crate::display::VGA_CARDS;
 use crate::door::{Input, MachineRequest, Output};
 use crate::ide::ahci::{self, Ahci};
 use crate::ide::Ide;
 use crate::pci::{PciFunction, Place};
 use crate::registry::{self, Attach, Build};
 use crate::smbios;
+use crate::usb;
 
 use hotplug::User;
 pub use hotplug::{FunctionView, Inventory, WindowView};
@@ -89,7 +91,8 @@ const MAX_DEVICES: usize = 4096;
 
 impl Pc {
     /// Build a machine. `mem` has `ram_size` bytes.
-    pub fn new(config: PcConfig, mem: &GuestMemory) -> Result<Pc, DeviceError> {
+    pub fn new(mut config: PcConfig, mem: &GuestMemory) -> Result<Pc, DeviceError> {
+        usb::fix_ports(&mut config);
         if config.cpus == 0 || config.cpus > 255 {
             return Err(DeviceError::Config(format!(
                 "Invalid SMP CPUs {}. The min CPUs supported by machine 'pc' is 1 and the max is 255",
@@ -192,7 +195,7 @@ impl Pc {
             buses,
             bridge,
             pm,
-            config: PcConfig { firmware: Vec::new(), video_bios: Vec::new(), kernel: None, ..config },
+            config: PcConfig { firmware: Vec::new(), video_bios: Default::default(), kernel: None, ..config },
             users,
             lost: Vec::new(),
         };
@@ -497,7 +500,7 @@ impl Pc {
         match input {
             Input::Plug(plug) if hotplug::is_child(&plug.spec) => self.plug_child(plug, true),
             Input::Plug(plug) => return self.plug(mem, now_ns, plug),
-            Input::Unplug { id } if self.unplug_child(id, true) => {}
+            Input::Unplug { id } if self.unplug_child(id) => {}
             Input::Unplug { id } => {
                 let user = self.users.iter().find(|u| u.spec.id.as_deref() == Some(id));
                 if let Some((bus, devfn)) = user.and_then(|u| Some((u.bus as u8, u.devfn?))) {
@@ -668,7 +671,7 @@ impl Slots {
             return Ok(devfn);
         }
         // The display's slot stays its own even on a machine without one, so that a slot does not depend on it.
-        let range = match (self.port, spec.driver == "VGA") {
+        let range = match (self.port, VGA_CARDS.iter().any(|(model, _)| spec.driver == *model)) {
             (true, _) => 0..1,
             (false, true) => self.display..32,
             (false, false) => self.display + 1..32,
@@ -846,6 +849,13 @@ impl BootOrder {
                     let path = format!("/pci@i0cf8{bridges}/scsi@{at}/{place}");
                     self.insert(b.number("bootindex", 0)?, path)?;
                 }
+            }
+        }
+        for (port, spec) in usb::served(b.config, b.spec) {
+            let b = Build { config: b.config, spec, devfn: 0, place: Place::default() };
+            if b.text("bootindex").is_some() {
+                let path = format!("/pci@i0cf8{bridges}/usb@{at}/storage@{}/channel@0/disk@0,0", port + 1);
+                self.insert(b.number("bootindex", 0)?, path)?;
             }
         }
         if b.text("bootindex").is_none() {

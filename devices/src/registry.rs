@@ -7,21 +7,22 @@ use crate::chipset::debug::{DebugCon, DebugExit, PvPanic};
 use crate::chipset::testdev::PcTestDev;
 use crate::config::{DeviceSpec, DriveSpec, NicSpec, PcConfig};
 use crate::ctx::{Device, DeviceError};
-use crate::display::Vga;
+use crate::display::{StdVga, VirtioVga};
 use crate::net::e1000::E1000;
 use crate::pci::Place;
 use crate::rootport::RootPort;
-use crate::usb::ehci::{is_ehci, Ehci};
-use crate::usb::hid;
+use crate::usb;
+use crate::usb::ehci::Ehci;
 use crate::usb::uhci::{Chip, Uhci};
 use crate::usb::xhci::Xhci;
 use crate::virtio::balloon::Balloon;
 use crate::virtio::blk::Blk;
+use crate::virtio::gpu::Gpu;
 use crate::virtio::net::Net;
 use crate::virtio::rng::Rng;
 use crate::virtio::scsi::Scsi;
 use crate::virtio::serial::Serial;
-use crate::virtio::VirtioPci;
+use crate::virtio::{Layout, VirtioPci};
 
 /// Where a model plugs in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,6 +49,8 @@ pub enum Kind {
     Text,
     Bool,
     Number,
+    /// Bytes, with QEMU's suffixes.
+    Size,
     Mac,
     /// The names of a back end; the machine resolves them.
     Drive,
@@ -126,6 +129,15 @@ const VIRTIO: &[(&str, Kind, &str)] = &[
     ("vectors", Kind::Number, "MSI-X vectors"),
 ];
 
+const GPU: &[(&str, Kind, &str)] = &[
+    ("max_outputs", Kind::Number, "outputs, 1 to 16 (1)"),
+    ("xres", Kind::Number, "pixels of the first output's monitor (1280)"),
+    ("yres", Kind::Number, "lines of the first output's monitor (800)"),
+    ("edid", Kind::Bool, "monitors describe themselves (on)"),
+    ("max_hostmem", Kind::Size, "most memory for the guest's pictures (256M)"),
+    ("blob", Kind::Bool, "off"),
+];
+
 const PORT: &[(&str, Kind, &str)] = &[
     ("bus", Kind::Text, "ID.0 of a virtio-serial device"),
     ("chardev", Kind::Chardev, "ID of a chardev to use as a backend"),
@@ -165,7 +177,7 @@ pub static MODELS: &[Model] = &[
             ("vgamem_mb", Kind::Number, "MiB of video memory, 1 to 256 (16)"),
             ("rombar", Kind::Bool, "the video BIOS is shown to the firmware (on)"),
         ],
-        build: Some(|b| Ok(Box::new(Vga::new(b)?))),
+        build: Some(|b| Ok(Box::new(StdVga::new(b)?))),
     },
     Model {
         name: "e1000",
@@ -391,11 +403,19 @@ pub static MODELS: &[Model] = &[
         build: None,
     },
     Model {
+        name: "usb-storage",
+        attach: Attach::Usb,
+        category: "Storage",
+        description: "USB disk",
+        properties: &[("removable", Kind::Bool, "the guest is told that the medium can be removed (off)")],
+        build: None,
+    },
+    Model {
         name: "usb-kbd",
         attach: Attach::Usb,
         category: "Input",
         description: "USB keyboard",
-        properties: USB,
+        properties: &[],
         build: None,
     },
     Model {
@@ -403,7 +423,7 @@ pub static MODELS: &[Model] = &[
         attach: Attach::Usb,
         category: "Input",
         description: "USB mouse",
-        properties: USB,
+        properties: &[],
         build: None,
     },
     Model {
@@ -411,7 +431,7 @@ pub static MODELS: &[Model] = &[
         attach: Attach::Usb,
         category: "Input",
         description: "USB tablet",
-        properties: USB,
+        properties: &[],
         build: None,
     },
     Model {
@@ -440,6 +460,16 @@ pub static MODELS: &[Model] = &[
         description: "virtio disk",
         properties: &[],
         build: Some(|b| Ok(Box::new(VirtioPci::new(b, Box::new(Blk::new(b.drive()?)))?))),
+    },
+    Model {
+        name: "virtio-gpu-pci",
+        attach: Attach::Pci,
+        category: "Display",
+        description: "virtio graphics card",
+        properties: GPU,
+        build: Some(|b| {
+            Ok(Box::new(VirtioPci::with_layout(b, Box::new(Gpu::new(b)?), Layout::MODERN, |_| ())?))
+        }),
     },
     Model {
         name: "virtio-net-pci",
@@ -474,6 +504,14 @@ pub static MODELS: &[Model] = &[
         build: Some(|b| Ok(Box::new(VirtioPci::new(b, Box::new(Serial::new(b)?))?))),
     },
     Model {
+        name: "virtio-vga",
+        attach: Attach::Pci,
+        category: "Display",
+        description: "virtio graphics card that is a VGA too",
+        properties: GPU,
+        build: Some(|b| Ok(Box::new(VirtioVga::new(b)?))),
+    },
+    Model {
         name: "virtserialport",
         attach: Attach::VirtioSerial,
         category: "Input",
@@ -497,12 +535,24 @@ pub static MODELS: &[Model] = &[
 /// A virtio driver's name without what says which generations of the interface it has.
 pub fn base_name(name: &str) -> &str {
     let stripped = name.strip_suffix("-non-transitional").or(name.strip_suffix("-transitional"));
-    stripped.filter(|n| n.starts_with("virtio-") && n.ends_with("-pci")).unwrap_or(name)
+    stripped.filter(|n| has_generations(n)).unwrap_or(name)
+}
+
+/// Whether a virtio model has names for the generations of its interface. (The graphics cards have only the modern one.)
+pub fn has_generations(name: &str) -> bool {
+    name.starts_with("virtio-") && name.ends_with("-pci") && name != "virtio-gpu-pci"
 }
 
 /// The model named `name`; virtio models have two further names, `-transitional` and `-non-transitional`.
 pub fn model(name: &str) -> Result<&'static Model, DeviceError> {
     let base = base_name(name);
+    if ["virtio-vga-gl", "virtio-gpu-gl-pci", "virtio-gpu-gl"].contains(&name) {
+        return Err(DeviceError::Config(format!(
+            "'{name}' is not available: nothing here draws in three dimensions (virgl); take virtio-vga or virtio-gpu-pci"
+        )));
+    }
+    // QEMU's short name of the second.
+    let base = if base == "virtio-gpu" { "virtio-gpu-pci" } else { base };
     MODELS.iter().find(|m| m.name == base).ok_or_else(|| DeviceError::UnknownModel(name.to_string()))
 }
 
@@ -513,8 +563,8 @@ impl Model {
         match self.attach {
             Attach::Pci => out.extend(PCI_PROPERTIES),
             Attach::Ide => out.push(("bus", Kind::Text, "ide.0 or ide.1, on a q35 up to ide.5")),
-            Attach::Isa | Attach::VirtioSerial | Attach::Usb | Attach::Scsi | Attach::Hda | Attach::Board => {
-            }
+            Attach::Usb => out.extend(USB),
+            Attach::Isa | Attach::VirtioSerial | Attach::Scsi | Attach::Hda | Attach::Board => {}
         }
         if self.category == "Storage" && self.name != "virtio-scsi-pci" {
             out.extend(BLOCK);
@@ -573,7 +623,7 @@ impl Model {
                 let text = format!("No 'virtio-serial-bus' bus found for device '{}'", self.name);
                 return Err(DeviceError::Config(text));
             }
-            (Attach::Usb, _) if bus.is_none() && usb_controller(config, spec).is_none() => {
+            (Attach::Usb, None) if usb::bus_of(config, spec).is_none() => {
                 return Err(DeviceError::Config(format!(
                     "No 'usb-bus' bus found for device '{}'",
                     self.name
@@ -588,7 +638,7 @@ impl Model {
             (_, None) => true,
             (Attach::Hda, Some(_)) => hda::controller(config, spec).is_some(),
             (Attach::Scsi, Some(_)) => crate::scsi::controller(config, spec).is_some(),
-            (Attach::Usb, Some(_)) => usb_controller(config, spec).is_some(),
+            (Attach::Usb, Some(_)) => usb::bus_of(config, spec).is_some(),
             (Attach::Pci | Attach::Ide, Some(_)) => true,
             (Attach::Isa, Some(bus)) => bus == "isa.0",
             (Attach::VirtioSerial, Some(bus)) => all
@@ -627,6 +677,7 @@ impl Model {
                     matches!(value.as_str(), "on" | "off" | "yes" | "no" | "true" | "false" | "1" | "0")
                 }
                 Kind::Number => parse_number(value).is_some(),
+                Kind::Size => parse_size(value).is_some(),
                 Kind::Mac => parse_mac(value).is_some(),
                 _ => true,
             };
@@ -642,46 +693,25 @@ impl Model {
     }
 }
 
-/// The USB devices of a machine.
-pub(crate) fn usb_devices(config: &PcConfig) -> impl Iterator<Item = (&DeviceSpec, hid::Kind)> {
-    config.devices.iter().filter_map(|d| {
-        let kind = match d.driver.as_str() {
-            "usb-kbd" => hid::Kind::Keyboard,
-            "usb-mouse" => hid::Kind::Mouse,
-            "usb-tablet" => hid::Kind::Tablet,
-            _ => return None,
-        };
-        Some((d, kind))
-    })
-}
-
-/// The controller that a USB device is plugged into: the one it names, or the first that takes devices.
-pub(crate) fn usb_controller<'a>(config: &'a PcConfig, spec: &DeviceSpec) -> Option<&'a DeviceSpec> {
-    let named = spec.properties.get("bus").map(String::as_str);
-    let mut unnamed = 0;
-    let takes = |d: &&DeviceSpec| {
-        let uhci = d.driver == "piix3-usb-uhci" || d.driver.starts_with("ich9-usb-uhci");
-        d.driver == "qemu-xhci" || is_ehci(&d.driver) || uhci && !d.properties.contains_key("masterbus")
-    };
-    config.devices.iter().filter(takes).find(|d| {
-        // QEMU calls the buses of controllers without id usb-bus.N.
-        let name = match &d.id {
-            Some(id) => format!("{id}.0"),
-            None => {
-                unnamed += 1;
-                format!("usb-bus.{}", unnamed - 1)
-            }
-        };
-        named.is_none_or(|n| n == name)
-    })
-}
-
 /// A decimal or 0x number.
 pub fn parse_number(text: &str) -> Option<u64> {
     match text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
         Some(hex) => u64::from_str_radix(hex, 16).ok(),
         None => text.parse().ok(),
     }
+}
+
+/// Bytes: a number, with k, M, G or T behind it for powers of 1024.
+pub fn parse_size(text: &str) -> Option<u64> {
+    let (number, shift) = match text.as_bytes().last()?.to_ascii_lowercase() {
+        b'b' if !text.starts_with("0x") => (&text[..text.len() - 1], 0),
+        b'k' => (&text[..text.len() - 1], 10),
+        b'm' => (&text[..text.len() - 1], 20),
+        b'g' => (&text[..text.len() - 1], 30),
+        b't' => (&text[..text.len() - 1], 40),
+        _ => (text, 0),
+    };
+    parse_number(number)?.checked_mul(1 << shift)
 }
 
 /// Six hexadecimal bytes between colons.
@@ -723,6 +753,14 @@ impl Build<'_> {
         match self.text(property) {
             None => Ok(default),
             Some(text) => parse_number(text).ok_or_else(|| self.bad(property)),
+        }
+    }
+
+    /// A property that says a number of bytes.
+    pub fn size(&self, property: &str, default: u64) -> Result<u64, DeviceError> {
+        match self.text(property) {
+            None => Ok(default),
+            Some(text) => parse_size(text).ok_or_else(|| self.bad(property)),
         }
     }
 
@@ -822,6 +860,7 @@ pub fn model_help(name: &str) -> Result<String, DeviceError> {
         let kind = match kind {
             Kind::Bool => "bool",
             Kind::Number => "uint32",
+            Kind::Size => "size",
             _ => "str",
         };
         let left = format!("  {property}=<{kind}>");

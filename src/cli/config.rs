@@ -740,10 +740,10 @@ impl Config {
                 }
                 "vga" => {
                     match v {
-                        "none" | "std" => {}
-                        "cirrus" | "vmware" | "qxl" | "virtio" => {
+                        "none" | "std" | "virtio" => {}
+                        "cirrus" | "vmware" | "qxl" => {
                             return Err(CliError::Plain(format!(
-                                "vga type '{v}' is not available: give -vga std or -vga none"
+                                "vga type '{v}' is not available: give -vga std, virtio or none"
                             )));
                         }
                         _ => return Err(CliError::Plain(format!("unknown vga type: {v}"))),

@@ -101,7 +101,7 @@ const DETAILS: &[(&str, &[&str])] = &[
     ("nic", &["Models: e1000 (the default) and virtio."]),
     (
         "chardev",
-        &["socket: path, or host and port; server, wait; fd. file: path, append. pipe: path. stdio: signal. With mux=on up to four front ends (serial lines, -mon) share the device: all write, and what is typed goes to one of them. Ctrl-A c goes to the next, Ctrl-A x ends the program, Ctrl-A t puts the time before each line, Ctrl-A h shows these keys; breaks (b) and saving (s) are not there."],
+        &["socket: path, or host and port; server, wait; fd. file: path, append. pipe: path. stdio: signal. With mux=on up to four front ends (serial lines, -mon) share the device: all write, and what is typed goes to one of them. Ctrl-A c goes to the next, Ctrl-A x ends the program, Ctrl-A t puts the time before each line, Ctrl-A b sends a break, Ctrl-A s writes into the images what -snapshot holds, Ctrl-A h shows these keys."],
     ),
     (
         "serial",
@@ -119,8 +119,8 @@ const DETAILS: &[(&str, &[&str])] = &[
     ("kernel", &["The kind of file is told by its contents."]),
     ("bios", &["Looked for in the directories of -L, then in /usr/share/ftvm, /usr/share/seabios and /usr/share/qemu."]),
     ("nographic", &["On the terminal C-a x ends ftvm, C-a c switches between serial line and monitor, C-a h shows the keys."]),
-    ("vnc", &["[HOST]:N (TCP port 5900+N), unix:PATH or none; to=N tries further ports. password=on asks for the password that set_password or change-vnc-password sets, password-secret=ID for that of a secret object. share=, audiodev= do nothing. There is no TLS: listen on a loopback address, or in a network of trust. Give -vga std too: a VNC server brings no video card."]),
-    ("vga", &["std is QEMU's standard VGA, as -device VGA. Other than with QEMU there is no video card unless it is asked for."]),
+    ("vnc", &["[HOST]:N (TCP port 5900+N), unix:PATH or none; to=N tries further ports. password=on asks for the password that set_password or change-vnc-password sets, password-secret=ID for that of a secret object. share=, audiodev= do nothing. There is no TLS: listen on a loopback address, or in a network of trust. Give -vga std or virtio too: a VNC server brings no video card."]),
+    ("vga", &["std is QEMU's standard VGA, as -device VGA; virtio is -device virtio-vga, the same until the guest's virtio-gpu driver takes it over (two dimensions, no virgl). Other than with QEMU there is no video card unless it is asked for."]),
     (
         "gdb",
         &[
@@ -248,6 +248,7 @@ pub fn page() -> String {
                 let kind = match kind {
                     Kind::Bool => "on|off",
                     Kind::Number => "number",
+                    Kind::Size => "size",
                     Kind::Mac => "address",
                     Kind::Drive | Kind::Netdev | Kind::Chardev => "id",
                     Kind::Text => "text",

@@ -117,7 +117,7 @@ pub const OPTIONS: &[(&str, &str, &str, &str)] = &[
     ("nographic", "", "Display", "no graphics: serial line 0 and monitor on the terminal"),
     ("display", "none|vnc=...", "Display", "kind of display (none, vnc)"),
     ("vnc", "display", "Display", "show the screen to VNC clients"),
-    ("vga", "std|none", "Display", "kind of video card (none)"),
+    ("vga", "std|virtio|none", "Display", "kind of video card (none)"),
     ("no-reboot", "", "Debug and expert", "exit instead of rebooting"),
     ("no-shutdown", "", "Debug and expert", "stop instead of exiting when the guest powers off"),
     (

@@ -13,8 +13,8 @@ const MOST: usize = 4;
 const ESCAPE: u8 = 0x01;
 
 const HELP: &str =
-    "C-a h    print this help\r\nC-a x    exit emulator\r\nC-a t    toggle console timestamps\r\n\
-                    C-a c    switch between console and monitor\r\nC-a C-a  sends C-a\r\n";
+    "C-a h    print this help\r\nC-a x    exit emulator\r\nC-a s    save disk data back to file (if -snapshot)\r\n\
+                    C-a t    toggle console timestamps\r\nC-a b    send break (magic sysrq)\r\nC-a c    switch between console and monitor\r\nC-a C-a  sends C-a\r\n";
 
 /// What a front end is told.
 pub struct Front {
@@ -24,6 +24,16 @@ pub struct Front {
     pub opened: Opened,
     /// Whether it is in front.
     pub focus: Opened,
+    /// A break was sent to it.
+    pub broken: Box<dyn FnMut() + Send>,
+}
+
+/// What keys of the device itself do elsewhere.
+pub struct Keys {
+    /// End the program.
+    pub exit: Box<dyn Fn() + Send + Sync>,
+    /// Write what images keep in front of others into those; what there is to say.
+    pub commit: Box<dyn Fn() -> String + Send + Sync>,
 }
 
 #[derive(Default)]
@@ -42,13 +52,13 @@ struct State {
 pub struct Mux {
     state: Mutex<State>,
     sink: OnceLock<CharSink>,
-    exit: Box<dyn Fn() + Send + Sync>,
+    keys: Keys,
 }
 
 impl Mux {
-    /// Open `dev`; `exit` is what Ctrl-A x does.
-    pub fn open(dev: &Char, label: &str, exit: Box<dyn Fn() + Send + Sync>) -> Result<Arc<Mux>, CharError> {
-        let mux = Arc::new(Mux { state: Mutex::default(), sink: OnceLock::new(), exit });
+    /// Open `dev`; `keys` is what Ctrl-A x and s do.
+    pub fn open(dev: &Char, label: &str, keys: Keys) -> Result<Arc<Mux>, CharError> {
+        let mux = Arc::new(Mux { state: Mutex::default(), sink: OnceLock::new(), keys });
         let (typed, opened) = (Arc::clone(&mux), Arc::clone(&mux));
         let typed: Typed = Box::new(move |bytes| typed.typed(bytes));
         let opened: Opened = Box::new(move |open| opened.opened(open));
@@ -171,7 +181,7 @@ impl Mux {
             b'h' | b'?' => self.write(HELP.as_bytes()),
             b'x' => {
                 self.write(b"ftvm: Terminated\r\n");
-                (self.exit)();
+                (self.keys.exit)();
             }
             b't' => {
                 let mut state = self.lock();
@@ -181,8 +191,17 @@ impl Mux {
                 };
             }
             b'c' => self.switch(),
-            b'b' => self.write(b"\r\nftvm: a break cannot be sent\r\n"),
-            b's' => self.write(b"\r\nftvm: what -snapshot holds cannot be saved\r\n"),
+            b'b' => {
+                let mut state = self.lock();
+                let at = state.focus;
+                if let Some(front) = state.fronts.get_mut(at) {
+                    (front.broken)();
+                }
+            }
+            b's' => {
+                let said = (self.keys.commit)();
+                self.write(said.as_bytes());
+            }
             _ => {}
         }
     }
@@ -227,11 +246,12 @@ mod tests {
             let log = Arc::clone(log);
             move |text: String| log.lock().unwrap().push(format!("{name} {text}"))
         };
-        let (a, b, c) = (note(log), note(log), note(log));
+        let (a, b, c, d) = (note(log), note(log), note(log), note(log));
         Front {
             typed: Box::new(move |bytes| a(String::from_utf8_lossy(bytes).into_owned())),
             opened: Box::new(move |open| b(format!("open {open}"))),
             focus: Box::new(move |focus| c(format!("focus {focus}"))),
+            broken: Box::new(move || d("break".into())),
         }
     }
 
@@ -239,13 +259,21 @@ mod tests {
     fn the_escape_key_leads_what_is_typed() {
         let (log, ended) = (Log::default(), Arc::new(Mutex::new(0)));
         let end = Arc::clone(&ended);
-        let mux = Mux::open(&Char::Null, "x", Box::new(move || *end.lock().unwrap() += 1)).unwrap();
+        let saved = Arc::clone(&log);
+        let keys = Keys {
+            exit: Box::new(move || *end.lock().unwrap() += 1),
+            commit: Box::new(move || {
+                saved.lock().unwrap().push("commit".into());
+                String::new()
+            }),
+        };
+        let mux = Mux::open(&Char::Null, "x", keys).unwrap();
         for name in ["monitor", "serial"] {
             mux.attach(front(name, &log), true).unwrap();
         }
         log.lock().unwrap().clear();
         mux.typed(b"ab\x01\x01\x01");
-        mux.typed(b"cde\x01cf\x01x\x01?\x01zg");
+        mux.typed(b"cde\x01cf\x01x\x01?\x01zg\x01b\x01sh");
         let want = [
             "serial ab\u{1}",
             "serial focus false",
@@ -254,7 +282,10 @@ mod tests {
             "monitor focus false",
         ];
         assert_eq!(log.lock().unwrap()[..5], want);
-        assert_eq!(log.lock().unwrap()[5..], ["serial focus true", "serial f", "serial g"]);
+        assert_eq!(
+            log.lock().unwrap()[5..],
+            ["serial focus true", "serial f", "serial g", "serial break", "commit", "serial h"]
+        );
         assert_eq!(*ended.lock().unwrap(), 1);
         mux.attach(front("third", &log), false).unwrap();
         mux.attach(front("fourth", &log), false).unwrap();
@@ -265,7 +296,8 @@ mod tests {
     fn lines_have_the_time_while_it_is_wanted() {
         let path = std::env::temp_dir().join(format!("ftvm-mux-{}", std::process::id()));
         let dev = Char::File { path: path.display().to_string(), append: false };
-        let mux = Mux::open(&dev, "x", Box::new(|| {})).unwrap();
+        let keys = Keys { exit: Box::new(|| {}), commit: Box::new(String::new) };
+        let mux = Mux::open(&dev, "x", keys).unwrap();
         let sink = mux.attach(front("a", &Log::default()), true).unwrap();
         sink.write(b"one\n");
         mux.typed(b"\x01t");

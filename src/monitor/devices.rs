@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use ftvm_devices::registry::{self, Kind};
+use ftvm_devices::registry::{self, Attach, Kind};
 use ftvm_devices::{DeviceSpec, DriveSpec, Input, NicSpec, Plug};
 use ftvm_qmp::{Call, QmpError};
 use serde_json::{json, Map, Value};
@@ -160,8 +160,15 @@ pub fn plug(rt: &mut Runtime, mut spec: DeviceSpec) -> Result<(), QmpError> {
     let mut plug = Plug { spec, devfn: 0, drive, nic: nic.as_ref().map(|(n, _)| n.clone()) };
     plug.devfn = rt.machine.check_plug(&plug).map_err(QmpError::generic)?;
     // Every replica puts it in the same place.
-    if registry::model(&plug.spec.driver).is_ok_and(|m| m.attach == registry::Attach::Pci) {
-        plug.spec.properties.insert("addr".into(), format!("{:x}.{:x}", plug.devfn >> 3, plug.devfn & 7));
+    match registry::model(&plug.spec.driver).map(|m| m.attach) {
+        Ok(Attach::Pci) => {
+            let place = format!("{:x}.{:x}", plug.devfn >> 3, plug.devfn & 7);
+            plug.spec.properties.insert("addr".into(), place);
+        }
+        Ok(Attach::Usb) => {
+            plug.spec.properties.insert("port".into(), plug.devfn.to_string());
+        }
+        _ => {}
     }
     if let Some((nic, dev)) = nic {
         open_hot(&dev, nic.index as usize, rt)?;

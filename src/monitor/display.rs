@@ -32,17 +32,20 @@ pub fn screendump(c: &Control, call: &mut Call) -> Reply {
     if device.is_none() && head.is_some() {
         return Err(QmpError::generic("'head' must be specified together with 'device'"));
     }
-    if let (Some(device), Some(head)) = (&device, head.filter(|h| *h != 0)) {
-        let text = format!("Device '{device}' (head {head}) is not bound to a QemuConsole");
-        return Err(QmpError::generic(text));
-    }
-    let wanted = device.clone();
-    let picture =
-        c.machine(move |rt| rt.machine.chipset().screen(wanted.as_deref()).map(|screen| screen.picture()))?;
-    let picture = picture.ok_or_else(|| match device {
-        Some(device) => QmpError::device_not_found(&device),
-        None => QmpError::generic("There is no console to take a screendump from"),
+    let (wanted, head) = (device.clone(), head.unwrap_or(0));
+    let picture = c.machine(move |rt| {
+        let screen = rt.machine.chipset().screen(wanted.as_deref());
+        screen.map(|screen| u32::try_from(head).ok().and_then(|head| screen.head(head)))
     })?;
+    let picture = match (picture, device) {
+        (Some(Some(picture)), _) => picture,
+        (None, Some(device)) => return Err(QmpError::device_not_found(&device)),
+        (Some(None), Some(device)) => {
+            let text = format!("Device '{device}' (head {head}) is not bound to a QemuConsole");
+            return Err(QmpError::generic(text));
+        }
+        (_, None) => return Err(QmpError::generic("There is no console to take a screendump from")),
+    };
     let path = call.text("filename").to_owned();
     let failed = |e: &dyn std::fmt::Display| QmpError::generic(format!("failed to write '{path}': {e}"));
     let file = std::fs::File::create(&path)

@@ -53,6 +53,10 @@ const HELP: &[(&str, &str)] = &[
     ("replay_delete_break", "do not stop it there"),
     ("replay_seek ICOUNT", "go to a position of the replay, ahead or back"),
     ("savevm [NAME]", "make a snapshot of the machine and its images"),
+    (
+        "commit DEVICE|all",
+        "write what an image keeps in front of another one into that (with -snapshot: into the image)",
+    ),
     ("screendump FILE [-f ppm|png] [DEVICE [HEAD]]", "a picture of the screen, in a file"),
     ("sendkey KEY[-KEY...] [HOLD_MS]", "press keys together"),
     ("set_link NAME on|off", "plug a network cable in or pull it"),
@@ -91,9 +95,29 @@ const INFO: &[(&str, &str, Info)] = &[
     ("replay", "record and replay", replay),
     ("snapshots", "internal snapshots of the images", snapshots::list),
     ("status", "whether the machine runs", status),
+    ("usb", "the USB devices", usb),
     ("uuid", "the machine's UUID", |c| Ok(format!("{}\n", format_uuid(&c.config.uuid)))),
     ("version", "the program's version", |_| Ok(format!("7.2.0 (ftvm {})\n", env!("CARGO_PKG_VERSION")))),
 ];
+
+/// `info usb`: which device is in which port. (What the guest calls them is its own business here.)
+fn usb(c: &Control) -> Result<String, QmpError> {
+    let devices = c.machine(|rt| rt.machine.chipset().inventory())?;
+    let mut text = String::new();
+    for d in devices {
+        let product = match d.spec.driver.as_str() {
+            "usb-kbd" => "QEMU USB Keyboard",
+            "usb-mouse" => "QEMU USB Mouse",
+            "usb-tablet" => "QEMU USB Tablet",
+            "usb-storage" => "QEMU USB HARDDRIVE",
+            _ => continue,
+        };
+        let port = d.spec.properties.get("port").map_or("", String::as_str);
+        let id = d.spec.id.map_or_else(String::new, |id| format!(", ID: {id}"));
+        text += &format!("  Bus {}, Port {port}, Product {product}{id}\n", d.bus);
+    }
+    Ok(text)
+}
 
 impl Control {
     /// A line typed into the human monitor; returns its answer.
@@ -164,6 +188,7 @@ impl Control {
             }
             "device_del" | "netdev_del" => self.run(verb, json!({"id": need(0)?}), fds),
             "object_del" => self.run("object-del", json!({"id": need(0)?}), fds),
+            "commit" => super::commit::run(self, need(0)?),
             "eject" => {
                 let name = words.iter().find(|w| **w != "-f").copied().unwrap_or_default();
                 self.run("eject", json!({"id": name}), fds)

@@ -3,6 +3,7 @@
 
 mod block;
 mod chars;
+mod commit;
 mod cpu;
 pub mod devices;
 mod display;

@@ -1,7 +1,7 @@
 //! The tree of objects: the machine, its devices, what `-object` and `-chardev` made. It is built from the
 //! running machine whenever it is asked for.
 
-use ftvm_devices::registry::{self, Kind};
+use ftvm_devices::registry::{self, Attach, Kind};
 use ftvm_devices::Inventory;
 use ftvm_qmp::{Call, QmpError};
 use serde_json::{json, Map, Value};
@@ -55,6 +55,7 @@ fn value_of(kind: Kind, text: &str) -> Value {
     match kind {
         Kind::Bool => json!(matches!(text, "on" | "yes" | "true" | "1")),
         Kind::Number => registry::parse_number(text).map_or(json!(text), |n| json!(n)),
+        Kind::Size => registry::parse_size(text).map_or(json!(text), |n| json!(n)),
         _ => json!(text),
     }
 }
@@ -75,12 +76,17 @@ fn guest_stats(facts: &[(String, i64)], rtc_base: i64) -> Value {
     json!({"stats": stats, "last-update": updated})
 }
 
+/// Whether such a device is plugged into a controller while the machine runs.
+fn comes_and_goes(driver: &str) -> bool {
+    registry::model(driver).is_ok_and(|m| matches!(m.attach, Attach::Scsi | Attach::Usb))
+}
+
 fn device(item: &Inventory, name: &str, rtc_base: i64) -> Object {
     let driver = &item.spec.driver;
     let mut object = Object::new(name, driver.clone())
         .with("realized", "bool", json!(true))
         .with("hotplugged", "bool", json!(item.hotplugged))
-        .with("hotpluggable", "bool", json!(item.devfn.is_some()));
+        .with("hotpluggable", "bool", json!(item.devfn.is_some() || comes_and_goes(driver)));
     if let Ok(model) = registry::model(driver) {
         for (property, kind, _) in model.all_properties() {
             let value = item.spec.properties.get(property).map(|text| value_of(kind, text));
@@ -89,7 +95,7 @@ fn device(item: &Inventory, name: &str, rtc_base: i64) -> Object {
                 ("bus", _) => value.unwrap_or_else(|| json!(item.bus)),
                 (_, _) => value.unwrap_or_else(|| match kind {
                     Kind::Bool => json!(false),
-                    Kind::Number => json!(0),
+                    Kind::Number | Kind::Size => json!(0),
                     _ => json!(""),
                 }),
             };

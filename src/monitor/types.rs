@@ -78,6 +78,9 @@ fn parent(model: &Model) -> &'static str {
 /// The type of the device behind a virtio model's PCI function.
 pub fn backend_type(driver: &str) -> Option<String> {
     let base = registry::base_name(driver);
+    if base == "virtio-vga" {
+        return Some("virtio-gpu-device".into());
+    }
     let kind = base.strip_prefix("virtio-").and_then(|n| n.strip_suffix("-pci"))?;
     Some(format!("virtio-{kind}-device"))
 }
@@ -93,8 +96,11 @@ pub fn all() -> Vec<Type> {
     CpuModel::definitions(None).iter().for_each(|(n, _)| push(super::cpu::type_name(n), "x86_64-cpu", false));
     for m in MODELS {
         push(m.name.to_owned(), parent(m), false);
-        if let Some(backend) = backend_type(m.name) {
+        if let Some(backend) = backend_type(m.name).filter(|_| m.name != "virtio-vga") {
+            // (virtio-vga has that of virtio-gpu-pci.)
             push(backend, "virtio-device", false);
+        }
+        if registry::has_generations(m.name) {
             push(format!("{}-transitional", m.name), parent(m), false);
             push(format!("{}-non-transitional", m.name), parent(m), false);
         }
@@ -144,6 +150,7 @@ pub fn kind_name(kind: Kind) -> &'static str {
     match kind {
         Kind::Bool => "bool",
         Kind::Number => "uint32",
+        Kind::Size => "size",
         Kind::Text | Kind::Mac | Kind::Drive | Kind::Netdev | Kind::Chardev => "str",
     }
 }

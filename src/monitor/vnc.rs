@@ -1,13 +1,14 @@
 //! The screen behind the VNC server, and what monitors tell and set of that server.
 
-use ftvm_devices::Picture;
+use ftvm_devices::{Input, Picture};
 use ftvm_qmp::{Call, QmpError};
 use serde_json::{json, Value};
 
 use super::input::{self, Pointer};
 use super::{done, Control, Reply};
 use crate::host::keys::Key;
-use crate::host::vnc::{Console, Vnc};
+use crate::host::vnc::{Console, View, Vnc};
+use crate::machine::MachineInput;
 
 /// What a machine without a video card shows.
 const BLANK: (u32, u32) = (640, 480);
@@ -16,17 +17,31 @@ const BLANK: (u32, u32) = (640, 480);
 const BUTTONS: [(u8, u8); 3] = [(1, 1), (2, 4), (4, 2)];
 
 impl Console for Control {
-    fn picture(&self, since: Option<u64>) -> Result<Option<(u64, Picture)>, String> {
+    fn look(&self, since: Option<u64>) -> Result<Option<View>, String> {
         let seen = self.machine(move |rt| match rt.machine.chipset().screen(None) {
             None if since == Some(0) => None,
-            None => {
-                let pixels = vec![0; (BLANK.0 * BLANK.1) as usize];
-                Some((0, Picture { width: BLANK.0, height: BLANK.1, pixels }))
-            }
+            None => Some(View { picture: Picture::black(BLANK.0, BLANK.1), ..View::default() }),
             Some(screen) if since == Some(screen.changes()) => None,
-            Some(screen) => Some((screen.changes(), screen.picture())),
+            Some(screen) => Some(View {
+                number: screen.changes(),
+                picture: screen.picture(),
+                pointer: screen.pointer().cloned(),
+                takes_size: screen.takes_size(),
+            }),
         });
         seen.map_err(|e| e.to_string())
+    }
+
+    fn resize(&self, width: u16, height: u16) -> bool {
+        let told = self.change(move |rt| {
+            let takes = rt.machine.chipset().screen(None).is_some_and(|s| s.takes_size());
+            if takes && width > 0 && height > 0 {
+                let input = Input::Display { head: 0, width: width.into(), height: height.into() };
+                rt.input(MachineInput::Device(input));
+            }
+            Ok(takes && width > 0 && height > 0)
+        });
+        told.unwrap_or(false)
     }
 
     fn key(&self, key: Key, down: bool) {

@@ -14,7 +14,7 @@ use crate::cli::vnc::{VncAddress, VncConfig};
 use crate::cli::{Char, Config};
 use crate::host::backends::Backends;
 use crate::host::chars::{self, CharSink, Opened};
-use crate::host::mux::{Front, Mux};
+use crate::host::mux::{Front, Keys, Mux};
 use crate::host::vnc::{Access, Vnc};
 use crate::host::Outside;
 use crate::machine::MachineInput;
@@ -80,7 +80,12 @@ pub fn open_outside(
         };
         let label = blueprint.labels.get(port as usize).cloned().unwrap_or_default();
         let sink = if let Some(mux) = mux(given, &dev, &label, &control)? {
-            let front = Front { typed: Box::new(deliver), opened, focus: Box::new(|_| {}) };
+            let send = events.clone();
+            let broken = move || {
+                let _ = send.send(Event::Input(MachineInput::Device(Input::CharBreak { port })));
+            };
+            let front =
+                Front { typed: Box::new(deliver), opened, focus: Box::new(|_| {}), broken: Box::new(broken) };
             let sink = mux.attach(front, true).map_err(|e| format!("chardev '{label}': {e}"))?;
             if !matches!(given, Char::Id(_)) {
                 // `mon:`: the monitor behind it has no option of its own.
@@ -117,7 +122,12 @@ fn mux(given: &Char, dev: &Char, label: &str, control: &Arc<Control>) -> Result<
     let exit = Box::new(move || {
         let _ = events.send(Event::Quit(Quit::HostQmpQuit));
     });
-    let mux = Mux::open(inner, label, exit).map_err(|e| e.to_string())?;
+    let saver = Arc::downgrade(control);
+    let commit = Box::new(move || match saver.upgrade() {
+        Some(control) => control.human("commit all", &mut Fds::default()),
+        None => String::new(),
+    });
+    let mux = Mux::open(inner, label, Keys { exit, commit }).map_err(|e| e.to_string())?;
     known.insert(label.to_owned(), Arc::clone(&mux));
     Ok(Some(mux))
 }
@@ -167,7 +177,7 @@ fn human_front(mux: &Arc<Mux>, control: &Arc<Control>) -> Result<CharSink, Strin
             (false, _) => b"\r\n",
         });
     });
-    let front = Front { typed: Box::new(typed), opened: Box::new(|_| {}), focus };
+    let front = Front { typed: Box::new(typed), opened: Box::new(|_| {}), focus, broken: Box::new(|| {}) };
     let sink = mux.attach(front, false)?;
     if let Ok(mut shown) = shown.lock() {
         shown.sink = Some(sink.clone());

@@ -74,3 +74,18 @@ pub fn firmware(scratch: &Scratch, name: &str, code: &[u8]) -> Result<String> {
     std::fs::write(&path, rom).map_err(|e| format!("{path}: {e}"))?;
     Ok(path)
 }
+
+/// A boot sector that says a word on the serial line.
+pub fn boot_sector(scratch: &Scratch, name: &str, word: &str) -> Result<String> {
+    // cs: mov si, text; loop: lodsb; test al, al; jz halt; mov dx, 3F8h; out dx, al; jmp loop; halt: hlt; jmp halt
+    let mut code = vec![0x31, 0xC0, 0x8E, 0xD8, 0xFC, 0xBE, 0x17, 0x7C, 0xAC, 0x84, 0xC0, 0x74, 0x06];
+    code.extend([0xBA, 0xF8, 0x03, 0xEE, 0xEB, 0xF5, 0xF4, 0xEB, 0xFD, 0x90]);
+    assert_eq!(code.len(), 0x17);
+    code.extend(word.bytes());
+    code.push(0);
+    code.resize(1 << 20, 0);
+    code[510..512].copy_from_slice(&[0x55, 0xAA]);
+    let path = scratch.path(name);
+    std::fs::write(&path, code).map_err(|e| e.to_string())?;
+    Ok(path)
+}

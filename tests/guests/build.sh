@@ -1,6 +1,8 @@
 #!/bin/bash
 # Builds the guests that the tests and the demo run, from Debian packages.
 #   build.sh DIR tiny      DIR/vmlinuz (cloud kernel) and DIR/tiny.cpio.gz: busybox, drivers, ftload
+#   build.sh DIR generic   DIR/generic-vmlinuz (the kernel for all machines) and DIR/generic.cpio.gz: the same with drivers for
+#                          virtio-gpu, USB and sound
 #   build.sh DIR debian    DIR/debian.qcow2: Debian 12 with systemd, sshd, nginx, sqlite, ftload; login root/root
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -16,27 +18,32 @@ ftload() {
     mv "$dir/ftload.new" "$dir/ftload"
 }
 
-tiny() {
-    ftload
-    if [ ! -e "$dir/vmlinuz" ]; then
-        say "fetching the Debian cloud kernel"
-        mkdir -p "$dir/deb" && cd "$dir/deb"
-        pkg=$(apt-cache depends linux-image-cloud-amd64 | awk '/Depends: linux-image/{print $2; exit}')
-        apt-get download -q "$pkg" >/dev/null
-        rm -rf "$dir/kernel" && dpkg-deb -x "$pkg"_*.deb "$dir/kernel"
-        cp "$dir"/kernel/boot/vmlinuz-* "$dir/vmlinuz.new" && mv "$dir/vmlinuz.new" "$dir/vmlinuz"
-    fi
-    say "packing tiny.cpio.gz"
-    root=$dir/tiny && rm -rf "$root" && mkdir -p "$root"/{bin,dev,proc,sys,tmp,mnt,etc,lib/modules}
+# kernel PACKAGE DIR: the kernel that a package of Debian's depends on, unpacked
+kernel() {
+    [ -e "$dir/$2/boot" ] && return
+    say "fetching $1"
+    mkdir -p "$dir/deb" && cd "$dir/deb"
+    pkg=$(apt-cache depends "$1" | awk '/Depends: linux-image/{print $2; exit}')
+    apt-get download -q "$pkg" >/dev/null
+    rm -rf "$dir/$2.new" && dpkg-deb -x "$pkg"_*.deb "$dir/$2.new"
+    rm -rf "${dir:?}/$2" && mv "$dir/$2.new" "$dir/$2"
+}
+
+# pack DIR FILE MODULE...: an initial RAM disk for the kernel in DIR
+pack() {
+    local from=$1 file=$2
+    shift 2
+    say "packing $file"
+    root=$dir/root.$file && rm -rf "$root" && mkdir -p "$root"/{bin,dev,proc,sys,tmp,mnt,etc,lib/modules}
     cp "$(command -v busybox)" "$root/bin/busybox"
     cp "$dir/ftload" "$root/bin/"
-    kver=$(ls "$dir/kernel/lib/modules")
-    src=$dir/kernel/lib/modules/$kver dst=$root/lib/modules/$kver
+    kver=$(ls "$dir/$from/lib/modules")
+    src=$dir/$from/lib/modules/$kver dst=$root/lib/modules/$kver
     mkdir -p "$dst"
     cp "$src"/modules.{order,builtin,builtin.modinfo} "$dst/"
-    [ -e "$src/modules.dep" ] || depmod -b "$dir/kernel" "$kver"
-    for m in ata_piix ata_generic sd_mod sr_mod virtio_pci virtio_blk virtio_net virtio_rng ext4 crc32c_generic; do
-        { modprobe -S "$kver" -d "$dir/kernel" --show-depends "$m" || true; } 2>/dev/null |
+    [ -e "$src/modules.dep" ] || depmod -b "$dir/$from" "$kver"
+    for m in "$@"; do
+        { modprobe -S "$kver" -d "$dir/$from" --show-depends "$m" || true; } 2>/dev/null |
             awk '$1=="insmod"{print $2}'
     done | sort -u | while read -r ko; do
         rel=${ko#"$src"/}
@@ -44,8 +51,29 @@ tiny() {
     done
     depmod -b "$root" "$kver"
     cp "$here/tiny-init" "$root/init" && chmod 755 "$root/init"
-    (cd "$root" && find . | sort | cpio -o -H newc -R 0:0 --quiet --reproducible | gzip -9n) > "$dir/tiny.cpio.gz.new"
-    mv "$dir/tiny.cpio.gz.new" "$dir/tiny.cpio.gz"
+    (cd "$root" && find . | sort | cpio -o -H newc -R 0:0 --quiet --reproducible | gzip -9n) > "$dir/$file.new"
+    mv "$dir/$file.new" "$dir/$file" && rm -rf "$root"
+}
+
+basic="ata_piix ata_generic sd_mod sr_mod virtio_pci virtio_blk virtio_net virtio_rng ext4 crc32c_generic"
+
+tiny() {
+    ftload
+    if [ ! -e "$dir/vmlinuz" ]; then
+        kernel linux-image-cloud-amd64 kernel
+        cp "$dir"/kernel/boot/vmlinuz-* "$dir/vmlinuz.new" && mv "$dir/vmlinuz.new" "$dir/vmlinuz"
+    fi
+    pack kernel tiny.cpio.gz $basic
+}
+
+# The same with the kernel for all machines, which has drivers for screens, USB and sound.
+generic() {
+    ftload
+    kernel linux-image-amd64 kernel-generic
+    cp "$dir"/kernel-generic/boot/vmlinuz-* "$dir/generic-vmlinuz.new"
+    mv "$dir/generic-vmlinuz.new" "$dir/generic-vmlinuz"
+    pack kernel-generic generic.cpio.gz $basic virtio-gpu xhci-pci ehci-pci uhci-hcd usbhid hid-generic evdev \
+        usb-storage uas snd-hda-intel snd-hda-codec-generic acpiphp shpchp pciehp
 }
 
 # newer FILE INPUT...: FILE exists and is newer than every input
@@ -91,7 +119,8 @@ debian() {
 
 case $what in
     tiny) tiny ;;
+    generic) generic ;;
     debian) debian ;;
-    all) tiny; debian ;;
-    *) say "unknown guest '$what': tiny, debian or all"; exit 2 ;;
+    all) tiny; generic; debian ;;
+    *) say "unknown guest '$what': tiny, generic, debian or all"; exit 2 ;;
 esac

@@ -25,6 +25,8 @@ struct State {
     rx: VecDeque<u8>,
     backlog: VecDeque<u8>,
     overrun: bool,
+    /// A break came in, and the guest has not looked yet.
+    broken: bool,
     thre_pending: bool,
 }
 
@@ -70,7 +72,7 @@ impl Serial {
     /// The interrupt identification without the FIFO bits (table 5 of the datasheet).
     fn iir(&self) -> u8 {
         let ier = self.s.ier;
-        if ier & 4 != 0 && self.s.overrun {
+        if ier & 4 != 0 && (self.s.overrun || self.s.broken) {
             6
         } else if ier & 1 != 0 && self.s.rx.len() >= self.trigger() {
             4
@@ -137,8 +139,11 @@ impl Device for Serial {
             3 => self.s.lcr,
             4 => self.s.mcr,
             5 => {
-                let value = 0x60 | u8::from(!self.s.rx.is_empty()) | u8::from(self.s.overrun) << 1;
-                self.s.overrun = false;
+                let value = 0x60
+                    | u8::from(!self.s.rx.is_empty())
+                    | u8::from(self.s.overrun) << 1
+                    | u8::from(self.s.broken) << 4;
+                (self.s.overrun, self.s.broken) = (false, false);
                 self.update(ctx);
                 value
             }
@@ -199,16 +204,24 @@ impl Device for Serial {
         self.update(ctx);
     }
     fn input(&mut self, ctx: &mut Ctx, input: &Input) {
-        if let Input::CharIn { port, bytes } = input {
-            if *port == self.port {
-                let room = BACKLOG.saturating_sub(self.s.backlog.len());
-                self.s.backlog.extend(bytes.iter().take(room));
-                if self.s.mcr & 0x10 == 0 {
-                    self.refill();
-                }
-                self.update(ctx);
+        let bytes = match input {
+            Input::CharIn { port, bytes } if *port == self.port => &bytes[..],
+            Input::CharBreak { port } if *port == self.port => {
+                // It comes with a character of zeros.
+                self.s.broken = true;
+                &[0]
             }
+            _ => return,
+        };
+        let room = BACKLOG.saturating_sub(self.s.backlog.len());
+        self.s.backlog.extend(bytes.iter().take(room));
+        if self.s.mcr & 0x10 == 0 {
+            self.refill();
         }
+        self.update(ctx);
+    }
+    fn version(&self) -> u32 {
+        2
     }
     fn save(&self) -> Vec<u8> {
         pack(&self.s)

@@ -1,4 +1,4 @@
-//! QEMU's standard VGA (`-device VGA`): IBM's VGA registers and memory modes, Bochs' display interface, a linear frame
+//! What QEMU's VGA cards have in common: IBM's VGA registers and memory modes, Bochs' display interface, a linear frame
 //! buffer. The names of registers are those of the VGA (sequencer, graphics controller, CRT controller, attribute
 //! controller, DAC).
 
@@ -6,14 +6,14 @@ use serde::{Deserialize, Serialize};
 
 use super::dispi::{self, Dispi};
 use super::{Picture, Screen};
-use crate::ctx::{pack, Ctx, Device, DeviceError, Window};
-use crate::pci::{Bar, PciFunction, PciId, PciSaved};
+use crate::ctx::{pack, DeviceError, Window};
+use crate::pci::{Bar, PciFunction};
 use crate::registry::Build;
 
 /// Regions: the frame buffer (BAR 0), the registers in memory (BAR 2), the option ROM, the window at 0xA0000; as
 /// ports the VGA's and those of the display interface.
 const FRAME_BUFFER: u8 = 0;
-const REGISTERS: u8 = 2;
+pub const REGISTERS: u8 = 2;
 const LEGACY: u8 = 8;
 const VGA_PORTS: u8 = 0x10;
 const DISPI_PORTS: u8 = 0x11;
@@ -90,21 +90,19 @@ impl Default for Regs {
 
 #[derive(Serialize, Deserialize)]
 struct Saved {
-    pci: PciSaved,
     regs: Regs,
     /// Numbers of the pages of video memory that are not zero; they follow.
     pages: Vec<u32>,
 }
 
-/// The video card.
+/// The part of a video card that is a VGA, without its PCI function.
 pub struct Vga {
-    name: String,
-    pci: PciFunction,
     pub(super) r: Regs,
     /// Video memory; in the planar modes plane `p` of address `a` is byte `4 * a + p`.
     pub(super) memory: Vec<u8>,
     /// Pages of video memory that may be other than zero.
     used: Vec<bool>,
+    /// The video BIOS.
     rom: Vec<u8>,
     changes: u64,
 }
@@ -120,38 +118,25 @@ fn spread(byte: u8) -> u32 {
 }
 
 impl Vga {
-    /// The card that a `-device` names.
-    pub fn new(b: &Build) -> Result<Vga, DeviceError> {
-        let megabytes = b.number("vgamem_mb", 16)?;
-        if !(1..=256).contains(&megabytes) {
-            return Err(b.bad("vgamem_mb"));
-        }
+    /// The VGA of the card that a `-device` names, with this much video memory.
+    pub fn new(b: &Build, megabytes: u64) -> Vga {
         let size = (megabytes as usize).next_power_of_two() << 20;
-        let id = PciId {
-            vendor: 0x1234,
-            device: 0x1111,
-            revision: 2,
-            class: 0x03_0000,
-            subsystem_vendor: 0x1AF4,
-            subsystem: 0x1100,
-        };
-        let mut pci = PciFunction::new(b.devfn, id);
-        pci.bar(0, Bar::Prefetchable(size as u32));
-        pci.bar(2, Bar::Memory(4096));
-        let rom = b.config.video_bios.clone();
-        if !rom.is_empty() && b.flag("rombar", true) {
-            pci.rom(rom.len().next_power_of_two() as u32);
-        }
-        pci.seal();
-        Ok(Vga {
-            name: b.pci_name(),
-            pci,
+        let rom = b.config.video_bios.get(&b.spec.driver).filter(|_| b.flag("rombar", true));
+        Vga {
             r: Regs::default(),
             memory: vec![0; size],
             used: vec![false; size / PAGE],
-            rom,
+            rom: rom.cloned().unwrap_or_default(),
             changes: 0,
-        })
+        }
+    }
+
+    /// Define the frame buffer's base address register, and that of the video BIOS.
+    pub fn define(&self, pci: &mut PciFunction) {
+        pci.bar(FRAME_BUFFER.into(), Bar::Prefetchable(self.memory.len() as u32));
+        if !self.rom.is_empty() {
+            pci.rom(self.rom.len().next_power_of_two() as u32);
+        }
     }
 
     /// Whether memory addresses count bytes, not bytes of planes.
@@ -424,40 +409,36 @@ impl Vga {
     }
 }
 
-impl Device for Vga {
-    fn name(&self) -> &str {
-        &self.name
-    }
-
-    fn reset(&mut self, ctx: &mut Ctx) {
-        self.pci.reset(ctx);
+impl Vga {
+    pub fn reset(&mut self) {
         self.r = Regs::default();
         self.changes += 1;
     }
 
-    fn save(&self) -> Vec<u8> {
+    /// The state, behind what else a card saves.
+    pub fn save(&self) -> Vec<u8> {
         let page = |n: usize| &self.memory[n * PAGE..(n + 1) * PAGE];
         let pages: Vec<u32> = (0..self.used.len())
             .filter(|n| self.used[*n] && page(*n).iter().any(|b| *b != 0))
             .map(|n| n as u32)
             .collect();
-        let saved = Saved { pci: self.pci.save(), regs: self.r.clone(), pages };
+        let saved = Saved { regs: self.r.clone(), pages };
         let mut out = pack(&saved);
         saved.pages.iter().for_each(|n| out.extend_from_slice(page(*n as usize)));
         out
     }
 
-    fn load(&mut self, data: &[u8]) -> Result<(), DeviceError> {
-        let misfit = || DeviceError::Misfit(self.name.clone());
+    /// Restore what [`Self::save`] returned; `name` is the card's.
+    pub fn load(&mut self, name: &str, data: &[u8]) -> Result<(), DeviceError> {
         let (saved, rest): (Saved, _) =
-            postcard::take_from_bytes(data).map_err(|e| DeviceError::BadSection(self.name.clone(), e))?;
-        let Saved { pci, mut regs, pages } = saved;
+            postcard::take_from_bytes(data).map_err(|e| DeviceError::BadSection(name.into(), e))?;
+        let Saved { mut regs, pages } = saved;
         let ordered = pages.windows(2).all(|w| w[0] < w[1]);
         let inside = pages.last().is_none_or(|n| (*n as usize) < self.used.len());
         let bounded =
             regs.palette.len() == 768 && regs.dac_sub < 3 && regs.seq_index < 8 && regs.gfx_index < 16;
-        if !ordered || !inside || !bounded || rest.len() != pages.len() * PAGE || !self.pci.load(pci) {
-            return Err(misfit());
+        if !ordered || !inside || !bounded || rest.len() != pages.len() * PAGE {
+            return Err(DeviceError::Misfit(name.into()));
         }
         regs.dispi.fit(self.memory.len());
         self.r = regs;
@@ -472,18 +453,18 @@ impl Device for Vga {
         Ok(())
     }
 
-    fn ports(&self) -> Vec<Window> {
+    pub fn ports(&self) -> Vec<Window> {
         vec![
             Window::bytes(VGA_PORTS, FIRST_PORT.into(), 0x30),
             Window { width: 2, ..Window::new(DISPI_PORTS, 0x1CE, 4) },
         ]
     }
 
-    fn windows(&self) -> Vec<Window> {
+    pub fn windows(&self) -> Vec<Window> {
         vec![Window::new(LEGACY, LEGACY_START, 0x2_0000)]
     }
 
-    fn pio_read(&mut self, _: &mut Ctx, region: u8, offset: u16, size: u8) -> u32 {
+    pub fn pio_read(&mut self, region: u8, offset: u16, size: u8) -> u32 {
         match (region, offset, size) {
             (VGA_PORTS, _, _) => self.port_read(FIRST_PORT + offset).into(),
             (DISPI_PORTS, 0, 2) => self.r.dispi.index.into(),
@@ -492,7 +473,7 @@ impl Device for Vga {
         }
     }
 
-    fn pio_write(&mut self, _: &mut Ctx, region: u8, offset: u16, size: u8, value: u32) {
+    pub fn pio_write(&mut self, region: u8, offset: u16, size: u8, value: u32) {
         match (region, offset, size) {
             (VGA_PORTS, _, _) => self.port_write(FIRST_PORT + offset, value as u8),
             (DISPI_PORTS, 0, 2) => self.r.dispi.index = value as u16,
@@ -501,7 +482,7 @@ impl Device for Vga {
         }
     }
 
-    fn mmio_read(&mut self, _: &mut Ctx, region: u8, offset: u64, size: u8) -> u64 {
+    pub fn mmio_read(&mut self, region: u8, offset: u64, size: u8) -> u64 {
         let linear = |bytes: &[u8]| {
             (0..usize::from(size)).fold(0, |out, i| {
                 let byte = bytes.get(offset as usize + i).copied().unwrap_or(0);
@@ -517,7 +498,7 @@ impl Device for Vga {
         }
     }
 
-    fn mmio_write(&mut self, _: &mut Ctx, region: u8, offset: u64, size: u8, value: u64) {
+    pub fn mmio_write(&mut self, region: u8, offset: u64, size: u8, value: u64) {
         let (at, len) = (offset as usize, usize::from(size));
         match region {
             FRAME_BUFFER => {
@@ -530,18 +511,6 @@ impl Device for Vga {
             LEGACY => (0..len).for_each(|i| self.legacy_write(offset + i as u64, (value >> (8 * i)) as u8)),
             _ => {}
         }
-    }
-
-    fn screen(&self) -> Option<&dyn Screen> {
-        Some(self)
-    }
-
-    fn pci(&self) -> Option<&PciFunction> {
-        Some(&self.pci)
-    }
-
-    fn pci_mut(&mut self) -> Option<&mut PciFunction> {
-        Some(&mut self.pci)
     }
 }
 

@@ -5,11 +5,13 @@ use serde::{Deserialize, Serialize};
 
 use super::saved::{gone, CHANGES_SECTION};
 use super::{address, find_bus, in_use, Mapped, Pc, Slots, MAX_DEVICES, NONE};
+use crate::audio::hda;
 use crate::config::DeviceSpec;
 use crate::ctx::{Ctx, Device, DeviceError};
 use crate::door::{GuestEvent, Output, Plug};
 use crate::pci::Bar;
 use crate::registry::{self, Attach, Build};
+use crate::usb;
 
 /// A device that a user named, and where it is.
 #[derive(Clone, Debug)]
@@ -67,7 +69,7 @@ pub(super) struct Changes {
 
 /// Whether a device has its place behind another one and can come and go there.
 pub(super) fn is_child(spec: &DeviceSpec) -> bool {
-    registry::model(&spec.driver).is_ok_and(|m| m.attach == Attach::Scsi)
+    registry::model(&spec.driver).is_ok_and(|m| matches!(m.attach, Attach::Scsi | Attach::Usb))
 }
 
 impl Changes {
@@ -129,14 +131,18 @@ impl Pc {
         }
         let fixed = |bus: &str| DeviceError::Config(format!("Bus '{bus}' does not support hotplugging"));
         let Some(build) = model.build.filter(|_| model.attach == Attach::Pci) else {
-            return Err(fixed(&model.bus(self.config.root_bus())));
+            // QEMU names the bus that there is.
+            let codecs = hda::controller(&self.config, &plug.spec).and_then(|c| c.id.clone());
+            let bus = codecs.filter(|_| model.attach == Attach::Hda).map(|id| format!("{id}.0"));
+            return Err(fixed(&bus.unwrap_or_else(|| model.bus(self.config.root_bus()))));
         };
         let bus = &self.buses[find_bus(&self.buses, &plug.spec)?];
         if !bus.hotplug {
             return Err(fixed(&bus.name));
         }
         if ["Bridge", "Display"].contains(&model.category) {
-            return Err(DeviceError::Config(format!("Device '{}' does not support hotplugging", model.name)));
+            let text = "Parameter 'driver' expects a pluggable device type";
+            return Err(DeviceError::Config(text.into()));
         }
         let place = bus.place.clone();
         if let Some(drive) = &plug.drive {
@@ -147,9 +153,14 @@ impl Pc {
             self.config.nics.retain(|n| n.index != nic.index);
             self.config.nics.push(nic.clone());
         }
-        let b = Build { config: &self.config, spec: &plug.spec, devfn: plug.devfn, place };
-        let device = b.finish(build(&b)?);
+        // What is behind it finds it there.
+        self.config.devices.push(plug.spec.clone());
+        let spec = self.config.devices.last().unwrap_or(&plug.spec);
+        let b = Build { config: &self.config, spec, devfn: plug.devfn, place };
+        let built = build(&b).map(|device| b.finish(device));
+        let device = built.inspect_err(|_| drop(self.config.devices.pop()))?;
         if self.devices.iter().any(|d| d.name() == device.name()) || self.devices.len() >= MAX_DEVICES {
+            self.config.devices.pop();
             return Err(DeviceError::Config(format!("there can be only one device '{}'", device.name())));
         }
         Ok(device)
@@ -169,7 +180,7 @@ impl Pc {
         });
     }
 
-    /// Whether a device could be plugged in, and where: its device and function number.
+    /// Whether a device could be plugged in, and where: its device and function number, a USB device's port.
     pub fn check_plug(&mut self, plug: &Plug) -> Result<u8, DeviceError> {
         if plug.spec.id.is_some() && self.users.iter().any(|u| u.spec.id == plug.spec.id) {
             let id = plug.spec.id.as_deref().unwrap_or_default();
@@ -182,6 +193,9 @@ impl Pc {
             let mut with = self.config.clone();
             with.devices.push(plug.spec.clone());
             with.drives.extend(plug.drive.clone());
+            if model.attach == Attach::Usb {
+                return usb::check(&with, &plug.spec);
+            }
             if let Some(controller) = crate::scsi::controller(&with, &plug.spec) {
                 crate::scsi::units(&with, controller)?;
             }
@@ -199,9 +213,9 @@ impl Pc {
             }
         }
         let devfn = if model.attach == Attach::Pci { slots.take(&plug.spec)? } else { 0 };
-        let drives = (self.config.drives.clone(), self.config.nics.clone());
+        let before = self.config.clone();
         let built = self.build_plug(&Plug { devfn, ..plug.clone() });
-        (self.config.drives, self.config.nics) = drives;
+        self.config = before;
         built.map(|_| devfn)
     }
 
@@ -210,7 +224,7 @@ impl Pc {
         let user = self.users.iter().find(|u| u.spec.id.as_deref() == Some(id));
         let user = user.ok_or_else(|| DeviceError::NoDevice(id.to_owned()))?;
         match registry::model(&user.spec.driver)?.attach {
-            Attach::Scsi => Ok(()),
+            Attach::Scsi | Attach::Usb => Ok(()),
             Attach::Pci if self.buses[user.bus].hotplug => Ok(()),
             Attach::Pci => {
                 let text = format!("Bus '{}' does not support hotplugging", self.buses[user.bus].name);
@@ -232,6 +246,10 @@ impl Pc {
             let Some(i) = self.users.iter().position(here) else { continue };
             self.with(mem, now, at, |d, ctx| d.reset(ctx));
             let user = self.users.remove(i);
+            while let Some(child) = self.behind(&user.spec) {
+                self.remove_child(child, true);
+            }
+            self.config.devices.retain(|d| *d != user.spec);
             self.devices[usize::from(at)] = Box::new(Gone(gone(usize::from(at))));
             self.buses[bus].functions[usize::from(devfn)] = NONE;
             self.note_presence(bus);
@@ -241,6 +259,17 @@ impl Pc {
             let event = GuestEvent::DeviceDeleted { spec: Box::new(user.spec) };
             self.board.s.outputs.push(Output::Event(event));
         }
+    }
+
+    /// A device that goes with a controller, by its place among the users'.
+    fn behind(&self, controller: &DeviceSpec) -> Option<usize> {
+        let of = |spec: &DeviceSpec| match registry::model(&spec.driver).map(|m| m.attach) {
+            Ok(Attach::Usb) => usb::controller(&self.config, spec),
+            Ok(Attach::Scsi) => crate::scsi::controller(&self.config, spec),
+            Ok(Attach::Hda) => hda::controller(&self.config, spec),
+            _ => None,
+        };
+        self.users.iter().position(|u| of(&u.spec) == Some(controller))
     }
 
     /// Tell the port in front of a bus whether there is something in its slot.
@@ -334,20 +363,24 @@ impl Pc {
     }
 
     /// Take one out, if it is one.
-    pub(super) fn unplug_child(&mut self, id: &str, tell: bool) -> bool {
+    pub(super) fn unplug_child(&mut self, id: &str) -> bool {
         let here = |u: &User| u.spec.id.as_deref() == Some(id) && is_child(&u.spec);
         let Some(i) = self.users.iter().position(here) else { return false };
+        self.remove_child(i, true);
+        true
+    }
+
+    fn remove_child(&mut self, i: usize, tell: bool) {
         let user = self.users.remove(i);
         self.config.devices.retain(|d| *d != user.spec);
         if user.plug.is_none() {
-            self.lost.push(id.to_owned());
+            self.lost.extend(user.spec.id.clone());
         }
         self.rescan(tell);
         if tell {
             let event = GuestEvent::DeviceDeleted { spec: Box::new(user.spec) };
             self.board.s.outputs.push(Output::Event(event));
         }
-        true
     }
 
     fn rescan(&mut self, tell: bool) {
@@ -359,7 +392,10 @@ impl Pc {
     /// Become what another machine of this configuration is behind its controllers.
     pub(super) fn follow_children(&mut self, (plugged, lost): (Vec<Plug>, Vec<String>)) {
         for id in lost {
-            self.unplug_child(&id, false);
+            // With their controllers others go, too, than those that go by themselves.
+            if let Some(i) = self.users.iter().position(|u| u.spec.id.as_ref() == Some(&id)) {
+                self.remove_child(i, false);
+            }
         }
         for plug in plugged {
             // It may be part of this machine's configuration.
@@ -397,6 +433,7 @@ impl Pc {
     pub(super) fn pull(&mut self, at: u16) -> Result<(), DeviceError> {
         if let Some(i) = self.users.iter().position(|u| u.device == Some(at)) {
             let user = self.users.remove(i);
+            self.config.devices.retain(|d| *d != user.spec);
             let devfn = usize::from(user.devfn.ok_or_else(|| DeviceError::Misfit(CHANGES_SECTION.into()))?);
             self.buses[user.bus].functions[devfn] = NONE;
             self.note_presence(user.bus);

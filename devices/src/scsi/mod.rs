@@ -139,11 +139,16 @@ pub fn units<'a>(config: &'a PcConfig, own: &DeviceSpec) -> Result<Vec<(&'a Devi
 
 impl Unit {
     /// A unit as `spec` says, beside those at the places `others`.
-    fn new(config: &PcConfig, spec: &DeviceSpec, others: Vec<(u8, u16)>) -> Result<Unit, DeviceError> {
+    pub(crate) fn new(
+        config: &PcConfig,
+        spec: &DeviceSpec,
+        others: Vec<(u8, u16)>,
+    ) -> Result<Unit, DeviceError> {
         let model = registry::model(&spec.driver)?;
         model.check(spec)?;
         let b = Build { config, spec, devfn: 0, place: Place::default() };
-        let cdrom = spec.driver == "scsi-cd";
+        let on_usb = spec.driver == "usb-storage";
+        let cdrom = spec.driver == "scsi-cd" || on_usb && b.drive()?.cdrom;
         let drive = match (cdrom, spec.drive) {
             // A CD drive may be empty.
             (true, None) => DriveSpec { index: u32::MAX, read_only: true, ..DriveSpec::default() },

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::ports;
 use crate::ctx::{pack, unpack, Ctx, Device, DeviceError};
 use crate::pci::{Bar, PciFunction, PciId, PciSaved};
-use crate::registry::{parse_number, Build};
+use crate::registry::Build;
 
 /// Ports of each controller.
 pub const PORTS: u32 = 6;
@@ -93,24 +93,12 @@ impl Ehci {
         pci.set8(LEGACY, 1);
         pci.bar(0, Bar::Memory(SIZE));
         pci.seal();
-        let bus = b.spec.id.as_ref().map(|id| format!("{id}.0"));
-        let companions: Vec<usize> = b
-            .config
-            .devices
-            .iter()
-            .filter(|d| bus.is_some() && d.properties.get("masterbus") == bus.as_ref())
-            .map(|d| d.properties.get("firstport").and_then(|p| parse_number(p)).unwrap_or(0) as usize)
-            .collect();
-        for (port, kind) in ports::on_bus(b, b.spec, PORTS)? {
-            if !companions.iter().any(|first| (*first..first + 2).contains(&port)) {
-                return Err(DeviceError::Config(format!(
-                    "speed mismatch: a full-speed USB device ({kind:?}) in port {} of bus '{}' needs a companion controller there",
-                    port + 1,
-                    bus.as_deref().unwrap_or("usb")
-                )));
-            }
+        let bus = ports::own_bus(b.config, b.spec);
+        for (port, spec) in ports::on_bus(b.config, &bus, PORTS as usize)? {
+            ports::has_companion(b.config, &bus, port, spec)?;
         }
-        Ok(Ehci { name: b.pci_name(), pci, companions: companions.len() as u32, s: State::default() })
+        let companions = ports::companions(b.config, &bus).count() as u32;
+        Ok(Ehci { name: b.pci_name(), pci, companions, s: State::default() })
     }
 
     fn reset_registers(&mut self, ctx: &mut Ctx) {

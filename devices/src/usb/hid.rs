@@ -5,11 +5,8 @@ use std::collections::VecDeque;
 
 use serde::{Deserialize, Serialize};
 
+use super::device::Stall;
 use crate::door::Input;
-
-/// The request cannot be done: the endpoint stalls.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Stall;
 
 /// What kind of device it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -2,17 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::hid::Hid;
-
-/// What a device answers to a transaction.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Answer {
-    /// The data of an IN packet; empty for OUT and SETUP.
-    Done(Vec<u8>),
-    /// Nothing to say now: ask again.
-    Nak,
-    Stall,
-}
+use super::device::{Answer, UsbDevice};
+use crate::ctx::Ctx;
 
 /// The control transfer that is under way at endpoint 0.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -25,10 +16,16 @@ struct Control {
 }
 
 /// A device with its address.
-#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Pipe {
-    pub device: Hid,
+    pub device: UsbDevice,
     pub address: u8,
+    control: Control,
+}
+
+/// What of it is saved, besides the device.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PipeState {
+    address: u8,
     control: Control,
 }
 
@@ -36,8 +33,16 @@ pub struct Pipe {
 const MAX_DATA: usize = 4096;
 
 impl Pipe {
-    pub fn new(device: Hid) -> Pipe {
+    pub fn new(device: UsbDevice) -> Pipe {
         Pipe { device, address: 0, control: Control::default() }
+    }
+
+    pub fn save(&self) -> PipeState {
+        PipeState { address: self.address, control: self.control.clone() }
+    }
+
+    pub fn load(&mut self, s: PipeState) {
+        (self.address, self.control) = (s.address, s.control);
     }
 
     /// A reset of its port.
@@ -61,14 +66,8 @@ impl Pipe {
 
     /// An IN packet of at most `len` bytes.
     pub fn receive(&mut self, endpoint: u8, len: usize) -> Answer {
-        if endpoint == 1 {
-            return self.device.poll().map_or(Answer::Nak, |mut report| {
-                report.truncate(len);
-                Answer::Done(report)
-            });
-        }
         if endpoint != 0 {
-            return Answer::Stall;
+            return self.device.receive(endpoint, len);
         }
         let c = &mut self.control;
         if c.stalled {
@@ -76,7 +75,7 @@ impl Pipe {
         }
         if c.setup[0] & 0x80 != 0 {
             let end = c.data.len().min(c.sent + len);
-            let part = c.data[c.sent..end].to_vec();
+            let part = c.data.get(c.sent..end).unwrap_or_default().to_vec();
             c.sent = end;
             return Answer::Done(part);
         }
@@ -93,8 +92,11 @@ impl Pipe {
     }
 
     /// An OUT packet.
-    pub fn send(&mut self, endpoint: u8, data: &[u8]) -> Answer {
-        if endpoint != 0 || self.control.stalled {
+    pub fn send(&mut self, ctx: &mut Ctx, endpoint: u8, data: &[u8]) -> Answer {
+        if endpoint != 0 {
+            return self.device.send(ctx, endpoint, data);
+        }
+        if self.control.stalled {
             return Answer::Stall;
         }
         // Behind data that were read it is the status stage.
@@ -108,17 +110,17 @@ impl Pipe {
 
 #[cfg(test)]
 mod tests {
-    use super::super::hid::Kind;
     use super::*;
+    use crate::config::{DeviceSpec, PcConfig};
 
     #[test]
     fn a_control_transfer_goes_in_packets() {
-        let mut p = Pipe::new(Hid::new(Kind::Keyboard));
+        let spec = DeviceSpec { driver: "usb-kbd".into(), ..DeviceSpec::default() };
+        let mut p = Pipe::new(UsbDevice::new(&PcConfig::default(), &spec, false).unwrap());
         assert_eq!(p.setup([0x80, 6, 0, 1, 0, 0, 18, 0]), Answer::Done(vec![]));
         let Answer::Done(first) = p.receive(0, 8) else { panic!() };
         let Answer::Done(second) = p.receive(0, 64) else { panic!() };
         assert_eq!((first.len(), second.len(), first[0]), (8, 10, 18));
-        assert_eq!(p.send(0, &[]), Answer::Done(vec![]));
         p.setup([0, 5, 9, 0, 0, 0, 0, 0]);
         assert_eq!((p.address, p.receive(0, 0), p.address), (0, Answer::Done(vec![]), 9));
         p.setup([0x80, 6, 0, 6, 0, 0, 10, 0]);

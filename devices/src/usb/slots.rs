@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::hid::{Hid, Stall};
+use super::device::{Answer, Stall, UsbDevice};
 use super::xhci::{CONTEXT_ERROR, LINK_TRB, PARAMETER_ERROR, SHORT_PACKET, STALLED, SUCCESS, TRB_ERROR};
 use crate::ctx::Ctx;
 
@@ -223,7 +223,7 @@ impl Slot {
     }
 
     /// The guest rang the doorbell of an endpoint, or its device has something to say: do all transfers that can be done.
-    pub fn transfer(&mut self, ctx: &Ctx, device: &mut Hid, n: u8) -> Vec<Event> {
+    pub fn transfer(&mut self, ctx: &mut Ctx, device: &mut UsbDevice, n: u8) -> Vec<Event> {
         let mut events = Vec::new();
         let Some(e) = self.endpoints.get_mut(&n) else { return events };
         if e.state == STOPPED {
@@ -236,12 +236,13 @@ impl Slot {
             let Some((trbs, next, cycle)) = e.next(ctx, n == 1) else { break };
             let done = match n {
                 1 => control(ctx, device, &trbs, &mut events),
-                3 => match interrupt_in(ctx, device, &trbs, &mut events) {
+                // The context's number is twice the endpoint's, and one more for IN.
+                _ => match move_data(ctx, device, n / 2, n & 1 != 0, &trbs, &mut events) {
+                    Answer::Done(_) => Ok(()),
                     // Nothing to say: the transfer waits.
-                    None => break,
-                    Some(()) => Ok(()),
+                    Answer::Nak => break,
+                    Answer::Stall => Err(Stall),
                 },
-                _ => Err(Stall),
             };
             if done.is_err() {
                 let last = trbs.last().map_or(e.ring, |t| t.at);
@@ -311,7 +312,7 @@ fn deliver(ctx: &Ctx, trbs: &[Trb], data: &[u8], events: &mut Vec<Event>) {
     }
 }
 
-fn control(ctx: &Ctx, device: &mut Hid, trbs: &[Trb], events: &mut Vec<Event>) -> Result<(), Stall> {
+fn control(ctx: &Ctx, device: &mut UsbDevice, trbs: &[Trb], events: &mut Vec<Event>) -> Result<(), Stall> {
     let setup = trbs.first().filter(|t| t.kind() == SETUP && t.control & IMMEDIATE != 0).ok_or(Stall)?;
     let request = setup.parameter.to_le_bytes();
     let stage: Vec<Trb> = trbs[1..].iter().copied().filter(|t| (1..=DATA).contains(&t.kind())).collect();
@@ -319,26 +320,50 @@ fn control(ctx: &Ctx, device: &mut Hid, trbs: &[Trb], events: &mut Vec<Event>) -
         let reply = device.control(request, &[])?;
         deliver(ctx, &stage, &reply, events);
     } else {
-        let mut data = Vec::new();
-        for t in &stage {
-            let from = data.len();
-            data.resize(from + t.len() as usize, 0);
-            match t.control & IMMEDIATE {
-                0 => {
-                    ctx.dma_read(t.parameter, &mut data[from..]);
-                }
-                _ => data[from..].iter_mut().zip(t.parameter.to_le_bytes()).for_each(|(d, b)| *d = b),
-            }
-        }
-        device.control(request, &data)?;
+        device.control(request, &sent(ctx, &stage))?;
     }
     let asked = trbs.iter().filter(|t| t.kind() == STATUS && t.control & ON_COMPLETION != 0);
     events.extend(asked.map(|t| Event { trb: t.at, code: SUCCESS, residue: 0 }));
     Ok(())
 }
 
-fn interrupt_in(ctx: &Ctx, device: &mut Hid, trbs: &[Trb], events: &mut Vec<Event>) -> Option<()> {
-    let report = device.poll()?;
-    deliver(ctx, trbs, &report, events);
-    Some(())
+/// A bulk or interrupt transfer of endpoint `endpoint`.
+fn move_data(
+    ctx: &mut Ctx,
+    device: &mut UsbDevice,
+    endpoint: u8,
+    into_memory: bool,
+    trbs: &[Trb],
+    events: &mut Vec<Event>,
+) -> Answer {
+    if into_memory {
+        let len = trbs.iter().map(|t| t.len() as usize).sum();
+        let answer = device.receive(endpoint, len);
+        if let Answer::Done(data) = &answer {
+            deliver(ctx, trbs, data, events);
+        }
+        return answer;
+    }
+    let answer = device.send(ctx, endpoint, &sent(ctx, trbs));
+    if let Answer::Done(_) = &answer {
+        let asked = trbs.iter().filter(|t| t.control & ON_COMPLETION != 0);
+        events.extend(asked.map(|t| Event { trb: t.at, code: SUCCESS, residue: 0 }));
+    }
+    answer
+}
+
+/// The bytes that the TRBs name.
+fn sent(ctx: &Ctx, trbs: &[Trb]) -> Vec<u8> {
+    let mut data = Vec::new();
+    for t in trbs {
+        let from = data.len();
+        data.resize(from + t.len() as usize, 0);
+        match t.control & IMMEDIATE {
+            0 => {
+                ctx.dma_read(t.parameter, &mut data[from..]);
+            }
+            _ => data[from..].iter_mut().zip(t.parameter.to_le_bytes()).for_each(|(d, b)| *d = b),
+        }
+    }
+    data
 }

@@ -6,11 +6,12 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::hid::Hid;
-use super::pipe::{Answer, Pipe};
+use super::device::{load_all, name_of, save_all, Answer, UsbDevice};
+use super::pipe::{Pipe, PipeState};
 use super::ports;
+use crate::config::{DeviceSpec, PcConfig};
 use crate::ctx::{pack, unpack, Ctx, Device, DeviceError};
-use crate::door::Input;
+use crate::door::{DiskOp, Input};
 use crate::pci::{Bar, PciFunction, PciId, PciSaved};
 use crate::registry::Build;
 
@@ -57,7 +58,7 @@ const SETUP: u8 = 0x2D;
 const IN: u8 = 0x69;
 const OUT: u8 = 0xE1;
 
-const PORTS: usize = 2;
+pub const PORTS: usize = 2;
 /// Frames are 1 ms apart; the counter has 11 bits.
 const FRAME_NS: u64 = 1_000_000;
 /// Queue heads and transfer descriptors that one frame has at most, and bytes that it carries (a full-speed frame's).
@@ -85,7 +86,8 @@ struct State {
 struct Saved {
     pci: PciSaved,
     s: State,
-    devices: Vec<Option<Pipe>>,
+    devices: Vec<Option<Vec<u8>>>,
+    pipes: Vec<Option<PipeState>>,
 }
 
 /// Which chip's controller it is.
@@ -100,6 +102,10 @@ pub enum Chip {
 pub struct Uhci {
     name: String,
     pci: PciFunction,
+    /// The bus whose ports it serves, from which port on, and how many that bus has.
+    bus: String,
+    first: usize,
+    count: usize,
     devices: [Option<Pipe>; PORTS],
     s: State,
 }
@@ -144,32 +150,35 @@ impl Uhci {
         pci.set8(0x60, 0x10);
         pci.bar(4, Bar::Io(32));
         pci.seal();
-        let mut devices = [None, None];
-        for (port, kind) in Self::plugged(b)? {
-            devices[port] = Some(Pipe::new(Hid::new(kind)));
+        let (mut bus, mut first, mut count) = (ports::own_bus(b.config, b.spec), 0, PORTS);
+        if let Some(master) = b.text("masterbus") {
+            let is_master =
+                |d: &&DeviceSpec| super::ehci::is_ehci(&d.driver) && ports::own_bus(b.config, d) == master;
+            if !b.config.devices.iter().any(|d| is_master(&d)) {
+                return Err(DeviceError::Config(format!("USB bus '{master}' not found")));
+            }
+            (bus, first, count) =
+                (master.to_owned(), b.number("firstport", 0)? as usize, super::ehci::PORTS as usize);
+            if first.saturating_add(PORTS) > count {
+                return Err(DeviceError::Config(format!(
+                    "firstport must be between 0 and {} on masterbus {bus}",
+                    count - PORTS
+                )));
+            }
         }
-        Ok(Uhci { name: b.pci_name(), pci, devices, s: State::default() })
+        let mut uhci =
+            Uhci { name: b.pci_name(), pci, bus, first, count, devices: [None, None], s: State::default() };
+        for (port, spec) in uhci.plugged(b.config)? {
+            uhci.devices[port] = Some(Pipe::new(UsbDevice::new(b.config, spec, false)?));
+        }
+        Ok(uhci)
     }
 
-    fn plugged(b: &Build) -> Result<Vec<(usize, super::hid::Kind)>, DeviceError> {
-        let Some(bus) = b.spec.properties.get("masterbus") else {
-            return ports::on_bus(b, b.spec, PORTS as u32);
-        };
-        let master = b.config.devices.iter().find(|d| {
-            super::ehci::is_ehci(&d.driver)
-                && d.id.as_ref().is_some_and(|id| bus.strip_suffix(".0") == Some(id))
-        });
-        let master = master.ok_or_else(|| DeviceError::Config(format!("USB bus '{bus}' not found")))?;
-        let first = b.number("firstport", 0)? as usize;
-        if first + PORTS > super::ehci::PORTS as usize {
-            return Err(DeviceError::Config(format!(
-                "firstport must be between 0 and {} on masterbus {bus}",
-                super::ehci::PORTS as usize - PORTS
-            )));
-        }
-        let all = ports::on_bus(b, master, super::ehci::PORTS)?;
-        let mine = all.into_iter().filter(|(n, _)| (first..first + PORTS).contains(n));
-        Ok(mine.map(|(n, kind)| (n - first, kind)).collect())
+    /// What of the configuration is in this controller's ports.
+    fn plugged<'a>(&self, config: &'a PcConfig) -> Result<Vec<(usize, &'a DeviceSpec)>, DeviceError> {
+        let all = ports::on_bus(config, &self.bus, self.count)?;
+        let mine = all.into_iter().filter(|(n, _)| (self.first..self.first + PORTS).contains(n));
+        Ok(mine.map(|(n, spec)| (n - self.first, spec)).collect())
     }
 
     fn reset_registers(&mut self, ctx: &mut Ctx) {
@@ -267,6 +276,28 @@ impl Uhci {
             new &= !SUSPENDED;
         }
         self.s.ports[n] = new;
+    }
+
+    /// A device came into a port, or left it: the guest sees it when it looks, and is woken if all sleeps.
+    fn note_changes(&mut self, ctx: &mut Ctx) {
+        for n in 0..PORTS {
+            let (port, there) = (self.s.ports[n], self.devices[n].is_some());
+            if there == (port & CONNECTED != 0) {
+                continue;
+            }
+            let mut new = port & !(CONNECTED | FULL_SPEED | ENABLED | SUSPENDED | RESUMING) | CONNECT_CHANGED;
+            if there {
+                new |= CONNECTED | FULL_SPEED;
+            } else if port & ENABLED != 0 {
+                new |= ENABLE_CHANGED;
+            }
+            self.s.ports[n] = new;
+            if self.s.command & GLOBAL_SUSPEND != 0 {
+                self.s.command |= FORCE_RESUME;
+                self.s.status |= RESUME;
+                self.drive(ctx);
+            }
+        }
     }
 
     /// The device in port `n` has something to say while it sleeps: it wakes the port, if it may.
@@ -374,7 +405,7 @@ impl Uhci {
             (IN, Some(d)) => Some(d.receive(endpoint, len)),
             (OUT, Some(d)) => {
                 ctx.dma_read(u64::from(buffer), &mut data);
-                Some(d.send(endpoint, &data))
+                Some(d.send(ctx, endpoint, &data))
             }
             _ => {
                 // No packet that there is: the controller stops (2.1.2).
@@ -473,8 +504,8 @@ impl Device for Uhci {
         }
     }
     fn input(&mut self, ctx: &mut Ctx, input: &Input) {
-        if !matches!(input, Input::Key { .. } | Input::Pointer { .. }) {
-            return;
+        if matches!(input, Input::Plug(_) | Input::Unplug { .. }) {
+            self.note_changes(ctx);
         }
         for n in 0..PORTS {
             if self.devices[n].as_mut().is_some_and(|p| p.device.input(input)) {
@@ -482,8 +513,22 @@ impl Device for Uhci {
             }
         }
     }
+    fn disk_done(&mut self, ctx: &mut Ctx, id: u64, op: DiskOp, result: Result<Vec<u8>, i32>) {
+        // The guest asks again in the next frame.
+        let _ = self.devices.iter_mut().flatten().any(|p| p.device.disk_done(ctx, id, &op, &result));
+    }
+    fn rescan(&mut self, config: &PcConfig, _tell: bool) {
+        let Ok(now) = self.plugged(config) else { return };
+        for (n, slot) in self.devices.iter_mut().enumerate() {
+            let spec = now.iter().find(|(port, _)| *port == n).map(|(_, spec)| *spec);
+            if slot.as_ref().map(|p| p.device.name()) != spec.map(name_of).as_deref() {
+                let new = spec.and_then(|spec| UsbDevice::new(config, spec, false).ok());
+                *slot = new.map(Pipe::new);
+            }
+        }
+    }
     fn version(&self) -> u32 {
-        2
+        3
     }
     fn pci(&self) -> Option<&PciFunction> {
         Some(&self.pci)
@@ -492,18 +537,21 @@ impl Device for Uhci {
         Some(&mut self.pci)
     }
     fn save(&self) -> Vec<u8> {
-        pack(&Saved { pci: self.pci.save(), s: self.s.clone(), devices: self.devices.to_vec() })
+        let devices = save_all(self.devices.iter().map(|p| p.as_ref().map(|p| &p.device)));
+        let pipes = self.devices.iter().map(|p| p.as_ref().map(Pipe::save)).collect();
+        pack(&Saved { pci: self.pci.save(), s: self.s.clone(), devices, pipes })
     }
     fn load(&mut self, data: &[u8]) -> Result<(), DeviceError> {
         let s: Saved = unpack(&self.name, data)?;
-        let kind = |d: &Option<Pipe>| d.as_ref().map(|p| p.device.kind());
-        let same = s.devices.iter().map(kind).eq(self.devices.iter().map(kind));
-        if !same || !self.pci.load(s.pci) {
+        let devices = self.devices.iter_mut().map(|p| p.as_mut().map(|p| &mut p.device));
+        if !load_all(devices, &s.devices) || s.pipes.len() != PORTS || !self.pci.load(s.pci) {
             return Err(DeviceError::Misfit(self.name.clone()));
         }
         self.s = s.s;
-        for (mine, theirs) in self.devices.iter_mut().zip(s.devices) {
-            *mine = theirs;
+        for (mine, theirs) in self.devices.iter_mut().zip(s.pipes) {
+            if let Some((mine, theirs)) = mine.as_mut().zip(theirs) {
+                mine.load(theirs);
+            }
         }
         Ok(())
     }

@@ -5,13 +5,14 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::hid::Hid;
+use super::device::{load_all, name_of, save_all, UsbDevice};
 use super::ports;
 use super::slots::Slot;
+use crate::config::{DeviceSpec, PcConfig};
 use crate::ctx::{pack, unpack, Ctx, Device, DeviceError};
-use crate::door::Input;
+use crate::door::{DiskOp, Input};
 use crate::pci::{Bar, Express, PciFunction, PciId, PciSaved};
-use crate::registry::Build;
+use crate::registry::{parse_number, Build};
 
 /// Where the parts of BAR 0 lie.
 const OPERATIONAL: u64 = 0x40;
@@ -107,18 +108,36 @@ struct State {
 struct Saved {
     pci: PciSaved,
     s: State,
-    devices: Vec<Option<Hid>>,
+    devices: Vec<Option<Vec<u8>>>,
+}
+
+/// Ports that this controller has for each speed, unless its user says otherwise.
+const USUAL_PORTS: u64 = 4;
+
+/// The ports for devices of USB 2 that a controller has. (All devices here are such.)
+pub fn usb2_ports(controller: &DeviceSpec) -> usize {
+    let given = controller.properties.get("p2").and_then(|p| parse_number(p));
+    given.unwrap_or(USUAL_PORTS).min(15) as usize
 }
 
 /// The controller.
 pub struct Xhci {
     name: String,
+    bus: String,
     pci: PciFunction,
     /// Ports of USB 2 and of USB 3.
     ports: [u32; 2],
     /// What is in each port.
-    devices: Vec<Option<Hid>>,
+    devices: Vec<Option<UsbDevice>>,
     s: State,
+}
+
+/// The status of a port before the guest does anything with it.
+fn filled(there: bool) -> u32 {
+    match there {
+        true => CONNECTED | LINK_POLLING | POWERED | HIGH_SPEED,
+        false => LINK_EMPTY | POWERED,
+    }
 }
 
 fn low(word: u64) -> u32 {
@@ -154,20 +173,19 @@ impl Xhci {
             pci.add_express(Express::Endpoint);
         }
         pci.seal();
-        let mut devices = vec![None; (ports[0] + ports[1]) as usize];
-        for (port, kind) in ports::on_bus(b, b.spec, ports[0])? {
-            devices[port] = Some(Hid::new(kind));
+        let mut devices: Vec<Option<UsbDevice>> = Vec::new();
+        devices.resize_with((ports[0] + ports[1]) as usize, || None);
+        let bus = ports::own_bus(b.config, b.spec);
+        for (port, spec) in ports::on_bus(b.config, &bus, ports[0] as usize)? {
+            devices[port] = Some(UsbDevice::new(b.config, spec, true)?);
         }
-        Ok(Xhci { name: b.pci_name(), pci, ports, devices, s: State::default() })
+        Ok(Xhci { name: b.pci_name(), bus, pci, ports, devices, s: State::default() })
     }
 
     fn reset_registers(&mut self, ctx: &mut Ctx) {
-        let filled = |d: &Option<Hid>| match d {
-            Some(_) => CONNECTED | LINK_POLLING | POWERED | HIGH_SPEED | CONNECT_CHANGED,
-            None => LINK_EMPTY | POWERED,
-        };
-        let ports = self.devices.iter().map(filled).collect();
-        self.devices.iter_mut().flatten().for_each(Hid::reset);
+        let changed = |d: &Option<UsbDevice>| if d.is_some() { CONNECT_CHANGED } else { 0 };
+        let ports = self.devices.iter().map(|d| filled(d.is_some()) | changed(d)).collect();
+        self.devices.iter_mut().flatten().for_each(UsbDevice::reset);
         self.s = State { status: HALTED, moderation: 4000, event_cycle: true, ports, ..State::default() };
         self.pci.set_intx(ctx, false);
     }
@@ -361,11 +379,26 @@ impl Xhci {
         self.post(ctx, (n as u64 + 1) << 24, SUCCESS << 24, PORT_CHANGE << 10);
     }
 
+    /// A device came into a port, or left it.
+    fn note_changes(&mut self, ctx: &mut Ctx) {
+        for n in 0..self.devices.len() {
+            let there = self.devices[n].is_some();
+            if there == (self.s.ports[n] & CONNECTED != 0) {
+                continue;
+            }
+            self.s.ports[n] = filled(there) | self.s.ports[n] & (CHANGES | WAKE_ON) | CONNECT_CHANGED;
+            // A controller that stands still tells when it is asked.
+            if self.s.command & RUN != 0 {
+                self.port_changed(ctx, n, CONNECT_CHANGED);
+            }
+        }
+    }
+
     /// The device in port `n` has something to say.
     fn wake(&mut self, ctx: &mut Ctx, n: usize) {
         if self.s.ports[n] & (LINK | PORT_ENABLED) == LINK_SUSPENDED | PORT_ENABLED {
             // A suspended device that may do so wakes its port; the guest asks it when it is awake.
-            if self.devices[n].as_ref().is_some_and(Hid::may_wake) {
+            if self.devices[n].as_ref().is_some_and(UsbDevice::may_wake) {
                 self.s.ports[n] = self.s.ports[n] & !LINK | LINK_RESUME;
                 self.port_changed(ctx, n, LINK_CHANGED);
             }
@@ -488,8 +521,8 @@ impl Device for Xhci {
         }
     }
     fn input(&mut self, ctx: &mut Ctx, input: &Input) {
-        if !matches!(input, Input::Key { .. } | Input::Pointer { .. }) {
-            return;
+        if matches!(input, Input::Plug(_) | Input::Unplug { .. }) {
+            self.note_changes(ctx);
         }
         for n in 0..self.devices.len() {
             if self.devices[n].as_mut().is_some_and(|d| d.input(input)) {
@@ -497,8 +530,31 @@ impl Device for Xhci {
             }
         }
     }
+    fn disk_done(&mut self, ctx: &mut Ctx, id: u64, op: DiskOp, result: Result<Vec<u8>, i32>) {
+        let mut devices = self.devices.iter_mut().enumerate();
+        let ready = devices.find_map(|(n, d)| d.as_mut()?.disk_done(ctx, id, &op, &result).then_some(n));
+        let slot =
+            |n: usize| self.s.slots.iter().find(|(_, s)| usize::from(s.port) == n + 1).map(|(n, _)| *n);
+        if let Some(slot) = ready.and_then(slot) {
+            // What the guest asks for waits at endpoint 1 IN, what it sends at 2 OUT.
+            for endpoint in [3, 4] {
+                if self.s.slots.get(&slot).is_some_and(|s| s.is_running(endpoint)) {
+                    self.ring_doorbell(ctx, slot, endpoint);
+                }
+            }
+        }
+    }
+    fn rescan(&mut self, config: &PcConfig, _tell: bool) {
+        let Ok(now) = ports::on_bus(config, &self.bus, self.ports[0] as usize) else { return };
+        for (n, slot) in self.devices.iter_mut().enumerate() {
+            let spec = now.iter().find(|(port, _)| *port == n).map(|(_, spec)| *spec);
+            if slot.as_ref().map(UsbDevice::name) != spec.map(name_of).as_deref() {
+                *slot = spec.and_then(|spec| UsbDevice::new(config, spec, true).ok());
+            }
+        }
+    }
     fn version(&self) -> u32 {
-        2
+        3
     }
     fn pci(&self) -> Option<&PciFunction> {
         Some(&self.pci)
@@ -507,16 +563,17 @@ impl Device for Xhci {
         Some(&mut self.pci)
     }
     fn save(&self) -> Vec<u8> {
-        pack(&Saved { pci: self.pci.save(), s: self.s.clone(), devices: self.devices.clone() })
+        let devices = save_all(self.devices.iter().map(Option::as_ref));
+        pack(&Saved { pci: self.pci.save(), s: self.s.clone(), devices })
     }
     fn load(&mut self, data: &[u8]) -> Result<(), DeviceError> {
         let s: Saved = unpack(&self.name, data)?;
-        let kinds = |d: &[Option<Hid>]| d.iter().map(|d| d.as_ref().map(Hid::kind)).collect::<Vec<_>>();
-        let same = kinds(&s.devices) == kinds(&self.devices) && s.s.ports.len() == self.devices.len();
+        let same = s.s.ports.len() == self.devices.len()
+            && load_all(self.devices.iter_mut().map(Option::as_mut), &s.devices);
         if !same || !self.pci.load(s.pci) {
             return Err(DeviceError::Misfit(self.name.clone()));
         }
-        (self.s, self.devices) = (s.s, s.devices);
+        self.s = s.s;
         Ok(())
     }
 }

@@ -2,6 +2,7 @@
 
 pub mod balloon;
 pub mod blk;
+pub mod gpu;
 pub mod net;
 pub mod rng;
 pub mod scsi;
@@ -15,6 +16,7 @@ use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use crate::ctx::{Ctx, DeviceError};
 use crate::door::{DiskOp, Input};
 
+pub(crate) use transport::Layout;
 pub use transport::VirtioPci;
 
 /// Feature bits of the transport.
@@ -244,6 +246,10 @@ pub trait Model: Send {
     /// See [`crate::ctx::Device::facts`].
     fn facts(&self) -> Vec<(String, i64)> {
         Vec::new()
+    }
+    /// See [`crate::ctx::Device::screen`].
+    fn screen(&self) -> Option<&dyn crate::display::Screen> {
+        None
     }
     /// See [`crate::ctx::Device::rescan`].
     fn rescan(&mut self, config: &crate::config::PcConfig, tell: bool) {}

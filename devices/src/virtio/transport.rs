@@ -10,15 +10,57 @@ use crate::pci::{Bar, Express, PciFunction, PciId, PciSaved};
 use crate::registry::Build;
 
 const LEGACY_BAR: u8 = 0;
-const MSIX_BAR: u8 = 1;
-const MODERN_BAR: u8 = 4;
-/// Where the structures lie in the modern BAR, a page each.
-const COMMON: u64 = 0;
-const ISR: u64 = 0x1000;
+/// Where the structures lie in the modern BAR, but for the first two.
 const DEVICE: u64 = 0x2000;
 const NOTIFY: u64 = 0x3000;
 const MODERN_SIZE: u64 = 0x4000;
 const NOTIFY_MULTIPLIER: u32 = 4;
+
+/// How a function's parts are laid out.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Layout {
+    /// The class code, if it is not the model's.
+    class: Option<u32>,
+    /// The base address registers of MSI-X and of the structures.
+    msix: u8,
+    modern: u8,
+    /// Where the common configuration and the interrupt status lie, and the bytes that each has there.
+    common: u64,
+    isr: u64,
+    part: u64,
+    /// There is no legacy interface, whatever the user says.
+    modern_only: bool,
+}
+
+impl Layout {
+    /// As most functions are.
+    const USUAL: Layout =
+        Layout { class: None, msix: 1, modern: 4, common: 0, isr: 0x1000, part: 0x1000, modern_only: false };
+    /// As [`Self::USUAL`], of a device that has no legacy interface.
+    pub const MODERN: Layout = Layout { modern_only: true, ..Layout::USUAL };
+
+    /// Room for the registers of a VGA in the structures' first page, and for its frame buffer in BAR 0.
+    pub const fn behind_vga(class: u32) -> Layout {
+        Layout {
+            class: Some(class),
+            msix: 4,
+            modern: 2,
+            common: 0x1000,
+            isr: 0x1800,
+            part: 0x800,
+            modern_only: true,
+        }
+    }
+}
+
+/// A structure in the modern BAR.
+enum Part {
+    Common,
+    Isr,
+    Device,
+    Notify,
+    Nothing,
+}
 
 const ISR_QUEUE: u8 = 1;
 const ISR_CONFIG: u8 = 2;
@@ -57,6 +99,7 @@ pub struct VirtioPci {
     queues: Vec<VirtQueue>,
     legacy: bool,
     modern: bool,
+    layout: Layout,
     /// Where the PCI configuration access capability lies.
     window: usize,
     s: State,
@@ -65,11 +108,21 @@ pub struct VirtioPci {
 impl VirtioPci {
     /// Put `model` on the bus.
     pub fn new(b: &Build, model: Box<dyn Model>) -> Result<VirtioPci, DeviceError> {
+        VirtioPci::with_layout(b, model, Layout::USUAL, |_| ())
+    }
+
+    /// Put `model` on the bus; `more` defines what else the function has.
+    pub(crate) fn with_layout(
+        b: &Build,
+        model: Box<dyn Model>,
+        layout: Layout,
+        more: impl FnOnce(&mut PciFunction),
+    ) -> Result<VirtioPci, DeviceError> {
         // The name says it, or the place does: there is no legacy interface behind a PCI Express port.
         let plain = !b.spec.driver.ends_with("-transitional");
         let modern_only = b.spec.driver.ends_with("-non-transitional") || b.behind_port() && plain;
-        let legacy = !b.flag("disable-legacy", modern_only);
-        let modern = !b.flag("disable-modern", false);
+        let legacy = !layout.modern_only && !b.flag("disable-legacy", modern_only);
+        let modern = layout.modern_only || !b.flag("disable-modern", false);
         if !legacy && !modern {
             return Err(DeviceError::Config(
                 "device cannot work as neither modern nor legacy mode is enabled".into(),
@@ -89,7 +142,7 @@ impl VirtioPci {
             vendor: 0x1AF4,
             device: if legacy { transitional } else { 0x1040 + kind },
             revision: u8::from(!legacy),
-            class: model.class(),
+            class: layout.class.unwrap_or(model.class()),
             subsystem_vendor: 0x1AF4,
             subsystem: if legacy { kind } else { 0x1100 },
         };
@@ -101,24 +154,23 @@ impl VirtioPci {
             pci.bar(usize::from(LEGACY_BAR), Bar::Io(size));
         }
         if vectors > 0 {
-            pci.bar(usize::from(MSIX_BAR), Bar::Memory(0x1000));
-            pci.add_msix(MSIX_BAR, vectors);
+            pci.bar(usize::from(layout.msix), Bar::Memory(0x1000));
+            pci.add_msix(layout.msix, vectors);
         }
         let mut window = 0;
         if modern {
-            pci.bar(usize::from(MODERN_BAR), Bar::Memory64(MODERN_SIZE));
-            let capability = |kind: u8, offset: u64, len: u8, extra: &[u8]| {
-                let mut body = vec![16 + extra.len() as u8, kind, MODERN_BAR, 0, 0, 0];
+            pci.bar(usize::from(layout.modern), Bar::Memory64(MODERN_SIZE));
+            let capability = |kind: u8, offset: u64, size: u64, extra: &[u8]| {
+                let mut body = vec![16 + extra.len() as u8, kind, layout.modern, 0, 0, 0];
                 body.extend((offset as u32).to_le_bytes());
-                body.extend([0, 0x10, 0, 0]);
+                body.extend((size as u32).to_le_bytes());
                 body.extend(extra);
-                debug_assert_eq!(body.len() + 2, usize::from(len));
                 body
             };
-            pci.capability(9, &capability(1, COMMON, 16, &[]));
-            pci.capability(9, &capability(3, ISR, 16, &[]));
-            pci.capability(9, &capability(4, DEVICE, 16, &[]));
-            pci.capability(9, &capability(2, NOTIFY, 20, &NOTIFY_MULTIPLIER.to_le_bytes()));
+            pci.capability(9, &capability(1, layout.common, layout.part, &[]));
+            pci.capability(9, &capability(3, layout.isr, layout.part, &[]));
+            pci.capability(9, &capability(4, DEVICE, 0x1000, &[]));
+            pci.capability(9, &capability(2, NOTIFY, 0x1000, &NOTIFY_MULTIPLIER.to_le_bytes()));
             // The window starts as nothing: BAR 0, offset 0, length 0.
             window = pci.capability(9, &[20, 5, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
             pci.allow(window + 4, &[0xFF]);
@@ -127,6 +179,7 @@ impl VirtioPci {
         if b.behind_port() && modern {
             pci.add_express(Express::Endpoint);
         }
+        more(&mut pci);
         pci.seal();
         let queues = model
             .queue_sizes()
@@ -134,7 +187,7 @@ impl VirtioPci {
             .map(|n| VirtQueue::new(*n))
             .collect::<Result<Vec<_>, DeviceError>>()?;
         let s = State { config_vector: NO_VECTOR, addresses: vec![[0; 3]; queues.len()], ..State::default() };
-        Ok(VirtioPci { name: b.pci_name(), pci, model, queues, legacy, modern, window, s })
+        Ok(VirtioPci { name: b.pci_name(), pci, model, queues, legacy, modern, layout, window, s })
     }
 
     fn offered(&self) -> u64 {
@@ -169,8 +222,11 @@ impl VirtioPci {
         }
         if config_changed {
             self.s.generation = self.s.generation.wrapping_add(1);
-            let vector = self.s.config_vector;
-            self.interrupt(ctx, ISR_CONFIG | ISR_QUEUE, vector);
+            // Nobody is told before the driver is ready (3.1.1).
+            if self.s.status & STATUS_DRIVER_OK != 0 {
+                let vector = self.s.config_vector;
+                self.interrupt(ctx, ISR_CONFIG | ISR_QUEUE, vector);
+            }
         }
     }
 
@@ -387,30 +443,52 @@ impl VirtioPci {
         }
     }
 
-    fn modern_read(&mut self, ctx: &mut Ctx, offset: u64, size: u8) -> u64 {
+    /// The structure at an offset of the modern BAR, and the offset in it.
+    fn part(&self, offset: u64) -> (Part, u64) {
+        let l = &self.layout;
+        let inside = |start: u64, len: u64| offset.checked_sub(start).filter(|at| *at < len);
+        if let Some(at) = inside(l.common, l.part) {
+            return (Part::Common, at);
+        }
+        if let Some(at) = inside(l.isr, l.part) {
+            return (Part::Isr, at);
+        }
         match offset & !0xFFF {
-            COMMON if size == 8 => self.common_read(offset) | self.common_read(offset + 4) << 32,
-            COMMON => self.common_read(offset),
-            ISR => u64::from(self.read_isr(ctx)),
-            DEVICE => self.config_read(offset - DEVICE, size),
+            DEVICE => (Part::Device, offset - DEVICE),
+            NOTIFY => (Part::Notify, offset - NOTIFY),
+            _ => (Part::Nothing, 0),
+        }
+    }
+
+    fn modern_read(&mut self, ctx: &mut Ctx, offset: u64, size: u8) -> u64 {
+        match self.part(offset) {
+            (Part::Common, at) if size == 8 => self.common_read(at) | self.common_read(at + 4) << 32,
+            (Part::Common, at) => self.common_read(at),
+            (Part::Isr, _) => u64::from(self.read_isr(ctx)),
+            (Part::Device, at) => self.config_read(at, size),
             _ => 0,
         }
     }
 
     fn modern_write(&mut self, ctx: &mut Ctx, offset: u64, size: u8, value: u64) {
-        match offset & !0xFFF {
-            COMMON => self.common_write(ctx, offset, size, value),
-            DEVICE => self.config_write(ctx, offset - DEVICE, size, value),
-            NOTIFY => self.notify(ctx, ((offset - NOTIFY) / u64::from(NOTIFY_MULTIPLIER)) as usize),
+        match self.part(offset) {
+            (Part::Common, at) => self.common_write(ctx, at, size, value),
+            (Part::Device, at) => self.config_write(ctx, at, size, value),
+            (Part::Notify, at) => self.notify(ctx, (at / u64::from(NOTIFY_MULTIPLIER)) as usize),
             _ => {}
         }
+    }
+
+    /// The region of MSI-X's table.
+    pub(crate) fn msix_region(&self) -> u8 {
+        self.layout.msix
     }
 
     /// The BAR offset and size that the configuration access capability names (4.1.4.9).
     fn window_target(&self) -> Option<(u64, u8)> {
         let (bar, at) = (self.pci.get8(self.window + 4), u64::from(self.pci.get32(self.window + 8)));
         let size = self.pci.get32(self.window + 12);
-        let ok = bar == MODERN_BAR && matches!(size, 1 | 2 | 4) && at % u64::from(size) == 0;
+        let ok = bar == self.layout.modern && matches!(size, 1 | 2 | 4) && at % u64::from(size) == 0;
         (ok && at < MODERN_SIZE).then_some((at, size as u8))
     }
 
@@ -441,13 +519,13 @@ impl Device for VirtioPci {
     }
     fn mmio_read(&mut self, ctx: &mut Ctx, region: u8, offset: u64, size: u8) -> u64 {
         match region {
-            MSIX_BAR => self.pci.msix_read(offset, size),
+            r if r == self.layout.msix => self.pci.msix_read(offset, size),
             _ => self.modern_read(ctx, offset, size),
         }
     }
     fn mmio_write(&mut self, ctx: &mut Ctx, region: u8, offset: u64, size: u8, value: u64) {
         match region {
-            MSIX_BAR => self.pci.msix_write(ctx, offset, size, value),
+            r if r == self.layout.msix => self.pci.msix_write(ctx, offset, size, value),
             _ => self.modern_write(ctx, offset, size, value),
         }
     }
@@ -465,6 +543,9 @@ impl Device for VirtioPci {
     }
     fn facts(&self) -> Vec<(String, i64)> {
         self.model.facts()
+    }
+    fn screen(&self) -> Option<&dyn crate::display::Screen> {
+        self.model.screen()
     }
     fn pci(&self) -> Option<&PciFunction> {
         Some(&self.pci)

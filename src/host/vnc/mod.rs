@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use des::cipher::{BlockEncrypt, KeyInit};
-use ftvm_devices::Picture;
+use ftvm_devices::{Picture, Pointer};
 
 use super::keys::{self, Key};
 use rfb::{Message, PixelFormat};
@@ -25,10 +25,24 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const GREETING: Duration = Duration::from_secs(10);
 const MAX_CLIENTS: usize = 32;
 
+/// What is to be seen at one moment.
+#[derive(Clone, Debug, Default)]
+pub struct View {
+    /// Another one whenever something may have changed.
+    pub number: u64,
+    pub picture: Picture,
+    /// The pointer that clients draw.
+    pub pointer: Option<Pointer>,
+    /// The guest can be told of another size.
+    pub takes_size: bool,
+}
+
 /// The machine behind the screen.
 pub trait Console: Send + Sync {
-    /// The picture and its number, if that is another than `since`; an error when there is no machine any more.
-    fn picture(&self, since: Option<u64>) -> Result<Option<(u64, Picture)>, String>;
+    /// What is to be seen, if its number is another than `since`; an error when there is no machine any more.
+    fn look(&self, since: Option<u64>) -> Result<Option<View>, String>;
+    /// The monitor has another size; whether the guest is told.
+    fn resize(&self, width: u16, height: u16) -> bool;
     fn key(&self, key: Key, down: bool);
     /// Where the pointer is in a picture of this size, and its buttons (a bit each: left, middle, right, wheel up, wheel
     /// down), now and before.
@@ -181,13 +195,16 @@ impl Vnc {
         // ClientInit: whether others may stay; they may.
         exactly::<1>(&mut stream)?;
         let gone = |e: String| std::io::Error::other(e);
-        let (mut number, mut shown) = console.picture(None).map_err(gone)?.unwrap_or_default();
+        let View { mut number, picture: mut shown, takes_size, .. } =
+            console.look(None).map_err(gone)?.unwrap_or_default();
         stream.write_all(&rfb::server_init(shown.width as u16, shown.height as u16, &console.name()))?;
         let mut format = PixelFormat::OWN;
         let mut encodings = Vec::new();
         // What the client waits for: nothing, changes, everything.
         let mut wish: Option<bool> = None;
         let mut pointer = (0, 0, 0);
+        // The shape that the client has been sent.
+        let mut shape: Option<Pointer> = None;
         let mut skip = 0;
         let (mut buffer, mut chunk) = (Vec::new(), vec![0; 1 << 16]);
         let mut looked = Instant::now();
@@ -216,6 +233,14 @@ impl Vnc {
                             rfb::rectangle(&mut out, [0; 4], rfb::EXTENDED_KEY);
                             stream.write_all(&out)?;
                         }
+                        if takes_size
+                            && list.contains(&rfb::EXTENDED_SIZE)
+                            && !encodings.contains(&rfb::EXTENDED_SIZE)
+                        {
+                            let mut out = rfb::update(1);
+                            rfb::extended_size(&mut out, 0, 0, shown.width as u16, shown.height as u16);
+                            stream.write_all(&out)?;
+                        }
                         encodings = list;
                     }
                     Message::UpdateRequest { incremental } => {
@@ -232,19 +257,30 @@ impl Vnc {
                         console.pointer(now, pointer, (shown.width, shown.height));
                         pointer = now;
                     }
+                    Message::SetDesktopSize { width, height } => {
+                        let status = if console.resize(width, height) { 4 } else { 3 };
+                        let mut out = rfb::update(1);
+                        rfb::extended_size(&mut out, 1, status, shown.width as u16, shown.height as u16);
+                        stream.write_all(&out)?;
+                    }
                     Message::CutText { bytes } => skip = bytes as usize,
                 }
             }
             let Some(all) = wish.filter(|all| *all || looked.elapsed() >= FRAME) else { continue };
             looked = Instant::now();
-            let new = console.picture((!all).then_some(number)).map_err(gone)?;
-            let Some((changes, mut new)) = new else { continue };
+            let new = console.look((!all).then_some(number)).map_err(gone)?;
+            let Some(View { number: changes, picture: mut new, pointer: drawn, .. }) = new else { continue };
             number = changes;
             let mut out;
             if (new.width, new.height) != (shown.width, shown.height) {
-                if encodings.contains(&rfb::DESKTOP_SIZE) {
+                let extended = takes_size && encodings.contains(&rfb::EXTENDED_SIZE);
+                if extended || encodings.contains(&rfb::DESKTOP_SIZE) {
+                    let (width, height) = (new.width as u16, new.height as u16);
                     out = rfb::update(1);
-                    rfb::rectangle(&mut out, [0, 0, new.width as u16, new.height as u16], rfb::DESKTOP_SIZE);
+                    match extended {
+                        true => rfb::extended_size(&mut out, 0, 0, width, height),
+                        false => rfb::rectangle(&mut out, [0, 0, width, height], rfb::DESKTOP_SIZE),
+                    }
                     stream.write_all(&out)?;
                     // Nothing of the new picture is there yet: the next request, of whatever kind, gets all of it.
                     shown = Picture { pixels: Vec::new(), ..new };
@@ -255,10 +291,15 @@ impl Vnc {
                 new = cut(&new, shown.width, shown.height);
             }
             let bands = if all { vec![(0, new.height)] } else { rfb::differences(&shown, &new) };
-            if bands.is_empty() {
+            let other = encodings.contains(&rfb::CURSOR) && shape != drawn;
+            if bands.is_empty() && !other {
                 continue;
             }
-            out = rfb::update(bands.len() as u16);
+            out = rfb::update(bands.len() as u16 + u16::from(other));
+            if other {
+                rfb::cursor(&mut out, drawn.as_ref(), &format);
+                shape = drawn;
+            }
             bands.iter().for_each(|(from, to)| rfb::raw(&mut out, &new, *from, *to, &format));
             stream.write_all(&out)?;
             shown = new;

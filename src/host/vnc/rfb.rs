@@ -1,10 +1,14 @@
 //! The RFB protocol (RFC 6143): what clients send, and what they are sent. Pure functions of bytes.
 
-pub use ftvm_devices::Picture;
+pub use ftvm_devices::{Picture, Pointer};
 
 /// Encodings and pseudo-encodings.
 pub const RAW: i32 = 0;
 pub const DESKTOP_SIZE: i32 = -223;
+/// The pointer's shape, for the client to draw.
+pub const CURSOR: i32 = -239;
+/// Sizes that go both ways (the RFB community's ExtendedDesktopSize).
+pub const EXTENDED_SIZE: i32 = -308;
 /// QEMU's: key events carry the key's number.
 pub const EXTENDED_KEY: i32 = -258;
 
@@ -98,6 +102,11 @@ pub enum Message {
         x: u16,
         y: u16,
     },
+    /// The client wants a screen of this size.
+    SetDesktopSize {
+        width: u16,
+        height: u16,
+    },
     /// Text that was cut: this many bytes follow, and are of no use.
     CutText {
         bytes: u32,
@@ -114,6 +123,7 @@ pub fn parse(bytes: &[u8]) -> Result<Option<(Message, usize)>, RfbError> {
         4 => 8,
         5 => 6,
         6 => 8,
+        251 => 8,
         255 => 12,
         other => return Err(RfbError::Message(*other)),
     };
@@ -140,6 +150,14 @@ pub fn parse(bytes: &[u8]) -> Result<Option<(Message, usize)>, RfbError> {
         4 => Message::Key { down: bytes[1] != 0, symbol: long(4) },
         5 => Message::Pointer { buttons: bytes[1], x: word(2), y: word(4) },
         6 => Message::CutText { bytes: long(4) },
+        251 => {
+            // Behind the size come the screens, of 16 bytes each: there is one here, whatever the client says.
+            let need = 8 + 16 * usize::from(bytes[6]);
+            if bytes.len() < need {
+                return Ok(None);
+            }
+            return Ok(Some((Message::SetDesktopSize { width: word(2), height: word(4) }, need)));
+        }
         _ if bytes[1] != 0 => return Err(RfbError::Message(255)),
         _ => Message::KeyNumber { down: word(2) != 0, number: long(8) },
     };
@@ -168,6 +186,29 @@ pub fn update(rectangles: u16) -> Vec<u8> {
 pub fn rectangle(out: &mut Vec<u8>, place: [u16; 4], encoding: i32) {
     place.iter().for_each(|v| out.extend(v.to_be_bytes()));
     out.extend(encoding.to_be_bytes());
+}
+
+/// Append an ExtendedDesktopSize rectangle: why it is sent (0: the server changed it, 1: this client asked) and what came
+/// of it (0: done, 3: it cannot be, 4: it was passed on), with one screen of all of it.
+pub fn extended_size(out: &mut Vec<u8>, why: u16, status: u16, width: u16, height: u16) {
+    rectangle(out, [why, status, width, height], EXTENDED_SIZE);
+    out.extend([1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+    out.extend(width.to_be_bytes());
+    out.extend(height.to_be_bytes());
+    out.extend([0; 4]);
+}
+
+/// Append a pointer's shape; none: it is hidden.
+pub fn cursor(out: &mut Vec<u8>, pointer: Option<&Pointer>, format: &PixelFormat) {
+    let Some(p) = pointer else { return rectangle(out, [0; 4], CURSOR) };
+    rectangle(out, [p.hot.0 as u16, p.hot.1 as u16, p.width as u16, p.height as u16], CURSOR);
+    p.pixels.iter().for_each(|pixel| format.put(out, pixel & 0xFF_FFFF));
+    // Which pixels are there: a bit each, rows of whole bytes.
+    for row in p.pixels.chunks(p.width.max(1) as usize) {
+        out.extend(row.chunks(8).map(|eight| {
+            eight.iter().enumerate().fold(0u8, |m, (i, pixel)| m | u8::from(pixel >> 31 != 0) << (7 - i))
+        }));
+    }
 }
 
 /// Append rows `from..to` of a picture, raw.
@@ -292,6 +333,27 @@ mod tests {
         let number = [255, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x9C];
         assert_eq!(parse(&number), Ok(Some((Message::KeyNumber { down: false, number: 0x9C }, 12))));
         assert_eq!(parse(&[77]), Err(RfbError::Message(77)));
+        let mut size = vec![251, 0, 4, 0, 3, 0, 1, 0];
+        assert_eq!(parse(&size), Ok(None));
+        size.extend([0; 16]);
+        assert_eq!(parse(&size), Ok(Some((Message::SetDesktopSize { width: 1024, height: 768 }, 24))));
+    }
+
+    #[test]
+    fn a_pointer_has_its_pixels_and_says_which_of_them_are_there() {
+        let mut pixels = vec![0xFF11_2233; 9];
+        pixels[1] = 0x0044_5566;
+        let pointer = Pointer { width: 9, height: 1, hot: (3, 0), pixels };
+        let mut out = Vec::new();
+        cursor(&mut out, Some(&pointer), &PixelFormat::OWN);
+        assert_eq!(out[..12], [0, 3, 0, 0, 0, 9, 0, 1, 0xFF, 0xFF, 0xFF, 0x11]);
+        assert_eq!(
+            (&out[12..20], &out[48..]),
+            (&[0x33, 0x22, 0x11, 0, 0x66, 0x55, 0x44, 0][..], &[0xBF, 0x80][..])
+        );
+        out.clear();
+        cursor(&mut out, None, &PixelFormat::OWN);
+        assert_eq!(out, [0, 0, 0, 0, 0, 0, 0, 0, 0xFF, 0xFF, 0xFF, 0x11]);
     }
 
     #[test]

@@ -5,13 +5,19 @@ use super::*;
 #[derive(Default)]
 struct Fake {
     picture: Mutex<(u64, Picture)>,
+    pointer: Mutex<Option<Pointer>>,
     seen: Mutex<Vec<String>>,
 }
 
 impl Console for Fake {
-    fn picture(&self, since: Option<u64>) -> Result<Option<(u64, Picture)>, String> {
+    fn look(&self, since: Option<u64>) -> Result<Option<View>, String> {
         let (number, picture) = self.picture.lock().unwrap().clone();
-        Ok((since != Some(number)).then_some((number, picture)))
+        let pointer = self.pointer.lock().unwrap().clone();
+        Ok((since != Some(number)).then_some(View { number, picture, pointer, takes_size: true }))
+    }
+    fn resize(&self, width: u16, height: u16) -> bool {
+        self.seen.lock().unwrap().push(format!("size {width}x{height}"));
+        width > 0
     }
     fn key(&self, key: Key, down: bool) {
         self.seen.lock().unwrap().push(format!("key {} {down}", key.number));
@@ -93,6 +99,36 @@ fn a_client_sees_the_picture_and_its_changes_and_types() {
     assert_eq!(seen, ["pointer (1, 1, 1) (0, 0, 0) (2, 2)", "key 30 true"]);
     drop(s);
     assert_eq!(told(&fake, 3)[2], "key 30 false");
+}
+
+#[test]
+fn a_client_draws_the_pointer_and_asks_for_another_size() {
+    let (_server, fake, mut s) = start(Access::Everybody);
+    hello(&mut s, 1);
+    exactly::<4>(&mut s).unwrap();
+    s.write_all(&[1]).unwrap();
+    exactly::<28>(&mut s).unwrap();
+    // Cursor and ExtendedDesktopSize: the size is said at once, with its one screen.
+    s.write_all(&[2, 0, 0, 2, 0xFF, 0xFF, 0xFF, 0x11, 0xFF, 0xFF, 0xFE, 0xCC]).unwrap();
+    let said = exactly::<36>(&mut s).unwrap();
+    assert_eq!(said[..20], [0, 0, 0, 1, 0, 0, 0, 0, 0, 8, 0, 4, 0xFF, 0xFF, 0xFE, 0xCC, 1, 0, 0, 0]);
+    assert_eq!(said[28..32], [0, 8, 0, 4]);
+    // With the first picture comes the pointer.
+    *fake.pointer.lock().unwrap() = Some(Pointer { width: 1, height: 1, hot: (0, 0), pixels: vec![!0] });
+    s.write_all(&[3, 0, 0, 0, 0, 0, 0, 8, 0, 4]).unwrap();
+    let said = exactly::<21>(&mut s).unwrap();
+    assert_eq!(said[..4], [0, 0, 0, 2]);
+    assert_eq!(said[8..], [0, 1, 0, 1, 0xFF, 0xFF, 0xFF, 0x11, 0xFF, 0xFF, 0xFF, 0, 0x80]);
+    exactly::<140>(&mut s).unwrap();
+    // The wish for a size is passed on, and answered.
+    let mut wish = vec![251, 0, 0, 16, 0, 12, 1, 0];
+    wish.extend([0; 16]);
+    s.write_all(&wish).unwrap();
+    assert_eq!(exactly::<36>(&mut s).unwrap()[4..8], [0, 1, 0, 4]);
+    assert_eq!(told(&fake, 1), ["size 16x12"]);
+    s.write_all(&[3, 1, 0, 0, 0, 0, 0, 8, 0, 4]).unwrap();
+    fake.show(16, 12, 7);
+    assert_eq!(exactly::<36>(&mut s).unwrap()[4..12], [0, 0, 0, 0, 0, 16, 0, 12]);
 }
 
 #[test]

@@ -49,6 +49,12 @@ pub fn tiny() -> Result<(String, String)> {
     Ok((built("vmlinuz", "tiny")?, initrd))
 }
 
+/// The same of the guest with Debian's kernel for all machines: drivers for screens, USB and sound.
+pub fn generic() -> Result<(String, String)> {
+    let initrd = built("generic.cpio.gz", "generic")?;
+    Ok((built("generic-vmlinuz", "generic")?, initrd))
+}
+
 /// The Debian image (qcow2); copy it before use.
 pub fn debian() -> Result<String> {
     built("debian.qcow2", "debian")

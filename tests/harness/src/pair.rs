@@ -50,6 +50,8 @@ pub struct Pair {
 pub enum Guest {
     Tiny,
     Debian,
+    /// As `Tiny`, with the kernel for all machines, a virtio-vga that its driver draws on, and a USB controller.
+    Screen,
 }
 
 impl Pair {
@@ -73,8 +75,9 @@ impl Pair {
         let mut image = scratch.path(&format!("vm.{format}"));
         let mut args: Vec<String> = Vec::new();
         let mark = match guest {
-            Guest::Tiny => {
-                let (kernel, initrd) = guests::tiny()?;
+            Guest::Tiny | Guest::Screen => {
+                let screen = guest == Guest::Screen;
+                let (kernel, initrd) = if screen { guests::generic()? } else { guests::tiny()? };
                 let raw = scratch.path("fs.raw");
                 guests::run("truncate", &["-s", "64M", &raw])?;
                 guests::run("mke2fs", &["-q", "-t", "ext4", "-O", "^metadata_csum_seed,^orphan_file", &raw])?;
@@ -86,7 +89,15 @@ impl Pair {
                     convert.extend([raw.as_str(), &image]);
                     guests::run("qemu-img", &convert)?;
                 }
-                let append = format!("console=ttyS0 quiet net addr={GUEST}/24 disk serve");
+                let console = match screen {
+                    true => {
+                        let card = ["-vga", "virtio", "-device", "qemu-xhci,id=usb"];
+                        args.extend(card.map(str::to_owned));
+                        "console=tty0 console=ttyS0 vt.global_cursor_default=0 load=virtio-gpu,xhci-pci,usbhid,hid-generic"
+                    }
+                    false => "console=ttyS0 quiet",
+                };
+                let append = format!("{console} net addr={GUEST}/24 disk serve");
                 for a in ["-m", "192M", "-kernel", &kernel, "-initrd", &initrd, "-append", &append] {
                     args.push(a.to_owned());
                 }
