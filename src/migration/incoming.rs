@@ -19,8 +19,9 @@ use crate::runtime::control::{RunState, Shared};
 use crate::runtime::live::Runtime;
 use crate::runtime::{Event, Events};
 
-/// Frames of pages that may wait for the machine thread.
-const WINDOW: usize = 32;
+/// Frames of pages (1 MiB each at the most) that may wait for the machine thread. The source takes what it could send for what has
+/// arrived: all that waits here when it stops is waited for.
+const WINDOW: usize = 4;
 /// The images may take a moment to become free on the other host.
 const IMAGES_WITHIN: Duration = Duration::from_secs(5);
 /// The sender's patience with a refusal.
