@@ -7,7 +7,7 @@ use ftvm_devices::{Input, Inventory};
 use ftvm_qmp::{Call, QmpError};
 use serde_json::{json, Map, Value};
 
-use super::{devices as hotplug, done, graph, limits, qom, snapshots, types, Control, Reply};
+use super::{bitmaps, devices as hotplug, done, graph, limits, qom, snapshots, types, Control, Reply};
 use crate::assembly::open_live;
 use crate::assembly::queue_settings;
 use crate::cli::drive::{self, Cache, DriveConfig};
@@ -105,7 +105,7 @@ fn open_node(c: &Control, d: &DriveConfig, of: &Arc<Node>, flat: bool) -> Value 
             entry["image"]["backing-image"] = open_node(c, d, &below, false)["image"].take();
         }
     }
-    let bitmaps = c.bitmaps().of(of);
+    let bitmaps = bitmaps::describe(of);
     if !bitmaps.is_empty() {
         entry["dirty-bitmaps"] = json!(bitmaps);
     }
@@ -263,7 +263,7 @@ pub fn stats(c: &Control, call: &mut Call) -> Reply {
 }
 
 /// The keys and values of a block node, as the command line would have them.
-fn flatten(prefix: &str, map: &Map<String, Value>, params: &mut Params) {
+pub fn flatten(prefix: &str, map: &Map<String, Value>, params: &mut Params) {
     for (key, value) in map {
         let key = if prefix.is_empty() { key.clone() } else { format!("{prefix}.{key}") };
         match value {
@@ -389,6 +389,9 @@ fn check_unused(rt: &Runtime, index: usize, name: &str) -> Result<(), QmpError> 
         return Err(QmpError::generic(format!(
             "Node '{name}' is busy: block device is in use by block job: {kind}"
         )));
+    }
+    if rt.shared.exports.user_of(&node).is_some() {
+        return Err(QmpError::generic(format!("Node {name} is in use")));
     }
     let count = rt.shared.backends().drives.len();
     let chains = (0..count).filter_map(|i| rt.outside.disk_root(i)).map(|root| root.node().chain());
