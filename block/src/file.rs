@@ -220,7 +220,9 @@ impl Store for HostFile {
         }
         match seek(libc::SEEK_DATA) {
             Ok(data) if data > offset => Some((true, data - offset)),
-            Ok(_) => seek(libc::SEEK_HOLE).ok().filter(|hole| *hole > offset).map(|hole| (false, hole - offset)),
+            Ok(_) => {
+                seek(libc::SEEK_HOLE).ok().filter(|hole| *hole > offset).map(|hole| (false, hole - offset))
+            }
             // Nothing but a hole up to the end.
             Err(Some(libc::ENXIO)) if offset < self.length() => Some((true, self.length() - offset)),
             Err(_) => None,

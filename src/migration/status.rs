@@ -74,6 +74,8 @@ pub struct Parameters {
     pub downtime_limit: u64,
     pub tls_creds: String,
     pub tls_hostname: String,
+    /// Which names bitmaps have on the way (`block-bitmap-mapping`), once it was said.
+    pub bitmap_mapping: Option<Value>,
 }
 
 impl Default for Parameters {
@@ -90,6 +92,7 @@ impl Default for Parameters {
             downtime_limit: 300,
             tls_creds: String::new(),
             tls_hostname: String::new(),
+            bitmap_mapping: None,
         }
     }
 }
@@ -228,7 +231,7 @@ impl Migration {
     pub fn query_parameters(&self) -> Value {
         let s = self.state();
         let p = &s.parameters;
-        json!({
+        let mut all = json!({
             "announce-initial": p.announce_initial,
             "announce-max": p.announce_max,
             "announce-rounds": p.announce_rounds,
@@ -241,7 +244,11 @@ impl Migration {
             "tls-hostname": p.tls_hostname,
             "max-bandwidth": self.bandwidth.load(Ordering::Relaxed),
             "downtime-limit": p.downtime_limit,
-        })
+        });
+        if let Some(mapping) = &p.bitmap_mapping {
+            all["block-bitmap-mapping"] = mapping.clone();
+        }
+        all
     }
 
     /// `migrate-set-parameters`: all of them or none.
@@ -283,6 +290,7 @@ impl Migration {
                 }
                 "tls-creds" => p.tls_creds = text(&p.tls_creds),
                 "tls-hostname" => p.tls_hostname = text(&p.tls_hostname),
+                "block-bitmap-mapping" => p.bitmap_mapping = Some(value.clone()),
                 other => return Err(format!("the migration parameter '{other}' has no effect here")),
             }
         }

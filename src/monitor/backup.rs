@@ -136,7 +136,8 @@ impl BackupWish {
         let nodes = vec![Arc::clone(source), Arc::clone(target)];
         let wanted = wanted("backup", a, given(a, "device").unwrap_or_default(), nodes)?;
         let found = bitmap(source, a)?;
-        let part = if found.as_ref().is_some_and(|(_, by_bitmap)| *by_bitmap) { Part::Full } else { part(a)? };
+        let part =
+            if found.as_ref().is_some_and(|(_, by_bitmap)| *by_bitmap) { Part::Full } else { part(a)? };
         let make = || -> Result<Box<dyn Body>, String> {
             let only = found.as_ref().filter(|(_, by_bitmap)| *by_bitmap).map(|(s, _)| s.bitmap.bits());
             let work = Backup::new(Arc::clone(source), Arc::clone(target), &part, only.as_ref());

@@ -52,9 +52,11 @@ pub fn add_to(node: &Node, a: &Map<String, Value>) -> Result<Arc<DirtyBitmap>, Q
     let yes = |key: &str| a.get(key) == Some(&Value::Bool(true));
     let granularity = match a.get("granularity") {
         None => None,
-        Some(g) => Some(g.as_u64().filter(|g| *g <= u64::from(u32::MAX)).ok_or_else(|| {
-            QmpError::generic("Parameter 'granularity' expects uint32_t")
-        })?),
+        Some(g) => Some(
+            g.as_u64()
+                .filter(|g| *g <= u64::from(u32::MAX))
+                .ok_or_else(|| QmpError::generic("Parameter 'granularity' expects uint32_t"))?,
+        ),
     };
     let name = given(a, "name").unwrap_or_default();
     node.add_bitmap(name, granularity, yes("persistent"), !yes("disabled")).map_err(text)

@@ -37,7 +37,12 @@ pub fn start(c: &Control, call: &mut Call) -> Reply {
 }
 
 /// The bitmap that an export names: of its node, or of one that this stands on; or of another node.
-fn bitmap(c: &Control, node: &Arc<Node>, wanted: &Value, writable: bool) -> Result<Arc<DirtyBitmap>, QmpError> {
+fn bitmap(
+    c: &Control,
+    node: &Arc<Node>,
+    wanted: &Value,
+    writable: bool,
+) -> Result<Arc<DirtyBitmap>, QmpError> {
     let text = |e: ftvm_block::BlockError| QmpError::generic(e.to_string());
     let bitmap = match wanted.as_object() {
         Some(other) => {
@@ -105,7 +110,8 @@ fn add_to(c: &Control, a: &Map<String, Value>, found: Option<Found>) -> Result<(
         return fail("NBD server not running");
     }
     let name = given(a, "name").unwrap_or(node_name);
-    for (what, text) in [("export name", name), ("description", given(a, "description").unwrap_or_default())] {
+    for (what, text) in [("export name", name), ("description", given(a, "description").unwrap_or_default())]
+    {
         if text.len() > MAX_TEXT {
             return fail(format!("{what} '{text}' too long"));
         }
@@ -194,9 +200,7 @@ pub fn stop(c: &Control, _: &mut Call) -> Reply {
 
 /// `query-block-exports`
 pub fn query(c: &Control, _: &mut Call) -> Reply {
-    let one = |e: &Arc<crate::host::nbd::Export>| {
-        json!({"id": e.id, "type": "nbd", "node-name": e.node().name(), "shutting-down": e.is_closing()})
-    };
+    let one = |e: &Arc<crate::host::nbd::Export>| json!({"id": e.id, "type": "nbd", "node-name": e.node().name(), "shutting-down": e.is_closing()});
     // The newest first, as QEMU.
     Ok(c.shared.exports.all().iter().rev().map(one).collect())
 }

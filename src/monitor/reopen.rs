@@ -60,8 +60,7 @@ fn change(c: &Control, options: &Map<String, Value>) -> Result<Option<Change>, Q
         all.iter().position(|d| d.as_ref().is_some_and(|d| d.node && d.id == name)).ok_or_else(missing)?;
     let old = all[index].clone().ok_or_else(missing)?;
     let node = find(c, name).map_err(|_| missing())?.node;
-    let mut known: Vec<DriveConfig> =
-        all.iter().flatten().filter(|d| d.id != name).cloned().collect();
+    let mut known: Vec<DriveConfig> = all.iter().flatten().filter(|d| d.id != name).cloned().collect();
     if let Some(protocol) = &old.protocol {
         known.push(DriveConfig {
             id: protocol.clone(),
@@ -108,7 +107,9 @@ impl Change {
     fn check(&self, c: &Control) -> Result<(), QmpError> {
         free(c, &self.node)?;
         let closes = self.new.read_only && !self.node.read_only();
-        if closes && (is_used(c, &self.node)? || c.shared.exports.user_of(&self.node).is_some_and(|e| e.writable)) {
+        if closes
+            && (is_used(c, &self.node)? || c.shared.exports.user_of(&self.node).is_some_and(|e| e.writable))
+        {
             let name = self.node.name();
             return fail(format!("Read-only block node '{name}' cannot support read-write users"));
         }
@@ -154,7 +155,8 @@ fn note(rt: &mut Runtime, changes: Vec<(usize, DriveConfig)>) {
             drive.detect_zeroes = to.detect_zeroes;
             drive.backing = to.backing;
         }
-        rt.outside.set_durable_of(index, matches!(to.cache, drive::Cache::Writethrough | drive::Cache::DirectSync));
+        rt.outside
+            .set_durable_of(index, matches!(to.cache, drive::Cache::Writethrough | drive::Cache::DirectSync));
     }
     graph::note(rt);
 }

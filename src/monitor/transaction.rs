@@ -305,4 +305,3 @@ pub fn transaction(c: &Control, call: &mut Call) -> Reply {
     transact(c, &wanted)?;
     done()
 }
-

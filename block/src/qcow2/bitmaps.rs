@@ -355,7 +355,8 @@ impl Qcow2 {
         self.name_bitmaps(&next)?;
         let (file, bits) = (self.file.as_ref(), self.header.cluster_bits);
         let mut left = clusters(directory.offset, directory.length, bits);
-        for entry in directory.entries.iter().filter(|old| !next.entries.iter().any(|e| e.table == old.table)) {
+        for entry in directory.entries.iter().filter(|old| !next.entries.iter().any(|e| e.table == old.table))
+        {
             // What cannot be read stays where it is: a leak.
             left.extend(entry.clusters(file, bits).unwrap_or_default());
         }

@@ -291,32 +291,31 @@ impl Qcow2 {
         };
         let external = data.is_some();
         let data = data.unwrap_or_else(|| Arc::clone(&file));
-        let image = Qcow2 {
-            // A sector's number is that of its place in the file.
-            data: volume.as_ref().map_or_else(|| Arc::clone(&data), |v| v.over(Arc::clone(&data), 0)),
-            external,
-            volume,
-            file,
-            backing: RwLock::new(backing),
-            read_only: options.read_only,
-            discard: options.discard,
-            detect_zeroes: options.detect_zeroes,
-            autoclear: AtomicU64::new(kept),
-            bitmaps: Mutex::new(directory),
-            state: Mutex::new(state),
-            settled: Condvar::new(),
-            flushing: Mutex::new(()),
-            gate: RwLock::new(()),
-            size: AtomicU64::new(header.size),
-            named: RwLock::new(
-                header.backing_text.clone().zip(header.backing.clone()).map(|(text, path)| naming::Named {
-                    text,
-                    path,
-                    format: header.backing_format.clone(),
-                }),
-            ),
-            header,
-        };
+        let image =
+            Qcow2 {
+                // A sector's number is that of its place in the file.
+                data: volume.as_ref().map_or_else(|| Arc::clone(&data), |v| v.over(Arc::clone(&data), 0)),
+                external,
+                volume,
+                file,
+                backing: RwLock::new(backing),
+                read_only: options.read_only,
+                discard: options.discard,
+                detect_zeroes: options.detect_zeroes,
+                autoclear: AtomicU64::new(kept),
+                bitmaps: Mutex::new(directory),
+                state: Mutex::new(state),
+                settled: Condvar::new(),
+                flushing: Mutex::new(()),
+                gate: RwLock::new(()),
+                size: AtomicU64::new(header.size),
+                named: RwLock::new(
+                    header.backing_text.clone().zip(header.backing.clone()).map(|(text, path)| {
+                        naming::Named { text, path, format: header.backing_format.clone() }
+                    }),
+                ),
+                header,
+            };
         if !options.lock_later {
             Image::begin(&image)?;
         }
@@ -617,7 +616,8 @@ impl Image for Qcow2 {
             in_use: e.is_in_use(),
             auto: e.is_auto(),
         };
-        let bitmaps = self.bitmaps.lock().map_or_else(|_| Vec::new(), |d| d.entries.iter().map(bitmap).collect());
+        let bitmaps =
+            self.bitmaps.lock().map_or_else(|_| Vec::new(), |d| d.entries.iter().map(bitmap).collect());
         let snapshots = self
             .state
             .lock()

@@ -17,8 +17,8 @@ use ftvm_block::Node;
 use ftvm_qmp::EventSink;
 use serde_json::json;
 
-pub use export::{Export, Source, Wanted};
 use export::Hangup;
+pub use export::{Export, Source, Wanted};
 use session::Offers;
 
 /// For the negotiation's words.

@@ -35,7 +35,8 @@ pub fn serve(stream: &mut (impl Read + Write), offers: &dyn Offers) -> io::Resul
 }
 
 fn flags(export: &Export) -> u16 {
-    let mut flags = export::HAS_FLAGS | export::SEND_FLUSH | export::SEND_FUA | export::SEND_DF | export::SEND_CACHE;
+    let mut flags =
+        export::HAS_FLAGS | export::SEND_FLUSH | export::SEND_FUA | export::SEND_DF | export::SEND_CACHE;
     // All connections reach the same image, and a flush is of all of it.
     flags |= export::CAN_MULTI_CONN;
     match export.writable {
@@ -137,7 +138,8 @@ impl Session {
                             option::GO => enter(offers, &name),
                             _ => None,
                         };
-                        let there = |e: &Arc<Export>| !e.is_closing() && (number == option::INFO || visit.is_some());
+                        let there =
+                            |e: &Arc<Export>| !e.is_closing() && (number == option::INFO || visit.is_some());
                         match found.filter(there) {
                             None => say(answer::UNKNOWN, b"export not present")?,
                             Some(export) => {
@@ -168,7 +170,10 @@ impl Session {
                             let chosen = choose(&export, &queries, set);
                             for (number, name) in &chosen {
                                 let number = if set { *number } else { 0 };
-                                say(answer::META_CONTEXT, &[&number.to_be_bytes(), name.as_bytes()].concat())?;
+                                say(
+                                    answer::META_CONTEXT,
+                                    &[&number.to_be_bytes(), name.as_bytes()].concat(),
+                                )?;
                             }
                             if set {
                                 self.contexts = Some((name, chosen.into_iter().map(|(n, _)| n).collect()));
@@ -230,7 +235,13 @@ impl Session {
                 let head = offset.to_be_bytes();
                 if !data.is_empty() && data.iter().all(|b| *b == 0) {
                     let hole = [&head[..], &request.len.to_be_bytes()].concat();
-                    return Ok(wire::structured(stream, handle, (chunk::DONE, chunk::OFFSET_HOLE), &hole, &[]));
+                    return Ok(wire::structured(
+                        stream,
+                        handle,
+                        (chunk::DONE, chunk::OFFSET_HOLE),
+                        &hole,
+                        &[],
+                    ));
                 }
                 return Ok(match data.is_empty() {
                     true => wire::structured(stream, handle, (chunk::DONE, chunk::NONE), &[], &[]),
@@ -262,7 +273,9 @@ impl Session {
     ) -> Result<io::Result<()>, Failure> {
         let chosen = match &self.contexts {
             Some((name, chosen)) if *name == export.name && !chosen.is_empty() => chosen,
-            _ => return Err(refuse::<()>(libc::EINVAL, "CMD_BLOCK_STATUS not negotiated").unwrap_err().into()),
+            _ => {
+                return Err(refuse::<()>(libc::EINVAL, "CMD_BLOCK_STATUS not negotiated").unwrap_err().into())
+            }
         };
         let one = request.flags & flag::REQ_ONE != 0;
         let known: Vec<(u32, &Context)> = (0..).zip(export.contexts()).collect();

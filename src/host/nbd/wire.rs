@@ -140,7 +140,8 @@ impl Request {
         let mut all = [0; 28];
         all[0] = first[0];
         all[1..].copy_from_slice(&rest);
-        let number = |at: usize, len: usize| all[at..at + len].iter().fold(0u64, |n, b| n << 8 | u64::from(*b));
+        let number =
+            |at: usize, len: usize| all[at..at + len].iter().fold(0u64, |n, b| n << 8 | u64::from(*b));
         if number(0, 4) != u64::from(REQUEST) {
             return Err(bad("a request begins with the wrong number"));
         }
