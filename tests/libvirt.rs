@@ -434,8 +434,7 @@ fn libvirt_backs_a_running_domain_up() -> Result<()> {
     };
     // The emulator is another user, and libvirt leaves owners alone here.
     for name in ["full.qcow2", "inc.qcow2", "temporary.qcow2"] {
-        std::fs::write(file(name), "").map_err(|e| e.to_string())?;
-        run("chmod", &["666", &file(name)])?;
+        image(&scratch, name, 64)?;
     }
     let idle = || {
         wait_for("the end of the backup", LONG, || {
@@ -445,7 +444,7 @@ fn libvirt_backs_a_running_domain_up() -> Result<()> {
     let begin = |backup: &str, checkpoint: Option<&str>| -> Result<String> {
         let (b, c) = (file("backup.xml"), file("checkpoint.xml"));
         std::fs::write(&b, backup).map_err(|e| e.to_string())?;
-        let mut args = vec!["backup-begin", "kept", b.as_str()];
+        let mut args = vec!["backup-begin", "kept", "--reuse-external", b.as_str()];
         if let Some(name) = checkpoint {
             let text = format!(
                 "<domaincheckpoint><name>{name}</name><disks><disk name='vda' checkpoint='bitmap'/>\

@@ -317,7 +317,7 @@ const WRONG: &[&str] = &[
     r#"{"execute":"block-dirty-bitmap-add","arguments":{"node":"nope","name":"b"}}"#,
     r#"{"execute":"block-dirty-bitmap-add","arguments":{"node":"nope","name":""}}"#,
     r#"{"execute":"block-dirty-bitmap-clear","arguments":{"node":"nope","name":"b"}}"#,
-    r#"{"execute":"block-dirty-bitmap-merge","arguments":{"node":"nope","target":"b","bitmaps":[3]}}"#,
+    r#"{"execute":"block-dirty-bitmap-merge","arguments":{"node":"nope","target":"b","bitmaps":["c"]}}"#,
     r#"{"execute":"nbd-server-stop"}"#,
     r#"{"execute":"nbd-server-remove","arguments":{"name":"nope"}}"#,
     r#"{"execute":"block-export-add","arguments":{"type":"nbd","id":"e","node-name":"nope"}}"#,

@@ -64,6 +64,9 @@ pub fn add_to(node: &Node, a: &Map<String, Value>) -> Result<Arc<DirtyBitmap>, Q
 
 pub fn add(c: &Control, call: &mut Call) -> Reply {
     no_pair(c)?;
+    if call.text("name").is_empty() {
+        return Err(QmpError::generic("Bitmap name cannot be empty"));
+    }
     add_to(&find(c, call.text("node"))?.node, call.arguments)?;
     done()
 }

@@ -184,9 +184,6 @@ pub fn del(c: &Control, call: &mut Call) -> Reply {
 
 /// `nbd-server-remove`
 pub fn server_remove(c: &Control, call: &mut Call) -> Reply {
-    if !c.shared.exports.is_running() {
-        return fail("NBD server not running");
-    }
     remove(c, call.text("name"), call.text("mode"))
 }
 
