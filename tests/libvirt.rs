@@ -5,7 +5,7 @@ mod common;
 use std::process::Command;
 
 use common::*;
-use ftvm_harness::guests::{debian, root, run, tiny};
+use ftvm_harness::guests::{debian, luks_options, make_encrypted, root, run, tiny};
 use ftvm_harness::libvirt::{missing, share, Console, Libvirt};
 use ftvm_harness::{wait_for, Result, Scratch};
 
@@ -549,6 +549,54 @@ fn plug_and_pull(v: &Libvirt, name: &str, scratch: &Scratch, console: &mut Conso
     Ok(())
 }
 
+/// Encrypted disks, of which libvirt keeps the secret, come and go.
+fn plug_encrypted(v: &Libvirt, name: &str, scratch: &Scratch, console: &mut Console) -> Result<()> {
+    const UUID: &str = "5eb5eb5e-0000-4000-8000-000000000001";
+    let write = |file: &str, text: &str| std::fs::write(scratch.path(file), text).map_err(|e| e.to_string());
+    write(
+        "secret.xml",
+        &format!("<secret ephemeral='yes' private='yes'><uuid>{UUID}</uuid><usage type='volume'><volume>v</volume></usage></secret>"),
+    )?;
+    write("passphrase", "only libvirt knows")?;
+    v.virsh(&["secret-define", &scratch.path("secret.xml")])?;
+    v.virsh(&["secret-set-value", UUID, "--plain", "--file", &scratch.path("passphrase")])?;
+    for (format, sectors) in [("qcow2", "40960"), ("luks", "32768")] {
+        let disk = scratch.path(&format!("encrypted.{format}"));
+        let secret = "secret,id=s,data=only libvirt knows";
+        let size = if format == "qcow2" { "20M" } else { "16M" };
+        let options = luks_options(format);
+        make_encrypted(&["create", "-q", "--object", secret, "-f", format, "-o", options, &disk, size])?;
+        run("chmod", &["666", &disk])?;
+        // The format under the encryption, as libvirt's users name it.
+        let driver = if format == "qcow2" { "qcow2" } else { "raw" };
+        write(
+            "disk.xml",
+            &format!(
+                "<disk type='file' device='disk'><driver name='qemu' type='{driver}'/><source file='{disk}'>
+  <encryption format='luks'><secret type='passphrase' uuid='{UUID}'/></encryption></source>
+  <target dev='vdb' bus='virtio'/></disk>"
+            ),
+        )?;
+        v.virsh(&["attach-device", name, &scratch.path("disk.xml")])?;
+        wait_for("the encrypted disk in the guest", LONG, || {
+            console.run("cat /sys/block/vdb/size").ok().filter(|s| s.contains(sectors))
+        })?;
+        let wrote =
+            console.run("echo what nobody may read | dd of=/dev/vdb bs=512 seek=9 conv=sync,fsync")?;
+        assert!(wrote.contains("END:0"), "{wrote}");
+        v.virsh(&["detach-device", name, &scratch.path("disk.xml")])?;
+        assert!(console.run("test -e /dev/vdb")?.contains("END:1"), "the disk is still there");
+        let key = if format == "qcow2" { "encrypt.key-secret" } else { "key-secret" };
+        let (from, raw) = (format!("driver={format},{key}=s,file.filename={disk}"), scratch.path("plain"));
+        run("qemu-img", &["convert", "--object", secret, "--image-opts", &from, "-O", "raw", &raw])?;
+        let found = |file: &str| {
+            std::fs::read(file).is_ok_and(|b| b.windows(22).any(|w| w == b"what nobody may read\n\0"))
+        };
+        assert!(found(&raw) && !found(&disk), "{format}");
+    }
+    Ok(())
+}
+
 #[test]
 fn libvirt_runs_a_q35_as_virt_install_writes_it() -> Result<()> {
     if let Some(reason) = missing() {
@@ -604,6 +652,7 @@ fn libvirt_runs_a_q35_as_virt_install_writes_it() -> Result<()> {
         console.run("cat /sys/block/sd?/size").ok().filter(|s| !s.contains("49152"))
     })?;
     plug_and_pull(&v, "q", &scratch, &mut console)?;
+    plug_encrypted(&v, "q", &scratch, &mut console)?;
     console.run(AGENT)?;
     wait_for("the agent", LONG, || {
         v.virsh(&["qemu-agent-command", "q", "{\"execute\":\"guest-ping\"}", "--timeout", "5"]).ok()

@@ -614,10 +614,15 @@ fn raw_images() -> Result<()> {
     raw(Kind::Nfs)
 }
 
-/// An encrypted image: the backup needs the secret too, a takeover is no slower for it, and what it leaves beside the image
+/// Encrypted images: the backup needs the secret too, a takeover is no slower for it, and what it leaves beside the image
 /// is encrypted.
-fn encrypted_image() -> Result<()> {
-    let mut pair = Pair::start_on("luks", Guest::Tiny, "", Kind::Nfs, ",encrypt.key-secret=s")?;
+fn encrypted_images() -> Result<()> {
+    encrypted(Kind::Nfs, ",encrypt.key-secret=s")?;
+    encrypted(Kind::Path, ",format=luks,key-secret=s")
+}
+
+fn encrypted(kind: Kind, options: &str) -> Result<()> {
+    let mut pair = Pair::start_on("luks", Guest::Tiny, "", kind, options)?;
     let refused = pair.refused_backup()?;
     ensure(&refused, refused.contains("No secret with id 's'"))?;
     let clients = clients(&pair, "luks");
@@ -725,7 +730,7 @@ fn main() {
         ("etcd_failovers", Kind::Etcd, etcd_failovers),
         ("long_outage", Kind::Nfs, long_outage),
         ("raw_images", Kind::Nfs, raw_images),
-        ("encrypted_image", Kind::Nfs, encrypted_image),
+        ("encrypted_images", Kind::Nfs, encrypted_images),
         ("other_device", Kind::Path, other_device),
         ("path_disk_reads", Kind::Path, path_disk_reads),
         ("nfs_disk_reads", Kind::Nfs, nfs_disk_reads),

@@ -4,6 +4,7 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
 use std::process::Command;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use crate::guests::root;
@@ -12,6 +13,8 @@ use crate::{wait_for, Result};
 /// An ELF file with the symbols of the kernel `image` (a bzImage compressed with LZ4, as Debian's cloud kernel is), recovered from
 /// the kernel's own table; kept beside it. `None` where the tool for that (from PyPI) cannot be had.
 pub fn symbols(image: &str) -> Result<Option<String>> {
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let _one = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let elf = format!("{image}.elf");
     let time = |path: &str| Path::new(path).metadata().and_then(|m| m.modified()).ok();
     if time(&elf).is_some_and(|t| Some(t) >= time(image)) {
@@ -34,7 +37,7 @@ pub fn symbols(image: &str) -> Result<Option<String>> {
             return Ok(None);
         }
     }
-    // Several tests may make it at a time.
+    // Other programs' tests may make it at the same time.
     let new = format!("{elf}.{}", std::process::id());
     let made = Command::new("python3")
         .arg("-c")

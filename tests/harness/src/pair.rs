@@ -36,7 +36,7 @@ pub struct Pair {
     pub may_leak: bool,
     /// The image is encrypted, and both hosts have the secret.
     encrypted: bool,
-    /// `qcow2` or `raw`.
+    /// `qcow2`, `raw` or `luks`.
     format: &'static str,
     /// Host 1 has an image of its own (`disks=separate`).
     pub second_image: Option<String>,
@@ -67,7 +67,9 @@ impl Pair {
         drive_options: &str,
     ) -> Result<Pair> {
         let scratch = Scratch::new(name)?;
-        let format = if drive_options.contains("format=raw") { "raw" } else { "qcow2" };
+        let formats = ["raw", "luks"];
+        let format =
+            formats.into_iter().find(|f| drive_options.contains(&format!("format={f}"))).unwrap_or("qcow2");
         let mut image = scratch.path(&format!("vm.{format}"));
         let mut args: Vec<String> = Vec::new();
         let mark = match guest {
@@ -78,11 +80,8 @@ impl Pair {
                 guests::run("mke2fs", &["-q", "-t", "ext4", "-O", "^metadata_csum_seed,^orphan_file", &raw])?;
                 let mut convert = vec!["convert", "-q", "-O", format];
                 if drive_options.contains(KEY) {
-                    // It asks the kernel for its own processor time, which here and there is nothing.
-                    let luks = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=100";
-                    convert.extend(["--object", SECRET, "-o", luks, &raw, &image]);
-                    let made = (0..20).find_map(|_| guests::run("qemu-img", &convert).ok());
-                    made.ok_or("qemu-img makes no encrypted image")?;
+                    convert.extend(["--object", SECRET, "-o", guests::luks_options(format), &raw, &image]);
+                    guests::make_encrypted(&convert)?;
                 } else {
                     convert.extend([raw.as_str(), &image]);
                     guests::run("qemu-img", &convert)?;
@@ -503,7 +502,7 @@ impl Pair {
         }
     }
 
-    /// `qemu-img check` finds nothing, and no overlay is left. A raw image has nothing to check.
+    /// `qemu-img check` finds nothing, and no overlay is left. An image of another format has nothing to check.
     pub fn check_image(&self) -> Result<()> {
         if self.has_overlays() {
             return Err(format!("an overlay was left\n{}", self.logs()));
@@ -598,7 +597,7 @@ pub fn flip_guest_memory(pid: i32) -> Result<()> {
 const PLAIN: &str = "plain";
 
 /// What a drive's options have when the image is to be encrypted.
-const KEY: &str = "encrypt.key-secret=s";
+const KEY: &str = "key-secret=s";
 const SECRET: &str = "secret,id=s,data=only-these-two-know";
 
 const TAP: &str = "tap,id=n0,ifname=vmtap,script=no,downscript=no";
