@@ -4,7 +4,7 @@
 //! Each function may be given any bytes. It must return, in little time and memory, and panics only where a
 //! promise is broken.
 
-use std::io::{Read, Write};
+use std::io::Write;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::Duration;

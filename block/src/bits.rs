@@ -212,7 +212,7 @@ mod tests {
                 if dice(3) > 0 {
                     bits.add(at, len);
                     let end = (at + len).min(size);
-                    (at..end).step_by(1).for_each(|b| model[(b / 512) as usize] = true);
+                    (at..end).for_each(|b| model[(b / 512) as usize] = true);
                 } else if let Some((first, n)) = bits.take(at / 512, 9) {
                     assert!((first..first + n).all(|p| std::mem::take(&mut model[p as usize])));
                 }

@@ -86,7 +86,7 @@ pub fn clear_of(node: &Node, name: &str) -> Result<(Arc<DirtyBitmap>, Bits), Qmp
 
 pub fn clear(c: &Control, call: &mut Call) -> Reply {
     no_pair(c)?;
-    clear_of(&*node_of(c, call.text("node"))?, call.text("name"))?;
+    clear_of(node_of(c, call.text("node"))?.as_ref(), call.text("name"))?;
     done()
 }
 
@@ -100,13 +100,13 @@ pub fn record_of(node: &Node, name: &str, yes: bool) -> Result<(Arc<DirtyBitmap>
 
 pub fn enable(c: &Control, call: &mut Call) -> Reply {
     no_pair(c)?;
-    record_of(&*node_of(c, call.text("node"))?, call.text("name"), true)?;
+    record_of(node_of(c, call.text("node"))?.as_ref(), call.text("name"), true)?;
     done()
 }
 
 pub fn disable(c: &Control, call: &mut Call) -> Reply {
     no_pair(c)?;
-    record_of(&*node_of(c, call.text("node"))?, call.text("name"), false)?;
+    record_of(node_of(c, call.text("node"))?.as_ref(), call.text("name"), false)?;
     done()
 }
 

@@ -88,7 +88,7 @@ pub fn inventory(c: &Control) -> Result<Vec<Inventory>, QmpError> {
 }
 
 /// The entry of an open node; `d` is the drive in whose chain it is.
-fn open_node(c: &Control, d: &DriveConfig, of: &Arc<Node>, flat: bool) -> Value {
+fn open_node(d: &DriveConfig, of: &Arc<Node>, flat: bool) -> Value {
     let info = of.info();
     let own = DriveConfig {
         id: of.name(),
@@ -102,7 +102,7 @@ fn open_node(c: &Control, d: &DriveConfig, of: &Arc<Node>, flat: bool) -> Value 
         // What it stands on, whatever the header names.
         entry["backing_file"] = json!(below.path());
         if !flat {
-            entry["image"]["backing-image"] = open_node(c, d, &below, false)["image"].take();
+            entry["image"]["backing-image"] = open_node(d, &below, false)["image"].take();
         }
     }
     let bitmaps = bitmaps::describe(of);
@@ -115,7 +115,7 @@ fn open_node(c: &Control, d: &DriveConfig, of: &Arc<Node>, flat: bool) -> Value 
 /// The entry of the node in front of drive number `index`.
 fn front_node(c: &Control, index: usize, d: &DriveConfig, flat: bool) -> Value {
     let mut entry = match c.outside.disk_root(index) {
-        Some(root) => open_node(c, d, &root.node(), flat),
+        Some(root) => open_node(d, &root.node(), flat),
         None => node(d, size(c, index), Some(&image_info(c, index))),
     };
     limits::describe(&d.limits, &mut entry);
@@ -137,7 +137,7 @@ pub fn nodes(c: &Control, call: &mut Call) -> Reply {
         for below in chain.iter().skip(1).filter(|n| n.path().is_some()) {
             if !seen.contains(&below.name()) {
                 seen.push(below.name());
-                out.push(open_node(c, d, below, flat));
+                out.push(open_node(d, below, flat));
             }
         }
     }

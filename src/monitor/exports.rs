@@ -148,10 +148,8 @@ pub fn server_add(c: &Control, call: &mut Call) -> Reply {
     for (key, value) in [("id", name), ("name", name), ("node-name", found.node.name().as_str())] {
         a.insert(key.into(), json!(value));
     }
-    for key in ["description"] {
-        if let Some(text) = given(call.arguments, key) {
-            a.insert(key.into(), json!(text));
-        }
+    if let Some(text) = given(call.arguments, "description") {
+        a.insert("description".into(), json!(text));
     }
     // What cannot be written is shown for reading, without a word.
     let writable = call.bool("writable") == Some(true) && !found.node.read_only();

@@ -273,9 +273,7 @@ impl Session {
     ) -> Result<io::Result<()>, Failure> {
         let chosen = match &self.contexts {
             Some((name, chosen)) if *name == export.name && !chosen.is_empty() => chosen,
-            _ => {
-                return Err(refuse::<()>(libc::EINVAL, "CMD_BLOCK_STATUS not negotiated").unwrap_err().into())
-            }
+            _ => return Err(Failure((libc::EINVAL as u32, "CMD_BLOCK_STATUS not negotiated".into()))),
         };
         let one = request.flags & flag::REQ_ONE != 0;
         let known: Vec<(u32, &Context)> = (0..).zip(export.contexts()).collect();
