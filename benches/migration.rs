@@ -1,5 +1,5 @@
 //! Live migration side by side with QEMU's TCG in the same run: the same guest, over the loopback address, idle and while it
-//! writes to its memory.
+//! writes to its memory, and then in post-copy too.
 //!
 //! `cargo bench --bench migration`; FTVM_BENCH_ROUNDS (default 3). The guest is the tiny one with 512 MiB, of which 192 MiB hold
 //! something; both programs have no limit of bandwidth and a downtime limit of 300 ms. The downtime is
@@ -42,7 +42,17 @@ fn time(event: &Value) -> f64 {
     part("seconds") * 1e6 + part("microseconds")
 }
 
-fn round(program: &str, accel: &[&str], busy: bool, times: &mut Times) -> Result<()> {
+/// What the guest does, and how it moves.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Case {
+    Idle,
+    Busy,
+    /// Busy, and the destination runs half a second after the beginning.
+    Postcopy,
+}
+
+fn round(program: &str, accel: &[&str], case: Case, times: &mut Times) -> Result<()> {
+    let busy = case != Case::Idle;
     let scratch = Scratch::new("bench-migration")?;
     let mut source = start(program, accel, &scratch, "source", &[])?;
     let mut console = Console::socket(&scratch.path("source.tty"))?;
@@ -67,14 +77,30 @@ fn round(program: &str, accel: &[&str], busy: bool, times: &mut Times) -> Result
     })?;
     let parameters = json!({"max-bandwidth": 16u64 << 30, "downtime-limit": 300});
     here.command("migrate-set-parameters", parameters)?;
+    if case == Case::Postcopy {
+        for side in [&mut here, &mut there] {
+            let on = json!({"capabilities": [{"capability": "postcopy-ram", "state": true}]});
+            side.command("migrate-set-capabilities", on)?;
+        }
+        // So that there is something left by then.
+        here.command("migrate-set-parameters", json!({"max-bandwidth": 64 << 20}))?;
+    }
     here.events.clear();
     here.command("migrate", json!({"uri": uri}))?;
+    if case == Case::Postcopy {
+        std::thread::sleep(Duration::from_millis(500));
+        here.command("migrate-start-postcopy", Value::Null)?;
+    }
     let done = wait_migration(&mut here, LIMIT)?;
     if done["status"] != "completed" {
         return Err(format!("{program}: {done}\n{}\n{}", source.log(), destination.log()));
     }
     let (stopped, resumed) = (event(&mut here, "STOP")?, event(&mut there, "RESUME")?);
-    let row = if busy { "busy" } else { "idle" };
+    let row = match case {
+        Case::Idle => "idle",
+        Case::Busy => "busy",
+        Case::Postcopy => "busy, post-copy",
+    };
     times.add(&format!("{row}: downtime (ms)"), (time(&resumed) - time(&stopped)) / 1000.0);
     let number = |v: &Value| v.as_f64().unwrap_or_default();
     let (total, ram) = (number(&done["total-time"]), &done["ram"]);
@@ -116,9 +142,9 @@ fn bench() -> Result<()> {
     let ftvm = guests::ftvm()?;
     let (mut ours, mut theirs) = (Times::default(), Times::default());
     for n in 0..rounds {
-        for busy in [false, true] {
-            round(&ftvm, &[], busy, &mut ours)?;
-            round(qemu, &["-accel", "tcg"], busy, &mut theirs)?;
+        for case in [Case::Idle, Case::Busy, Case::Postcopy] {
+            round(&ftvm, &[], case, &mut ours)?;
+            round(qemu, &["-accel", "tcg"], case, &mut theirs)?;
         }
         eprintln!("round {n} done");
     }

@@ -46,6 +46,7 @@ pub const ALL: &[(&str, Entry)] = &[
     ("luks", luks),
     ("rfb", rfb),
     ("migration", migration),
+    ("nbd", nbd),
 ];
 
 /// What a target sends while a command is under way.
@@ -56,6 +57,67 @@ pub fn iscsi(data: &[u8]) {
 /// The header of an encrypted volume.
 pub fn luks(data: &[u8]) {
     ftvm_block::crypto::fuzz(data);
+}
+
+/// What an NBD client says: from the beginning, and as requests behind a negotiation.
+pub fn nbd(data: &[u8]) {
+    use ftvm::host::nbd::export::{Export, Hangup, Source, Wanted};
+    use ftvm::host::nbd::session::{serve, Offers};
+    struct Client<'a>(&'a [u8]);
+    impl std::io::Read for Client<'_> {
+        fn read(&mut self, buf: &mut [u8]) -> std::io::Result<usize> {
+            self.0.read(buf)
+        }
+    }
+    impl Write for Client<'_> {
+        fn write(&mut self, buf: &[u8]) -> std::io::Result<usize> {
+            Ok(buf.len())
+        }
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+    struct Offer(std::sync::Arc<Export>);
+    impl Offers for Offer {
+        fn exports(&self) -> Vec<std::sync::Arc<Export>> {
+            vec![std::sync::Arc::clone(&self.0)]
+        }
+        fn hangup(&self) -> Hangup {
+            Box::new(|| {})
+        }
+    }
+    let Some((_fd, path)) = memory_file(&[5; 16 << 10]) else { return };
+    let options = OpenOptions { format: Some("raw".into()), ..OpenOptions::default() };
+    let Ok(node) = ftvm_block::Node::open("n", &path, &options, None) else { return };
+    let Ok(bitmap) = node.add_bitmap("b", Some(512), false, true) else { return };
+    let offer = Offer(Export::new(Wanted {
+        id: "x".into(),
+        name: "x".into(),
+        description: Some("d".into()),
+        source: Source::Node(std::sync::Arc::clone(&node)),
+        writable: true,
+        writethrough: false,
+        depth: true,
+        bitmaps: vec![bitmap],
+    }));
+    let text = |t: &str| [&(t.len() as u32).to_be_bytes(), t.as_bytes()].concat();
+    let option = |number: u32, body: &[u8]| {
+        [&b"IHAVEOPT"[..], &number.to_be_bytes(), &(body.len() as u32).to_be_bytes(), body].concat()
+    };
+    let contexts =
+        [text("x"), 2u32.to_be_bytes().to_vec(), text("base:allocation"), text("qemu:dirty-bitmap:b")];
+    let negotiated = [
+        3u32.to_be_bytes().to_vec(),
+        option(8, &[]),
+        option(10, &contexts.concat()),
+        option(7, &[text("x"), vec![0; 2]].concat()),
+    ];
+    for bytes in [data.to_vec(), [&negotiated.concat(), data].concat()] {
+        let _ = serve(&mut Client(&bytes), &offer);
+        assert!(!offer.0.is_used(), "nobody is there any more");
+    }
+    drop(offer);
+    assert!(!node.bitmaps()[0].info().busy, "its bitmaps are free");
 }
 
 /// What an NFS server answers.

@@ -56,6 +56,7 @@ need nfs-ganesha ganesha.nfsd
 need nfs-ganesha-vfs /usr/lib/x86_64-linux-gnu/ganesha/libfsalvfs.so
 need rpcbind rpcbind
 need tgt tgtd
+need libnbd-bin nbdcopy
 need qemu-block-extra /usr/lib/x86_64-linux-gnu/qemu/block-nfs.so
 [ -z "$missing" ] && exit 0
 echo "setup: installing$missing"

@@ -129,6 +129,7 @@ pub fn open_options(drive: &DriveConfig) -> OpenOptions {
         format: drive.format.clone(),
         read_only: drive.read_only,
         locking: drive.locking,
+        lock_later: false,
         force_share: false,
         direct: matches!(drive.cache, Cache::None | Cache::DirectSync),
         no_flush: drive.cache == Cache::Unsafe,
@@ -179,6 +180,12 @@ fn open_snapshot(path: &str, options: &OpenOptions) -> Result<Box<dyn Image>, ft
 /// Finds a node that is open by its name.
 pub type FindNode<'a> = &'a dyn Fn(&str) -> Option<Arc<Node>>;
 
+fn named_node(drive: &DriveConfig, image: Option<Box<dyn Image>>) -> Result<Option<Arc<Node>>, BuildError> {
+    let path = || ftvm_block::iscsi::hide_secret(drive.file.as_deref().unwrap_or_default());
+    let named = image.map(|image| Node::named(&drive.id, image)).transpose();
+    named.map_err(|source| BuildError::Drive { path: path(), source })
+}
+
 /// Open a drive's image as a node; `None` for a drive without a medium.
 fn open_node(
     drive: &DriveConfig,
@@ -186,7 +193,7 @@ fn open_node(
     find: FindNode,
 ) -> Result<Option<Arc<Node>>, BuildError> {
     let Some(path) = drive.file.as_deref().filter(|_| !drive.snapshot) else {
-        return Ok(open_drive(drive, options)?.map(|image| Node::named(&drive.id, image)));
+        return named_node(drive, open_drive(drive, options)?);
     };
     let backing = match &drive.backing {
         Backing::Header => None,
@@ -212,14 +219,14 @@ pub fn open_live(
 ) -> Result<Option<Arc<Node>>, BuildError> {
     let mut options = open_options(drive);
     let Some(path) = drive.file.as_deref().map(Path::new) else { return Ok(None) };
-    let named = |image: Option<Box<dyn Image>>| image.map(|image| Node::named(&drive.id, image));
+    let named = |image: Option<Box<dyn Image>>| named_node(drive, image);
     if pair && !drive.read_only && is_device(path) {
         if let Err(e) = LunLock::open(&path.to_string_lossy()) {
             log::warn!(
                 "drive '{}': {e}; with a lock elsewhere nothing keeps what a paused primary still writes from the device",
                 drive.id
             );
-            return open_drive(drive, &options).map(named);
+            return open_drive(drive, &options).and_then(named);
         }
     }
     if pair && is_lun(path) {
@@ -228,7 +235,7 @@ pub fn open_live(
         random.copy_from_slice(&seed()?[..8]);
         let key = crate::lockstep::lun_lock::alone(&format!("{:x}", u64::from_be_bytes(random)));
         options.reserve = if over_stalled { Reserve::Seize(key) } else { Reserve::Free(key) };
-        return open_drive(drive, &options).map(named);
+        return open_drive(drive, &options).and_then(named);
     }
     let overlay = if is_lun(path) { Ok(None) } else { ftvm_block::takeover::top_overlay(path) };
     let overlay = overlay.map_err(|source| BuildError::Drive { path: path.display().to_string(), source })?;
@@ -244,8 +251,8 @@ pub fn open_live(
         return open_node(if pair { &own } else { drive }, &options, find);
     }
     ftvm_block::takeover::Takeover::open(path, &options, over_stalled)
-        .map(|t| named(Some(Box::new(t))))
         .map_err(|source| BuildError::Drive { path: path.display().to_string(), source })
+        .and_then(|t| named(Some(Box::new(t))))
 }
 
 /// A backup must see the primary's byte locks on a writable image: they tell, after a takeover, whether the

@@ -130,4 +130,5 @@ entry_points! {
     luks 3000
     rfb 5000
     migration 5000
+    nbd 3000
 }

@@ -487,6 +487,120 @@ fn libvirt_changes_the_images_of_a_running_domain() -> Result<()> {
     Ok(())
 }
 
+/// Checkpoints and backups: pushed in full and by what changed, and pulled by another program.
+#[test]
+fn libvirt_backs_a_running_domain_up() -> Result<()> {
+    if let Some(reason) = missing() {
+        eprintln!("skipped: {reason}");
+        return Ok(());
+    }
+    let scratch = Scratch::new("libvirt-backup")?;
+    let xml = domain(&scratch, "kept")?;
+    let v = Libvirt::start(&scratch)?;
+    run("chmod", &["777", &scratch.0.display().to_string()])?;
+    v.virsh(&["define", &xml])?;
+    v.virsh(&["start", "kept"])?;
+    v.wait_state("kept", "running", LONG)?;
+    let mut console = Console::open(&v, "kept")?;
+    console.until("Enter 'help'", LONG)?;
+    let file = |name: &str| scratch.path(name);
+    let disk = file("kept.qcow2");
+    let write = |console: &mut Console, at: u32| {
+        console
+            .run(&format!("dd if=/dev/urandom of=/dev/vda bs=64k seek={at} count=5 conv=fsync 2>/dev/null"))
+    };
+    // The emulator is another user, and libvirt leaves owners alone here.
+    for name in ["full.qcow2", "inc.qcow2", "temporary.qcow2"] {
+        image(&scratch, name, 64)?;
+    }
+    let idle = || {
+        wait_for("the end of the backup", LONG, || {
+            v.virsh(&["domjobinfo", "kept"]).ok().filter(|s| s.contains("None"))
+        })
+    };
+    let begin = |backup: &str, checkpoint: Option<&str>| -> Result<String> {
+        let (b, c) = (file("backup.xml"), file("checkpoint.xml"));
+        std::fs::write(&b, backup).map_err(|e| e.to_string())?;
+        let mut args = vec!["backup-begin", "kept", "--reuse-external", b.as_str()];
+        if let Some(name) = checkpoint {
+            let text = format!(
+                "<domaincheckpoint><name>{name}</name><disks><disk name='vda' checkpoint='bitmap'/>\
+                 <disk name='hdc' checkpoint='no'/></disks></domaincheckpoint>"
+            );
+            std::fs::write(&c, text).map_err(|e| e.to_string())?;
+            args.push(&c);
+        }
+        v.virsh(&args)
+    };
+    let push = |target: &str, since: &str| {
+        let since =
+            if since.is_empty() { String::new() } else { format!("<incremental>{since}</incremental>") };
+        format!(
+            "<domainbackup mode='push'>{since}<disks><disk name='vda' type='file'><driver type='qcow2'/>\
+             <target file='{}'/></disk></disks></domainbackup>",
+            file(target)
+        )
+    };
+    write(&mut console, 10)?;
+    begin(&push("full.qcow2", ""), Some("c1"))?;
+    idle()?;
+    write(&mut console, 100)?;
+    let spec = ["--diskspec", "vda,checkpoint=bitmap", "--diskspec", "hdc,checkpoint=no"];
+    v.virsh(&[&["checkpoint-create-as", "kept", "c2"][..], &spec[..]].concat())?;
+    write(&mut console, 200)?;
+    let list = v.virsh(&["checkpoint-list", "kept", "--name"])?;
+    assert!(list.contains("c1") && list.contains("c2"), "{list}");
+    assert!(v.virsh(&["checkpoint-dumpxml", "kept", "c2"])?.contains("bitmap='c2'"));
+
+    // What changed since the first, of a guest that stands still.
+    v.virsh(&["suspend", "kept"])?;
+    begin(&push("inc.qcow2", "c1"), Some("c3"))?;
+    idle()?;
+    run("qemu-img", &["rebase", "-u", "-b", &file("full.qcow2"), "-F", "qcow2", &file("inc.qcow2")])?;
+    run("qemu-img", &["compare", "-U", &disk, &file("inc.qcow2")])?;
+    let map = run("qemu-img", &["map", "--output=json", &file("inc.qcow2")])?;
+    let own = map.lines().filter(|l| l.contains("\"depth\": 0") && l.contains("\"data\": true")).count();
+    assert!((1..=4).contains(&own), "{map}");
+
+    // Another program pulls what changed since the second, while the guest writes on.
+    let moment = file("moment.raw");
+    run("qemu-img", &["convert", "-U", "-O", "raw", &disk, &moment])?;
+    let socket = file("nbd");
+    let pull = format!(
+        "<domainbackup mode='pull'><incremental>c2</incremental><server transport='unix' socket='{socket}'/>\
+         <disks><disk name='vda' type='file' exportname='disk' exportbitmap='changed'><driver type='qcow2'/>\
+         <scratch file='{}'/></disk></disks></domainbackup>",
+        file("temporary.qcow2")
+    );
+    begin(&pull, None)?;
+    v.virsh(&["resume", "kept"])?;
+    write(&mut console, 10)?;
+    write(&mut console, 300)?;
+    let url = format!("nbd+unix:///disk?socket={socket}");
+    run("qemu-img", &["compare", "-f", "raw", "-F", "raw", &moment, &url])?;
+    run("nbdcopy", &[&url, &file("pulled.raw")])?;
+    run("cmp", &[&moment, &file("pulled.raw")])?;
+    let changed = run("nbdinfo", &["--map=qemu:dirty-bitmap:changed", &url])?;
+    let dirty: Vec<&str> = changed.lines().filter(|l| l.ends_with("dirty")).collect();
+    assert!(dirty.len() == 1 && dirty[0].contains("13107200") && dirty[0].contains("327680"), "{changed}");
+    v.virsh(&["domjobabort", "kept"])?;
+    idle()?;
+
+    // A checkpoint in the middle goes into the one before it.
+    v.virsh(&["checkpoint-delete", "kept", "c2"])?;
+    for name in ["c1", "c3"] {
+        v.virsh(&["checkpoint-delete", "kept", name])?;
+    }
+    let _ = console.run("(sleep 1; poweroff -f) & true");
+    v.wait_state("kept", "shut off (shutdown)", LONG)?;
+    let check = run("qemu-img", &["check", &disk])?;
+    assert!(check.contains("No errors"), "{check}");
+    assert!(!run("qemu-img", &["info", &disk])?.contains("bitmaps:"), "a bitmap is left");
+    let log = std::fs::read_to_string(&v.log).unwrap_or_default();
+    assert!(!log.contains("is not what the schema says"), "a reply or event disagrees with the schema");
+    Ok(())
+}
+
 /// A disk and a network card come and go, and the guest sees it.
 fn plug_and_pull(v: &Libvirt, name: &str, scratch: &Scratch, console: &mut Console) -> Result<()> {
     let more = image(scratch, "more.qcow2", 32)?;

@@ -6,6 +6,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use crate::bits::Bits;
 use crate::node::Watch;
 use crate::{BlockError, Held, Image, Node};
 
@@ -29,101 +30,17 @@ pub enum Part {
     New,
 }
 
-/// A set of chunks.
-#[derive(Default)]
-pub struct Chunks {
-    words: Vec<u64>,
-    count: u64,
-}
-
-impl Chunks {
-    /// None of an image of `size` bytes.
-    pub fn new(size: u64) -> Self {
-        Chunks { words: vec![0; size.div_ceil(CHUNK).div_ceil(64) as usize], count: 0 }
-    }
-    /// Add those that a range touches.
-    pub fn add(&mut self, offset: u64, len: u64) {
-        if len == 0 {
-            return;
-        }
-        for chunk in offset / CHUNK..=(offset + len - 1) / CHUNK {
-            if let Some(word) = self.words.get_mut((chunk / 64) as usize) {
-                self.count += u64::from(*word >> (chunk % 64) & 1 == 0);
-                *word |= 1 << (chunk % 64);
-            }
-        }
-    }
-    /// Whether a chunk is among them.
-    pub fn has(&self, chunk: u64) -> bool {
-        self.words.get((chunk / 64) as usize).is_some_and(|w| w >> (chunk % 64) & 1 != 0)
-    }
-    /// Take a chunk out; whether it was among them.
-    pub fn remove(&mut self, chunk: u64) -> bool {
-        let had = self.has(chunk);
-        if had {
-            self.words[(chunk / 64) as usize] &= !(1 << (chunk % 64));
-            self.count -= 1;
-        }
-        had
-    }
-    /// How many.
-    pub fn count(&self) -> u64 {
-        self.count
-    }
-    /// The first from `chunk` on, or else the first of all.
-    fn next(&self, chunk: u64) -> Option<u64> {
-        let word = (chunk / 64) as usize;
-        let first = self.words.get(word).map(|w| w & (u64::MAX << (chunk % 64))).filter(|w| *w != 0);
-        if let Some(w) = first {
-            return Some(word as u64 * 64 + u64::from(w.trailing_zeros()));
-        }
-        let n = self.words.len();
-        (1..=n).map(|i| (word + i) % n.max(1)).find_map(|i| {
-            let w = *self.words.get(i)?;
-            (w != 0).then(|| i as u64 * 64 + u64::from(w.trailing_zeros()))
-        })
-    }
-    /// Take a run of neighbours out, of at most `limit` chunks, from `from` on: (first, how many).
-    fn take(&mut self, from: u64, limit: u64) -> Option<(u64, u64)> {
-        let first = self.next(from)?;
-        let mut n = 0;
-        while n < limit && self.remove(first + n) {
-            n += 1;
-        }
-        Some((first, n))
-    }
-}
-
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Chunks that were written (a dirty bitmap without a file).
-pub struct Dirty(Mutex<Chunks>);
+struct Dirty(Mutex<Bits>);
 
 impl Dirty {
     /// Nothing yet, of an image of `size` bytes.
-    pub fn new(size: u64) -> Arc<Self> {
-        Arc::new(Dirty(Mutex::new(Chunks::new(size))))
-    }
-    /// Bytes in chunks that were written.
-    pub fn bytes(&self) -> u64 {
-        lock(&self.0).count * CHUNK
-    }
-    /// Forget all of it.
-    pub fn clear(&self) {
-        let mut chunks = lock(&self.0);
-        chunks.words.fill(0);
-        chunks.count = 0;
-    }
-    /// Add what another one has.
-    pub fn merge(&self, other: &Dirty) {
-        let theirs = lock(&other.0).words.clone();
-        let mut chunks = lock(&self.0);
-        for (mine, theirs) in chunks.words.iter_mut().zip(theirs) {
-            *mine |= theirs;
-        }
-        chunks.count = chunks.words.iter().map(|w| u64::from(w.count_ones())).sum();
+    fn new(size: u64) -> Arc<Self> {
+        Arc::new(Dirty(Mutex::new(Bits::new(size, CHUNK))))
     }
 }
 
@@ -163,7 +80,7 @@ fn above(top: &Arc<Node>, base: Option<&Arc<Node>>) -> Vec<Arc<Node>> {
 }
 
 /// Add what any of `layers` holds.
-fn add_held(chunks: &mut Chunks, layers: &[Arc<Node>]) -> Result<(), BlockError> {
+fn add_held(chunks: &mut Bits, layers: &[Arc<Node>]) -> Result<(), BlockError> {
     for layer in layers {
         let (mut at, size) = (0, layer.size());
         while at < size {
@@ -218,14 +135,14 @@ impl Mirror {
     }
 
     fn begin(&mut self) -> Result<(), BlockError> {
-        let mut first = Chunks::new(self.size);
+        let mut first = Bits::new(self.size, CHUNK);
         match &self.part {
             Part::Full => first.add(0, self.size),
             Part::Top => add_held(&mut first, std::slice::from_ref(&self.source))?,
             Part::Above(base) => add_held(&mut first, &above(&self.source, Some(base)))?,
             Part::New => {}
         }
-        self.dirty.merge(&Dirty(Mutex::new(first)));
+        lock(&self.dirty.0).merge(&first);
         self.started = true;
         Ok(())
     }
@@ -246,7 +163,7 @@ impl Mirror {
 
     /// Whether so little differs that requests may wait for it.
     pub fn is_near(&self) -> bool {
-        self.started && lock(&self.dirty.0).count <= NEAR
+        self.started && lock(&self.dirty.0).count() <= NEAR
     }
 
     /// Make both equal, and the target's bytes safe. The caller keeps requests out.
@@ -272,7 +189,7 @@ impl Work for Mirror {
         Ok(if copied == 0 || self.ready && self.is_near() { Step::Ready } else { Step::More(copied) })
     }
     fn progress(&self) -> (u64, u64) {
-        let left = lock(&self.dirty.0).count * CHUNK;
+        let left = lock(&self.dirty.0).bytes();
         let left = if self.started { left } else { self.size };
         (self.done, self.done + left)
     }
@@ -282,7 +199,7 @@ impl Work for Mirror {
 pub struct Commit {
     top: Arc<Node>,
     base: Arc<Node>,
-    chunks: Option<Chunks>,
+    chunks: Option<Bits>,
     done: u64,
     total: u64,
 }
@@ -297,9 +214,9 @@ impl Commit {
 impl Work for Commit {
     fn step(&mut self) -> Result<Step, BlockError> {
         if self.chunks.is_none() {
-            let mut chunks = Chunks::new(self.top.size());
+            let mut chunks = Bits::new(self.top.size(), CHUNK);
             add_held(&mut chunks, &above(&self.top, Some(&self.base)))?;
-            self.total = chunks.count * CHUNK;
+            self.total = chunks.bytes();
             self.chunks = Some(chunks);
         }
         let taken = self.chunks.as_mut().and_then(|c| c.take(0, STEP / CHUNK));
@@ -410,16 +327,18 @@ pub struct Backup {
 struct Saver {
     target: Arc<Node>,
     size: u64,
-    /// Chunks still to be saved. Held while one is.
-    left: Mutex<Chunks>,
-    /// The guest's requests must not fail because of the copy: the job does.
-    failed: Mutex<Option<BlockError>>,
+    /// Chunks still to be saved: as large as the target's clusters, so that nothing is read from what it stands on. Held
+    /// while one is saved.
+    left: Mutex<Bits>,
+    /// Chunks that were overwritten without having been saved, and why: the guest's requests must not fail because of the
+    /// copy, so the job does.
+    lost: Mutex<Option<(Bits, BlockError)>>,
 }
 
 impl Saver {
-    fn save(&self, image: &dyn Image, left: &mut Chunks, chunk: u64) -> Result<u64, BlockError> {
-        let offset = chunk * CHUNK;
-        let len = CHUNK.min(self.size - offset);
+    fn save(&self, image: &dyn Image, left: &mut Bits, chunk: u64) -> Result<u64, BlockError> {
+        let offset = chunk * left.granularity();
+        let len = left.granularity().min(self.size - offset);
         copy(image, self.target.as_ref(), offset, len)?;
         left.remove(chunk);
         Ok(len)
@@ -429,14 +348,17 @@ impl Saver {
 impl Watch for Saver {
     fn before(&self, image: &dyn Image, offset: u64, len: u64) -> Result<(), BlockError> {
         let mut left = lock(&self.left);
-        if left.count == 0 || len == 0 {
+        if left.count() == 0 || len == 0 {
             return Ok(());
         }
-        for chunk in offset / CHUNK..=(offset + len - 1) / CHUNK {
+        let chunk = left.granularity();
+        for chunk in offset / chunk..=(offset + len - 1) / chunk {
             if left.has(chunk) {
                 if let Err(e) = self.save(image, &mut left, chunk) {
                     left.remove(chunk);
-                    lock(&self.failed).get_or_insert(e);
+                    let none = || (Bits::new(self.size, left.granularity()), e);
+                    let mut lost = lock(&self.lost);
+                    lost.get_or_insert_with(none).0.add(chunk * left.granularity(), 1);
                 }
             }
         }
@@ -446,22 +368,38 @@ impl Watch for Saver {
 }
 
 impl Backup {
-    /// From `source` as it is now to `target`: `Part::New` saves only what is overwritten. The caller keeps requests out.
-    pub fn new(source: Arc<Node>, target: Arc<Node>, part: &Part) -> Result<Self, BlockError> {
+    /// From `source` as it is now to `target`: of `part`, only what is in `only`; `Part::New` saves only what is overwritten.
+    /// The caller keeps requests out.
+    pub fn new(
+        source: Arc<Node>,
+        target: Arc<Node>,
+        part: &Part,
+        only: Option<&Bits>,
+    ) -> Result<Self, BlockError> {
         let size = source.size();
         if target.size() < size {
             return Err(BlockError::Unsupported("Source and target image have different sizes".into()));
         }
-        let mut left = Chunks::new(size);
-        match part {
-            Part::Top => add_held(&mut left, std::slice::from_ref(&source))?,
+        let mut left = Bits::new(size, CHUNK.max(target.grain()));
+        match (part, only) {
+            (_, Some(bits)) => left.merge(bits),
+            (Part::Top, None) => add_held(&mut left, std::slice::from_ref(&source))?,
             _ => left.add(0, size),
         }
-        let total = left.count * CHUNK;
-        let saver = Arc::new(Saver { target, size, left: Mutex::new(left), failed: Mutex::default() });
+        let total = left.bytes();
+        let saver = Arc::new(Saver { target, size, left: Mutex::new(left), lost: Mutex::default() });
         let watch: Arc<dyn Watch> = Arc::clone(&saver) as _;
         source.watch(Arc::clone(&watch));
         Ok(Backup { source, saver, watch, only_old: matches!(part, Part::New), total })
+    }
+
+    /// What is not saved (yet).
+    pub fn left(&self) -> Bits {
+        let mut left = lock(&self.saver.left).clone();
+        if let Some((lost, _)) = &*lock(&self.saver.lost) {
+            left.merge(lost);
+        }
+        left
     }
 }
 
@@ -473,8 +411,8 @@ impl Drop for Backup {
 
 impl Work for Backup {
     fn step(&mut self) -> Result<Step, BlockError> {
-        if let Some(e) = lock(&self.saver.failed).take() {
-            return Err(e);
+        if let Some((_, e)) = &*lock(&self.saver.lost) {
+            return Err(e.again());
         }
         if self.only_old {
             return Ok(Step::More(0));
@@ -492,7 +430,7 @@ impl Work for Backup {
         Ok(Step::Done)
     }
     fn progress(&self) -> (u64, u64) {
-        (self.total - lock(&self.saver.left).count * CHUNK, self.total)
+        (self.total - lock(&self.saver.left).bytes(), self.total)
     }
 }
 

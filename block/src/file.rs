@@ -209,6 +209,26 @@ impl Store for HostFile {
         unmap && call(libc::FALLOC_FL_PUNCH_HOLE | keep) || call(libc::FALLOC_FL_ZERO_RANGE | keep)
     }
 
+    fn hole(&self, offset: u64) -> Option<(bool, u64)> {
+        let seek = |whence| {
+            // SAFETY: lseek on our own descriptor takes no pointers; nothing here uses the place that it moves.
+            let at = unsafe { libc::lseek(self.file.as_raw_fd(), offset as i64, whence) };
+            u64::try_from(at).map_err(|_| std::io::Error::last_os_error().raw_os_error())
+        };
+        if self.device {
+            return None;
+        }
+        match seek(libc::SEEK_DATA) {
+            Ok(data) if data > offset => Some((true, data - offset)),
+            Ok(_) => {
+                seek(libc::SEEK_HOLE).ok().filter(|hole| *hole > offset).map(|hole| (false, hole - offset))
+            }
+            // Nothing but a hole up to the end.
+            Err(Some(libc::ENXIO)) if offset < self.length() => Some((true, self.length() - offset)),
+            Err(_) => None,
+        }
+    }
+
     fn punch(&self, offset: u64, len: u64) {
         let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
         // SAFETY: fallocate on our own descriptor takes no pointers.

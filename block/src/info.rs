@@ -60,6 +60,18 @@ pub struct ImageInfo {
     pub qcow2: Option<Qcow2Info>,
 }
 
+/// A dirty bitmap as the file has it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Qcow2Bitmap {
+    pub name: String,
+    /// Bytes of a part.
+    pub granularity: u64,
+    /// The image is open for writing, or its program ended without storing the bitmap.
+    pub in_use: bool,
+    /// It records whenever the image is open for writing.
+    pub auto: bool,
+}
+
 /// What only qcow2 images have.
 #[derive(Clone, Debug)]
 pub struct Qcow2Info {
@@ -70,6 +82,7 @@ pub struct Qcow2Info {
     pub corrupt: bool,
     /// Clusters are compressed by zstd, not zlib.
     pub zstd: bool,
+    pub bitmaps: Vec<Qcow2Bitmap>,
     pub data_file: Option<String>,
     pub data_file_raw: bool,
 }

@@ -4,6 +4,8 @@
 //! their own. Requests that overlap in time may be served in any order, so the caller orders those
 //! that touch the same bytes.
 
+pub mod bitmap;
+pub mod bits;
 pub mod buffers;
 pub mod copy;
 pub mod crypto;
@@ -26,8 +28,9 @@ mod tcp;
 pub mod throttle;
 pub mod track;
 
+use bitmap::StoredBitmap;
 pub use error::BlockError;
-pub use info::{ImageInfo, Qcow2Info, Snapshot, SnapshotChange};
+pub use info::{ImageInfo, Qcow2Bitmap, Qcow2Info, Snapshot, SnapshotChange};
 pub use node::{Node, Root};
 pub use queue::{Queue, Request};
 use std::path::Path;
@@ -113,8 +116,35 @@ pub trait Image: Send + Sync {
         check_range(self, offset, 1, false)?;
         Ok((Held::Whole, self.size() - offset))
     }
+    /// Whether what lies at `offset` is known to read as zero without being read, and for how many bytes the answer holds.
+    fn is_zero(&self, offset: u64) -> Result<(bool, u64), BlockError> {
+        check_range(self, offset, 1, false)?;
+        Ok((false, self.size() - offset))
+    }
     /// Take the byte locks of a file that was opened without.
     fn lock_file(&self) -> Result<(), BlockError> {
+        Ok(())
+    }
+    /// Note in the file that it is open for writing, where it says so (after [`OpenOptions::lock_later`], and after
+    /// [`Self::keep_bitmaps`]).
+    fn begin(&self) -> Result<(), BlockError> {
+        Ok(())
+    }
+    /// The dirty bitmaps that the file keeps, as they were when it was opened.
+    fn stored_bitmaps(&self) -> Result<Vec<StoredBitmap>, BlockError> {
+        Ok(Vec::new())
+    }
+    /// Whether the file can keep one bitmap more, in parts of `granularity` bytes, beside these others.
+    fn check_bitmap(&self, _name: &str, _granularity: u64, _others: &[String]) -> Result<(), BlockError> {
+        Err(BlockError::Unsupported(format!("a {} image keeps no bitmaps", self.format())))
+    }
+    /// Have the file keep these bitmaps, in place of those with their names. Until [`Self::begin`] nothing may be written:
+    /// they would be believed.
+    fn keep_bitmaps(&self, _bitmaps: &[StoredBitmap]) -> Result<(), BlockError> {
+        Err(BlockError::Unsupported(format!("a {} image keeps no bitmaps", self.format())))
+    }
+    /// Take a bitmap out of the file, if it is there.
+    fn drop_bitmap(&self, _name: &str) -> Result<(), BlockError> {
         Ok(())
     }
 }
@@ -194,8 +224,26 @@ impl<T: Image + ?Sized> Image for Arc<T> {
     fn held(&self, offset: u64) -> Result<(Held, u64), BlockError> {
         (**self).held(offset)
     }
+    fn is_zero(&self, offset: u64) -> Result<(bool, u64), BlockError> {
+        (**self).is_zero(offset)
+    }
     fn lock_file(&self) -> Result<(), BlockError> {
         (**self).lock_file()
+    }
+    fn begin(&self) -> Result<(), BlockError> {
+        (**self).begin()
+    }
+    fn stored_bitmaps(&self) -> Result<Vec<StoredBitmap>, BlockError> {
+        (**self).stored_bitmaps()
+    }
+    fn check_bitmap(&self, name: &str, granularity: u64, others: &[String]) -> Result<(), BlockError> {
+        (**self).check_bitmap(name, granularity, others)
+    }
+    fn keep_bitmaps(&self, bitmaps: &[StoredBitmap]) -> Result<(), BlockError> {
+        (**self).keep_bitmaps(bitmaps)
+    }
+    fn drop_bitmap(&self, name: &str) -> Result<(), BlockError> {
+        (**self).drop_bitmap(name)
     }
 }
 
@@ -207,6 +255,8 @@ pub struct OpenOptions {
     pub read_only: bool,
     /// Take QEMU's byte locks.
     pub locking: bool,
+    /// Take no lock and write nothing until [`Image::lock_file`] and [`Image::begin`].
+    pub lock_later: bool,
     /// Open even though another program writes the image: reads only, and nothing is cached (a backup before go-live).
     pub force_share: bool,
     /// Bypass the host's page cache (`cache=none`, `directsync`).
@@ -242,6 +292,7 @@ impl Default for OpenOptions {
             format: None,
             read_only: false,
             locking: true,
+            lock_later: false,
             force_share: false,
             direct: false,
             no_flush: false,

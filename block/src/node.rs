@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
+use crate::bitmap::{DirtyBitmap, Use, MAX_NAME};
 use crate::{BlockError, Held, Image, ImageInfo, OpenOptions, Snapshot, SnapshotChange};
 
 /// Looks at every write to a node. Both are called in the middle of the request.
@@ -20,7 +21,13 @@ pub trait Watch: Send + Sync {
 /// What is needed to open a node anew.
 struct Origin {
     path: PathBuf,
-    options: OpenOptions,
+    options: RwLock<OpenOptions>,
+}
+
+impl Origin {
+    fn options(&self) -> OpenOptions {
+        self.options.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
 }
 
 /// A block node.
@@ -29,6 +36,11 @@ pub struct Node {
     origin: Option<Origin>,
     image: RwLock<Box<dyn Image>>,
     watches: RwLock<Vec<Arc<dyn Watch>>>,
+    bitmaps: RwLock<Vec<Arc<DirtyBitmap>>>,
+}
+
+fn refused<T>(text: impl Into<String>) -> Result<T, BlockError> {
+    Err(BlockError::Unsupported(text.into()))
 }
 
 /// Names of nodes that nobody named, as QEMU's.
@@ -47,8 +59,8 @@ impl Node {
         backing: Option<Option<Arc<Node>>>,
     ) -> Result<Arc<Self>, BlockError> {
         let image = crate::open_over(path, options, 0, backing)?;
-        let origin = Some(Origin { path: path.to_owned(), options: options.clone() });
-        Ok(Self::new(name.to_owned(), origin, image))
+        let origin = Some(Origin { path: path.to_owned(), options: RwLock::new(options.clone()) });
+        Self::new(name.to_owned(), origin, image)
     }
 
     pub(crate) fn open_depth(
@@ -57,23 +69,35 @@ impl Node {
         depth: u32,
     ) -> Result<Arc<Self>, BlockError> {
         let image = crate::open_over(path, options, depth, None)?;
-        let origin = Some(Origin { path: path.to_owned(), options: options.clone() });
-        Ok(Self::new(anonymous(), origin, image))
+        let origin = Some(Origin { path: path.to_owned(), options: RwLock::new(options.clone()) });
+        Self::new(anonymous(), origin, image)
     }
 
     /// A node around an image that is not to be opened anew.
     pub fn around(image: Arc<dyn Image>) -> Arc<Self> {
-        Self::new(anonymous(), None, Box::new(image))
+        Self::with_bitmaps(anonymous(), None, Box::new(image), Vec::new())
     }
 
-    /// As [`Self::around`], with a name.
-    pub fn named(name: &str, image: Box<dyn Image>) -> Arc<Self> {
+    /// As [`Self::around`], with a name and with the bitmaps that the image keeps.
+    pub fn named(name: &str, image: Box<dyn Image>) -> Result<Arc<Self>, BlockError> {
         Self::new(name.to_owned(), None, image)
     }
 
-    fn new(name: String, origin: Option<Origin>, image: Box<dyn Image>) -> Arc<Self> {
-        let (name, image) = (RwLock::new(name), RwLock::new(image));
-        Arc::new(Node { name, origin, image, watches: RwLock::default() })
+    fn new(name: String, origin: Option<Origin>, image: Box<dyn Image>) -> Result<Arc<Self>, BlockError> {
+        let size = image.size();
+        let stored = image.stored_bitmaps()?;
+        let bitmaps = stored.into_iter().map(|b| Arc::new(DirtyBitmap::of_file(b, size))).collect();
+        Ok(Self::with_bitmaps(name, origin, image, bitmaps))
+    }
+
+    fn with_bitmaps(
+        name: String,
+        origin: Option<Origin>,
+        image: Box<dyn Image>,
+        bitmaps: Vec<Arc<DirtyBitmap>>,
+    ) -> Arc<Self> {
+        let (name, image, bitmaps) = (RwLock::new(name), RwLock::new(image), RwLock::new(bitmaps));
+        Arc::new(Node { name, origin, image, watches: RwLock::default(), bitmaps })
     }
 
     /// Its name.
@@ -130,39 +154,157 @@ impl Node {
         chain
     }
 
+    /// Its dirty bitmaps.
+    pub fn bitmaps(&self) -> Vec<Arc<DirtyBitmap>> {
+        self.bitmaps.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The one of this name.
+    pub fn bitmap(&self, name: &str) -> Result<Arc<DirtyBitmap>, BlockError> {
+        let found = self.bitmaps().into_iter().find(|b| b.name() == name);
+        found.ok_or_else(|| BlockError::Unsupported(format!("Dirty bitmap '{name}' not found")))
+    }
+
+    /// Bytes of a part of a bitmap for which nobody said it: QEMU's choice.
+    pub fn default_granularity(&self) -> u64 {
+        self.info().cluster_size.map_or(65536, |c| c.clamp(4096, 65536))
+    }
+
+    /// A new bitmap; what is written from here on is noted in it, if it is to record. A persistent one is in the image's file
+    /// when the node has been closed.
+    pub fn add_bitmap(
+        &self,
+        name: &str,
+        granularity: Option<u64>,
+        persistent: bool,
+        recording: bool,
+    ) -> Result<Arc<DirtyBitmap>, BlockError> {
+        if name.is_empty() {
+            return refused("Bitmap name cannot be empty");
+        }
+        if granularity.is_some_and(|g| g < 512 || !g.is_power_of_two()) {
+            return refused("Granularity must be power of 2 and at least 512");
+        }
+        let granularity = granularity.unwrap_or_else(|| self.default_granularity());
+        // The image first, as a request does.
+        let image = self.image();
+        let mut bitmaps = self.bitmaps.write().unwrap_or_else(PoisonError::into_inner);
+        if bitmaps.iter().any(|b| b.name() == name) {
+            return refused(format!("Bitmap already exists: {name}"));
+        }
+        if name.len() > MAX_NAME {
+            return refused(format!("Bitmap name too long: {name}"));
+        }
+        if persistent {
+            if image.format() != "qcow2" {
+                return refused(format!("Can't store persistent bitmaps to {}", self.name()));
+            }
+            let others: Vec<String> =
+                bitmaps.iter().filter(|b| b.is_persistent()).map(|b| b.name().to_owned()).collect();
+            image.check_bitmap(name, granularity, &others).map_err(|e| {
+                BlockError::Unsupported(format!(
+                    "Can't make bitmap '{name}' persistent in '{}': {e}",
+                    self.name()
+                ))
+            })?;
+        }
+        let bitmap = Arc::new(DirtyBitmap::new(name, image.size(), granularity, persistent, recording));
+        bitmaps.push(Arc::clone(&bitmap));
+        Ok(bitmap)
+    }
+
+    /// Take a bitmap away, out of the image's file, too.
+    pub fn remove_bitmap(&self, name: &str) -> Result<Arc<DirtyBitmap>, BlockError> {
+        let bitmap = self.usable_bitmap(name, Use::Remove)?;
+        if bitmap.is_persistent() {
+            self.image().drop_bitmap(name)?;
+        }
+        let mut bitmaps = self.bitmaps.write().unwrap_or_else(PoisonError::into_inner);
+        bitmaps.retain(|b| !Arc::ptr_eq(b, &bitmap));
+        Ok(bitmap)
+    }
+
+    /// Have one back that [`Self::remove_bitmap`] took away.
+    pub fn put_bitmap_back(&self, bitmap: Arc<DirtyBitmap>) {
+        self.bitmaps.write().unwrap_or_else(PoisonError::into_inner).push(bitmap);
+    }
+
+    /// The bitmap of this name, if it may be used like that.
+    pub fn usable_bitmap(&self, name: &str, how: Use) -> Result<Arc<DirtyBitmap>, BlockError> {
+        let bitmap = self.bitmap(name)?;
+        bitmap.check(how, self.read_only())?;
+        Ok(bitmap)
+    }
+
+    /// Have the image's file keep the persistent bitmaps. Nothing may be written after that before [`Image::begin`].
+    fn keep(&self, image: &dyn Image) -> Result<(), BlockError> {
+        let bitmaps = self.bitmaps();
+        let kept: Vec<_> = bitmaps.iter().filter(|b| b.is_persistent()).map(|b| b.to_file()).collect();
+        if image.read_only() || kept.is_empty() {
+            return Ok(());
+        }
+        image.keep_bitmaps(&kept)
+    }
+
+    /// Another host writes the image: its bitmaps are none of this program's business any more.
+    pub fn forget_bitmaps(&self) {
+        self.bitmaps.write().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+
     /// Open the image for reading only, or for writing too; requests wait meanwhile. After an error it is as it was, unless
     /// that is impossible.
     pub fn reopen(&self, read_only: bool) -> Result<(), BlockError> {
-        let mut image = self.image_mut();
-        if image.read_only() == read_only {
+        if self.read_only() == read_only {
             return Ok(());
         }
+        self.reopen_as(|options| options.read_only = read_only)
+    }
+
+    /// As [`Self::reopen`], with other options: those that it has now, and what `change` makes of them.
+    pub fn reopen_as(&self, change: impl FnOnce(&mut OpenOptions)) -> Result<(), BlockError> {
+        let mut image = self.image_mut();
         let origin = self.origin.as_ref().ok_or_else(|| {
             BlockError::Unsupported(format!("the node '{}' cannot be opened in another mode", self.name()))
         })?;
+        let mut options = OpenOptions { read_only: image.read_only(), ..origin.options() };
+        change(&mut options);
+        let opened = self.open_again(&mut image, &origin.path, &options);
+        if opened.is_ok() {
+            *origin.options.write().unwrap_or_else(PoisonError::into_inner) = options;
+        } else if !image.read_only() {
+            // It goes on being written.
+            image.begin()?;
+        }
+        opened
+    }
+
+    fn open_again(
+        &self,
+        image: &mut Box<dyn Image>,
+        path: &Path,
+        options: &OpenOptions,
+    ) -> Result<(), BlockError> {
         if !image.read_only() {
+            self.keep(image.as_ref())?;
             // Twice: the second writes what the first has freed.
             image.flush()?;
             image.flush()?;
         }
         let open = |read_only| {
             // Locks of this program's own conflict, too: they are taken when the other descriptor is gone.
-            let unlocked = OpenOptions { read_only, locking: false, ..origin.options.clone() };
-            crate::open_over(&origin.path, &unlocked, 0, Some(image.backing()))
+            let unlocked = OpenOptions { read_only, locking: false, lock_later: true, ..options.clone() };
+            crate::open_over(path, &unlocked, 0, Some(image.backing()))
         };
-        let (new, again) = (open(read_only)?, open(true)?);
-        let lock = origin.options.locking && !origin.options.force_share;
+        let (new, again) = (open(options.read_only)?, open(true)?);
+        let lock = options.locking && !options.force_share;
         // The old one lets its locks go.
-        drop(std::mem::replace(&mut *image, new));
-        if !lock {
-            return Ok(());
-        }
-        let locked = image.lock_file();
+        drop(std::mem::replace(image, new));
+        let locked = if lock { image.lock_file() } else { Ok(()) }.and_then(|()| image.begin());
         if locked.is_err() {
             // Another program was faster, or has it open: as a reader there is place for both.
             *image = again;
             if let Err(e) = image.lock_file() {
-                log::warn!("{}: {e}", origin.path.display());
+                log::warn!("{}: {e}", path.display());
             }
         }
         locked
@@ -183,7 +325,19 @@ impl Node {
         for watch in watches.iter() {
             watch.after(offset, len);
         }
+        for bitmap in self.bitmaps.read().unwrap_or_else(PoisonError::into_inner).iter() {
+            bitmap.mark(offset, len);
+        }
         result
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        let image = self.image();
+        if let Err(e) = self.keep(image.as_ref()) {
+            log::error!("{}: the image's bitmaps are lost: {e}", self.name());
+        }
     }
 }
 
@@ -222,9 +376,17 @@ impl Image for Node {
         self.image().grain()
     }
     fn resize(&self, size: u64) -> Result<(), BlockError> {
-        self.image().resize(size)
+        let image = self.image();
+        let bitmaps = self.bitmaps();
+        bitmaps.iter().try_for_each(|b| b.check(Use::Change, image.read_only()))?;
+        image.resize(size)?;
+        bitmaps.iter().for_each(|b| b.resize(size));
+        Ok(())
     }
     fn snapshot(&self, change: &SnapshotChange) -> Result<Snapshot, BlockError> {
+        if matches!(change, SnapshotChange::Apply(_)) && !self.bitmaps().is_empty() {
+            return refused("Device has active dirty bitmaps");
+        }
         self.image().snapshot(change)
     }
     fn write_vm_state(&self, at: u64, data: &[u8]) -> Result<(), BlockError> {
@@ -250,6 +412,9 @@ impl Image for Node {
     }
     fn held(&self, offset: u64) -> Result<(Held, u64), BlockError> {
         self.image().held(offset)
+    }
+    fn is_zero(&self, offset: u64) -> Result<(bool, u64), BlockError> {
+        self.image().is_zero(offset)
     }
 }
 

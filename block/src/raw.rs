@@ -105,6 +105,11 @@ impl Image for Raw {
     fn flush(&self) -> Result<(), BlockError> {
         Ok(self.file.sync()?)
     }
+    fn is_zero(&self, offset: u64) -> Result<(bool, u64), BlockError> {
+        check_range(self, offset, 1, false)?;
+        let left = self.size() - offset;
+        Ok(self.file.hole(offset).map_or((false, left), |(hole, len)| (hole, len.min(left))))
+    }
     fn lock_file(&self) -> Result<(), BlockError> {
         self.file.lock(!self.read_only)
     }

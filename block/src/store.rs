@@ -34,6 +34,10 @@ pub trait Store: Send + Sync {
     }
     /// Make a range read as zero by the store's own means; false if it has none.
     fn zero_range(&self, offset: u64, len: u64, unmap: bool) -> bool;
+    /// Whether nothing was ever written at `offset`, and for how many bytes the answer holds; `None`: it is not known.
+    fn hole(&self, _offset: u64) -> Option<(bool, u64)> {
+        None
+    }
     /// Give a range back, if the store takes it. What is read there afterwards is not defined.
     fn punch(&self, offset: u64, len: u64);
     /// Take the byte locks of a file that was opened without, for reading or for writing, too.

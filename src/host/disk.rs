@@ -202,6 +202,7 @@ impl DiskWorker {
 
     /// Throw away what is queued and everything submitted from now on.
     pub fn abandon(&self) {
+        self.root.node().forget_bitmaps();
         self.queue.abandon();
     }
 }

@@ -343,9 +343,26 @@ impl Job {
     }
 }
 
+/// A job that is to begin, or to be forgotten.
+pub struct Prepared {
+    job: Arc<Job>,
+    body: Box<dyn Body>,
+}
+
 impl Jobs {
     /// Start a job, or run a short one; the id must be free.
-    pub fn start(&self, wanted: Wanted, events: &EventSink, mut body: Box<dyn Body>) -> Result<(), String> {
+    pub fn start(&self, wanted: Wanted, events: &EventSink, body: Box<dyn Body>) -> Result<(), String> {
+        self.launch(self.prepare(wanted, events, || Ok(body))?);
+        Ok(())
+    }
+
+    /// Give a job its place, and make what it does if it has got one; the id must be free.
+    pub fn prepare(
+        &self,
+        wanted: Wanted,
+        events: &EventSink,
+        make: impl FnOnce() -> Result<Box<dyn Body>, String>,
+    ) -> Result<Prepared, String> {
         let job = Arc::new(Job {
             state: Mutex::new(State {
                 status: Status::Null,
@@ -369,8 +386,21 @@ impl Jobs {
         if self.closing.load(Ordering::SeqCst) {
             return Err("the machine ends".into());
         }
+        let body = make()?;
         list.push(Arc::clone(&job));
-        drop(list);
+        Ok(Prepared { job, body })
+    }
+
+    /// Forget a job that has not begun.
+    pub fn discard(&self, prepared: Prepared) -> Result<(), String> {
+        let Prepared { job, mut body } = prepared;
+        lock(&self.list).retain(|j| !Arc::ptr_eq(j, &job));
+        body.end(End::Abort)
+    }
+
+    /// Let it begin.
+    pub fn launch(&self, prepared: Prepared) {
+        let Prepared { job, mut body } = prepared;
         job.set(Status::Created);
         let (own, closing) = (Arc::clone(&job), Arc::clone(&self.closing));
         let list = Arc::clone(&self.list);
@@ -387,11 +417,11 @@ impl Jobs {
                 let mut threads = lock(&self.threads);
                 threads.retain(|t| !t.is_finished());
                 threads.push(thread);
-                Ok(())
             }
             Err(e) => {
-                lock(&self.list).retain(|j| !Arc::ptr_eq(j, &job));
-                Err(e.to_string())
+                log::error!("job {}: no thread: {e}", job.wanted.id);
+                job.state().error = Some(e.to_string());
+                job.set(Status::Concluded);
             }
         }
     }

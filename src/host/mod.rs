@@ -8,6 +8,7 @@ pub mod disk;
 pub mod jobs;
 pub mod keys;
 pub mod mux;
+pub mod nbd;
 pub mod sandbox;
 pub mod signals;
 pub mod tls;
@@ -155,6 +156,17 @@ impl Outside {
             .iter()
             .enumerate()
             .try_for_each(|(i, d)| d.as_ref().map_or(Ok(()), |d| d.set_durable(durable(i))))
+    }
+
+    /// Whether drive `index`'s writes are told of only when they are on stable storage.
+    pub fn set_durable_of(&self, index: usize, durable: bool) {
+        self.each_disk(|i, worker| {
+            if i == index {
+                if let Err(e) = worker.set_durable(durable) {
+                    log::warn!("drive {index}: {e}");
+                }
+            }
+        });
     }
 
     /// From here on a backup does the reads of the drives for which `shared` is true; `pending`: requests under way.

@@ -442,6 +442,8 @@ fn drain(rt: &mut Runtime) {
 /// Let go of the images, send the rest.
 fn hand_over(rt: &mut Runtime) -> Result<(), String> {
     let Some(out) = &mut rt.outgoing else { return Ok(()) };
+    // Nobody here sees the images any more.
+    rt.shared.exports.stop();
     rt.outside.flush_disks()?;
     out.phase = Phase::Handing;
     out.away = true;

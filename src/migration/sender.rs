@@ -231,7 +231,10 @@ impl Sending {
                 Work::Frame(frame) => {
                     let queued = if let Frame::Pages(p) = &frame { bytes_of(p) } else { 0 };
                     let bytes = frame.to_bytes(self.pack);
-                    behind |= frame == Frame::Postcopy;
+                    if frame == Frame::Postcopy {
+                        // What was sent in a hurry before is not made up for: now somebody waits.
+                        (behind, window, in_window) = (true, Instant::now(), 0);
+                    }
                     drop(frame);
                     self.put(output.as_mut(), &bytes).map_err(|e| text(&e))?;
                     self.queued.fetch_sub(queued, Ordering::Relaxed);

@@ -98,6 +98,8 @@ pub struct Parameters {
     pub tls_creds: String,
     pub tls_hostname: String,
     pub tls_authz: String,
+    /// Which names bitmaps have on the way (`block-bitmap-mapping`), once it was said.
+    pub bitmap_mapping: Option<Value>,
 }
 
 impl Default for Parameters {
@@ -115,6 +117,7 @@ impl Default for Parameters {
             tls_creds: String::new(),
             tls_hostname: String::new(),
             tls_authz: String::new(),
+            bitmap_mapping: None,
         }
     }
 }
@@ -303,7 +306,7 @@ impl Migration {
     pub fn query_parameters(&self) -> Value {
         let s = self.state();
         let p = &s.parameters;
-        json!({
+        let mut all = json!({
             "announce-initial": p.announce_initial,
             "announce-max": p.announce_max,
             "announce-rounds": p.announce_rounds,
@@ -318,7 +321,11 @@ impl Migration {
             "max-bandwidth": self.bandwidth.load(Ordering::Relaxed),
             "max-postcopy-bandwidth": self.postcopy_bandwidth.load(Ordering::Relaxed),
             "downtime-limit": p.downtime_limit,
-        })
+        });
+        if let Some(mapping) = &p.bitmap_mapping {
+            all["block-bitmap-mapping"] = mapping.clone();
+        }
+        all
     }
 
     /// `migrate-set-parameters`: all of them or none.
@@ -362,6 +369,7 @@ impl Migration {
                 "tls-creds" => p.tls_creds = text(),
                 "tls-hostname" => p.tls_hostname = text(),
                 "tls-authz" => p.tls_authz = text(),
+                "block-bitmap-mapping" => p.bitmap_mapping = Some(value.clone()),
                 other => return Err(format!("the migration parameter '{other}' has no effect here")),
             }
         }

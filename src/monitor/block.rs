@@ -7,7 +7,7 @@ use ftvm_devices::{Input, Inventory};
 use ftvm_qmp::{Call, QmpError};
 use serde_json::{json, Map, Value};
 
-use super::{devices as hotplug, done, graph, limits, qom, snapshots, types, Control, Reply};
+use super::{bitmaps, devices as hotplug, done, graph, limits, qom, snapshots, types, Control, Reply};
 use crate::assembly::open_live;
 use crate::assembly::queue_settings;
 use crate::cli::drive::{self, Cache, DriveConfig};
@@ -88,7 +88,7 @@ pub fn inventory(c: &Control) -> Result<Vec<Inventory>, QmpError> {
 }
 
 /// The entry of an open node; `d` is the drive in whose chain it is.
-fn open_node(c: &Control, d: &DriveConfig, of: &Arc<Node>, flat: bool) -> Value {
+fn open_node(d: &DriveConfig, of: &Arc<Node>, flat: bool) -> Value {
     let info = of.info();
     let own = DriveConfig {
         id: of.name(),
@@ -102,10 +102,10 @@ fn open_node(c: &Control, d: &DriveConfig, of: &Arc<Node>, flat: bool) -> Value 
         // What it stands on, whatever the header names.
         entry["backing_file"] = json!(below.path());
         if !flat {
-            entry["image"]["backing-image"] = open_node(c, d, &below, false)["image"].take();
+            entry["image"]["backing-image"] = open_node(d, &below, false)["image"].take();
         }
     }
-    let bitmaps = c.bitmaps().of(of);
+    let bitmaps = bitmaps::describe(of);
     if !bitmaps.is_empty() {
         entry["dirty-bitmaps"] = json!(bitmaps);
     }
@@ -115,7 +115,7 @@ fn open_node(c: &Control, d: &DriveConfig, of: &Arc<Node>, flat: bool) -> Value 
 /// The entry of the node in front of drive number `index`.
 fn front_node(c: &Control, index: usize, d: &DriveConfig, flat: bool) -> Value {
     let mut entry = match c.outside.disk_root(index) {
-        Some(root) => open_node(c, d, &root.node(), flat),
+        Some(root) => open_node(d, &root.node(), flat),
         None => node(d, size(c, index), Some(&image_info(c, index))),
     };
     limits::describe(&d.limits, &mut entry);
@@ -137,7 +137,7 @@ pub fn nodes(c: &Control, call: &mut Call) -> Reply {
         for below in chain.iter().skip(1).filter(|n| n.path().is_some()) {
             if !seen.contains(&below.name()) {
                 seen.push(below.name());
-                out.push(open_node(c, d, below, flat));
+                out.push(open_node(d, below, flat));
             }
         }
     }
@@ -263,7 +263,7 @@ pub fn stats(c: &Control, call: &mut Call) -> Reply {
 }
 
 /// The keys and values of a block node, as the command line would have them.
-fn flatten(prefix: &str, map: &Map<String, Value>, params: &mut Params) {
+pub fn flatten(prefix: &str, map: &Map<String, Value>, params: &mut Params) {
     for (key, value) in map {
         let key = if prefix.is_empty() { key.clone() } else { format!("{prefix}.{key}") };
         match value {
@@ -389,6 +389,9 @@ fn check_unused(rt: &Runtime, index: usize, name: &str) -> Result<(), QmpError> 
         return Err(QmpError::generic(format!(
             "Node '{name}' is busy: block device is in use by block job: {kind}"
         )));
+    }
+    if rt.shared.exports.user_of(&node).is_some() {
+        return Err(QmpError::generic(format!("Node {name} is in use")));
     }
     let count = rt.shared.backends().drives.len();
     let chains = (0..count).filter_map(|i| rt.outside.disk_root(i)).map(|root| root.node().chain());

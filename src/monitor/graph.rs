@@ -1,18 +1,14 @@
-//! Changes of the block graph: external snapshots, transactions, dirty bitmaps.
+//! The block graph: finding nodes, and what external snapshots need.
 //!
 //! An external snapshot happens between two requests of the guest: the drive's requests are held, what was written is
-//! flushed, and from the next request on the overlay is in front. Of a transaction everything is prepared first, with
-//! the requests of all its drives held; only when nothing can fail any more is it done.
+//! flushed, and from the next request on the overlay is in front.
 
-use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::{Arc, RwLockWriteGuard};
+use std::sync::Arc;
 
-use ftvm_block::copy::Dirty;
-use ftvm_block::node::Watch;
 use ftvm_block::qcow2::CreateOptions;
 use ftvm_block::queue::Settings;
-use ftvm_block::{Image, Node, OpenOptions, Root, Snapshot, SnapshotChange};
+use ftvm_block::{Image, Node, OpenOptions};
 use ftvm_qmp::{Call, QmpError};
 use serde_json::{Map, Value};
 
@@ -89,7 +85,7 @@ pub fn moved(node: &Node) -> Moved {
 }
 
 /// The drives' configuration follows an exchange of nodes, and the machine's note with it.
-fn follow(c: &Control, exchanges: Vec<(usize, Moved)>) -> Result<(), QmpError> {
+pub fn follow(c: &Control, exchanges: Vec<(usize, Moved)>) -> Result<(), QmpError> {
     c.change(move |rt| {
         exchange(rt, &exchanges);
         Ok(())
@@ -127,95 +123,6 @@ pub fn note(rt: &mut Runtime) {
     devices::note(rt);
 }
 
-/// A bitmap in memory.
-pub struct Bitmap {
-    node: Arc<Node>,
-    name: String,
-    dirty: Arc<Dirty>,
-    watch: Option<Arc<dyn Watch>>,
-}
-
-impl Bitmap {
-    /// `BlockDirtyInfo`
-    pub fn info(&self) -> Value {
-        serde_json::json!({
-            "name": self.name, "count": self.dirty.bytes(), "granularity": ftvm_block::copy::CHUNK,
-            "recording": self.watch.is_some(), "busy": false, "persistent": false,
-        })
-    }
-}
-
-/// All bitmaps.
-#[derive(Default)]
-pub struct Bitmaps(Vec<Bitmap>);
-
-impl Bitmaps {
-    fn at(&self, node: &Arc<Node>, name: &str) -> Result<usize, QmpError> {
-        let found = self.0.iter().position(|b| Arc::ptr_eq(&b.node, node) && b.name == name);
-        found.ok_or_else(|| QmpError::generic(format!("Dirty bitmap '{name}' not found")))
-    }
-
-    /// Those of a node.
-    pub fn of(&self, node: &Arc<Node>) -> Vec<Value> {
-        self.0.iter().filter(|b| Arc::ptr_eq(&b.node, node)).map(Bitmap::info).collect()
-    }
-
-    fn add(&mut self, node: Arc<Node>, a: &Map<String, Value>) -> Result<(), QmpError> {
-        let name = given(a, "name").ok_or_else(|| QmpError::generic("Bitmap name cannot be empty"))?;
-        if self.at(&node, name).is_ok() {
-            return fail(format!("Bitmap already exists: {name}"));
-        }
-        if a.get("persistent") == Some(&Value::Bool(true)) {
-            return fail("persistent bitmaps are not kept: images of ftvm store none");
-        }
-        if a.get("granularity").and_then(Value::as_u64).is_some_and(|g| g != ftvm_block::copy::CHUNK) {
-            return fail("the granularity of a bitmap is 65536");
-        }
-        let dirty = Dirty::new(node.size());
-        let watch: Option<Arc<dyn Watch>> =
-            (a.get("disabled") != Some(&Value::Bool(true))).then(|| Arc::clone(&dirty) as _);
-        if let Some(watch) = &watch {
-            node.watch(Arc::clone(watch));
-        }
-        self.0.push(Bitmap { node, name: name.to_owned(), dirty, watch });
-        Ok(())
-    }
-
-    fn remove(&mut self, node: &Arc<Node>, name: &str) -> Result<Bitmap, QmpError> {
-        let bitmap = self.0.remove(self.at(node, name)?);
-        if let Some(watch) = &bitmap.watch {
-            node.unwatch(watch);
-        }
-        Ok(bitmap)
-    }
-
-    fn put_back(&mut self, bitmap: Bitmap) {
-        if let Some(watch) = &bitmap.watch {
-            bitmap.node.watch(Arc::clone(watch));
-        }
-        self.0.push(bitmap);
-    }
-}
-
-pub fn bitmap_add(c: &Control, call: &mut Call) -> Reply {
-    let node = find(c, call.text("node"))?.node;
-    c.bitmaps().add(node, call.arguments)?;
-    done()
-}
-
-pub fn bitmap_remove(c: &Control, call: &mut Call) -> Reply {
-    let node = find(c, call.text("node"))?.node;
-    c.bitmaps().remove(&node, call.text("name"))?;
-    done()
-}
-
-pub fn bitmap_clear(c: &Control, call: &mut Call) -> Reply {
-    let node = find(c, call.text("node"))?.node;
-    let bitmaps = c.bitmaps();
-    bitmaps.0[bitmaps.at(&node, call.text("name"))?].dirty.clear();
-    done()
-}
-
 /// An overlay to be made: its file, its node's name.
 struct NewOverlay {
     file: String,
@@ -224,29 +131,19 @@ struct NewOverlay {
     existing: bool,
 }
 
-/// One action of a transaction, everything looked up.
-enum Action {
-    Snapshot { front: usize, node: Arc<Node>, overlay: Arc<Node> },
-    Internal { node: Arc<Node>, name: String, device: String },
-    AddBitmap { node: Arc<Node>, arguments: Map<String, Value> },
-    RemoveBitmap { node: Arc<Node>, name: String },
-    ClearBitmap { node: Arc<Node>, name: String },
-    Abort,
-}
-
 /// Files that were made for actions that did not happen.
 #[derive(Default)]
-struct Made(Vec<String>);
+pub struct Made(pub Vec<String>);
 
 impl Made {
-    fn undo(self) {
+    pub fn undo(self) {
         for file in self.0 {
             let _ = std::fs::remove_file(file);
         }
     }
 }
 
-fn overlay_of(c: &Control, a: &Map<String, Value>) -> Result<(usize, Arc<Node>, Arc<Node>), QmpError> {
+pub fn overlay_of(c: &Control, a: &Map<String, Value>) -> Result<(usize, Arc<Node>, Arc<Node>), QmpError> {
     let name = given(a, "node").unwrap_or_default();
     let found = find(c, name)?;
     let front = found.front.ok_or_else(|| {
@@ -266,7 +163,7 @@ fn overlay_of(c: &Control, a: &Map<String, Value>) -> Result<(usize, Arc<Node>, 
 }
 
 /// `blockdev-snapshot-sync`: make the overlay's file and node.
-fn new_overlay(
+pub fn new_overlay(
     c: &Control,
     a: &Map<String, Value>,
     made: &mut Made,
@@ -329,237 +226,11 @@ pub fn absolute(path: &str) -> String {
     std::fs::canonicalize(path).map_or_else(|_| path.to_owned(), |p| p.to_string_lossy().into_owned())
 }
 
-fn action(c: &Control, kind: &str, a: &Map<String, Value>, made: &mut Made) -> Result<Action, QmpError> {
-    let text = |key: &str| given(a, key).unwrap_or_default().to_owned();
-    Ok(match kind {
-        "blockdev-snapshot" => {
-            let (front, node, overlay) = overlay_of(c, a)?;
-            Action::Snapshot { front, node, overlay }
-        }
-        "blockdev-snapshot-sync" => {
-            let (front, node, overlay) = new_overlay(c, a, made)?;
-            Action::Snapshot { front, node, overlay }
-        }
-        "blockdev-snapshot-internal-sync" => {
-            let (device, name) = (text("device"), text("name"));
-            let node = find(c, &device)?.node;
-            if node.format() != "qcow2" {
-                return fail(format!(
-                    "Block format '{}' used by device '{device}' does not support internal snapshots",
-                    node.format()
-                ));
-            }
-            if name.is_empty() {
-                return fail("Name is empty");
-            }
-            if node.info().snapshots.iter().any(|s| s.name == name) {
-                return fail(format!("Snapshot with name '{name}' already exists on device '{device}'"));
-            }
-            Action::Internal { node, name, device }
-        }
-        "block-dirty-bitmap-add" => {
-            Action::AddBitmap { node: find(c, &text("node"))?.node, arguments: a.clone() }
-        }
-        "block-dirty-bitmap-remove" => {
-            Action::RemoveBitmap { node: find(c, &text("node"))?.node, name: text("name") }
-        }
-        "block-dirty-bitmap-clear" => {
-            Action::ClearBitmap { node: find(c, &text("node"))?.node, name: text("name") }
-        }
-        "abort" => Action::Abort,
-        other => return fail(format!("the action '{other}' is not supported in a transaction")),
-    })
-}
-
-/// How to take a step back.
-enum Undo {
-    Snapshot { overlay: Arc<Node> },
-    Internal { node: Arc<Node>, name: String },
-    AddedBitmap { node: Arc<Node>, name: String },
-    RemovedBitmap(Bitmap),
-}
-
-fn prepare(
-    c: &Control,
-    action: &Action,
-    held: &mut BTreeMap<usize, RwLockWriteGuard<'_, Arc<Node>>>,
-    clock: u64,
-) -> Result<Option<Undo>, QmpError> {
-    let text = |e: ftvm_block::BlockError| QmpError::generic(e.to_string());
-    Ok(match action {
-        Action::Snapshot { front, node, overlay } => {
-            free(c, node)?;
-            free(c, overlay)?;
-            let current = held.get(front).ok_or_else(|| QmpError::generic("the drive is gone"))?;
-            if !Arc::ptr_eq(current, node) {
-                return fail("a node can be overlaid once in a transaction");
-            }
-            node.flush().map_err(text)?;
-            overlay.flush().map_err(text)?;
-            overlay.set_backing(Some(Arc::clone(node))).map_err(text)?;
-            Some(Undo::Snapshot { overlay: Arc::clone(overlay) })
-        }
-        Action::Internal { node, name, device } => {
-            free(c, node)?;
-            node.snapshot(&SnapshotChange::Create(Snapshot::new(name, clock))).map_err(|e| {
-                QmpError::generic(format!("Failed to create snapshot '{name}' on device '{device}': {e}"))
-            })?;
-            Some(Undo::Internal { node: Arc::clone(node), name: name.clone() })
-        }
-        Action::AddBitmap { node, arguments } => {
-            c.bitmaps().add(Arc::clone(node), arguments)?;
-            let name = given(arguments, "name").unwrap_or_default().to_owned();
-            Some(Undo::AddedBitmap { node: Arc::clone(node), name })
-        }
-        Action::RemoveBitmap { node, name } => Some(Undo::RemovedBitmap(c.bitmaps().remove(node, name)?)),
-        Action::ClearBitmap { node, name } => {
-            c.bitmaps().at(node, name)?;
-            None
-        }
-        Action::Abort => return fail("Transaction aborted using Abort action"),
-    })
-}
-
-fn undo(c: &Control, steps: Vec<Undo>) {
-    for step in steps.into_iter().rev() {
-        let result = match step {
-            Undo::Snapshot { overlay } => overlay.set_backing(None).map_err(|e| e.to_string()),
-            Undo::Internal { node, name } => {
-                let change = SnapshotChange::Delete { id: None, name: Some(name) };
-                node.snapshot(&change).map(|_| ()).map_err(|e| e.to_string())
-            }
-            Undo::AddedBitmap { node, name } => {
-                c.bitmaps().remove(&node, &name).map(|_| ()).map_err(|e| e.to_string())
-            }
-            Undo::RemovedBitmap(bitmap) => {
-                c.bitmaps().put_back(bitmap);
-                Ok(())
-            }
-        };
-        if let Err(e) = result {
-            log::error!("a transaction could not be taken back: {e}");
-        }
-    }
-}
-
-/// All of it, or nothing.
-fn transact(c: &Control, wanted: &[(&str, &Map<String, Value>)]) -> Result<(), QmpError> {
-    no_pair(c)?;
-    let clock = c.machine(|rt| rt.machine.stamp().ns)?;
-    let mut made = Made::default();
-    let actions = wanted.iter().map(|(kind, a)| action(c, kind, a, &mut made)).collect::<Result<Vec<_>, _>>();
-    let actions = match actions {
-        Ok(actions) => actions,
-        Err(e) => {
-            made.undo();
-            return Err(e);
-        }
-    };
-    let mut roots: BTreeMap<usize, Arc<Root>> = BTreeMap::new();
-    for action in &actions {
-        if let Action::Snapshot { front, .. } = action {
-            if let Some(root) = c.outside.disk_root(*front) {
-                roots.insert(*front, root);
-            }
-        }
-    }
-    // No request passes from here on, on any of the drives, so that their snapshots are of one moment.
-    let mut held: BTreeMap<usize, _> = roots.iter().map(|(i, root)| (*i, root.hold())).collect();
-    let mut steps = Vec::new();
-    for action in &actions {
-        match prepare(c, action, &mut held, clock) {
-            Ok(step) => steps.extend(step),
-            Err(e) => {
-                drop(held);
-                undo(c, steps);
-                made.undo();
-                return Err(e);
-            }
-        }
-    }
-    let mut exchanges = Vec::new();
-    let mut behind = Vec::new();
-    for action in &actions {
-        match action {
-            Action::Snapshot { front, node, overlay } => {
-                // It may be the overlay of another action of this transaction: its old root is told below.
-                behind.push((own_root_unheld(c, overlay, &roots), Arc::clone(node)));
-                if let Some(slot) = held.get_mut(front) {
-                    **slot = Arc::clone(overlay);
-                }
-                exchanges.push((*front, moved(overlay)));
-            }
-            Action::ClearBitmap { node, name } => {
-                let bitmaps = c.bitmaps();
-                if let Ok(at) = bitmaps.at(node, name) {
-                    bitmaps.0[at].dirty.clear();
-                }
-            }
-            _ => {}
-        }
-    }
-    drop(held);
-    for (root, node) in behind {
-        if let Some(root) = root {
-            *root.hold() = Arc::clone(&node);
-        }
-        to_the_back(&node);
-    }
-    if exchanges.is_empty() {
-        return Ok(());
-    }
-    rename_legacy(c, &exchanges, &actions);
-    follow(c, exchanges)
-}
-
-/// A drive that is no block node keeps its name: the node that was in front gets another.
-fn rename_legacy(c: &Control, exchanges: &[(usize, Moved)], actions: &[Action]) {
-    let backends = c.shared.backends();
-    for (front, _) in exchanges {
-        let legacy = backends.drives.get(*front).and_then(Option::as_ref).filter(|d| !d.node);
-        for action in actions {
-            if let (Some(_), Action::Snapshot { front: f, node, .. }) = (legacy, action) {
-                if f == front {
-                    node.rename(None);
-                }
-            }
-        }
-    }
-}
-
-/// The root that a node has as one that was added, found without looking into roots that are held.
-fn own_root_unheld(c: &Control, node: &Arc<Node>, held: &BTreeMap<usize, Arc<Root>>) -> Option<Arc<Root>> {
-    let count = c.shared.backends().drives.len();
-    let roots = (0..count).filter(|i| !held.contains_key(i)).filter_map(|i| c.outside.disk_root(i));
-    roots.into_iter().find(|root| Arc::ptr_eq(&root.node(), node))
-}
-
 /// A node that is only read from now on lets others open its file for reading.
 pub fn to_the_back(node: &Node) {
     if let Err(e) = node.reopen(true) {
         log::info!("the node '{}' stays open for writing: {e}", node.name());
     }
-}
-
-pub fn snapshot(c: &Control, call: &mut Call) -> Reply {
-    transact(c, &[("blockdev-snapshot", call.arguments)])?;
-    done()
-}
-
-pub fn snapshot_sync(c: &Control, call: &mut Call) -> Reply {
-    transact(c, &[("blockdev-snapshot-sync", call.arguments)])?;
-    done()
-}
-
-pub fn transaction(c: &Control, call: &mut Call) -> Reply {
-    let none = Map::new();
-    let actions = call.arguments.get("actions").and_then(Value::as_array).cloned().unwrap_or_default();
-    let wanted: Vec<(&str, &Map<String, Value>)> = actions
-        .iter()
-        .map(|a| (a["type"].as_str().unwrap_or_default(), a["data"].as_object().unwrap_or(&none)))
-        .collect();
-    transact(c, &wanted)?;
-    done()
 }
 
 /// `change-backing-file`: another name in the header, nothing else.

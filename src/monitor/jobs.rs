@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ftvm_block::copy::{Backup, Commit, Mirror, Part, Step, Stream, Work};
+use ftvm_block::copy::{Commit, Mirror, Part, Step, Stream, Work};
 use ftvm_block::crypto::LuksOptions;
 use ftvm_block::qcow2::{CreateOptions, Preallocation};
 use ftvm_block::{BlockError, Image, Node, OpenOptions, Root};
@@ -199,23 +199,6 @@ impl Body for StreamJob {
     }
 }
 
-struct BackupJob(Backup);
-
-impl Work for BackupJob {
-    fn step(&mut self) -> Result<Step, BlockError> {
-        self.0.step()
-    }
-    fn progress(&self) -> (u64, u64) {
-        self.0.progress()
-    }
-}
-
-impl Body for BackupJob {
-    fn end(&mut self, _: End) -> Result<(), String> {
-        Ok(())
-    }
-}
-
 /// `blockdev-create`
 struct CreateJob {
     work: Option<Box<dyn FnOnce() -> Result<(), BlockError> + Send>>,
@@ -254,7 +237,7 @@ fn refuse(a: &Map<String, Value>, keys: &[(&str, &[&str])]) -> Result<(), QmpErr
     Ok(())
 }
 
-fn wanted(
+pub(super) fn wanted(
     kind: &'static str,
     a: &Map<String, Value>,
     default_id: &str,
@@ -267,8 +250,6 @@ fn wanted(
             ("copy-mode", &["background"]),
             ("replaces", &[]),
             ("compress", &["false"]),
-            ("bitmap", &[]),
-            ("bitmap-mode", &[]),
             ("unmap", &["true"]),
         ],
     )?;
@@ -303,7 +284,7 @@ fn start(c: &Control, wanted: Wanted, body: Box<dyn Body>) -> Reply {
 }
 
 /// The drive whose active image a command names.
-fn active(c: &Control, name: &str) -> Result<(usize, Arc<Node>), QmpError> {
+pub(super) fn active(c: &Control, name: &str) -> Result<(usize, Arc<Node>), QmpError> {
     let Found { node, front } = find(c, name)?;
     let front = front.ok_or_else(|| QmpError::generic(format!("'{name}' is not at the front of a drive")))?;
     Ok((front, node))
@@ -411,7 +392,7 @@ pub fn stream(c: &Control, call: &mut Call) -> Reply {
 }
 
 /// What `sync` says is copied.
-fn part(a: &Map<String, Value>) -> Result<Part, QmpError> {
+pub(super) fn part(a: &Map<String, Value>) -> Result<Part, QmpError> {
     Ok(match given(a, "sync") {
         Some("full") => Part::Full,
         Some("top") => Part::Top,
@@ -421,7 +402,7 @@ fn part(a: &Map<String, Value>) -> Result<Part, QmpError> {
 }
 
 /// A node that a copy goes to.
-fn target(c: &Control, name: &str, source: &Arc<Node>) -> Result<Arc<Node>, QmpError> {
+pub(super) fn target(c: &Control, name: &str, source: &Arc<Node>) -> Result<Arc<Node>, QmpError> {
     let target = find(c, name)?.node;
     free(c, &target)?;
     if source.chain().iter().any(|n| Arc::ptr_eq(n, &target)) {
@@ -437,7 +418,7 @@ fn target(c: &Control, name: &str, source: &Arc<Node>) -> Result<Arc<Node>, QmpE
 }
 
 /// Whether a device has a node in front.
-fn is_used(c: &Control, node: &Arc<Node>) -> Result<bool, QmpError> {
+pub(super) fn is_used(c: &Control, node: &Arc<Node>) -> Result<bool, QmpError> {
     let drives: Vec<u32> = super::block::inventory(c)?.iter().filter_map(|i| i.spec.drive).collect();
     Ok(drives
         .into_iter()
@@ -463,7 +444,7 @@ pub fn mirror(c: &Control, call: &mut Call) -> Reply {
 }
 
 /// The file of `drive-mirror` and `drive-backup`, made if it is wanted, and its node.
-fn drive_target(c: &Control, a: &Map<String, Value>, device: &str) -> Result<Arc<Node>, QmpError> {
+pub(super) fn drive_target(c: &Control, a: &Map<String, Value>, device: &str) -> Result<Arc<Node>, QmpError> {
     let (_, source) = active(c, device)?;
     let file = given(a, "target").unwrap_or_default();
     let format = given(a, "format").unwrap_or(source.format());
@@ -495,34 +476,6 @@ pub fn drive_mirror(c: &Control, call: &mut Call) -> Reply {
     no_pair(c)?;
     let target = drive_target(c, call.arguments, call.text("device"))?;
     mirror_to(c, call.arguments, call.text("device"), target)
-}
-
-fn backup_to(c: &Control, a: &Map<String, Value>, device: &str, target: Arc<Node>) -> Reply {
-    let (front, source) = active(c, device)?;
-    free(c, &source)?;
-    let wanted = wanted("backup", a, device, vec![Arc::clone(&source), Arc::clone(&target)])?;
-    let part = part(a)?;
-    let root = c.outside.disk_root(front).ok_or_else(|| QmpError::generic("the drive is gone"))?;
-    // It begins between two requests.
-    let work = {
-        let _held = root.hold();
-        Backup::new(source, target, &part)
-    };
-    let work = work.map_err(|e| QmpError::generic(e.to_string()))?;
-    start(c, wanted, Box::new(BackupJob(work)))
-}
-
-pub fn backup(c: &Control, call: &mut Call) -> Reply {
-    no_pair(c)?;
-    let (_, source) = active(c, call.text("device"))?;
-    let target = target(c, call.text("target"), &source)?;
-    backup_to(c, call.arguments, call.text("device"), target)
-}
-
-pub fn drive_backup(c: &Control, call: &mut Call) -> Reply {
-    no_pair(c)?;
-    let target = drive_target(c, call.arguments, call.text("device"))?;
-    backup_to(c, call.arguments, call.text("device"), target)
 }
 
 /// Make a qcow2 image; what is there is written over, as QEMU does.

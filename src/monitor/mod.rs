@@ -1,6 +1,8 @@
 //! The monitors: QMP commands and the human monitor's. A command that needs the machine runs on the machine thread
 //! (see [`Control::machine`]); everything else runs on the monitor's own thread.
 
+mod backup;
+mod bitmaps;
 mod block;
 mod chars;
 mod commit;
@@ -8,6 +10,7 @@ mod cpu;
 pub mod devices;
 mod display;
 pub mod dump;
+mod exports;
 mod fdsets;
 mod ft;
 mod gdb;
@@ -23,8 +26,10 @@ mod options;
 pub mod page;
 mod pci;
 mod qom;
+mod reopen;
 mod snapshot_jobs;
 mod snapshots;
+mod transaction;
 mod types;
 mod vnc;
 
@@ -57,7 +62,6 @@ pub struct Control {
     /// Those of them that have several front ends, by their labels.
     pub muxes: Mutex<std::collections::BTreeMap<String, Arc<crate::host::mux::Mux>>>,
     pub fdsets: fdsets::FdSets,
-    pub bitmaps: Mutex<graph::Bitmaps>,
     /// The stub for GDB, if there is one.
     pub gdb: Mutex<Option<crate::gdb::Server>>,
     /// The VNC server, if there is one.
@@ -152,19 +156,31 @@ const COMMANDS: &[(&str, Command)] = &[
     ("block-stream", jobs::stream),
     ("blockdev-mirror", jobs::mirror),
     ("drive-mirror", jobs::drive_mirror),
-    ("blockdev-backup", jobs::backup),
-    ("drive-backup", jobs::drive_backup),
+    ("blockdev-backup", backup::backup),
+    ("drive-backup", backup::drive_backup),
     ("blockdev-create", jobs::create),
-    ("blockdev-snapshot", graph::snapshot),
-    ("blockdev-snapshot-sync", graph::snapshot_sync),
-    ("transaction", graph::transaction),
+    ("blockdev-snapshot", transaction::snapshot),
+    ("blockdev-snapshot-sync", transaction::snapshot_sync),
+    ("transaction", transaction::transaction),
     ("change-backing-file", graph::change_backing_file),
-    ("block-dirty-bitmap-add", graph::bitmap_add),
-    ("block-dirty-bitmap-remove", graph::bitmap_remove),
-    ("block-dirty-bitmap-clear", graph::bitmap_clear),
+    ("block-dirty-bitmap-add", bitmaps::add),
+    ("block-dirty-bitmap-remove", bitmaps::remove),
+    ("block-dirty-bitmap-clear", bitmaps::clear),
+    ("block-dirty-bitmap-enable", bitmaps::enable),
+    ("block-dirty-bitmap-disable", bitmaps::disable),
+    ("block-dirty-bitmap-merge", bitmaps::merge),
+    ("x-debug-block-dirty-bitmap-sha256", bitmaps::sha256),
+    ("nbd-server-start", exports::start),
+    ("nbd-server-add", exports::server_add),
+    ("nbd-server-remove", exports::server_remove),
+    ("nbd-server-stop", exports::stop),
+    ("block-export-add", exports::add),
+    ("block-export-del", exports::del),
+    ("query-block-exports", exports::query),
     ("block_set_io_throttle", block::set_io_throttle),
     ("blockdev-add", block::add),
     ("blockdev-del", block::del),
+    ("blockdev-reopen", reopen::reopen),
     ("block_resize", snapshots::resize),
     ("eject", block::eject),
     ("blockdev-snapshot-internal-sync", snapshots::create),
@@ -238,16 +254,11 @@ impl Control {
             chars: Mutex::default(),
             muxes: Mutex::default(),
             fdsets: Default::default(),
-            bitmaps: Mutex::default(),
             gdb: Mutex::default(),
             vnc: OnceLock::new(),
             machine_thread: 0,
             this: Weak::new(),
         }
-    }
-
-    fn bitmaps(&self) -> std::sync::MutexGuard<'_, graph::Bitmaps> {
-        self.bitmaps.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
     /// Do something on the machine thread and wait for it.

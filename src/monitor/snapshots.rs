@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use ftvm_block::crypto::LuksInfo;
-use ftvm_block::{BlockError, Image, ImageInfo, Snapshot, SnapshotChange};
+use ftvm_block::{BlockError, Image, ImageInfo, Qcow2Bitmap, Snapshot, SnapshotChange};
 use ftvm_devices::Input;
 use ftvm_qmp::{Call, QmpError};
 use serde_json::{json, Value};
@@ -31,6 +31,13 @@ fn snapshot(s: &Snapshot) -> Value {
     value
 }
 
+/// QEMU's `Qcow2BitmapInfo`.
+fn bitmap(b: &Qcow2Bitmap) -> Value {
+    let flags = [(b.in_use, "in-use"), (b.auto, "auto")];
+    let flags: Vec<&str> = flags.iter().filter(|(on, _)| *on).map(|(_, flag)| *flag).collect();
+    json!({"name": b.name, "granularity": b.granularity, "flags": flags})
+}
+
 /// Add to QEMU's `ImageInfo` what the image says of itself.
 pub fn describe(info: &ImageInfo, image: &mut Value) {
     if let Some(size) = info.cluster_size {
@@ -56,6 +63,9 @@ pub fn describe(info: &ImageInfo, image: &mut Value) {
             data["lazy-refcounts"] = json!(q.lazy_refcounts);
             data["corrupt"] = json!(q.corrupt);
             data["extended-l2"] = json!(q.extended_l2);
+        }
+        if !q.bitmaps.is_empty() {
+            data["bitmaps"] = q.bitmaps.iter().map(bitmap).collect();
         }
         if let Some(file) = &q.data_file {
             data["data-file"] = json!(file);

@@ -36,7 +36,6 @@ pub fn control(
         chars: Mutex::default(),
         muxes: Mutex::default(),
         fdsets: Default::default(),
-        bitmaps: Default::default(),
         gdb: Default::default(),
         vnc: Default::default(),
         machine_thread: nix::unistd::gettid().as_raw(),

@@ -349,7 +349,9 @@ fn track(images: &mut [Medium]) -> Disks {
         let image = medium.take_if(|i| !i.read_only())?;
         let name = image.name();
         let tracked = Tracked::new(Box::new(image));
-        *medium = Some(Node::named(&name, Box::new(Arc::clone(&tracked))));
+        let node = Node::around(Arc::clone(&tracked) as _);
+        node.rename(Some(&name));
+        *medium = Some(node);
         Some(tracked)
     };
     images.iter_mut().map(track).collect()
@@ -436,7 +438,8 @@ fn prepare_backup(
             let image = image.map_err(|e| e.to_string())?;
             let size = image.as_ref().map_or(0, |i| i.size());
             if separate {
-                images.push(image.map(|image| Node::named(&drive.id, image)));
+                let node = image.map(|image| Node::named(&drive.id, image)).transpose();
+                images.push(node.map_err(|e| e.to_string())?);
             } else {
                 drop(image);
                 check_shared(drive)?;

@@ -10,6 +10,7 @@ use serde_json::json;
 use crate::cli::config::Accel;
 use crate::host::backends::Backends;
 use crate::host::jobs::Jobs;
+use crate::host::nbd::Exports;
 use crate::migration::status::Migration;
 use crate::monitor::dump::Progress;
 
@@ -151,13 +152,17 @@ pub struct Shared {
     backends: Mutex<Backends>,
     /// Work on block nodes.
     pub jobs: Jobs,
+    /// Block nodes that are shown to other programs.
+    pub exports: Exports,
 }
 
 impl Shared {
     /// Nothing runs yet.
     pub fn new() -> Arc<Self> {
+        let events = EventSink::default();
         Arc::new(Shared {
-            events: EventSink::default(),
+            exports: Exports::new(events.clone()),
+            events,
             migration: Arc::new(Migration::new()),
             state: Mutex::new(RunState::Prelaunch),
             ft: Mutex::new(FtStatus::default()),

@@ -183,6 +183,7 @@ impl Runtime {
         if let Some(ft) = &mut self.ft {
             ft.end(stamp);
         }
+        self.shared.exports.stop();
         self.shared.jobs.close();
         self.outside.close_disks();
         self.outside.drain_chars();

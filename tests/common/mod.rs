@@ -1,6 +1,8 @@
 //! What the whole-machine tests share.
 #![allow(dead_code)]
 
+pub mod blocks;
+
 use std::net::{SocketAddr, TcpListener};
 use std::process::Command;
 use std::time::Duration;

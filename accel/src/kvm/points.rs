@@ -89,6 +89,11 @@ impl Plan {
         Some(plan)
     }
 
+    /// Whether there is a breakpoint at this linear address.
+    pub fn breaks_at(&self, at: u64) -> bool {
+        self.soft.contains(&at) || self.registers.iter().any(|(_, _, hit)| *hit == DebugHit::Break(at))
+    }
+
     /// The plan for KVM; `more`: further bits of what it is to do.
     pub fn guest_debug(&self, more: u32) -> kvm_guest_debug {
         let mut debug = kvm_guest_debug {

@@ -218,10 +218,10 @@ impl Vcpu {
 
     /// Stop as the plan says from now on; `None`: nobody debugs.
     pub fn set_debug(&mut self, plan: Option<Plan>) -> Result<(), KvmError> {
+        self.stepping &= plan.is_some();
+        // A breakpoint that is taken away needs no stepping over.
+        self.stopped_at = self.stopped_at.filter(|at| plan.as_ref().is_some_and(|p| p.breaks_at(*at)));
         self.plan = plan;
-        if self.plan.is_none() {
-            (self.stopped_at, self.stepping) = (None, false);
-        }
         self.arm(0)
     }
 

@@ -161,7 +161,7 @@ fn a_backup_has_the_contents_of_its_beginning() {
     qcow2::create_overlay(&dir.join("copy"), SIZE, None, None).unwrap();
     let target = open(&dir.join("copy"), false, None);
     let before = contents(top.as_ref());
-    let mut backup = Backup::new(top, Arc::clone(&target), &Part::Full).unwrap();
+    let mut backup = Backup::new(top, Arc::clone(&target), &Part::Full, None).unwrap();
     let stop = Arc::new(AtomicBool::new(false));
     let guest = disturb(Arc::clone(&root), Arc::clone(&stop));
     std::thread::sleep(std::time::Duration::from_millis(20));

@@ -21,8 +21,26 @@ const KNOWN: u64 =
 /// The header extension that says where the LUKS header is.
 pub(super) const LUKS_HEADER: u32 = 0x0537_BE77;
 
+/// The header extension that says where the directory of bitmaps is.
+pub(super) const BITMAPS: u32 = 0x2385_2875;
+
+/// Autoclear bit: the extension about bitmaps can be believed.
+pub const AUTOCLEAR_BITMAPS: u64 = 1;
 /// Autoclear bit: the external data file is a raw image of the same contents.
 pub const AUTOCLEAR_RAW_DATA: u64 = 1 << 1;
+
+/// QEMU's bounds: bitmaps of an image, bytes of their directory.
+pub(super) const MAX_BITMAPS: u32 = 65535;
+pub(super) const MAX_BITMAP_DIRECTORY: u64 = 1024 * MAX_BITMAPS as u64;
+
+/// Where the directory of bitmaps is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bitmaps {
+    pub count: u32,
+    pub offset: u64,
+    /// In bytes.
+    pub length: u64,
+}
 
 /// How clusters are compressed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,6 +72,8 @@ pub struct Header {
     pub luks: Option<(u64, u64)>,
     /// Name of the external data file.
     pub data_file: Option<String>,
+    /// Where the bitmaps are, if the autoclear bit says that it can be believed.
+    pub bitmaps: Option<Bitmaps>,
     /// (bit, name) of incompatible features, as the image names them.
     feature_names: Vec<(u8, String)>,
     pub backing: Option<PathBuf>,
@@ -122,6 +142,7 @@ impl Header {
             compression: Compression::Zlib,
             luks: None,
             data_file: None,
+            bitmaps: None,
             feature_names: Vec::new(),
             backing: None,
             backing_text: None,
@@ -226,6 +247,13 @@ impl Header {
                         self.feature_names.push((entry[1], name.trim_end_matches('\0').to_owned()));
                     }
                 }
+                BITMAPS if self.autoclear & AUTOCLEAR_BITMAPS != 0 => {
+                    self.bitmaps = Some(self.bitmaps_extension(body).map_err(|text| bad(text.into()))?);
+                }
+                BITMAPS => log::warn!(
+                    "{}: a program that knows no bitmaps may have changed the image: all its bitmaps are inconsistent",
+                    file.path().display()
+                ),
                 LUKS_HEADER if encrypted => {
                     let (offset, length) = (be64(body, 0), be64(body, 8));
                     if len != 16 {
@@ -259,5 +287,28 @@ impl Header {
             self.backing_text = Some(name);
         }
         Ok(self)
+    }
+
+    fn bitmaps_extension(&self, body: &[u8]) -> Result<Bitmaps, &'static str> {
+        if body.len() != 24 {
+            return Err("bitmaps_ext: Invalid extension length");
+        }
+        let ext = Bitmaps { count: be32(body, 0), length: be64(body, 8), offset: be64(body, 16) };
+        if be32(body, 4) != 0 {
+            return Err("bitmaps_ext: Reserved field is not zero");
+        }
+        if ext.count == 0 {
+            return Err("found bitmaps extension with zero bitmaps");
+        }
+        if ext.count > MAX_BITMAPS {
+            return Err("bitmaps_ext: image has more bitmaps than the maximum of 65535");
+        }
+        if ext.offset == 0 || ext.offset >= 1 << 56 || !ext.offset.is_multiple_of(1 << self.cluster_bits) {
+            return Err("bitmaps_ext: invalid bitmap directory offset");
+        }
+        if ext.length == 0 || ext.length > MAX_BITMAP_DIRECTORY {
+            return Err("bitmaps_ext: bitmap directory size exceeds the maximum");
+        }
+        Ok(ext)
     }
 }

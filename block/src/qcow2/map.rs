@@ -3,6 +3,9 @@
 use super::{Place, Qcow2, State, ALL_ALLOCATED, ALL_ZERO, COMPRESSED, COPIED, L2, L2_CACHE, OFFSET, ZERO};
 use crate::{BlockError, Image};
 
+/// Clusters that are looked at in one go at the most.
+const RUN: u64 = 8192;
+
 impl Qcow2 {
     /// Words in an L2 entry.
     fn stride(&self) -> usize {
@@ -113,6 +116,33 @@ impl Qcow2 {
             return Ok(Place::Zero((offset != 0 && entry & COPIED != 0).then_some(offset)));
         }
         Ok(if offset == 0 { Place::Unallocated } else { Place::Data(offset) })
+    }
+
+    /// Whether what lies at `guest` reads as zero by the tables, and for how many bytes the answer holds.
+    pub(super) fn zero_run(&self, guest: u64) -> Result<(bool, u64), BlockError> {
+        let end = |at: u64| ((at / self.cluster() + 1) * self.cluster()).min(self.size());
+        let is_zero = |place: Place| matches!(place, Place::Zero(_) | Place::Unallocated);
+        let mut state = self.lock()?;
+        let first = self.place(&mut state, guest)?;
+        if let Some(below) = self.below() {
+            drop(state);
+            let len = end(guest) - guest;
+            return match first {
+                Place::Zero(_) => Ok((true, len)),
+                Place::Unallocated if guest >= below.size() => Ok((true, len)),
+                Place::Unallocated => below.is_zero(guest).map(|(zero, run)| (zero, run.min(len))),
+                _ => Ok((false, len)),
+            };
+        }
+        // With nothing below, neighbours are looked at in one go.
+        let mut at = end(guest);
+        for _ in 1..RUN {
+            if at >= self.size() || is_zero(self.place(&mut state, at)?) != is_zero(first) {
+                break;
+            }
+            at = end(at);
+        }
+        Ok((is_zero(first), at - guest))
     }
 
     /// The host cluster of a guest cluster, if it may be overwritten (no snapshot shares it).

@@ -30,8 +30,10 @@
 //! cluster that is being allocated is marked busy until its table entry is set: others that need the same
 //! cluster wait for it. A flush writes a copy of the changed tables and lets other requests go on.
 
+mod bitmaps;
 mod cluster;
 mod create;
+mod describe;
 mod flush;
 mod header;
 mod map;
@@ -50,12 +52,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
+use crate::bitmap::StoredBitmap;
 use crate::crypto::Volume;
 use crate::node::Node;
 use crate::store::Store;
-use crate::{
-    check_range, BlockError, Held, Image, ImageInfo, OpenOptions, Qcow2Info, Snapshot, SnapshotChange,
-};
+use crate::{check_range, BlockError, Held, Image, ImageInfo, OpenOptions, Snapshot, SnapshotChange};
 use refcount::Refcounts;
 use snapshots::SnapshotTable;
 
@@ -116,6 +117,9 @@ pub struct Qcow2 {
     read_only: bool,
     discard: bool,
     detect_zeroes: bool,
+    /// The autoclear bits that hold while the image is open.
+    autoclear: AtomicU64,
+    bitmaps: Mutex<bitmaps::Directory>,
     state: Mutex<State>,
     /// A busy cluster was settled.
     settled: Condvar,
@@ -185,7 +189,7 @@ impl Qcow2 {
         depth: u32,
         given: Option<Option<Arc<Node>>>,
     ) -> Result<Self, BlockError> {
-        let mut header = Header::read(file.as_ref())?;
+        let header = Header::read(file.as_ref())?;
         let bad = |reason: &str| BlockError::Format { path: file.path().to_owned(), reason: reason.into() };
         if header.is_corrupt() && !options.read_only {
             return Err(bad("Image is corrupt; cannot be opened read/write"));
@@ -207,6 +211,7 @@ impl Qcow2 {
                     format: header.backing_format.clone().filter(|f| f == "raw" || f == "qcow2"),
                     read_only: true,
                     locking: options.locking,
+                    lock_later: false,
                     force_share: options.force_share,
                     direct: options.direct,
                     no_flush: true,
@@ -247,16 +252,25 @@ impl Qcow2 {
             }
             None => None,
         };
-        let kept = if data.is_some() { header.autoclear & header::AUTOCLEAR_RAW_DATA } else { 0 };
-        if !options.read_only && header.autoclear != kept {
-            // What the other bits vouch for (bitmaps) is not kept up to date here.
-            file.write_at(88, &kept.to_be_bytes())?;
+        // What the other bits vouch for is not kept up to date here.
+        let mut kept = 0;
+        if data.is_some() {
+            kept |= header.autoclear & header::AUTOCLEAR_RAW_DATA;
         }
-        header.autoclear = kept;
+        if header.bitmaps.is_some() {
+            kept |= header::AUTOCLEAR_BITMAPS;
+        }
+        // Another program that writes the image may be changing them.
+        let directory = if options.force_share {
+            bitmaps::Directory::default()
+        } else {
+            bitmaps::Directory::read(file.as_ref(), &header)?
+        };
         let mut refs = refs;
         let snapshots = SnapshotTable::read(file.as_ref(), &header)?;
         if header.is_dirty() && !options.read_only {
-            repair::raise_counts(file.as_ref(), &header, &mut refs, &snapshots, data.is_some())?;
+            let more = directory.clusters(file.as_ref(), header.cluster_bits)?;
+            repair::raise_counts(file.as_ref(), &header, &mut refs, (&snapshots, &more), data.is_some())?;
         }
         let state = State {
             l1: to_u64(&raw),
@@ -275,30 +289,35 @@ impl Qcow2 {
         };
         let external = data.is_some();
         let data = data.unwrap_or_else(|| Arc::clone(&file));
-        Ok(Qcow2 {
-            // A sector's number is that of its place in the file.
-            data: volume.as_ref().map_or_else(|| Arc::clone(&data), |v| v.over(Arc::clone(&data), 0)),
-            external,
-            volume,
-            file,
-            backing: RwLock::new(backing),
-            read_only: options.read_only,
-            discard: options.discard,
-            detect_zeroes: options.detect_zeroes,
-            state: Mutex::new(state),
-            settled: Condvar::new(),
-            flushing: Mutex::new(()),
-            gate: RwLock::new(()),
-            size: AtomicU64::new(header.size),
-            named: RwLock::new(
-                header.backing_text.clone().zip(header.backing.clone()).map(|(text, path)| naming::Named {
-                    text,
-                    path,
-                    format: header.backing_format.clone(),
-                }),
-            ),
-            header,
-        })
+        let image =
+            Qcow2 {
+                // A sector's number is that of its place in the file.
+                data: volume.as_ref().map_or_else(|| Arc::clone(&data), |v| v.over(Arc::clone(&data), 0)),
+                external,
+                volume,
+                file,
+                backing: RwLock::new(backing),
+                read_only: options.read_only,
+                discard: options.discard,
+                detect_zeroes: options.detect_zeroes,
+                autoclear: AtomicU64::new(kept),
+                bitmaps: Mutex::new(directory),
+                state: Mutex::new(state),
+                settled: Condvar::new(),
+                flushing: Mutex::new(()),
+                gate: RwLock::new(()),
+                size: AtomicU64::new(header.size),
+                named: RwLock::new(
+                    header.backing_text.clone().zip(header.backing.clone()).map(|(text, path)| {
+                        naming::Named { text, path, format: header.backing_format.clone() }
+                    }),
+                ),
+                header,
+            };
+        if !options.lock_later {
+            Image::begin(&image)?;
+        }
+        Ok(image)
     }
 
     /// Size of a cluster in bytes.
@@ -535,8 +554,40 @@ impl Image for Qcow2 {
         Ok((held, end.min(self.size()) - offset))
     }
 
+    fn is_zero(&self, offset: u64) -> Result<(bool, u64), BlockError> {
+        check_range(self, offset, 1, false)?;
+        self.zero_run(offset)
+    }
+
     fn lock_file(&self) -> Result<(), BlockError> {
         self.file.lock(!self.read_only)
+    }
+
+    fn begin(&self) -> Result<(), BlockError> {
+        if self.read_only {
+            return Ok(());
+        }
+        let kept = self.autoclear.load(Ordering::Relaxed);
+        if self.header.autoclear & !kept != 0 {
+            self.file.write_at(88, &kept.to_be_bytes())?;
+        }
+        self.begin_bitmaps()
+    }
+
+    fn stored_bitmaps(&self) -> Result<Vec<StoredBitmap>, BlockError> {
+        self.read_bitmaps()
+    }
+
+    fn check_bitmap(&self, name: &str, granularity: u64, others: &[String]) -> Result<(), BlockError> {
+        self.check_new_bitmap(name, granularity, others)
+    }
+
+    fn keep_bitmaps(&self, bitmaps: &[StoredBitmap]) -> Result<(), BlockError> {
+        self.store_bitmaps(bitmaps)
+    }
+
+    fn drop_bitmap(&self, name: &str) -> Result<(), BlockError> {
+        self.forget_bitmap(name)
     }
 
     fn snapshot(&self, change: &SnapshotChange) -> Result<Snapshot, BlockError> {
@@ -556,32 +607,7 @@ impl Image for Qcow2 {
     }
 
     fn info(&self) -> ImageInfo {
-        let h = &self.header;
-        let snapshots = self
-            .state
-            .lock()
-            .map_or_else(|_| Vec::new(), |s| s.snapshots.entries.iter().map(|s| s.public.clone()).collect());
-        ImageInfo {
-            cluster_size: Some(self.cluster()),
-            snapshots,
-            backing: self
-                .named
-                .read()
-                .map_or(None, |n| n.clone())
-                .map(|n| (n.text, n.path.to_string_lossy().into_owned(), n.format)),
-            luks: self.volume.as_ref().map(Volume::info),
-            depth: self.below().map_or(0, |b| b.info().depth + 1),
-            qcow2: Some(Qcow2Info {
-                version: h.version,
-                refcount_bits: 1 << h.refcount_order,
-                lazy_refcounts: h.lazy_refcounts,
-                extended_l2: h.has_subclusters(),
-                corrupt: h.is_corrupt(),
-                zstd: h.compression == header::Compression::Zstd,
-                data_file: h.data_file.clone(),
-                data_file_raw: h.autoclear & header::AUTOCLEAR_RAW_DATA != 0,
-            }),
-        }
+        self.describe()
     }
 }
 

@@ -85,12 +85,12 @@ impl Count<'_> {
     }
 }
 
-/// Count again, raise what is too low, store it, and clear the dirty bit.
+/// Count again, raise what is too low, store it, and clear the dirty bit; `bitmaps`: the clusters that they use.
 pub fn raise_counts(
     file: &dyn Store,
     header: &Header,
     refs: &mut Refcounts,
-    snapshots: &SnapshotTable,
+    (snapshots, bitmaps): (&SnapshotTable, &[u64]),
     external: bool,
 ) -> Result<(), BlockError> {
     let (uses, tables) = Default::default();
@@ -99,8 +99,8 @@ pub fn raise_counts(
     if let Some((offset, len)) = header.luks {
         count.range(offset, len);
     }
-    for cluster in refs.own_clusters() {
-        *count.uses.entry(cluster).or_default() += 1;
+    for cluster in refs.own_clusters().iter().chain(bitmaps) {
+        *count.uses.entry(*cluster).or_default() += 1;
     }
     count.l1(header.l1_offset, header.l1_size)?;
     count.snapshots(snapshots)?;

@@ -5,6 +5,7 @@ use std::process::Command;
 
 use crate::{open, OpenOptions};
 
+mod bitmaps;
 mod resize;
 mod snapshots;
 

@@ -24,6 +24,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, RwLock};
 
+use crate::bitmap::StoredBitmap;
 use crate::files::{beside, is_nfs};
 use crate::node::Node;
 use crate::qcow2::{create_overlay, Qcow2};
@@ -392,6 +393,22 @@ impl Image for Takeover {
             Mode::Broken => Err(broken()),
         })
         .unwrap_or_default()
+    }
+    fn stored_bitmaps(&self) -> Result<Vec<StoredBitmap>, BlockError> {
+        // Of an image that an overlay lies on nobody kept them: they stay marked as in use.
+        self.with(|mode| match mode {
+            Mode::Top { top: Layer::Image(image), rest: Rest::Nothing } => image.stored_bitmaps(),
+            _ => Ok(Vec::new()),
+        })
+    }
+    fn check_bitmap(&self, name: &str, granularity: u64, others: &[String]) -> Result<(), BlockError> {
+        self.alone(|image| image.check_bitmap(name, granularity, others))
+    }
+    fn keep_bitmaps(&self, bitmaps: &[StoredBitmap]) -> Result<(), BlockError> {
+        self.alone(|image| image.keep_bitmaps(bitmaps))
+    }
+    fn drop_bitmap(&self, name: &str) -> Result<(), BlockError> {
+        self.alone(|image| image.drop_bitmap(name))
     }
     fn background(&self) -> bool {
         let done = match self.step() {
