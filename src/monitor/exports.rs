@@ -21,7 +21,8 @@ fn fail<T>(text: impl Into<String>) -> Result<T, QmpError> {
 pub fn start(c: &Control, call: &mut Call) -> Reply {
     let a = call.arguments;
     if let Some(id) = given(a, "tls-creds") {
-        return fail(format!("No TLS credentials with id '{id}'"));
+        crate::host::tls::find(id, true).map_err(QmpError::generic)?;
+        return fail("NBD exports without TLS only: tls-creds is not supported here");
     }
     let none = Map::new();
     let addr = a.get("addr").and_then(Value::as_object).unwrap_or(&none);
