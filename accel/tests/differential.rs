@@ -119,9 +119,9 @@ fn generated_instructions_agree_with_this_processor() {
     }
     let compiled = failures.keys().filter(|k| k.starts_with("compiled")).count();
     assert_eq!(compiled, 0, "compiled code differs from the interpreter");
-    // The model answers as AMD's processors do where vendors differ (what x87 instructions leave behind that fault, VEX.W
-    // outside of 64-bit mode, which of two faults is first). Another vendor's may differ in as many cases as were seen on an
-    // Intel Xeon (337 of 400,000), with room for another seed; an instruction that is wrong fails in more than its share.
+    // The model was made on AMD's processors, and vendors differ (what x87 instructions leave behind that fault, VEX.W outside of
+    // 64-bit mode, which of two faults is first). On another vendor's as many cases may differ as were seen on an Intel Xeon (337 of
+    // 400,000, not gone through one by one), with room for another seed.
     let amd = std::fs::read_to_string("/proc/cpuinfo").is_ok_and(|c| c.contains("AuthenticAMD"));
     let (all, most) = (failures.values().map(|f| f.0).sum::<u64>(), failures.values().map(|f| f.0).max());
     let (all_allowed, each_allowed) = if amd { (0, 0) } else { (run / 500, run / 4000) };
