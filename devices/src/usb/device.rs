@@ -22,6 +22,30 @@ pub enum Answer {
     Stall,
 }
 
+/// The answer to a request that all devices have alike (USB 2.0, 9.4): halts, address, configuration, interface. `None`: it is
+/// another one.
+pub fn standard_request(setup: [u8; 8], configuration: &mut u8) -> Option<Vec<u8>> {
+    let [kind, request, low, ..] = setup;
+    Some(match (kind, request) {
+        (0x81 | 0x82, 0) => vec![0, 0],
+        (0x02, 1) | (0x00, 5) => Vec::new(),
+        (0x80, 8) => vec![*configuration],
+        (0x00, 9) if low < 2 => {
+            *configuration = low;
+            Vec::new()
+        }
+        (0x81, 10) => vec![0],
+        (0x01, 11) if low == 0 => Vec::new(),
+        _ => return None,
+    })
+}
+
+/// A string descriptor (USB 2.0, 9.6.7), of as much as it has room for.
+pub fn string_descriptor(text: &str) -> Vec<u8> {
+    let units: Vec<u8> = text.encode_utf16().take(126).flat_map(u16::to_le_bytes).collect();
+    [vec![units.len() as u8 + 2, 3], units].concat()
+}
+
 enum Kind {
     Hid(Hid),
     Storage(Box<Storage>),

@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 
 use serde::{Deserialize, Serialize};
 
-use super::device::Stall;
+use super::device::{standard_request, string_descriptor, Stall};
 use crate::door::Input;
 
 /// What kind of device it is.
@@ -197,8 +197,7 @@ impl Hid {
                     4 => format!("HID {}", self.name()),
                     _ => return Err(Stall),
                 };
-                let units: Vec<u8> = text.encode_utf16().flat_map(u16::to_le_bytes).collect();
-                [vec![units.len() as u8 + 2, 3], units].concat()
+                string_descriptor(&text)
             }
             _ => return Err(Stall),
         })
@@ -208,23 +207,12 @@ impl Hid {
     pub fn control(&mut self, setup: [u8; 8], data: &[u8]) -> Result<Vec<u8>, Stall> {
         let [kind, request, low, high, ..] = setup;
         let mut reply = match (kind, request) {
-            // Of every device.
             (0x80, 0) => vec![u8::from(self.s.remote_wakeup) << 1, 0],
-            (0x81 | 0x82, 0) => vec![0, 0],
             (0x00, 1 | 3) if low == 1 => {
                 self.s.remote_wakeup = request == 3;
                 Vec::new()
             }
-            (0x02, 1) => Vec::new(),
-            (0x00, 5) => Vec::new(),
             (0x80, 6) => self.descriptor(high, low)?,
-            (0x80, 8) => vec![self.s.configuration],
-            (0x00, 9) if low < 2 => {
-                self.s.configuration = low;
-                Vec::new()
-            }
-            (0x81, 10) => vec![0],
-            (0x01, 11) if low == 0 => Vec::new(),
             // Of this class (HID 1.11, 7.1 and 7.2).
             (0x81, 6) if high == 0x21 => self.hid_descriptor(),
             (0x81, 6) if high == 0x22 => self.report_descriptor().to_vec(),
@@ -243,7 +231,7 @@ impl Hid {
                 self.s.protocol = low & 1;
                 Vec::new()
             }
-            _ => return Err(Stall),
+            _ => standard_request(setup, &mut self.s.configuration).ok_or(Stall)?,
         };
         reply.truncate(usize::from(u16::from_le_bytes([setup[6], setup[7]])));
         Ok(reply)

@@ -3,7 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::device::{Answer, Stall};
+use super::device::{standard_request, string_descriptor, Answer, Stall};
 use crate::config::{DeviceSpec, PcConfig};
 use crate::ctx::{pack, Ctx, DeviceError};
 use crate::door::{DiskOp, Input};
@@ -131,8 +131,7 @@ impl Storage {
                     3 => &self.serial,
                     _ => return Err(Stall),
                 };
-                let units: Vec<u8> = text.encode_utf16().take(126).flat_map(u16::to_le_bytes).collect();
-                [vec![units.len() as u8 + 2, 3], units].concat()
+                string_descriptor(text)
             }
             // What it would be at the other speed.
             (6, _) if self.high => vec![10, 6, 0, 2, 0, 0, 0, 64, 1, 0],
@@ -145,23 +144,15 @@ impl Storage {
         let [kind, request, low, high, ..] = setup;
         let mut reply = match (kind, request) {
             (0x80, 0) => vec![1, 0],
-            (0x81 | 0x82, 0) => vec![0, 0],
-            (0x00, 1 | 3 | 5) | (0x02, 1) => Vec::new(),
+            (0x00, 1 | 3) => Vec::new(),
             (0x80, 6) => self.descriptor(high, low)?,
-            (0x80, 8) => vec![self.s.configuration],
-            (0x00, 9) if low < 2 => {
-                self.s.configuration = low;
-                Vec::new()
-            }
-            (0x81, 10) => vec![0],
-            (0x01, 11) if low == 0 => Vec::new(),
             // Bulk-Only Mass Storage Reset, Get Max LUN.
             (0x21, 0xFF) => {
                 self.forget();
                 Vec::new()
             }
             (0xA1, 0xFE) => vec![0],
-            _ => return Err(Stall),
+            _ => standard_request(setup, &mut self.s.configuration).ok_or(Stall)?,
         };
         reply.truncate(usize::from(u16::from_le_bytes([setup[6], setup[7]])));
         Ok(reply)
