@@ -20,6 +20,16 @@ const THREADS: usize = 16;
 const LOOKOUT: Duration = Duration::from_micros(32);
 /// The shortest, from which it grows while requests come.
 const GLANCE: Duration = Duration::from_micros(4);
+/// While requests take no longer than this, one thread serves them all: another's wake-up would take longer, and both would
+/// wait for the file's lock in the kernel.
+const QUICK: Duration = LOOKOUT;
+/// What a quick request saves when it wakes nobody; a longer one costs the others its time.
+const SAVED: Duration = Duration::from_micros(8);
+/// Savings, in requests, from which on the next ones are expected to be quick, too; and what counts of them.
+const QUICK_FROM: u32 = 64;
+const QUICK_MOST: u32 = 128;
+/// A request that was expected to be quick keeps others waiting for this long at the most.
+const PATIENCE: Duration = Duration::from_millis(1);
 /// An image that has work in the background gets to it at least this often.
 const BACKGROUND: Duration = Duration::from_millis(20);
 
@@ -91,6 +101,26 @@ pub struct Settings {
     pub limits: Limits,
 }
 
+/// Whether whoever serves now is enough: what quick requests saved, less what others cost, in [`SAVED`].
+#[derive(Default)]
+struct Haste(u32);
+
+impl Haste {
+    fn is_quick(&self) -> bool {
+        self.0 >= QUICK_FROM
+    }
+
+    /// A request took this long.
+    fn note(&mut self, took: Duration) {
+        if took <= QUICK {
+            self.0 = QUICK_MOST.min(self.0 + 1);
+        } else {
+            let cost = took.as_nanos() / SAVED.as_nanos();
+            self.0 = self.0.saturating_sub(cost.min(u32::MAX.into()) as u32);
+        }
+    }
+}
+
 #[derive(Default)]
 struct State {
     waiting: VecDeque<(u64, Request)>,
@@ -110,6 +140,9 @@ struct State {
     lookout: Duration,
     /// When a thread last went to sleep.
     slept: Option<Instant>,
+    haste: Haste,
+    /// A thread sees to it that no request which keeps others waiting is a long one.
+    watched: bool,
     threads: Vec<JoinHandle<()>>,
     closing: bool,
     throttle: Throttle,
@@ -136,6 +169,8 @@ enum Next {
     Job(u64, Request),
     /// Nothing before this much time has gone by.
     Later(Duration),
+    /// Whoever serves now gets to the next one, too.
+    Served,
     Nothing,
 }
 
@@ -151,6 +186,9 @@ impl State {
 
     /// The first request that nothing before it is in the way of.
     fn next(&mut self) -> Next {
+        if self.haste.is_quick() && !(self.running.is_empty() || self.waiting.is_empty()) {
+            return Next::Served;
+        }
         let mut before: Vec<(u64, u64, bool)> = Vec::new();
         let mut later: Option<Duration> = None;
         for i in 0..self.waiting.len() {
@@ -199,7 +237,44 @@ impl Inner {
         (self.done)(Done { id, request, result });
     }
 
-    fn serve(&self) {
+    /// One more thread looks for work.
+    fn summon(self: &Arc<Self>, state: &mut State) -> std::io::Result<()> {
+        let awake = state.ending + usize::from(state.on_lookout);
+        if state.waiting.len() > state.idle.len() + awake && state.threads.len() < THREADS {
+            let worker = Arc::clone(self);
+            let thread = std::thread::Builder::new()
+                .name(format!("disk-{}", self.name))
+                .spawn(move || worker.serve())?;
+            state.threads.push(thread);
+        } else if let Some(thread) = state.idle.pop() {
+            thread.unpark();
+        }
+        Ok(())
+    }
+
+    /// Threads for all that a request kept waiting, besides the one that asks.
+    fn summon_all(self: &Arc<Self>, state: &mut State) {
+        for _ in 1..state.waiting.len().min(THREADS) {
+            let _ = self.summon(state);
+        }
+    }
+
+    /// Wait a while, then see whether still the same request keeps others waiting.
+    fn watch<'a>(self: &'a Arc<Self>, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        let first = state.running.first().map(|(id, _)| *id);
+        state.watched = true;
+        drop(state);
+        std::thread::park_timeout(PATIENCE);
+        let mut state = self.lock();
+        state.watched = false;
+        if state.haste.is_quick() && state.running.first().map(|(id, _)| *id) == first {
+            state.haste = Haste::default();
+            self.summon_all(&mut state);
+        }
+        state
+    }
+
+    fn serve(self: &Arc<Self>) {
         let mut state = self.lock();
         let mut served = false;
         loop {
@@ -212,6 +287,10 @@ impl Inner {
                 Next::Nothing if served && state.may_look_out() => {
                     served = false;
                     state = self.look_out(state);
+                    continue;
+                }
+                Next::Served if !state.watched => {
+                    state = self.watch(state);
                     continue;
                 }
                 other => {
@@ -231,12 +310,19 @@ impl Inner {
             };
             served = true;
             drop(state);
+            let start = Instant::now();
             let result = request.perform(self.image.as_ref());
+            let took = start.elapsed();
             let (span, flush) = (request.span(), request == Request::Flush);
             let writes = span.2;
             state = self.lock();
             state.running.retain(|(r, _)| *r != id);
             state.dirty |= writes;
+            let was_quick = state.haste.is_quick();
+            state.haste.note(took);
+            if was_quick && !state.haste.is_quick() {
+                self.summon_all(&mut state);
+            }
             if state.waiting.iter().any(|(_, waits)| conflict(span, waits.span())) {
                 // It may have waited for these bytes.
                 state.wake_all();
@@ -254,6 +340,10 @@ impl Inner {
                 continue;
             }
             state.committing = true;
+            if state.haste.is_quick() && !state.waiting.is_empty() {
+                // Somebody else serves meanwhile.
+                let _ = self.summon(&mut state);
+            }
             while !state.commit.is_empty() && !self.is_abandoned() {
                 let batch = std::mem::take(&mut state.commit);
                 let dirty = std::mem::take(&mut state.dirty);
@@ -357,29 +447,19 @@ impl Queue {
             state.lookout = if late { Duration::ZERO } else { LOOKOUT.min(GLANCE.max(state.lookout * 2)) };
         }
         let awake = state.ending + usize::from(state.on_lookout);
-        if state.waiting.len() <= awake {
+        let served = state.haste.is_quick() && awake + state.running.len() > 0;
+        if served && state.watched || state.waiting.len() <= awake {
             return;
         }
-        if state.waiting.len() > state.idle.len() + awake && state.threads.len() < THREADS {
-            let worker = Arc::clone(inner);
-            let spawned = std::thread::Builder::new()
-                .name(format!("disk-{}", inner.name))
-                .spawn(move || worker.serve());
-            match spawned {
-                Ok(thread) => state.threads.push(thread),
-                Err(e) if state.threads.is_empty() => {
-                    let taken = state.waiting.pop_back();
-                    drop(state);
-                    if let Some((id, request)) = taken {
-                        inner.finish(id, request, Err(BlockError::Io(e)));
-                    }
+        if let Err(e) = inner.summon(&mut state) {
+            // Those that there are will get to it.
+            if state.threads.is_empty() {
+                let taken = state.waiting.pop_back();
+                drop(state);
+                if let Some((id, request)) = taken {
+                    inner.finish(id, request, Err(BlockError::Io(e)));
                 }
-                // Those that there are will get to it.
-                Err(_) => {}
             }
-        } else if let Some(thread) = state.idle.pop() {
-            drop(state);
-            thread.unpark();
         }
     }
 

@@ -8,7 +8,11 @@ struct Slow {
     flushes: Arc<AtomicU64>,
     at_once: AtomicU64,
     most: Arc<AtomicU64>,
+    /// Reads of the last sector wait for this.
+    gate: Mutex<Option<Receiver<()>>>,
 }
+
+const GATED: u64 = (1 << 20) - 512;
 
 impl Slow {
     fn busy(&self) {
@@ -30,7 +34,11 @@ impl Image for Slow {
         "raw"
     }
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), BlockError> {
-        self.busy();
+        let gate = self.gate.lock().unwrap().take_if(|_| offset == GATED);
+        match gate {
+            Some(gate) => gate.recv().unwrap(),
+            None => self.busy(),
+        }
         let at = offset as usize;
         buf.copy_from_slice(&self.data.lock().unwrap()[at..at + buf.len()]);
         Ok(())
@@ -57,12 +65,17 @@ impl Image for Slow {
 type Counters = (Arc<AtomicU64>, Arc<AtomicU64>);
 
 fn start(durable: bool) -> (Queue, Receiver<Done>, Counters) {
+    start_gated(durable, None)
+}
+
+fn start_gated(durable: bool, gate: Option<Receiver<()>>) -> (Queue, Receiver<Done>, Counters) {
     let counters: Counters = Default::default();
     let image = Slow {
         data: Mutex::new(vec![0; 1 << 20]),
         flushes: Arc::clone(&counters.0),
         at_once: AtomicU64::new(0),
         most: Arc::clone(&counters.1),
+        gate: Mutex::new(gate),
     };
     let (send, receive) = channel();
     let settings = Settings { durable, ..Settings::default() };
@@ -147,4 +160,48 @@ fn a_thread_looks_out_for_the_next_request_but_not_for_long() {
         assert_eq!(queue.inner.lock().lookout, Duration::ZERO);
         assert_eq!(done.recv_timeout(Duration::from_secs(20)).unwrap().id, id);
     }
+}
+
+#[test]
+fn a_long_request_among_quick_ones_does_not_keep_them_waiting() {
+    let (open, gate) = channel();
+    let (queue, done, _) = start_gated(false, Some(gate));
+    for id in 0..8 {
+        queue.submit(id, Request::Read { offset: id * 512, len: 512 });
+    }
+    for _ in 0..8 {
+        done.recv_timeout(Duration::from_secs(20)).unwrap();
+    }
+    queue.inner.lock().haste = Haste(QUICK_MOST);
+    queue.submit(100, Request::Read { offset: GATED, len: 512 });
+    for id in 0..8 {
+        queue.submit(id, Request::Read { offset: id * 512, len: 512 });
+    }
+    let mut ended: Vec<u64> =
+        (0..8).map(|_| done.recv_timeout(Duration::from_secs(20)).unwrap().id).collect();
+    ended.sort_unstable();
+    assert_eq!(ended, (0..8).collect::<Vec<_>>());
+    assert!(!queue.inner.lock().haste.is_quick());
+    open.send(()).unwrap();
+    let long = done.recv_timeout(Duration::from_secs(20)).unwrap();
+    assert_eq!((long.id, long.result.unwrap().len()), (100, 512));
+}
+
+#[test]
+fn an_account_is_kept_of_quick_requests() {
+    let mut haste = Haste::default();
+    (0..QUICK_FROM - 1).for_each(|_| haste.note(Duration::from_micros(10)));
+    assert!(!haste.is_quick());
+    haste.note(QUICK);
+    assert!(haste.is_quick());
+    // A thread that was held up now and then changes nothing, a disk that is read from does.
+    for n in 0..10_000 {
+        haste.note(Duration::from_micros(if n % 32 == 0 { 120 } else { 10 }));
+        assert!(n < 100 || haste.is_quick(), "{n}");
+    }
+    haste.note(Duration::from_millis(2));
+    assert!(!haste.is_quick());
+    haste.note(Duration::MAX);
+    (0..10_000).for_each(|n| haste.note(Duration::from_micros(if n % 32 == 0 { 2000 } else { 10 })));
+    assert!(!haste.is_quick());
 }
