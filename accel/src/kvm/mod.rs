@@ -20,6 +20,7 @@
 //!
 //! The processors stand still ([`Kvm::stop`]) whenever their state is looked at or changed, and virtual time with them.
 
+mod bells;
 pub mod cpuid;
 mod crew;
 mod desk;
@@ -39,6 +40,7 @@ use std::sync::Arc;
 
 use kvm_ioctls::Kvm as System;
 
+pub use bells::{Bell, BellPlace};
 pub use crew::Trouble;
 pub use desk::Board;
 
@@ -144,7 +146,7 @@ impl Kvm {
             let vcpu = Vcpu::new(fd, reset, list.as_slice(), khz, (model.clone(), cpus))?;
             seats.push(Arc::new(Seat::new(id, vcpu)));
         }
-        let crew = Crew::new(vm, seats, wake);
+        let crew = Crew::new(vm, seats, wake)?;
         let threads = crew.start()?;
         let now = Arc::new(AtomicU64::new(0));
         let processors = crew
