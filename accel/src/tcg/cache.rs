@@ -1,6 +1,7 @@
 //! The cache of decoded code: blocks by guest physical address and code mode, found through a small
 //! table by linear address. Contents never show in results.
 
+use super::large::{Kept, Large};
 use super::op::*;
 use super::SoftCpu;
 use crate::mem::{PageEvent, CODE};
@@ -64,10 +65,9 @@ pub struct CodePage {
     /// Bit i: bytes 64i..64i+63 hold decoded code.
     mask: u64,
     /// (Boxed: a running block must not move.)
-    #[allow(clippy::vec_box)]
-    blocks: Vec<Box<Block>>,
+    blocks: Vec<Kept<Block>>,
     /// Keys and blocks (null: free), hashed by the keys; a power of two, at most half full.
-    index: Vec<(u64, *const Block)>,
+    index: Large<(u64, *const Block)>,
     /// Pages whose crossing instruction ends in this one, and after how many bytes.
     tails: Vec<(u64, u32)>,
 }
@@ -93,7 +93,7 @@ impl CodePage {
     }
 
     /// Add a block whose key is not there yet.
-    fn add(&mut self, block: Box<Block>) {
+    fn add(&mut self, block: Kept<Block>) {
         self.blocks.push(block);
         if self.index.len() < 2 * self.blocks.len() {
             self.rebuild();
@@ -103,8 +103,8 @@ impl CodePage {
     }
 
     fn rebuild(&mut self) {
-        self.index.clear();
-        self.index.resize((4 * self.blocks.len()).next_power_of_two().max(8), (0, std::ptr::null()));
+        let size = (4 * self.blocks.len()).next_power_of_two().max(8);
+        self.index = (0..size).map(|_| (0, std::ptr::null())).collect();
         for n in 0..self.blocks.len() {
             self.enter(n);
         }
@@ -121,8 +121,7 @@ impl CodePage {
 
     /// Take out the blocks that a write of `size` bytes at `phys` changes, as long as nothing is compiled (a trace goes
     /// through several blocks) and no other page's instruction is hit; `None` then.
-    #[allow(clippy::vec_box)]
-    fn take(&mut self, phys: u64, size: u64) -> Option<Vec<Box<Block>>> {
+    fn take(&mut self, phys: u64, size: u64) -> Option<Vec<Kept<Block>>> {
         if self.blocks.iter().any(|b| !b.code.get().is_null())
             || self.tails.iter().any(|t| near(phys, size, 0, t.1))
         {
@@ -159,11 +158,10 @@ fn near(phys: u64, size: u64, at: u64, bytes: u32) -> bool {
 #[derive(Default)]
 pub struct Cache {
     /// By guest physical address. Once made they stay until all code is dropped.
-    pages: KeyMap<Box<CodePage>>,
+    pages: KeyMap<Kept<CodePage>>,
     blocks: usize,
     /// Blocks dropped while one of them may be running.
-    #[allow(clippy::vec_box)]
-    pub graveyard: Vec<Box<Block>>,
+    pub graveyard: Vec<Kept<Block>>,
     /// Room to decode into.
     pub ops: Vec<Op>,
 }
@@ -245,7 +243,7 @@ impl SoftCpu {
         b.places.set(p);
     }
 
-    pub(crate) fn insert_block(&mut self, block: Box<Block>) -> *const Block {
+    pub(crate) fn insert_block(&mut self, block: Kept<Block>) -> *const Block {
         if self.cache.blocks >= MAX_BLOCKS {
             self.drop_all_code();
         }
@@ -274,8 +272,8 @@ impl SoftCpu {
     }
 
     pub(crate) fn drop_all_code(&mut self) {
-        for (_, page) in std::mem::take(&mut self.cache.pages) {
-            self.cache.graveyard.extend(page.blocks);
+        for (_, mut page) in std::mem::take(&mut self.cache.pages) {
+            self.cache.graveyard.append(&mut page.blocks);
         }
         self.cache.blocks = 0;
         self.jumps.fill(JumpSet::EMPTY);
@@ -289,7 +287,7 @@ impl SoftCpu {
     pub(crate) fn drop_code_page(&mut self, phys: u64) {
         let Some(page) = self.cache.pages.get_mut(&(phys & !0xFFF)) else { return };
         page.mask = 0;
-        page.index.clear();
+        page.index = Large::default();
         let tails = std::mem::take(&mut page.tails);
         let blocks = std::mem::take(&mut page.blocks);
         if !blocks.is_empty() {
@@ -308,7 +306,7 @@ impl SoftCpu {
     }
 
     /// Take blocks out of the table by linear address.
-    fn forget_blocks(&mut self, blocks: &[Box<Block>]) {
+    fn forget_blocks(&mut self, blocks: &[Kept<Block>]) {
         let miss = self.miss();
         let mut all = Vec::new();
         for b in blocks {

@@ -1,6 +1,7 @@
 //! Finding the block to run next: by linear address, by physical address, or by decoding it.
 
 use super::cache::{CROSSING, JUMPS};
+use super::large::Kept;
 use super::op::*;
 use super::paging::CodeEntry;
 use super::{access, decode, jit, SoftCpu, MAX_BLOCK};
@@ -124,7 +125,7 @@ impl SoftCpu {
     }
 
     /// Decode from one page; `None` if the first instruction crosses into the next.
-    fn decode_block(&mut self, e: CodeEntry, lin: u64, key: u64) -> Option<Box<Block>> {
+    fn decode_block(&mut self, e: CodeEntry, lin: u64, key: u64) -> Option<Kept<Block>> {
         const MOST: usize = MAX_BLOCK * 15;
         let at = (lin & 0xFFF) as usize;
         let len = (4096 - at).min(MOST);
@@ -154,7 +155,7 @@ impl SoftCpu {
         }
         b.finish(&ops);
         self.cache.ops = ops;
-        (b.count > 0).then(|| Box::new(b))
+        (b.count > 0).then(|| Kept::new(b))
     }
 
     /// The block of one instruction that starts in the page `e` and ends in the next. `None`: not in memory, or too close
@@ -194,7 +195,7 @@ impl SoftCpu {
         add_op(&mut b, &mut ops, d);
         b.finish(&ops);
         b.second = next.phys;
-        Ok(Some(self.insert_block(Box::new(b))))
+        Ok(Some(self.insert_block(Kept::new(b))))
     }
 
     /// One instruction that runs into the code segment's limit, or is not in memory: looked at afresh each time.
@@ -231,7 +232,7 @@ impl SoftCpu {
                 let mut ops = Vec::with_capacity(1);
                 add_op(&mut b, &mut ops, d);
                 b.finish(&ops);
-                let b = Box::new(b);
+                let b = Kept::new(b);
                 let p: *const Block = &*b;
                 if let Some(old) = self.lone.replace(b) {
                     self.cache.graveyard.push(old);

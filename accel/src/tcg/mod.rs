@@ -18,6 +18,7 @@ mod flags;
 mod interrupt;
 mod jit;
 pub(crate) mod lapic;
+mod large;
 mod mov;
 pub(crate) mod msr;
 pub(crate) mod op;
@@ -49,6 +50,7 @@ use cache::{Cache, JumpSet, JUMPS};
 use flags::{IF, TF};
 use jit::Left;
 use lapic::Lapic;
+use large::{Kept, Large};
 use msr::Msrs;
 use op::*;
 use paging::*;
@@ -145,13 +147,13 @@ pub struct SoftCpu {
     single: bool,
 
     // Caches, never visible.
-    tlb: [Box<[TlbEntry]>; 4],
-    code_tlb: [Box<[CodeEntry]>; 2],
+    tlb: [Large<TlbEntry>; 4],
+    code_tlb: [Large<CodeEntry>; 2],
     /// Which entries of the two are in use.
     filled: Vec<(u8, u16)>,
     code_filled: Vec<(u8, u16)>,
     cache: Cache,
-    jumps: Box<[JumpSet]>,
+    jumps: Large<JumpSet>,
     /// Of the lower half of linear addresses, in the address space in use.
     epoch: u64,
     /// The last epoch that was given.
@@ -160,7 +162,7 @@ pub struct SoftCpu {
     /// Upper halves of linear addresses, which address spaces share; the first is in use.
     highs: Vec<High>,
     /// Where the table entry of each entry of `tlb` lies.
-    leaves: [Box<[u64]>; 4],
+    leaves: [Large<u64>; 4],
     /// A filter of the table entries that led walks to other tables, and how many bits of it are set.
     upper: Box<[u64]>,
     marks: u32,
@@ -171,7 +173,7 @@ pub struct SoftCpu {
     changes: u64,
     switches: u64,
     /// See `lone_block`.
-    lone: Option<Box<Block>>,
+    lone: Option<Kept<Block>>,
     generation: u32,
     seen: u64,
     points: points::Points,
@@ -286,7 +288,7 @@ impl SoftCpu {
             filled: Vec::new(),
             code_filled: Vec::new(),
             cache: Cache::default(),
-            jumps: vec![JumpSet::EMPTY; JUMPS].into_boxed_slice(),
+            jumps: (0..JUMPS).map(|_| JumpSet::EMPTY).collect(),
             epoch: 1,
             epochs: 2,
             spaces: Vec::new(),

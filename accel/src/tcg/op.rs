@@ -1,6 +1,7 @@
 //! Decoded instructions, blocks of them, and access to general registers by width.
 
 use super::decode::FLAT32;
+use super::large::Large;
 use super::SoftCpu;
 use crate::simd::VecInsn;
 use crate::Exception;
@@ -124,7 +125,7 @@ pub struct Block {
     pub bytes: u32,
     /// Where the table by linear address has it, or had it.
     pub places: Cell<Places>,
-    pub ops: Box<[Op]>,
+    pub ops: Large<Op>,
     /// Where execution went on from here (64-bit mode).
     pub links: [Cell<Link>; 2],
     /// The guest physical page that its only instruction runs on into (see `cache::CROSSING`).
@@ -165,7 +166,7 @@ impl Block {
         let links = [Cell::new(Link::NONE), Cell::new(Link::NONE)];
         Block {
             key,
-            ops: Box::default(),
+            ops: Large::default(),
             bytes: 0,
             vecs: Vec::new(),
             second: 0,
@@ -190,7 +191,7 @@ impl Block {
 
     /// These are its instructions.
     pub fn finish(&mut self, ops: &[Op]) {
-        self.ops = ops.into();
+        self.ops = Large::copy(ops);
         self.count = ops.len() as u32;
     }
 }

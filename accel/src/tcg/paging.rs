@@ -7,6 +7,7 @@
 
 use super::cache::CodePage;
 use super::flags::AC;
+use super::large::Large;
 use super::op::{Fault, R};
 use super::SoftCpu;
 use crate::mem::{TABLE, WRITE_FREE};
@@ -88,11 +89,11 @@ pub struct Space {
     pub epoch: u64,
     /// When it was last in use.
     used: u64,
-    tlb: [Box<[TlbEntry]>; 4],
-    code_tlb: [Box<[CodeEntry]>; 2],
+    tlb: [Large<TlbEntry>; 4],
+    code_tlb: [Large<CodeEntry>; 2],
     filled: Vec<(u8, u16)>,
     code_filled: Vec<(u8, u16)>,
-    leaves: [Box<[u64]>; 4],
+    leaves: [Large<u64>; 4],
 }
 
 /// The upper half of linear addresses (the kernel's, as a rule), as far as code was fetched from it. Address spaces
@@ -115,21 +116,21 @@ const HIGHS: usize = 3;
 /// Address spaces kept beside the one in use.
 const SPACES: usize = 7;
 
-pub fn new_tlb() -> [Box<[TlbEntry]>; 4] {
+pub fn new_tlb() -> [Large<TlbEntry>; 4] {
     std::array::from_fn(|_| (0..TLB_SIZE).map(TlbEntry::empty).collect())
 }
-pub fn new_leaves() -> [Box<[u64]>; 4] {
-    std::array::from_fn(|_| vec![NO_LEAF; TLB_SIZE].into_boxed_slice())
+pub fn new_leaves() -> [Large<u64>; 4] {
+    std::array::from_fn(|_| (0..TLB_SIZE).map(|_| NO_LEAF).collect())
 }
-pub fn new_code_tlb() -> [Box<[CodeEntry]>; 2] {
-    std::array::from_fn(|_| vec![EMPTY_CODE; 256].into_boxed_slice())
+pub fn new_code_tlb() -> [Large<CodeEntry>; 2] {
+    std::array::from_fn(|_| (0..256).map(|_| EMPTY_CODE).collect())
 }
 
 /// Empty the entries in use of both.
 fn drain(
-    tlb: &mut [Box<[TlbEntry]>; 4],
+    tlb: &mut [Large<TlbEntry>; 4],
     filled: &mut Vec<(u8, u16)>,
-    code_tlb: &mut [Box<[CodeEntry]>; 2],
+    code_tlb: &mut [Large<CodeEntry>; 2],
     code_filled: &mut Vec<(u8, u16)>,
 ) {
     for (mmu, slot) in filled.drain(..) {
