@@ -7,7 +7,10 @@ use crate::Result;
 
 /// A bitmap's flags, if `info` (of `qemu-img info --output=json`) knows it.
 pub fn flags(info: &str, name: &str) -> Result<Option<Vec<String>>> {
-    let info: Value = serde_json::from_str(info).map_err(|e| format!("qemu-img info: {e}"))?;
+    // For a LUN the client's own messages follow.
+    let mut values = serde_json::Deserializer::from_str(info).into_iter::<Value>();
+    let info =
+        values.next().ok_or("qemu-img info says nothing")?.map_err(|e| format!("qemu-img info: {e}"))?;
     let list = info["format-specific"]["data"]["bitmaps"].as_array().cloned().unwrap_or_default();
     let found = list.into_iter().find(|b| b["name"] == name);
     let text = |flag: &Value| flag.as_str().unwrap_or_default().to_owned();

@@ -556,8 +556,7 @@ impl Pair {
                 Err(e) if self.may_leak && e.contains("waste of disk space, but no harm to data") => {}
                 other => drop(other?),
             }
-            let info =
-                self.qemu_img(&["info", "--output=json", "--image-opts", &format!("driver=qcow2,{file}")])?;
+            let info = self.qemu_img(&["info", "--output=json", "-f", "qcow2", image])?;
             check_bitmap(&info, !self.taken_over)?;
         }
         Ok(())
