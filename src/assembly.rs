@@ -833,6 +833,15 @@ impl Chipset for PcChipset {
     fn level_pins(&self) -> Vec<Option<ApicMessage>> {
         self.0.level_pins()
     }
+    fn bells_version(&self) -> u64 {
+        self.0.map_version()
+    }
+    fn bells(&self) -> Vec<ftvm_accel::kvm::Bell> {
+        self.0.bells()
+    }
+    fn ring(&mut self, mem: &GuestMemory, now_ns: u64, token: u64) {
+        self.0.ring(mem, now_ns, token);
+    }
     fn random(&mut self) -> u64 {
         self.0.random()
     }
