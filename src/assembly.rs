@@ -685,7 +685,16 @@ impl Blueprint {
             let Some(theirs) = mine.drives.iter_mut().find(|t| t.id == d.id) else {
                 return Err(format!("drive '{}' differs: the primary has none of this id", d.id));
             };
-            let host_only = DriveConfig { file: theirs.file.clone(), locking: theirs.locking, ..d.clone() };
+            // So are the secrets' names, where they are given.
+            let key_secret = d.key_secret.clone().or(theirs.key_secret.clone());
+            let backing_key_secret = d.backing_key_secret.clone().or(theirs.backing_key_secret.clone());
+            let host_only = DriveConfig {
+                file: theirs.file.clone(),
+                locking: theirs.locking,
+                key_secret: theirs.key_secret.clone(),
+                backing_key_secret: theirs.backing_key_secret.clone(),
+                ..d.clone()
+            };
             if &host_only != theirs {
                 return differs(
                     &format!("drive '{}'", d.id),
@@ -693,7 +702,7 @@ impl Blueprint {
                     format!("{theirs:?}"),
                 );
             }
-            *theirs = d.clone();
+            *theirs = DriveConfig { key_secret, backing_key_secret, ..d.clone() };
         }
         for n in here.netdevs.iter().filter(|n| n.id != "__default") {
             let Some(theirs) = mine.netdevs.iter_mut().find(|t| t.id == n.id) else {
