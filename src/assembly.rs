@@ -685,7 +685,16 @@ impl Blueprint {
             let Some(theirs) = mine.drives.iter_mut().find(|t| t.id == d.id) else {
                 return Err(format!("drive '{}' differs: the primary has none of this id", d.id));
             };
-            let host_only = DriveConfig { file: theirs.file.clone(), locking: theirs.locking, ..d.clone() };
+            // So are the secrets' names, where they are given.
+            let key_secret = d.key_secret.clone().or(theirs.key_secret.clone());
+            let backing_key_secret = d.backing_key_secret.clone().or(theirs.backing_key_secret.clone());
+            let host_only = DriveConfig {
+                file: theirs.file.clone(),
+                locking: theirs.locking,
+                key_secret: theirs.key_secret.clone(),
+                backing_key_secret: theirs.backing_key_secret.clone(),
+                ..d.clone()
+            };
             if &host_only != theirs {
                 return differs(
                     &format!("drive '{}'", d.id),
@@ -693,7 +702,7 @@ impl Blueprint {
                     format!("{theirs:?}"),
                 );
             }
-            *theirs = d.clone();
+            *theirs = DriveConfig { key_secret, backing_key_secret, ..d.clone() };
         }
         for n in here.netdevs.iter().filter(|n| n.id != "__default") {
             let Some(theirs) = mine.netdevs.iter_mut().find(|t| t.id == n.id) else {
@@ -823,6 +832,15 @@ impl Chipset for PcChipset {
     }
     fn level_pins(&self) -> Vec<Option<ApicMessage>> {
         self.0.level_pins()
+    }
+    fn bells_version(&self) -> u64 {
+        self.0.map_version()
+    }
+    fn bells(&self) -> Vec<ftvm_accel::kvm::Bell> {
+        self.0.bells()
+    }
+    fn ring(&mut self, mem: &GuestMemory, now_ns: u64, token: u64) {
+        self.0.ring(mem, now_ns, token);
     }
     fn random(&mut self) -> u64 {
         self.0.random()

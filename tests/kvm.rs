@@ -76,7 +76,12 @@ macro_rules! need_kvm {
 
 fn launch(scratch: &Scratch, name: &str, image: &str, more: &[&str]) -> Result<Vm> {
     let drive = format!("file={image},format=raw,if=virtio");
-    let mut args = vec!["-m", "32", "-nodefaults", "-drive", &drive];
+    launch_with(scratch, name, &["-drive", &drive], more)
+}
+
+fn launch_with(scratch: &Scratch, name: &str, disk: &[&str], more: &[&str]) -> Result<Vm> {
+    let mut args = vec!["-m", "32", "-nodefaults"];
+    args.extend(disk);
     args.extend(more);
     start(scratch, name, &args)
 }
@@ -120,6 +125,48 @@ fn progress_after(before: &str, vm: &Vm, more: usize) -> Result<usize> {
         other => Some(other.map(|l| l.len())),
     })
     .map_err(|e| format!("{e}\n{}\n{}", vm.text(), vm.log()))?
+}
+
+/// How often the thread of the doorbells has slept.
+fn doorbell_sleeps(vm: &Vm) -> Result<u64> {
+    let tasks = format!("/proc/{}/task", vm.pid());
+    for task in std::fs::read_dir(&tasks).map_err(|e| format!("{tasks}: {e}"))?.flatten() {
+        let read = |name: &str| std::fs::read_to_string(task.path().join(name)).unwrap_or_default();
+        if read("comm").trim() == "doorbells" {
+            let status = read("status");
+            let count = status.lines().find_map(|l| l.strip_prefix("voluntary_ctxt_switches:"));
+            return count.and_then(|n| n.trim().parse().ok()).ok_or(format!("no count in {status}"));
+        }
+    }
+    Err("there is no thread of the doorbells".into())
+}
+
+#[test]
+fn the_guest_does_not_wait_for_what_it_notifies() -> Result<()> {
+    need_kvm!();
+    let scratch = Scratch::new("kvm-doorbells")?;
+    let drive = format!("file={},format=raw,if=none,id=d", disk(&scratch)?);
+    let mut rung = Vec::new();
+    for (name, on) in [("on", "on"), ("off", "off")] {
+        let device = format!("virtio-blk-pci,drive=d,ioeventfd={on}");
+        let disk = ["-drive", &drive, "-device", &device];
+        let mut vm = launch_with(&scratch, name, &disk, &["-accel", "kvm"])?;
+        progress(&vm, 1)?;
+        let before = doorbell_sleeps(&vm)?;
+        // Each of these lines took a request of the disk.
+        progress(&vm, 20)?;
+        rung.push(doorbell_sleeps(&vm)? - before);
+        // And none is lost when it stops, whenever that is.
+        let mut qmp = vm.qmp()?;
+        for _ in 0..10 {
+            qmp.command("stop", Value::Null)?;
+            qmp.command("cont", Value::Null)?;
+            progress(&vm, 1)?;
+        }
+        vm.kill();
+    }
+    assert!(rung[0] >= 20 && rung[1] == 0, "{rung:?}");
+    Ok(())
 }
 
 #[test]

@@ -34,6 +34,65 @@ fn image(scratch: &Scratch, name: &str, mib: u32) -> Result<String> {
     Ok(path)
 }
 
+/// The secret that libvirt has for encrypted disks, and what it protects.
+const SECRET: &str = "5eb5eb5e-0000-4000-8000-000000000001";
+const PASSPHRASE: &str = "only libvirt knows";
+
+/// An image that is encrypted, and `<source>` of the disk: the format that is named is the one under the encryption.
+fn encrypted_image(scratch: &Scratch, name: &str, format: &str, mib: u32) -> Result<(String, String)> {
+    let (path, size) = (scratch.path(name), format!("{mib}M"));
+    let secret = format!("secret,id=s,data={PASSPHRASE}");
+    make_encrypted(&[
+        "create",
+        "-q",
+        "--object",
+        &secret,
+        "-f",
+        format,
+        "-o",
+        luks_options(format),
+        &path,
+        &size,
+    ])?;
+    run("chmod", &["666", &path])?;
+    let driver = if format == "luks" { "raw" } else { format };
+    let source = format!(
+        "<driver name='qemu' type='{driver}'/><source file='{path}'>
+        <encryption format='luks'><secret type='passphrase' uuid='{SECRET}'/></encryption></source>"
+    );
+    Ok((path, source))
+}
+
+/// Tell a libvirt the secret.
+fn set_secret(v: &Libvirt, scratch: &Scratch, passphrase: &str) -> Result<()> {
+    let (xml, value) = (scratch.path("secret.xml"), scratch.path("passphrase"));
+    let text = format!(
+        "<secret ephemeral='yes' private='yes'><uuid>{SECRET}</uuid><usage type='volume'><volume>v</volume></usage></secret>"
+    );
+    std::fs::write(&xml, text)
+        .and_then(|()| std::fs::write(&value, passphrase))
+        .map_err(|e| e.to_string())?;
+    v.virsh(&["secret-define", &xml])?;
+    v.virsh(&["secret-set-value", SECRET, "--plain", "--file", &value]).map(|_| ())
+}
+
+/// Whether the image, which is sound, holds this text, once it is decrypted.
+fn decrypted_has(scratch: &Scratch, path: &str, format: &str, text: &str) -> Result<bool> {
+    let key = if format == "luks" { "key-secret" } else { "encrypt.key-secret" };
+    let (from, plain) = (format!("driver={format},{key}=s,file.filename={path}"), scratch.path("plain"));
+    let secret = format!("secret,id=s,data={PASSPHRASE}");
+    if format == "qcow2" {
+        run("qemu-img", &["check", "--object", &secret, "--image-opts", &from])?;
+    }
+    run("qemu-img", &["convert", "--object", &secret, "--image-opts", &from, "-O", "raw", &plain])?;
+    file_has(&plain, text)
+}
+
+fn file_has(path: &str, text: &str) -> Result<bool> {
+    let data = std::fs::read(path).map_err(|e| format!("{path}: {e}"))?;
+    Ok(data.windows(text.len()).any(|w| w == text.as_bytes()))
+}
+
 /// A domain as people write it: what libvirt adds by default is there.
 fn domain(scratch: &Scratch, name: &str) -> Result<String> {
     let xml = description(scratch, name)?;
@@ -43,10 +102,11 @@ fn domain(scratch: &Scratch, name: &str) -> Result<String> {
 }
 
 /// A domain as virt-install writes it for Debian: a q35 with free ports for what is plugged in later.
+/// Its disk is encrypted.
 fn q35_description(scratch: &Scratch, name: &str) -> Result<String> {
     let emulator = share(env!("CARGO_BIN_EXE_ftvm"), &scratch.path("ftvm"), 0o755)?;
     let (kernel, initrd) = guest(scratch)?;
-    let disk = image(scratch, &format!("{name}.qcow2"), 64)?;
+    let (_, disk) = encrypted_image(scratch, &format!("{name}.qcow2"), "qcow2", 64)?;
     let ports = "<controller type='pci' model='pcie-root-port'/>".repeat(14);
     Ok(format!(
         "<domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
@@ -59,8 +119,7 @@ fn q35_description(scratch: &Scratch, name: &str) -> Result<String> {
   <pm><suspend-to-mem enabled='no'/><suspend-to-disk enabled='no'/></pm>
   <devices>
     <emulator>{emulator}</emulator>
-    <disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{disk}'/>
-      <target dev='vda' bus='virtio'/></disk>
+    <disk type='file' device='disk'>{disk}<target dev='vda' bus='virtio'/></disk>
     <controller type='usb' model='qemu-xhci' ports='15'/>
     <controller type='pci' model='pcie-root'/>{ports}
     <interface type='user'><mac address='52:54:00:aa:00:01'/><model type='virtio'/></interface>
@@ -628,48 +687,23 @@ fn plug_and_pull(v: &Libvirt, name: &str, scratch: &Scratch, console: &mut Conso
 
 /// Encrypted disks, of which libvirt keeps the secret, come and go.
 fn plug_encrypted(v: &Libvirt, name: &str, scratch: &Scratch, console: &mut Console) -> Result<()> {
-    const UUID: &str = "5eb5eb5e-0000-4000-8000-000000000001";
-    let write = |file: &str, text: &str| std::fs::write(scratch.path(file), text).map_err(|e| e.to_string());
-    write(
-        "secret.xml",
-        &format!("<secret ephemeral='yes' private='yes'><uuid>{UUID}</uuid><usage type='volume'><volume>v</volume></usage></secret>"),
-    )?;
-    write("passphrase", "only libvirt knows")?;
-    v.virsh(&["secret-define", &scratch.path("secret.xml")])?;
-    v.virsh(&["secret-set-value", UUID, "--plain", "--file", &scratch.path("passphrase")])?;
-    for (format, sectors) in [("qcow2", "40960"), ("luks", "32768")] {
-        let disk = scratch.path(&format!("encrypted.{format}"));
-        let secret = "secret,id=s,data=only libvirt knows";
-        let size = if format == "qcow2" { "20M" } else { "16M" };
-        let options = luks_options(format);
-        make_encrypted(&["create", "-q", "--object", secret, "-f", format, "-o", options, &disk, size])?;
-        run("chmod", &["666", &disk])?;
-        // The format under the encryption, as libvirt's users name it.
-        let driver = if format == "qcow2" { "qcow2" } else { "raw" };
-        write(
-            "disk.xml",
-            &format!(
-                "<disk type='file' device='disk'><driver name='qemu' type='{driver}'/><source file='{disk}'>
-  <encryption format='luks'><secret type='passphrase' uuid='{UUID}'/></encryption></source>
-  <target dev='vdb' bus='virtio'/></disk>"
-            ),
-        )?;
-        v.virsh(&["attach-device", name, &scratch.path("disk.xml")])?;
+    for (format, mib) in [("qcow2", 20), ("luks", 16)] {
+        let (disk, source) = encrypted_image(scratch, &format!("plugged.{format}"), format, mib)?;
+        let xml = scratch.path("disk.xml");
+        let text = format!("<disk type='file' device='disk'>{source}<target dev='vdb' bus='virtio'/></disk>");
+        std::fs::write(&xml, text).map_err(|e| e.to_string())?;
+        v.virsh(&["attach-device", name, &xml])?;
+        let sectors = (mib << 11).to_string();
         wait_for("the encrypted disk in the guest", LONG, || {
-            console.run("cat /sys/block/vdb/size").ok().filter(|s| s.contains(sectors))
+            console.run("cat /sys/block/vdb/size").ok().filter(|s| s.contains(&sectors))
         })?;
         let wrote =
             console.run("echo what nobody may read | dd of=/dev/vdb bs=512 seek=9 conv=sync,fsync")?;
         assert!(wrote.contains("END:0"), "{wrote}");
-        v.virsh(&["detach-device", name, &scratch.path("disk.xml")])?;
+        v.virsh(&["detach-device", name, &xml])?;
         assert!(console.run("test -e /dev/vdb")?.contains("END:1"), "the disk is still there");
-        let key = if format == "qcow2" { "encrypt.key-secret" } else { "key-secret" };
-        let (from, raw) = (format!("driver={format},{key}=s,file.filename={disk}"), scratch.path("plain"));
-        run("qemu-img", &["convert", "--object", secret, "--image-opts", &from, "-O", "raw", &raw])?;
-        let found = |file: &str| {
-            std::fs::read(file).is_ok_and(|b| b.windows(22).any(|w| w == b"what nobody may read\n\0"))
-        };
-        assert!(found(&raw) && !found(&disk), "{format}");
+        let text = "what nobody may read\n\0";
+        assert!(decrypted_has(scratch, &disk, format, text)? && !file_has(&disk, text)?, "{format}");
     }
     Ok(())
 }
@@ -682,18 +716,22 @@ fn libvirt_runs_a_q35_as_virt_install_writes_it() -> Result<()> {
     }
     let scratch = Scratch::new("libvirt-q35")?;
     let xml = scratch.path("q.xml");
-    // With disks on the SCSI bus, too.
+    // With disks on the SCSI bus, too, the first of them encrypted.
+    let (luks, source) = encrypted_image(&scratch, "q-scsi.luks", "luks", 48)?;
     let scsi = format!(
-        "<disk type='file' device='disk'><driver name='qemu' type='qcow2' discard='unmap'/><source file='{}'/>
-      <target dev='sda' bus='scsi'/><serial>SCSI0</serial></disk>
+        "<disk type='file' device='disk'>{}<target dev='sda' bus='scsi'/><serial>SCSI0</serial></disk>
     <disk type='file' device='cdrom'><target dev='sdb' bus='scsi'/><readonly/></disk>
     <controller type='scsi' model='virtio-scsi'/><controller type='usb'",
-        image(&scratch, "q-scsi.qcow2", 48)?
+        source.replace("type='raw'", "type='raw' discard='unmap'")
     );
     let description = q35_description(&scratch, "q")?.replacen("<controller type='usb'", &scsi, 1);
     std::fs::write(&xml, description).map_err(|e| e.to_string())?;
     let v = Libvirt::start(&scratch)?;
     v.virsh(&["define", &xml])?;
+    set_secret(&v, &scratch, "somebody else's")?;
+    let refused = v.virsh(&["start", "q"]).err().unwrap_or_default();
+    assert!(refused.contains("Invalid password, cannot unlock any keyslot"), "{refused}");
+    set_secret(&v, &scratch, PASSPHRASE)?;
     v.virsh(&["start", "q"])?;
     v.wait_state("q", "running", LONG)?;
     let mut console = Console::open(&v, "q")?;
@@ -708,6 +746,11 @@ fn libvirt_runs_a_q35_as_virt_install_writes_it() -> Result<()> {
     console.run("insmod /extra/virtio_scsi.ko; sleep 1")?;
     assert!(console.run("cat /sys/block/sda/size /sys/block/sda/device/vendor")?.contains("98304"));
     assert!(v.virsh(&["domblkinfo", "q", "sda"])?.contains("50331648"));
+    let write =
+        |d: &str| format!("echo what {d} keeps to itself | dd of=/dev/{d} bs=512 seek=9 conv=sync,fsync");
+    for disk in ["vda", "sda"] {
+        assert!(console.run(&write(disk))?.contains("END:0"), "{disk}");
+    }
     let hot = image(&scratch, "hot.qcow2", 24)?;
     v.virsh(&[
         "attach-disk",
@@ -742,8 +785,14 @@ fn libvirt_runs_a_q35_as_virt_install_writes_it() -> Result<()> {
     v.virsh(&["reset", "q"])?;
     console.until("Enter 'help'", LONG)?;
     assert!(console.run("test -e /dev/vda -a ! -e /dev/vdb")?.contains("END:0"));
+    let read = console.run("dd if=/dev/vda bs=512 skip=9 count=1 2>/dev/null")?;
+    assert!(read.contains("what vda keeps to itself"), "{read}");
     let _ = console.run("(sleep 1; poweroff -f) & true");
     v.wait_state("q", "shut off (shutdown)", LONG)?;
+    for (disk, format, name) in [(scratch.path("q.qcow2"), "qcow2", "vda"), (luks, "luks", "sda")] {
+        let text = format!("what {name} keeps to itself\n");
+        assert!(decrypted_has(&scratch, &disk, format, &text)? && !file_has(&disk, &text)?, "{name}");
+    }
     Ok(())
 }
 
@@ -772,6 +821,9 @@ fn a_pair_of_libvirts_keeps_a_domain_when_one_side_dies() -> Result<()> {
     write(&two, with_ft(&xml, &format!("backup,peer={first},listen={second}")))?;
     let (a, b) = (Libvirt::start(&one)?, Libvirt::start(&two)?);
     run("chmod", &["777", &one.0.display().to_string()])?;
+    // Each of them knows the secret, which it gives its own emulator under a key of its own.
+    set_secret(&a, &one, PASSPHRASE)?;
+    set_secret(&b, &two, PASSPHRASE)?;
     a.virsh(&["define", &path(&one)])?;
     a.virsh(&["start", "pair"])?;
     let mut console = Console::open(&a, "pair")?;
@@ -798,6 +850,8 @@ fn a_pair_of_libvirts_keeps_a_domain_when_one_side_dies() -> Result<()> {
     let refused = b.virsh(&["suspend", "pair"]);
     assert!(refused.is_err_and(|e| e.contains("this is a backup")), "a backup was suspended");
 
+    console.run("echo before > /dev/vda; sync")?;
+
     // The first side dies.
     let pid = std::fs::read_to_string(one.path("libvirt1/qemu/pair.pid")).map_err(|e| e.to_string())?;
     run("kill", &["-9", pid.trim()])?;
@@ -807,6 +861,13 @@ fn a_pair_of_libvirts_keeps_a_domain_when_one_side_dies() -> Result<()> {
     wait_for("the guest's shell", LONG, || console.run("echo $MARK").ok().filter(|s| s.contains("kept")))?;
     let wrote = console.run("dd if=/dev/zero of=/dev/vdb bs=1M count=4; sync")?;
     assert!(wrote.contains("END:0"), "{wrote}");
+    wait_for("what the encrypted disk keeps", LONG, || {
+        console
+            .run("echo 3 > /proc/sys/vm/drop_caches; head -n 1 /dev/vda")
+            .ok()
+            .filter(|s| s.contains("before"))
+    })?;
+    console.run("echo after > /dev/vda; sync")?;
     b.virsh(&["suspend", "pair"])?;
     b.wait_state("pair", "paused", LONG)?;
     b.virsh(&["resume", "pair"])?;
@@ -815,6 +876,7 @@ fn a_pair_of_libvirts_keeps_a_domain_when_one_side_dies() -> Result<()> {
     let _ = watch.kill();
     let _ = watch.wait();
     let seen = std::fs::read_to_string(&events).unwrap_or_default();
+    assert!(decrypted_has(&two, &one.path("pair.qcow2"), "qcow2", "after\n")?);
     for event in ["FT_STATE_CHANGED", "FT_FAILOVER", "SHUTDOWN"] {
         assert!(seen.contains(&format!("event {event} ")), "no {event} in\n{seen}");
     }
@@ -837,6 +899,8 @@ fn libvirt_saves_reverts_and_moves_a_domain() -> Result<()> {
     }
     let (a, b) = (Libvirt::start(&one)?, Libvirt::start(&two)?);
     run("chmod", &["777", &one.0.display().to_string()])?;
+    set_secret(&a, &one, PASSPHRASE)?;
+    set_secret(&b, &two, PASSPHRASE)?;
     a.virsh(&["define", &xml])?;
     a.virsh(&["start", "moves"])?;
     let mut console = Console::open(&a, "moves")?;
@@ -908,10 +972,15 @@ fn libvirt_saves_reverts_and_moves_a_domain() -> Result<()> {
     a.wait_state("moves", "running", LONG)?;
     let mut console = says(&a, "there")?;
     assert!(console.run("test -e /dev/vdb")?.contains("END:1"), "the disk is back");
+    // The disk is there under the name that this host has for it.
+    let disk =
+        console.run("echo home > /dev/vda; sync; echo 3 > /proc/sys/vm/drop_caches; head -n 1 /dev/vda")?;
+    assert!(disk.contains("home"), "{disk}");
+    assert!(a.virsh(&["domblkinfo", "moves", "vda"])?.contains("67108864"));
     let _ = console.run("(sleep 1; poweroff -f) & true");
     a.wait_state("moves", "shut off (shutdown)", LONG)?;
     run("qemu-img", &["check", &more])?;
-    run("qemu-img", &["check", &one.path("moves.qcow2")])?;
+    assert!(decrypted_has(&one, &one.path("moves.qcow2"), "qcow2", "home\n")?);
     Ok(())
 }
 

@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use ftvm_harness::gdb::Rsp;
 use ftvm_harness::hosts::Network;
-use ftvm_harness::pair::{Clients, Guest, Pair};
+use ftvm_harness::pair::{Clients, Guest, Pair, BITMAP};
 use ftvm_harness::qmp::Qmp;
-use ftvm_harness::{guests, run_stories, wait_for, Result};
+use ftvm_harness::{bitmaps, guests, run_stories, wait_for, Result};
 use serde_json::{json, Value};
 
 const WAIT: Duration = Duration::from_secs(60);
@@ -280,6 +280,90 @@ fn separate_disks() -> Result<()> {
     pair.compare_images()
 }
 
+/// The bitmap that the image came with, as the monitor of the live side shows it.
+fn bitmap(pair: &mut Pair) -> Result<Value> {
+    let block = pair.qmp()?.command("query-block", Value::Null)?;
+    let list = block[0]["inserted"]["dirty-bitmaps"].as_array().cloned().unwrap_or_default();
+    Ok(list.into_iter().find(|b| b["name"] == BITMAP).unwrap_or_default())
+}
+
+/// A bitmap that the image keeps goes on while the machine stays on its host, with a backup and after the loss of one, and
+/// has everything that was written. After a takeover nobody believes it; when the pair is over it can be taken away, and
+/// another begun.
+fn kept_bitmaps() -> Result<()> {
+    let starts: [fn(&str) -> Result<Pair>; 2] =
+        [|name| Pair::start(name, Guest::Tiny, ""), |name| Pair::start_separate(name, Guest::Tiny)];
+    for (n, start) in starts.into_iter().enumerate() {
+        let mut pair = start(&format!("bitmaps{n}"))?;
+        let clients = clients(&pair, "bitmaps");
+        for _ in 0..2 {
+            pair.protect()?;
+            clients.wait_progress(20, WAIT)?;
+            pair.kill_backup()?;
+            clients.wait_progress(20, WAIT)?;
+        }
+        pair.protect()?;
+        let shown = bitmap(&mut pair)?;
+        if shown["recording"] != true || shown["count"].as_u64() == Some(0) {
+            return Err(format!("on the first host the bitmap is {shown}"));
+        }
+        clients.finish()?;
+        let (before, image) = (pair.scratch.path("fs.raw"), pair.image.clone());
+        pair.qmp()?.command("quit", Value::Null)?;
+        pair.live_vm()?.wait_exit(WAIT)?;
+        let differ = bitmaps::covers(&before, &image, BITMAP)?;
+        println!("{differ} blocks were written, and the bitmap has them");
+        if differ == 0 {
+            return Err("the guest has written nothing".into());
+        }
+        pair.check_image()?;
+        // Its network's addresses are those of the next.
+        drop(pair);
+
+        let mut pair = start(&format!("bitmaps{n}"))?;
+        let clients = self::clients(&pair, "bitmaps");
+        pair.protect()?;
+        clients.wait_progress(20, WAIT)?;
+        pair.kill_primary()?;
+        clients.wait_progress(20, WAIT)?;
+        let shown = bitmap(&mut pair)?;
+        if shown["inconsistent"] != true || shown["recording"] != false {
+            return Err(format!("after the takeover the bitmap is {shown}"));
+        }
+        let named = |name: &str| json!({"node": "virtio0", "name": name, "persistent": true});
+        let only = |name: &str| json!({"node": "virtio0", "name": name});
+        let refused = |pair: &mut Pair, command: &str, part: &str| {
+            let said = pair.qmp()?.command(command, only(BITMAP)).err().unwrap_or_default();
+            if said.contains(part) {
+                Ok(())
+            } else {
+                Err(format!("{command}: '{said}' is not '{part}'"))
+            }
+        };
+        refused(&mut pair, "block-dirty-bitmap-remove", "refused while fault tolerance is on")?;
+        pair.protect()?;
+        clients.wait_progress(20, WAIT)?;
+        pair.turn_off()?;
+        refused(&mut pair, "block-dirty-bitmap-enable", "is inconsistent and cannot be used")?;
+        let mut qmp = pair.qmp()?;
+        qmp.command("block-dirty-bitmap-remove", only(BITMAP))?;
+        qmp.command("block-dirty-bitmap-add", named("next"))?;
+        drop(qmp);
+        clients.wait_progress(20, WAIT)?;
+        clients.finish()?;
+        let image = pair.image_of(pair.live).to_owned();
+        pair.qmp()?.command("quit", Value::Null)?;
+        pair.live_vm()?.wait_exit(WAIT)?;
+        pair.check_image()?;
+        let info = guests::run("qemu-img", &["info", "--output=json", &image])?;
+        let flags = (bitmaps::flags(&info, BITMAP)?, bitmaps::flags(&info, "next")?);
+        if flags != (None, Some(vec!["auto".to_owned()])) {
+            return Err(format!("the old bitmap and the new one are {flags:?}"));
+        }
+    }
+    Ok(())
+}
+
 /// What does not fit is refused with the difference, and the machine goes on.
 fn refusals() -> Result<()> {
     let mut pair = Pair::start("refusals", Guest::Tiny, "")?;
@@ -456,6 +540,7 @@ fn main() {
             ("separate_disks", separate_disks),
             ("turned_on_and_off", turned_on_and_off),
             ("images", images),
+            ("kept_bitmaps", kept_bitmaps),
             ("refusals", refusals),
             ("screen", screen),
         ],

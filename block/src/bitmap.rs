@@ -163,6 +163,12 @@ impl DirtyBitmap {
         self.state().recording = yes;
     }
 
+    /// What it says is wrong from here on.
+    pub(crate) fn distrust(&self) {
+        let mut state = self.state();
+        (state.inconsistent, state.recording) = (true, false);
+    }
+
     /// Its contents at this moment.
     pub fn bits(&self) -> Bits {
         self.state().bits.clone()

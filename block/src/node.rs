@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use crate::bitmap::{DirtyBitmap, Use, MAX_NAME};
+use crate::bitmap::{DirtyBitmap, StoredBitmap, Use, MAX_NAME};
 use crate::{BlockError, Held, Image, ImageInfo, OpenOptions, Snapshot, SnapshotChange};
 
 /// Looks at every write to a node. Both are called in the middle of the request.
@@ -76,6 +76,13 @@ impl Node {
     /// A node around an image that is not to be opened anew.
     pub fn around(image: Arc<dyn Image>) -> Arc<Self> {
         Self::with_bitmaps(anonymous(), None, Box::new(image), Vec::new())
+    }
+
+    /// A node in front of this one, around an image that passes everything on to it: it has the name, and from here on the
+    /// bitmaps.
+    pub fn behind(&self, image: Arc<dyn Image>) -> Arc<Self> {
+        let bitmaps = std::mem::take(&mut *self.bitmaps.write().unwrap_or_else(PoisonError::into_inner));
+        Self::with_bitmaps(self.name(), None, Box::new(image), bitmaps)
     }
 
     /// As [`Self::around`], with a name and with the bitmaps that the image keeps.
@@ -251,6 +258,11 @@ impl Node {
         self.bitmaps.write().unwrap_or_else(PoisonError::into_inner).clear();
     }
 
+    /// The image was written elsewhere, or is: nobody knows what its bitmaps should say.
+    pub fn distrust_bitmaps(&self) {
+        self.bitmaps().iter().for_each(|b| b.distrust());
+    }
+
     /// Open the image for reading only, or for writing too; requests wait meanwhile. After an error it is as it was, unless
     /// that is impossible.
     pub fn reopen(&self, read_only: bool) -> Result<(), BlockError> {
@@ -415,6 +427,15 @@ impl Image for Node {
     }
     fn is_zero(&self, offset: u64) -> Result<(bool, u64), BlockError> {
         self.image().is_zero(offset)
+    }
+    fn check_bitmap(&self, name: &str, granularity: u64, others: &[String]) -> Result<(), BlockError> {
+        self.image().check_bitmap(name, granularity, others)
+    }
+    fn keep_bitmaps(&self, bitmaps: &[StoredBitmap]) -> Result<(), BlockError> {
+        self.image().keep_bitmaps(bitmaps)
+    }
+    fn drop_bitmap(&self, name: &str) -> Result<(), BlockError> {
+        self.image().drop_bitmap(name)
     }
 }
 

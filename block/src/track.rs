@@ -3,6 +3,7 @@
 
 use std::sync::{Arc, Mutex};
 
+use crate::bitmap::StoredBitmap;
 use crate::{BlockError, Image};
 
 /// Bytes of a chunk; the last one of an image may be shorter.
@@ -160,12 +161,54 @@ impl Image for Tracked {
     fn info(&self) -> crate::ImageInfo {
         self.image.info()
     }
+    fn check_bitmap(&self, name: &str, granularity: u64, others: &[String]) -> Result<(), BlockError> {
+        self.image.check_bitmap(name, granularity, others)
+    }
+    fn keep_bitmaps(&self, bitmaps: &[StoredBitmap]) -> Result<(), BlockError> {
+        self.image.keep_bitmaps(bitmaps)
+    }
+    fn drop_bitmap(&self, name: &str) -> Result<(), BlockError> {
+        self.image.drop_bitmap(name)
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::{open, OpenOptions};
+
+    /// The node in front has the bitmaps, and what is copied from elsewhere is not in them: they are given up.
+    #[test]
+    fn bitmaps_of_a_tracked_image_are_kept_or_given_up() {
+        let dir = std::env::temp_dir().join(format!("ftvm-track-bitmaps-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let path = dir.join("image");
+        crate::qcow2::create_overlay(&path, 1 << 20, None, None).unwrap();
+        let open = || crate::Node::open("disk", &path, &OpenOptions::default(), None).unwrap();
+        let in_front = |node: &Arc<crate::Node>| {
+            let tracked = Tracked::new(Box::new(Arc::clone(node)));
+            (node.behind(Arc::clone(&tracked) as _), tracked)
+        };
+        let node = open();
+        node.add_bitmap("b", None, true, true).unwrap();
+        let (front, tracked) = in_front(&node);
+        assert!(node.bitmaps().is_empty() && front.name() == "disk");
+        front.add_bitmap("more", None, true, true).unwrap();
+        front.write_at(CHUNK, &[1; 512]).unwrap();
+        drop((front, tracked, node));
+        let node = open();
+        let shown =
+            || node.bitmaps().iter().map(|b| (b.info().count, b.info().inconsistent)).collect::<Vec<_>>();
+        assert_eq!(shown(), [(CHUNK, false); 2]);
+        let (front, tracked) = in_front(&node);
+        front.distrust_bitmaps();
+        tracked.write_chunk(3, &[1; CHUNK as usize]).unwrap();
+        drop((front, tracked, node));
+        let node = open();
+        assert!(node.bitmaps().len() == 2 && node.bitmaps().iter().all(|b| b.info().inconsistent));
+        drop(node);
+        std::fs::remove_dir_all(dir).unwrap();
+    }
 
     #[test]
     fn a_copy_follows_an_image_that_is_written() {

@@ -62,6 +62,16 @@ impl Window {
     }
 }
 
+/// Where a guest's write only says that there is work, in one of a device's windows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Doorbell {
+    pub region: u8,
+    /// The offset in the region.
+    pub offset: u64,
+    /// The 16-bit value that rings; `None`: any value of any size.
+    pub value: Option<u16>,
+}
+
 /// A device model. Everything but `name`, `reset`, `save` and `load` is optional.
 ///
 /// A model must be a function of its state and its calls: no host time, no randomness but
@@ -88,6 +98,12 @@ pub trait Device: Send {
     fn windows(&self) -> Vec<Window> {
         Vec::new()
     }
+    /// Its doorbells, which do not change. A write there may reach it later than others that the guest made after it.
+    fn doorbells(&self) -> Vec<Doorbell> {
+        Vec::new()
+    }
+    /// A guest wrote where this doorbell is, or was before its window moved.
+    fn ring(&mut self, ctx: &mut Ctx, bell: &Doorbell) {}
     fn pio_read(&mut self, ctx: &mut Ctx, region: u8, offset: u16, size: u8) -> u32 {
         u32::MAX
     }

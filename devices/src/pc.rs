@@ -1,5 +1,6 @@
 //! QEMU's `pc` and `q35` machines as one deterministic object.
 
+mod bells;
 mod hotplug;
 mod saved;
 
@@ -74,6 +75,7 @@ pub struct Pc {
     ports: Vec<u16>,
     port_maps: Vec<Mapped>,
     memory_maps: Vec<Mapped>,
+    map_version: u64,
     /// The PCI buses, the root bus first.
     buses: Vec<Bus>,
     bridge: u16,
@@ -192,6 +194,7 @@ impl Pc {
             ports: vec![NONE; 0x1_0000],
             port_maps: Vec::new(),
             memory_maps: Vec::new(),
+            map_version: 0,
             buses,
             bridge,
             pm,
@@ -245,6 +248,7 @@ impl Pc {
     /// Rebuild the maps of ports and memory; earlier devices win where windows overlap.
     fn remap(&mut self) {
         self.board.remap = false;
+        self.map_version += 1;
         self.ports.fill(NONE);
         self.port_maps.clear();
         self.memory_maps.clear();

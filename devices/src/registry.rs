@@ -126,6 +126,7 @@ const CODEC: &[(&str, Kind, &str)] = &[
 const VIRTIO: &[(&str, Kind, &str)] = &[
     ("disable-legacy", Kind::Text, "on/off/auto"),
     ("disable-modern", Kind::Bool, "on/off"),
+    ("ioeventfd", Kind::Bool, "on kvm, the guest does not wait for what it notifies (on)"),
     ("vectors", Kind::Number, "MSI-X vectors"),
 ];
 

@@ -81,8 +81,8 @@ impl Backends {
         postcard::to_stdvec(&note).unwrap_or_default()
     }
 
-    /// Take over what another host of this machine noted; what belongs to this host (paths and interfaces of what the machine
-    /// began with) stays.
+    /// Take over what another host of this machine noted; what belongs to this host (paths, names of secrets and interfaces of
+    /// what the machine began with) stays.
     pub fn take_note(&mut self, note: &[u8]) {
         let Ok(mut theirs) = postcard::from_bytes::<Backends>(note) else { return };
         for (mine, theirs) in self.drives.iter().zip(&mut theirs.drives) {
@@ -90,6 +90,8 @@ impl Backends {
                 if mine.id == theirs.id {
                     theirs.file.clone_from(&mine.file);
                     theirs.locking = mine.locking;
+                    theirs.key_secret.clone_from(&mine.key_secret);
+                    theirs.backing_key_secret.clone_from(&mine.backing_key_secret);
                 }
             }
         }
@@ -102,10 +104,14 @@ impl Backends {
         *self = theirs;
     }
 
-    /// Whether every drive and network back end of another host's note is here too.
+    /// Whether every drive and network back end of another host's note is here too. The same image may be called something
+    /// else there: libvirt numbers those that a machine has when it starts.
     pub fn has_all_of(&self, note: &[u8]) -> bool {
         let Ok(theirs) = postcard::from_bytes::<Backends>(note) else { return false };
-        theirs.drives.iter().flatten().all(|d| self.drive(&d.id).is_some())
+        let same_file = |d: &DriveConfig| {
+            d.file.is_some() && self.drives.iter().flatten().any(|mine| mine.file == d.file)
+        };
+        theirs.drives.iter().flatten().all(|d| self.drive(&d.id).is_some() || same_file(d))
             && theirs.netdevs.iter().all(|d| self.netdevs.iter().any(|m| m.id == d.id))
     }
 

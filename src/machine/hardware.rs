@@ -6,7 +6,7 @@
 
 use std::time::{Duration, Instant};
 
-use ftvm_accel::kvm::{Board, Kvm, KvmError, Trouble};
+use ftvm_accel::kvm::{Bell, Board, Kvm, KvmError, Trouble};
 use ftvm_accel::{ApicMessage, GuestMemory, Processor};
 use ftvm_devices::MachineRequest;
 
@@ -85,6 +85,15 @@ impl Board for Lent<'_> {
     }
     fn memory(&self) -> &GuestMemory {
         self.mem
+    }
+    fn bells_version(&self) -> u64 {
+        self.chipset.bells_version()
+    }
+    fn bells(&self) -> Vec<Bell> {
+        self.chipset.bells()
+    }
+    fn ring(&mut self, token: u64) {
+        self.chipset.ring(self.mem, self.clock.now(), token);
     }
 }
 

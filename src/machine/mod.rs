@@ -50,6 +50,16 @@ pub trait Chipset: Send {
     fn level_pins(&self) -> Vec<Option<ftvm_accel::ApicMessage>> {
         Vec::new()
     }
+    /// Changes whenever [`Self::bells`] does.
+    fn bells_version(&self) -> u64 {
+        0
+    }
+    /// Where writes only ring, as things are mapped now.
+    fn bells(&self) -> Vec<ftvm_accel::kvm::Bell> {
+        Vec::new()
+    }
+    /// A guest wrote where a bell of this token is, or was.
+    fn ring(&mut self, _mem: &GuestMemory, _now_ns: u64, _token: u64) {}
     fn random(&mut self) -> u64;
     fn save(&self) -> Vec<u8>;
     fn load(&mut self, saved: &[u8]) -> Result<(), String>;

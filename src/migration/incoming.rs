@@ -9,11 +9,12 @@ use ftvm_accel::mem::{DIRTY_HASH, DIRTY_MIGRATION};
 use serde_json::json;
 
 use super::channel::{listen, Channel, ChannelError, Listener, Uri};
+use super::pages::{is_zero, Pages};
 use super::postcopy;
 use super::postcopy::arriving::{self, Behind, Connection, Input};
 use super::postcopy::pages::PageSet;
 use super::status::Status;
-use super::stream::{Answer, Frame, MachineInfo, Pages, Reader, PAGE};
+use super::stream::{Answer, Frame, MachineInfo, Reader, PAGE};
 use crate::machine::MachineState;
 use crate::runtime::control::{RunState, Shared};
 use crate::runtime::live::Runtime;
@@ -22,6 +23,8 @@ use crate::runtime::{Event, Events};
 /// Frames of pages (1 MiB each at the most) that may wait for the machine thread. The source takes what it could send for what has
 /// arrived: all that waits here when it stops is waited for.
 const WINDOW: usize = 4;
+/// What is read at once where less is asked for: contents of pages go where they belong without a stop in between.
+pub const BUFFER: usize = 64 << 10;
 /// The images may take a moment to become free on the other host.
 const IMAGES_WITHIN: Duration = Duration::from_secs(5);
 /// The sender's patience with a refusal.
@@ -83,7 +86,7 @@ fn receive(mut listener: Listener, shared: &Arc<Shared>, events: &Events) -> Res
     else {
         return Err("the channel has no way in".into());
     };
-    let mut reader = Reader::new(BufReader::with_capacity(1 << 20, input)).map_err(|e| text(&e))?;
+    let mut reader = Reader::new(BufReader::with_capacity(BUFFER, input)).map_err(|e| text(&e))?;
     if reader.answers && output.is_none() {
         return Err("its sender waits for answers, which this channel does not carry".into());
     }
@@ -144,8 +147,8 @@ fn take(reader: &mut Input, events: &Events) -> Result<Option<Rest>, String> {
             Frame::Machine(info) => ask(events, move |rt| compare(rt, info))?,
             Frame::Pages(pages) => {
                 if let Some(received) = &received {
-                    for (gpa, _) in &pages {
-                        received.insert(*gpa);
+                    for (gpa, _) in pages.iter() {
+                        received.insert(gpa);
                     }
                 }
                 window.recv().map_err(|_| "the program ends".to_owned())?;
@@ -208,13 +211,13 @@ pub fn compare(rt: &mut Runtime, info: MachineInfo) -> Result<(), String> {
 pub fn put(rt: &mut Runtime, pages: &Pages) -> Result<(), String> {
     let mem = rt.machine.memory();
     let mut old = [0u8; PAGE];
-    for (gpa, page) in pages {
+    for (gpa, page) in pages.iter() {
         let done = match page {
-            Some(page) => mem.write(*gpa, page.as_slice()),
+            Some(page) => mem.write(gpa, page),
             // Memory that was never touched is zero, and stays untouched.
-            None => mem.read(*gpa, &mut old).and_then(|()| match old.iter().all(|b| *b == 0) {
+            None => mem.read(gpa, &mut old).and_then(|()| match is_zero(&old) {
                 true => Ok(()),
-                false => mem.write(*gpa, &[0; PAGE]),
+                false => mem.write(gpa, &[0; PAGE]),
             }),
         };
         done.map_err(|e| e.to_string())?;

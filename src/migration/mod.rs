@@ -9,6 +9,7 @@
 pub mod channel;
 pub mod incoming;
 pub mod outgoing;
+pub mod pages;
 pub mod postcopy;
 pub mod sender;
 pub mod snapshot;

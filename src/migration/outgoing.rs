@@ -12,11 +12,12 @@ use ftvm_devices::Output;
 use serde_json::json;
 
 use super::channel::{Channel, Client};
+use super::pages::Pages;
 use super::postcopy::pages::is_in;
 use super::postcopy::{self, MISSING};
 use super::sender::{spawn, News, Writer};
 use super::status::{Migration, Status};
-use super::stream::{self, Frame, MachineInfo, Pages, PAGE};
+use super::stream::{self, Frame, MachineInfo, PAGE};
 use crate::runtime::control::RunState;
 use crate::runtime::live::{Runtime, Sink};
 
@@ -246,15 +247,14 @@ fn pass_event(rt: &Runtime, pass: u64) {
 /// Take the pages that are dirty, `limit` at most, in address order from `cursor` on.
 pub fn take_pages(mem: &GuestMemory, cursor: &mut u64, limit: usize) -> Pages {
     let addresses = mem.take_dirty(DIRTY_MIGRATION, cursor, limit);
-    addresses.into_iter().map(|gpa| (gpa, page(mem, gpa))).collect()
+    let mut pages = Pages::with_room(addresses.len());
+    addresses.iter().for_each(|gpa| push(&mut pages, mem, *gpa));
+    pages
 }
 
-/// A page's contents; `None`: all zero.
-fn page(mem: &GuestMemory, gpa: u64) -> Option<Box<[u8; PAGE]>> {
-    let mut page = Box::new([0u8; PAGE]);
+fn push(pages: &mut Pages, mem: &GuestMemory, gpa: u64) {
     // What is dirty is RAM.
-    let read = mem.read(gpa, page.as_mut_slice()).is_ok();
-    Some(page).filter(|p| read && p.iter().any(|b| *b != 0))
+    pages.push(gpa, |page| mem.read(gpa, page).is_ok());
 }
 
 /// Break the connection of a post-copy; false: there is none here.
@@ -342,7 +342,7 @@ fn copy(rt: &mut Runtime) {
 }
 
 fn count(migration: &Migration, pages: &Pages) {
-    let full = pages.iter().filter(|(_, p)| p.is_some()).count() as u64;
+    let full = pages.full() as u64;
     let mut s = migration.state();
     s.stats.normal += full;
     s.stats.duplicate += pages.len() as u64 - full;
@@ -495,7 +495,7 @@ fn post(rt: &mut Runtime) {
         count(&rt.shared.migration, &pages);
         if release {
             let blocks = rt.machine.memory().blocks();
-            let runs: Vec<(u64, u64)> = pages.iter().map(|(gpa, _)| (*gpa, 1)).collect();
+            let runs: Vec<(u64, u64)> = pages.iter().map(|(gpa, _)| (gpa, 1)).collect();
             if let Err(e) = postcopy::discard(&blocks, &runs) {
                 log::debug!("migration: {e}");
             }
@@ -512,7 +512,8 @@ fn wanted(rt: &mut Runtime, wanted: &[u64]) {
     for gpa in wanted {
         // One that is not dirty is on its way.
         if mem.take_dirty_page(DIRTY_MIGRATION, *gpa) {
-            let pages = vec![(*gpa, page(mem, *gpa))];
+            let mut pages = Pages::with_room(1);
+            push(&mut pages, mem, *gpa);
             count(&rt.shared.migration, &pages);
             out.writer.send_first(pages);
         }

@@ -9,8 +9,9 @@ use std::time::{Duration, Instant};
 
 use super::channel::{Channel, Client};
 use super::outgoing::on_news;
+use super::pages::Pages;
 use super::status::Migration;
-use super::stream::{self, Answer, Frame, Pages, PAGE};
+use super::stream::{self, Answer, Frame};
 use crate::runtime::{Event, Events};
 
 /// How long a reason may take behind a connection that broke.
@@ -63,15 +64,11 @@ pub struct Writer {
     frames: u64,
 }
 
-fn bytes_of(pages: &Pages) -> usize {
-    pages.iter().map(|(_, p)| 8 + p.as_ref().map_or(0, |_| PAGE)).sum()
-}
-
 impl Writer {
     /// Send a frame when those before it are sent.
     pub fn send(&mut self, frame: Frame) {
         if let Frame::Pages(pages) = &frame {
-            self.queued.fetch_add(bytes_of(pages), Ordering::Relaxed);
+            self.queued.fetch_add(pages.bytes(), Ordering::Relaxed);
         }
         self.frames += 1;
         let _ = self.work.send(Work::Frame(frame));
@@ -218,27 +215,26 @@ impl Sending {
         let (Some(mut output), child) = (channel.output, channel.child) else {
             return Err("the channel has no way out".into());
         };
-        self.put(output.as_mut(), &stream::head(self.flags)).map_err(|e| text(&e))?;
+        let head = stream::head(self.flags);
+        output.write_all(&head).map_err(|e| text(&e))?;
+        self.migration.sent.fetch_add(head.len() as u64, Ordering::Relaxed);
         let (mut window, mut in_window) = (Instant::now(), 0u64);
         let mut behind = self.flags & stream::RESUME != 0;
         while let Ok(work) = queue.recv() {
             loop {
                 let urgent = self.urgent.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
                 let Some(frame) = urgent else { break };
-                self.put(output.as_mut(), &frame.to_bytes(self.pack)).map_err(|e| text(&e))?;
+                self.put(output.as_mut(), &frame).map_err(|e| text(&e))?;
             }
             match work {
                 Work::Frame(frame) => {
-                    let queued = if let Frame::Pages(p) = &frame { bytes_of(p) } else { 0 };
-                    let bytes = frame.to_bytes(self.pack);
+                    let queued = if let Frame::Pages(p) = &frame { p.bytes() } else { 0 };
                     if frame == Frame::Postcopy {
                         // What was sent in a hurry before is not made up for: now somebody waits.
                         (behind, window, in_window) = (true, Instant::now(), 0);
                     }
-                    drop(frame);
-                    self.put(output.as_mut(), &bytes).map_err(|e| text(&e))?;
+                    in_window += self.put(output.as_mut(), &frame).map_err(|e| text(&e))?;
                     self.queued.fetch_sub(queued, Ordering::Relaxed);
-                    in_window += bytes.len() as u64;
                     self.pace(&mut window, &mut in_window, behind);
                 }
                 Work::Urgent => {}
@@ -266,10 +262,10 @@ impl Sending {
         Ok(())
     }
 
-    fn put(&self, output: &mut dyn Write, bytes: &[u8]) -> std::io::Result<()> {
-        output.write_all(bytes)?;
-        self.migration.sent.fetch_add(bytes.len() as u64, Ordering::Relaxed);
-        Ok(())
+    fn put(&self, output: &mut dyn Write, frame: &Frame) -> std::io::Result<u64> {
+        let bytes = frame.write(output, self.pack)?;
+        self.migration.sent.fetch_add(bytes, Ordering::Relaxed);
+        Ok(bytes)
     }
 
     /// Keep to the bandwidth that the user allows; `behind` the state it is another.

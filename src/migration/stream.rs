@@ -17,6 +17,8 @@ use std::io::{Read, Write};
 
 use serde::{Deserialize, Serialize};
 
+use super::pages::Pages;
+
 /// What every stream begins with.
 pub const MAGIC: &[u8; 8] = b"FTVMSTAT";
 /// Version of the form.
@@ -33,6 +35,9 @@ pub const MAX_PAYLOAD: usize = 256 << 20;
 pub const PAGE: usize = 4096;
 /// Pages of one frame at most.
 pub const MAX_PAGES: usize = 4096;
+
+/// A payload is read in steps of this many bytes; one of pages is not longer, most of the time.
+const STEP: usize = 2 << 20;
 
 const MACHINE: u8 = 1;
 const PAGES: u8 = 2;
@@ -88,9 +93,6 @@ pub struct MachineInfo {
     /// The firmware's bytes, which the machine has mapped.
     pub firmware: Vec<u8>,
 }
-
-/// Pages of guest memory: guest physical address, and contents (`None`: all zero).
-pub type Pages = Vec<(u64, Option<Box<[u8; PAGE]>>)>;
 
 /// A part of a stream.
 #[derive(Clone, Debug, PartialEq)]
@@ -189,10 +191,11 @@ fn take(input: &mut impl Read) -> Result<(u8, Vec<u8>), StreamError> {
         return Err(StreamError::Damaged("a part is too long"));
     }
     // Memory is taken as bytes come in, not as a stranger's length says.
-    let mut payload = Vec::with_capacity(len.min(1 << 20));
-    input.take(len as u64).read_to_end(&mut payload)?;
-    if payload.len() != len {
-        return Err(StreamError::Truncated);
+    let mut payload = Vec::with_capacity(len.min(STEP));
+    while payload.len() < len {
+        let at = payload.len();
+        payload.resize(len.min(at + STEP), 0);
+        input.read_exact(&mut payload[at..])?;
     }
     let mut sum = [0; 4];
     input.read_exact(&mut sum)?;
@@ -209,48 +212,24 @@ fn to_bytes(words: &[u64]) -> Vec<u8> {
     words.iter().flat_map(|w| w.to_le_bytes()).collect()
 }
 
-fn pages_payload(pages: &Pages) -> Vec<u8> {
-    let full = pages.iter().filter(|(_, p)| p.is_some()).count();
-    let mut out = Vec::with_capacity(4 + pages.len() * 8 + full * PAGE);
+/// What precedes the contents of pages in a frame's payload.
+fn pages_heads(pages: &Pages) -> Vec<u8> {
+    let mut out = Vec::with_capacity(4 + pages.len() * 8);
     out.extend((pages.len() as u32).to_le_bytes());
-    for (gpa, page) in pages {
-        // Addresses are those of pages: the lowest bit is free to say that there are contents.
-        out.extend((gpa | u64::from(page.is_some())).to_le_bytes());
-    }
-    for page in pages.iter().filter_map(|(_, p)| p.as_ref()) {
-        out.extend(page.as_slice());
-    }
+    out.extend(pages.heads().iter().flat_map(|head| head.to_le_bytes()));
     out
 }
 
-fn read_pages(raw: &[u8]) -> Result<Pages, StreamError> {
+fn read_pages(raw: Vec<u8>) -> Result<Pages, StreamError> {
     let damaged = || StreamError::Damaged("pages of memory are not readable");
     let (count, rest) = raw.split_at_checked(4).ok_or_else(damaged)?;
     let count = word(count) as usize;
     if count > MAX_PAGES {
         return Err(damaged());
     }
-    let (heads, mut contents) = rest.split_at_checked(count * 8).ok_or_else(damaged)?;
-    let mut pages = Vec::with_capacity(count);
-    for head in heads.chunks_exact(8) {
-        let head = long(head);
-        if head & (PAGE as u64 - 2) != 0 {
-            return Err(damaged());
-        }
-        let page = match head & 1 {
-            0 => None,
-            _ => {
-                let (page, more) = contents.split_first_chunk::<PAGE>().ok_or_else(damaged)?;
-                contents = more;
-                Some(Box::new(*page))
-            }
-        };
-        pages.push((head & !1, page));
-    }
-    match contents.is_empty() {
-        true => Ok(pages),
-        false => Err(damaged()),
-    }
+    let (heads, _) = rest.split_at_checked(count * 8).ok_or_else(damaged)?;
+    let heads = heads.chunks_exact(8).map(long).collect();
+    Pages::from_parts(heads, raw, 4 + count * 8).ok_or_else(damaged)
 }
 
 impl Frame {
@@ -259,7 +238,8 @@ impl Frame {
         match self {
             Frame::Machine(info) => put(MACHINE, &postcard::to_stdvec(info).unwrap_or_default()),
             Frame::Pages(pages) => {
-                let payload = pages_payload(pages);
+                let mut payload = pages_heads(pages);
+                payload.extend(pages.contents());
                 if pack {
                     let packed = lz4_flex::block::compress_prepend_size(&payload);
                     if packed.len() < payload.len() - payload.len() / 8 {
@@ -285,6 +265,29 @@ impl Frame {
         }
     }
 
+    /// Write the frame's bytes; `pack` as for [`Self::to_bytes`]. Returns how many they are.
+    pub fn write(&self, output: &mut dyn Write, pack: bool) -> std::io::Result<u64> {
+        let pages = match self {
+            Frame::Pages(pages) if !pack => pages,
+            _ => {
+                let bytes = self.to_bytes(pack);
+                return output.write_all(&bytes).map(|()| bytes.len() as u64);
+            }
+        };
+        // Contents go as they lie there.
+        let (heads, contents) = (pages_heads(pages), pages.contents());
+        let mut head = vec![PAGES];
+        head.extend(((heads.len() + contents.len()) as u32).to_le_bytes());
+        head.extend(heads);
+        let mut sum = crc32fast::Hasher::new();
+        sum.update(&head);
+        sum.update(contents);
+        output.write_all(&head)?;
+        output.write_all(contents)?;
+        output.write_all(&sum.finalize().to_le_bytes())?;
+        Ok((head.len() + contents.len() + 4) as u64)
+    }
+
     /// Read a frame.
     pub fn read(input: &mut impl Read) -> Result<Frame, StreamError> {
         let (kind, payload) = take(input)?;
@@ -295,7 +298,7 @@ impl Frame {
                     info.map_err(|_| StreamError::Damaged("the machine's description is not readable"))?,
                 ))
             }
-            PAGES => Ok(Frame::Pages(read_pages(&payload)?)),
+            PAGES => Ok(Frame::Pages(read_pages(payload)?)),
             PACKED_PAGES => {
                 let limit = 4 + MAX_PAGES * (8 + PAGE);
                 let damaged = StreamError::Damaged("compressed pages are not readable");
@@ -303,7 +306,7 @@ impl Frame {
                     return Err(damaged);
                 }
                 let raw = lz4_flex::block::decompress_size_prepended(&payload).map_err(|_| damaged)?;
-                Ok(Frame::Pages(read_pages(&raw)?))
+                Ok(Frame::Pages(read_pages(raw)?))
             }
             STATE => match payload.split_first() {
                 Some((running @ 0..=1, state)) => {
@@ -435,16 +438,30 @@ mod tests {
     }
 
     fn stream(pack: bool) -> Vec<u8> {
-        let mut page = Box::new([7u8; PAGE]);
-        page[9] = 1;
+        let mut pages = Pages::default();
+        pages.push(0, |_| true);
+        pages.push(0x5000, |page| {
+            page.fill(7);
+            page[9] = 1;
+            true
+        });
+        pages.push(1 << 32, |page| {
+            page.fill(3);
+            true
+        });
         let frames = [
             Frame::Machine(info()),
-            Frame::Pages(vec![(0, None), (0x5000, Some(page)), (1 << 32, Some(Box::new([3; PAGE])))]),
+            Frame::Pages(pages),
             Frame::State { running: true, state: vec![1, 2, 3] },
             Frame::End { frames: 3 },
         ];
         let mut out = head(0);
-        frames.iter().for_each(|f| out.extend(f.to_bytes(pack)));
+        for frame in &frames {
+            let before = out.len();
+            let written = frame.write(&mut out, pack).unwrap();
+            assert_eq!(out[before..], frame.to_bytes(pack));
+            assert_eq!(written, (out.len() - before) as u64);
+        }
         out
     }
 
@@ -469,7 +486,7 @@ mod tests {
         assert_eq!(frames, read(&packed).unwrap());
         assert_eq!(frames[0], Frame::Machine(info()));
         let Frame::Pages(pages) = &frames[1] else { panic!() };
-        assert_eq!(pages[1].1.as_ref().unwrap()[9], 1);
+        assert_eq!(pages.iter().nth(1).unwrap().1.unwrap()[9], 1);
     }
 
     #[test]
@@ -499,7 +516,11 @@ mod tests {
 
     #[test]
     fn pages_come_behind_the_state_where_that_was_said() {
-        let page = || Frame::Pages(vec![(0x7000, None)]);
+        let page = || {
+            let mut pages = Pages::default();
+            pages.push(0x7000, |_| true);
+            Frame::Pages(pages)
+        };
         let before = [
             Frame::Machine(info()),
             Frame::Advise(77),

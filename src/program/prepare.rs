@@ -347,11 +347,8 @@ fn lock_path(ft: &crate::cli::ft::FtConfig, blueprint: &Blueprint) -> Result<Str
 fn track(images: &mut [Medium]) -> Disks {
     let track = |medium: &mut Medium| {
         let image = medium.take_if(|i| !i.read_only())?;
-        let name = image.name();
-        let tracked = Tracked::new(Box::new(image));
-        let node = Node::around(Arc::clone(&tracked) as _);
-        node.rename(Some(&name));
-        *medium = Some(node);
+        let tracked = Tracked::new(Box::new(Arc::clone(&image)));
+        *medium = Some(image.behind(Arc::clone(&tracked) as _));
         Some(tracked)
     };
     images.iter_mut().map(track).collect()
@@ -452,6 +449,8 @@ fn prepare_backup(
             }
         }
         let disks = track(&mut images);
+        // What the other host has written is in them when this side goes live, and not what it has noted.
+        images.iter().flatten().for_each(|node| node.distrust_bitmaps());
         let common = common(ft, &blueprint, shared, &events, disks)?;
         Ok((machine, outside, control, common, images))
     })();

@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use super::bells::Bells;
 use super::desk::{Board, Desk};
 use super::points::DebugExit;
 use super::vcpu::{Entry, Vcpu};
@@ -117,6 +118,7 @@ struct Gate {
 /// What the threads share.
 pub struct Crew {
     pub vm: Vm,
+    bells: Bells,
     desk: Desk,
     gate: Mutex<Gate>,
     moved: Condvar,
@@ -130,9 +132,14 @@ pub struct Crew {
 
 impl Crew {
     /// Processors that stand still. `wake` makes the machine thread look at [`Self::trouble`] and its devices.
-    pub fn new(vm: Vm, seats: Vec<Arc<Seat>>, wake: Box<dyn Fn() + Send + Sync>) -> Arc<Crew> {
-        Arc::new(Crew {
+    pub fn new(
+        vm: Vm,
+        seats: Vec<Arc<Seat>>,
+        wake: Box<dyn Fn() + Send + Sync>,
+    ) -> Result<Arc<Crew>, KvmError> {
+        let crew = Crew {
             vm,
+            bells: Bells::new()?,
             desk: Desk::default(),
             gate: Mutex::default(),
             moved: Condvar::new(),
@@ -141,7 +148,8 @@ impl Crew {
             woken: AtomicBool::new(false),
             wake,
             seats,
-        })
+        };
+        Ok(Arc::new(crew))
     }
 
     /// Start the threads.
@@ -156,6 +164,12 @@ impl Crew {
                 .map_err(KvmError::io("a processor's thread"))?;
             threads.push(thread);
         }
+        let crew = Arc::clone(self);
+        let ringer = std::thread::Builder::new()
+            .name("doorbells".into())
+            .spawn(move || crew.answer())
+            .map_err(KvmError::io("the doorbells' thread"))?;
+        threads.push(ringer);
         // Until they are here, they cannot be told anything.
         let mut gate = self.gate();
         while gate.parked < self.seats.len() {
@@ -219,6 +233,10 @@ impl Crew {
             self.vm.send(message)?;
         }
         self.vm.map(board.memory())?;
+        let bells = board.bells_version();
+        if !self.bells.is_current(bells) {
+            self.bells.hang(self.vm.fd(), bells, &board.bells())?;
+        }
         let intr = board.intr();
         if intr != self.intr.swap(intr, Ordering::SeqCst) && intr {
             if let Some(boot) = self.seats.first() {
@@ -226,6 +244,15 @@ impl Crew {
             }
         }
         Ok(())
+    }
+
+    /// Tell devices of their doorbells.
+    fn answer(&self) {
+        mask_signals();
+        let closed = || self.gate().quit;
+        self.bells.hear(closed, |rung| {
+            self.with(|board| rung.iter().for_each(|token| board.ring(*token)));
+        });
     }
 
     fn thread(&self, seat: &Seat) {
@@ -350,7 +377,7 @@ impl Crew {
         self.moved.notify_all();
         self.seats.iter().for_each(|s| s.kick());
         // Exits that are under way want the board.
-        self.desk.lend(board, Some(0), || {
+        let turn = self.desk.lend(board, Some(0), || {
             let mut gate = self.gate();
             while gate.parked < self.seats.len() {
                 let (next, late) =
@@ -362,7 +389,14 @@ impl Crew {
                     gate = self.gate();
                 }
             }
+            drop(gate);
+            self.bells.turn()
         });
+        let rung = self.bells.rest(&turn);
+        rung.iter().for_each(|token| board.ring(*token));
+        if let Err(e) = self.deliver(board) {
+            self.complain(Trouble::Failed(e.to_string()));
+        }
     }
 
     /// The threads are to end.
@@ -375,6 +409,7 @@ impl Crew {
             gate.quit = true;
         }
         self.moved.notify_all();
+        self.bells.nudge();
         self.seats.iter().for_each(|s| s.kick());
     }
 }

@@ -7,6 +7,7 @@
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
+use super::bells::Bell;
 use crate::{ApicMessage, GuestMemory};
 
 /// What processors reach outside themselves.
@@ -35,6 +36,16 @@ pub trait Board {
     fn next_deadline(&self) -> Option<u64>;
     /// Guest memory.
     fn memory(&self) -> &GuestMemory;
+    /// Changes whenever [`Self::bells`] does.
+    fn bells_version(&self) -> u64 {
+        0
+    }
+    /// Where writes only ring, as things are mapped now.
+    fn bells(&self) -> Vec<Bell> {
+        Vec::new()
+    }
+    /// A guest wrote where a bell of this token is, or was.
+    fn ring(&mut self, _token: u64) {}
 }
 
 struct Lent(*mut (dyn Board + 'static));

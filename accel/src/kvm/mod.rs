@@ -8,6 +8,8 @@
 //!   ends of interrupts); the 8259s, the I/O APIC, the PIT and the HPET stay the chipset's models, the same ones that
 //!   the software processor uses. Their messages go in by KVM_SIGNAL_MSI; the 8259s' INTR reaches the boot processor by
 //!   KVM_INTERRUPT when it can take one; the end of a level-triggered interrupt comes back as an exit.
+//! - **Doorbells** (`bells`): where a write only says that there is work, KVM signals it and the guest goes on
+//!   (KVM_IOEVENTFD); a thread of its own tells the device.
 //! - **Threads** (`crew`): one for each processor. An exit uses the devices while the machine thread lends them
 //!   (`desk`), that is, while it waits for events.
 //! - **Memory** (`vm`): a slot for each run of addresses that [`GuestMemory`] backs, changed when its map changes.
@@ -20,6 +22,7 @@
 //!
 //! The processors stand still ([`Kvm::stop`]) whenever their state is looked at or changed, and virtual time with them.
 
+mod bells;
 pub mod cpuid;
 mod crew;
 mod desk;
@@ -39,6 +42,7 @@ use std::sync::Arc;
 
 use kvm_ioctls::Kvm as System;
 
+pub use bells::{Bell, BellPlace};
 pub use crew::Trouble;
 pub use desk::Board;
 
@@ -144,7 +148,7 @@ impl Kvm {
             let vcpu = Vcpu::new(fd, reset, list.as_slice(), khz, (model.clone(), cpus))?;
             seats.push(Arc::new(Seat::new(id, vcpu)));
         }
-        let crew = Crew::new(vm, seats, wake);
+        let crew = Crew::new(vm, seats, wake)?;
         let threads = crew.start()?;
         let now = Arc::new(AtomicU64::new(0));
         let processors = crew

@@ -374,6 +374,16 @@ impl Image for Takeover {
         }
         self.alone(|image| image.snapshot(change))
     }
+    fn write_vm_state(&self, at: u64, data: &[u8]) -> Result<(), BlockError> {
+        self.alone(|image| image.write_vm_state(at, data))
+    }
+    fn drop_vm_state(&self) -> Result<(), BlockError> {
+        self.alone(|image| image.drop_vm_state())
+    }
+    fn read_vm_state(&self, id: &str, at: u64, buf: &mut [u8]) -> Result<(), BlockError> {
+        let buf = std::cell::RefCell::new(buf);
+        self.alone(|image| image.read_vm_state(id, at, &mut buf.borrow_mut()))
+    }
     fn backing(&self) -> Option<Arc<Node>> {
         self.alone(|image| Ok(image.backing())).ok().flatten()
     }

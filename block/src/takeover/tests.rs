@@ -19,6 +19,53 @@ fn a_free_image_is_opened_itself() {
     std::fs::remove_dir_all(d).unwrap();
 }
 
+/// The old owner's word for a bitmap is worth nothing once a new one has written, even where it comes late.
+#[test]
+fn a_bitmap_that_a_stalled_owner_keeps_is_not_believed() {
+    let (d, path) = setup("bitmap");
+    let bits = |path: &Path| {
+        let look = OpenOptions { read_only: true, ..OpenOptions::default() };
+        let stored = crate::open(path, &look).unwrap().stored_bitmaps().unwrap();
+        stored.into_iter().map(|b| (b.name, b.bits.is_some())).collect::<Vec<_>>()
+    };
+    let open = || Node::open("old", &path, &OpenOptions::default(), None).unwrap();
+    let old = open();
+    old.add_bitmap("b", None, true, true).unwrap();
+    drop(old);
+    assert_eq!(bits(&path), [("b".to_owned(), true)]);
+    let old = open();
+    old.write_at(0, &[0xA1; 4096]).unwrap();
+    let new =
+        Node::named("new", Box::new(Takeover::open(&path, &OpenOptions::default(), true).unwrap())).unwrap();
+    assert!(new.bitmaps().is_empty());
+    new.write_at(1 << 20, &[0xB1; 4096]).unwrap();
+    // It ends in order, and does not know better.
+    drop(old);
+    assert_eq!(bits(&path), [("b".to_owned(), true)]);
+    while new.background() {}
+    assert!(!has_overlays(&path).unwrap());
+    drop(new);
+    assert_eq!(bits(&path), [("b".to_owned(), false)]);
+    std::fs::remove_dir_all(d).unwrap();
+}
+
+/// An image that no overlay lies on keeps a machine's state as others do.
+#[test]
+fn a_free_image_keeps_a_machines_state() {
+    let (d, path) = setup("state");
+    let image = Takeover::open(&path, &OpenOptions::default(), false).unwrap();
+    image.write_vm_state(0, &[7; 65536]).unwrap();
+    let mut snapshot = Snapshot::new("s", 0);
+    snapshot.vm_state_size = 65536;
+    let made = image.snapshot(&SnapshotChange::Create(snapshot)).unwrap();
+    image.drop_vm_state().unwrap();
+    let mut buf = [0; 65536];
+    image.read_vm_state(&made.id, 0, &mut buf).unwrap();
+    assert!(buf.iter().all(|b| *b == 7));
+    drop(image);
+    std::fs::remove_dir_all(d).unwrap();
+}
+
 #[test]
 fn a_late_write_of_a_stalled_owner_is_hidden_and_merged_away() {
     for raw in [false, true] {

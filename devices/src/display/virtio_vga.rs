@@ -5,7 +5,7 @@
 
 use super::vga::{self, Vga};
 use super::Screen;
-use crate::ctx::{pack, Ctx, Device, DeviceError, Window};
+use crate::ctx::{pack, Ctx, Device, DeviceError, Doorbell, Window};
 use crate::door::Input;
 use crate::pci::PciFunction;
 use crate::registry::Build;
@@ -62,6 +62,12 @@ impl Device for VirtioVga {
     }
     fn windows(&self) -> Vec<Window> {
         self.vga.windows()
+    }
+    fn doorbells(&self) -> Vec<Doorbell> {
+        self.virtio.doorbells()
+    }
+    fn ring(&mut self, ctx: &mut Ctx, bell: &Doorbell) {
+        self.virtio.ring(ctx, bell);
     }
     fn pio_read(&mut self, _: &mut Ctx, region: u8, offset: u16, size: u8) -> u32 {
         self.vga.pio_read(region, offset, size)

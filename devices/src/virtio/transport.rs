@@ -4,12 +4,13 @@ use serde::{Deserialize, Serialize};
 use virtio_queue::QueueT;
 
 use super::{Io, Model, QueueState, VirtQueue, EVENT_IDX, INDIRECT_DESC, NO_VECTOR, VERSION_1};
-use crate::ctx::{pack, unpack, Ctx, Device, DeviceError};
+use crate::ctx::{pack, unpack, Ctx, Device, DeviceError, Doorbell};
 use crate::door::{DiskOp, Input};
 use crate::pci::{Bar, Express, PciFunction, PciId, PciSaved};
 use crate::registry::Build;
 
 const LEGACY_BAR: u8 = 0;
+const LEGACY_NOTIFY: u64 = 0x10;
 /// Where the structures lie in the modern BAR, but for the first two.
 const DEVICE: u64 = 0x2000;
 const NOTIFY: u64 = 0x3000;
@@ -100,6 +101,8 @@ pub struct VirtioPci {
     legacy: bool,
     modern: bool,
     layout: Layout,
+    /// Notifications need not be waited for.
+    doorbells: bool,
     /// Where the PCI configuration access capability lies.
     window: usize,
     s: State,
@@ -187,7 +190,8 @@ impl VirtioPci {
             .map(|n| VirtQueue::new(*n))
             .collect::<Result<Vec<_>, DeviceError>>()?;
         let s = State { config_vector: NO_VECTOR, addresses: vec![[0; 3]; queues.len()], ..State::default() };
-        Ok(VirtioPci { name: b.pci_name(), pci, model, queues, legacy, modern, layout, window, s })
+        let (name, doorbells) = (b.pci_name(), b.flag("ioeventfd", true));
+        Ok(VirtioPci { name, pci, model, queues, legacy, modern, layout, doorbells, window, s })
     }
 
     fn offered(&self) -> u64 {
@@ -333,7 +337,7 @@ impl VirtioPci {
                 q.queue.set_ready(true);
             }
             0x0E => self.s.queue_select = value as u16,
-            0x10 => self.notify(ctx, usize::from(value as u16)),
+            LEGACY_NOTIFY => self.notify(ctx, usize::from(value as u16)),
             0x12 => self.write_status(ctx, value as u8),
             0x14 if config == 0x18 => self.s.config_vector = self.vector(value as u16),
             0x16 if config == 0x18 => {
@@ -505,6 +509,25 @@ impl Device for VirtioPci {
     fn reset(&mut self, ctx: &mut Ctx) {
         self.reset_device(ctx);
         self.pci.reset(ctx);
+    }
+    fn doorbells(&self) -> Vec<Doorbell> {
+        let mut out = Vec::new();
+        for n in (0..self.queues.len() as u16).filter(|_| self.doorbells) {
+            if self.modern {
+                let offset = NOTIFY + u64::from(n) * u64::from(NOTIFY_MULTIPLIER);
+                out.push(Doorbell { region: self.layout.modern, offset, value: None });
+            }
+            if self.legacy {
+                out.push(Doorbell { region: LEGACY_BAR, offset: LEGACY_NOTIFY, value: Some(n) });
+            }
+        }
+        out
+    }
+    fn ring(&mut self, ctx: &mut Ctx, bell: &Doorbell) {
+        match bell.value {
+            Some(queue) => self.notify(ctx, queue.into()),
+            None => self.modern_write(ctx, bell.offset, 2, 0),
+        }
     }
     fn pio_read(&mut self, ctx: &mut Ctx, region: u8, offset: u16, size: u8) -> u32 {
         if region == LEGACY_BAR && self.legacy {

@@ -11,7 +11,8 @@ use super::pages::PageSet;
 use super::small_pages;
 use super::uffd::Uffd;
 use crate::migration::channel::{listen, Channel, Uri};
-use crate::migration::incoming::{arrived, ask, load, set};
+use crate::migration::incoming::{arrived, ask, load, set, BUFFER};
+use crate::migration::pages::Run;
 use crate::migration::status::Status;
 use crate::migration::stream::{Answer, Frame, Reader, PAGE};
 use crate::runtime::control::Shared;
@@ -127,6 +128,40 @@ impl Arriving {
         Ok(())
     }
 
+    /// The same with pages one behind the other.
+    fn put_run(&self, gpa: u64, pages: &[u8]) -> Result<(), String> {
+        let (mut gpa, mut rest) = (gpa, pages);
+        while let Some((page, more)) = rest.split_first_chunk::<PAGE>() {
+            let at = |n: usize| gpa.wrapping_add((n * PAGE) as u64);
+            let first = self.received.blocks.host(gpa);
+            // As far as they are missing, and one behind the other here, too.
+            let put_here = |n: &usize| {
+                let host = self.received.blocks.host(at(*n));
+                !self.received.contains(at(*n)) && host.is_some() && host == first.map(|f| f + n * PAGE)
+            };
+            let missing = (0..rest.len() / PAGE).take_while(put_here).count();
+            let done = match first {
+                Some(to) if missing > 1 => self
+                    .uffd
+                    .put_run(to, &rest[..missing * PAGE])
+                    .map_err(|e| format!("the pages at {gpa:#x} cannot be put in their place: {e}"))?,
+                _ => 0,
+            };
+            if done == 0 {
+                self.put(gpa, Some(page))?;
+                (gpa, rest) = (at(1), more);
+                continue;
+            }
+            for n in 0..done {
+                self.received.insert(at(n));
+            }
+            let (from, end) = (gpa, at(done));
+            lock(&self.asked).retain(|page| !(from..end).contains(page));
+            (gpa, rest) = (end, rest.get(done * PAGE..).unwrap_or_default());
+        }
+        Ok(())
+    }
+
     fn hear_faults(&self) {
         while !self.done.load(Ordering::Acquire) {
             match self.uffd.faults(LOOK_EVERY) {
@@ -218,7 +253,10 @@ impl Arriving {
         loop {
             match input.frame().map_err(|e| e.to_string())? {
                 Frame::Pages(pages) => {
-                    pages.iter().try_for_each(|(gpa, page)| self.put(*gpa, page.as_deref()))?;
+                    pages.runs().try_for_each(|(gpa, run)| match run {
+                        Run::Full(contents) => self.put_run(gpa, contents),
+                        Run::Zero => self.put(gpa, None),
+                    })?;
                 }
                 Frame::Go => {
                     if let Some(go) = go.take() {
@@ -256,7 +294,7 @@ impl Arriving {
             return Err("the channel does not go both ways".into());
         };
         let text = |e: &dyn std::fmt::Display| e.to_string();
-        let mut input = Reader::new(BufReader::with_capacity(1 << 20, input)).map_err(|e| text(&e))?;
+        let mut input = Reader::new(BufReader::with_capacity(BUFFER, input)).map_err(|e| text(&e))?;
         let session = match input.resumes {
             true => input.frame().map_err(|e| text(&e))?,
             false => Frame::Go,

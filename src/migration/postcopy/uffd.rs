@@ -186,6 +186,23 @@ impl Uffd {
         }
     }
 
+    /// As [`Self::put`], pages one behind the other from `to` on. Returns how many were put: those before the first that is there.
+    pub fn put_run(&self, to: usize, pages: &[u8]) -> io::Result<usize> {
+        let len = (pages.len() - pages.len() % PAGE) as u64;
+        loop {
+            let mut copy = Copy { to: to as u64, from: pages.as_ptr() as u64, len, mode: 0, copied: 0 };
+            // SAFETY: as above, `len` bytes from `from`, which are `pages`.
+            match unsafe { uffd_copy(self.0.as_raw_fd(), &mut copy) } {
+                Ok(_) => return Ok(pages.len() / PAGE),
+                Err(nix::Error::EEXIST) => return Ok(0),
+                // Some of them.
+                Err(nix::Error::EAGAIN) if copy.copied > 0 => return Ok(copy.copied as usize / PAGE),
+                Err(nix::Error::EAGAIN) => std::thread::yield_now(),
+                Err(e) => return Err(e.into()),
+            }
+        }
+    }
+
     /// Let those go on that wait for the page at `at`, which is there.
     pub fn wake(&self, at: usize) -> io::Result<()> {
         let mut range = Range { start: at as u64, len: PAGE as u64 };
@@ -240,6 +257,8 @@ mod tests {
         assert!(uffd.put(start + 3 * PAGE, Some(&[7; PAGE])).unwrap());
         assert_eq!(toucher.join().unwrap(), 7);
         assert!(!uffd.put(start + 3 * PAGE, Some(&[8; PAGE])).unwrap(), "what is there stays");
+        assert_eq!(uffd.put_run(start + PAGE, &[9; 4 * PAGE]).unwrap(), 2, "up to what is there");
+        assert_eq!(uffd.put_run(start + 3 * PAGE, &[9; PAGE]).unwrap(), 0);
         uffd.wake(start + 3 * PAGE).unwrap();
         let toucher = touch(4);
         wait();

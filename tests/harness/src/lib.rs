@@ -1,6 +1,7 @@
 //! Whole-machine tests: programs under test as real processes, hosts as network namespaces, real
 //! guests, and clients that remember every acknowledged answer.
 
+pub mod bitmaps;
 pub mod certs;
 pub mod client;
 pub mod etcd;

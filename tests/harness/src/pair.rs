@@ -11,7 +11,7 @@ use crate::hosts::{Network, GUEST};
 use crate::qmp::Qmp;
 use crate::storage::{qemu_img, Kind, Server};
 use crate::vm::Vm;
-use crate::{guests, Result, Scratch};
+use crate::{bitmaps, guests, Result, Scratch};
 
 /// A machine on hosts 0 and 1.
 pub struct Pair {
@@ -36,6 +36,10 @@ pub struct Pair {
     pub may_leak: bool,
     /// The image is encrypted, and both hosts have the secret.
     encrypted: bool,
+    /// What follows the image's name.
+    drive_options: String,
+    /// The host on which the machine began has lost it.
+    taken_over: bool,
     /// `qcow2`, `raw` or `luks`.
     format: &'static str,
     /// Host 1 has an image of its own (`disks=separate`).
@@ -116,6 +120,13 @@ impl Pair {
             }
         };
         let encrypted = drive_options.contains(KEY);
+        if format == "qcow2" {
+            let opts = format!("driver=qcow2,encrypt.key-secret=s,file.filename={image}");
+            let add = ["bitmap", "--add"];
+            let (plain, opened) =
+                ([image.as_str(), BITMAP], ["--object", SECRET, "--image-opts", &opts, BITMAP]);
+            guests::run("qemu-img", &[&add[..], if encrypted { &opened[..] } else { &plain[..] }].concat())?;
+        }
         if encrypted {
             args.extend(["-object".to_owned(), SECRET.to_owned()]);
         }
@@ -167,6 +178,8 @@ impl Pair {
             ft_options: ft_options.clone().unwrap_or_default(),
             may_leak: false,
             encrypted,
+            drive_options: drive_options.to_owned(),
+            taken_over: false,
             format,
             second_image,
             args: args.clone(),
@@ -226,6 +239,10 @@ impl Pair {
         let (a, b) = (self.image_of(0), self.image_of(1));
         guests::run("qemu-img", &["check", a])?;
         guests::run("qemu-img", &["check", b])?;
+        for (host, image) in [a, b].into_iter().enumerate() {
+            let info = guests::run("qemu-img", &["info", "--output=json", image])?;
+            check_bitmap(&info, !self.taken_over && host == self.live)?;
+        }
         guests::run("qemu-img", &["compare", a, b]).map(|_| ())
     }
 
@@ -256,12 +273,16 @@ impl Pair {
         let start = Instant::now();
         let other = self.other();
         let ft = format!("backup,peer={}{}", Network::address(self.place[self.live]), self.ft_options);
-        let drive = format!("file={},if=virtio", self.image_of(other));
+        // Each host calls the secret something else.
+        let key = ["=s", "=t"][other];
+        let options = self.drive_options.replace("=s", key);
+        let drive = format!("file={}{options},if=virtio", self.image_of(other));
+        let secret = SECRET.replace("=s", key);
         let mut args = vec!["-ft", &ft];
         if self.encrypted {
-            args.extend(["-object", SECRET]);
+            args.extend(["-object", &secret]);
         }
-        if self.second_image.is_some() {
+        if self.encrypted || self.second_image.is_some() {
             args.extend(["-drive", &drive]);
         }
         let vm = self.spawn(other, &args)?;
@@ -293,6 +314,7 @@ impl Pair {
             .wait_ft("live", Duration::from_secs(30))
             .map_err(|e| format!("{e}\n{}", self.logs()))?;
         self.live = other;
+        self.taken_over = true;
         Ok(ft)
     }
 
@@ -453,6 +475,7 @@ impl Pair {
             std::thread::sleep(Duration::from_millis(50));
         };
         self.hosts[ended] = None;
+        self.taken_over |= self.live == ended;
         self.live = 1 - ended;
         std::thread::sleep(Duration::from_secs(1));
         let state = self.qmp()?.ft()?["state"].clone();
@@ -533,6 +556,8 @@ impl Pair {
                 Err(e) if self.may_leak && e.contains("waste of disk space, but no harm to data") => {}
                 other => drop(other?),
             }
+            let info = self.qemu_img(&["info", "--output=json", "-f", "qcow2", image])?;
+            check_bitmap(&info, !self.taken_over)?;
         }
         Ok(())
     }
@@ -554,7 +579,21 @@ fn empty_like(image: &str, second: &str) -> Result<String> {
     let info = guests::run("qemu-img", &["info", "-U", "--output=json", image])?;
     let info: serde_json::Value = serde_json::from_str(&info).map_err(|e| e.to_string())?;
     guests::run("qemu-img", &["create", "-q", "-f", "qcow2", second, &info["virtual-size"].to_string()])?;
+    guests::run("qemu-img", &["bitmap", "--add", second, BITMAP])?;
     Ok(second.to_owned())
+}
+
+/// After a clean end: the bitmap that the image came with is believed, or it is not (or the image is a new file, without it).
+fn check_bitmap(info: &str, believed: bool) -> Result<()> {
+    match bitmaps::flags(info, BITMAP)? {
+        Some(flags) if believed && flags == ["auto"] => Ok(()),
+        Some(flags) if !believed && flags.iter().any(|f| f == "in-use") => Ok(()),
+        None if !believed => Ok(()),
+        flags => Err(format!(
+            "the bitmap is {flags:?}, which is {} to be believed",
+            if believed { "" } else { "not " }
+        )),
+    }
 }
 
 /// Where the first partition of a raw image begins; 0 if the image is a file system itself.
@@ -606,6 +645,9 @@ pub fn flip_guest_memory(pid: i32) -> Result<()> {
 
 /// Options that stand for no `-ft` at all.
 const PLAIN: &str = "plain";
+
+/// A dirty bitmap that all qcow2 images have from the start.
+pub const BITMAP: &str = "kept";
 
 /// What a drive's options have when the image is to be encrypted.
 const KEY: &str = "key-secret=s";

@@ -117,6 +117,17 @@ guest!(
 );
 
 guest!(
+    ftvm_bells_start,
+    ftvm_bells_end,
+    doorbells,
+    // 1000 times: a doorbell in memory, one of a value at a port, the port with another value. Then forever the first.
+    ".code16",
+    "cli; xor ax, ax; mov ss, ax; mov sp, 0xF00; mov ax, 0xB800; mov es, ax; mov dx, 0x90; mov cx, 1000",
+    "2: mov word ptr es:[0x10], cx; mov ax, 7; out dx, ax; loop 2b",
+    "mov ax, 8; out dx, ax; out 0xF4, al; 3: mov byte ptr es:[0x10], cl; inc dword ptr ss:[0x600]; jmp 3b",
+);
+
+guest!(
     ftvm_apic_start,
     ftvm_apic_end,
     apic,

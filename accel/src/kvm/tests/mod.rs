@@ -23,6 +23,9 @@ pub struct TestBoard {
     pub pins: Vec<Option<ApicMessage>>,
     /// A write to port 0xF4.
     pub finished: bool,
+    pub bells: (u64, Vec<Bell>),
+    /// Tokens, as they rang.
+    pub rung: Vec<u64>,
 }
 
 impl TestBoard {
@@ -37,6 +40,8 @@ impl TestBoard {
             messages: Vec::new(),
             pins: Vec::new(),
             finished: false,
+            bells: Default::default(),
+            rung: Vec::new(),
         }
     }
 }
@@ -85,6 +90,15 @@ impl Board for TestBoard {
     }
     fn memory(&self) -> &GuestMemory {
         &self.mem
+    }
+    fn bells_version(&self) -> u64 {
+        self.bells.0
+    }
+    fn bells(&self) -> Vec<Bell> {
+        self.bells.1.clone()
+    }
+    fn ring(&mut self, token: u64) {
+        self.rung.push(token);
     }
 }
 

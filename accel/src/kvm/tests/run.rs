@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::guests::{apic, crunch, real_mode_devices, AT};
+use super::guests::{apic, crunch, doorbells, real_mode_devices, AT};
 use super::*;
 use crate::mem::{Shadow, DIRTY_MIGRATION};
 
@@ -240,4 +240,52 @@ fn time_goes_on_from_where_it_stood() {
         now = after;
     }
     assert!(now < 5_000_000_000 + 1_000_000_000, "it stood while the processors did");
+}
+
+#[test]
+fn doorbells_ring_without_an_exit_and_are_never_lost() {
+    let mem = GuestMemory::new(4 << 20).unwrap();
+    doorbells(&mem);
+    let mut board = TestBoard::new(mem);
+    let Some((mut kvm, mut cpus)) = kvm(&board.mem, 1) else { return };
+    begin(&mut cpus);
+    let in_memory = |token| Bell { place: BellPlace::Memory(0xB_8010), token };
+    board.bells = (1, vec![in_memory(5), Bell { place: BellPlace::Port(0x90, 7), token: 6 }]);
+    kvm.deliver(&mut board).unwrap();
+    kvm.go(0, false).unwrap();
+    until(&kvm, &mut board, "the end", |b| b.finished);
+    // All the bells' writes came as signals, as many as there were or fewer; another value is an exit.
+    assert_eq!(board.written, [(0x90, 8), (0xF4, board.written[1].1)]);
+    assert!(board.rung.contains(&5) && board.rung.contains(&6), "{:?}", board.rung);
+    assert!(board.rung.len() <= 2001);
+
+    // Whenever it stands still, what was signalled has been rung.
+    board.finished = false;
+    for _ in 0..20 {
+        board.rung.clear();
+        let before = word(&board.mem, 0x600);
+        kvm.go(0, true).unwrap();
+        let start = Instant::now();
+        while word(&board.mem, 0x600) < before + 3 {
+            assert!(start.elapsed() < Duration::from_secs(10), "it does not go on");
+            std::thread::yield_now();
+        }
+        kvm.stop(&mut board, || 0).unwrap();
+        assert!(board.rung.contains(&5));
+        let silent = board.rung.len();
+        kvm.lend(&mut board, None, || std::thread::sleep(Duration::from_millis(2)));
+        assert_eq!(board.rung.len(), silent);
+    }
+
+    // The window moves: what is signalled belongs to the old place, the new place's token is another.
+    board.bells = (2, vec![in_memory(9)]);
+    board.rung.clear();
+    kvm.deliver(&mut board).unwrap();
+    kvm.go(0, true).unwrap();
+    until(&kvm, &mut board, "the other bell", |b| b.rung.contains(&9));
+    kvm.stop(&mut board, || 0).unwrap();
+    let last_old = board.rung.iter().rposition(|t| *t == 5);
+    let first_new = board.rung.iter().position(|t| *t == 9);
+    assert!(last_old < first_new, "{:?}", board.rung);
+    assert_eq!(board.written.len(), 2);
 }
