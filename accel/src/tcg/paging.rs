@@ -172,6 +172,12 @@ const TOP: u64 = 1 << 60 | 1 << 61;
 /// (One for each half of linear addresses.)
 const CODE_LEAF: [u64; 2] = [1 << 62, 1 << 62 | 1 << 61];
 const CODE_PAGE: [u64; 2] = [1 << 62 | 1 << 63 | 8, 1 << 62 | 1 << 61 | 1 << 63 | 8];
+/// Marks, with an address space, a page of entries that code in its lower half was fetched by.
+const fn space_page(leaf: u64, cr3: u64) -> u64 {
+    (leaf & PAGE_BITS ^ cr3.wrapping_mul(0x9E37_79B9_7F4A_7C15)) & !0xF | 8
+}
+/// The page, in a physical address with marks.
+const PAGE_BITS: u64 = 0xF_FFFF_FFFF_F000;
 /// Writes to one table, each within so many instructions of the one before, until nothing of it is kept and its
 /// writes are free; an entry that a walk used counts as several.
 const MANY_WRITES: u32 = 16;
@@ -367,7 +373,18 @@ impl SoftCpu {
         if high {
             self.new_epoch();
         } else if low {
-            self.new_low_epoch();
+            let tables = code[0].map(|key| key & PAGE_BITS);
+            for k in 0..self.spaces.len() {
+                if tables.iter().any(|&t| self.marked(space_page(t, self.spaces[k].cr3))) {
+                    self.epochs += 1;
+                    self.spaces[k].epoch = self.epochs;
+                }
+            }
+            if tables.iter().any(|&t| self.marked(space_page(t, self.cr3))) {
+                self.epochs += 1;
+                self.epoch = self.epochs;
+                self.update_key();
+            }
         }
         if low || high {
             // The next instruction is fetched by the new tables.
@@ -738,6 +755,8 @@ impl SoftCpu {
             self.mark(w.leaf & !0xFFF | CODE_PAGE[half]);
             if half == 1 {
                 self.note_high(lin);
+            } else {
+                self.mark(space_page(w.leaf, self.cr3));
             }
         }
         let mut e = CodeEntry { tag: page, host, phys, leaf: w.leaf, page: std::ptr::null() };

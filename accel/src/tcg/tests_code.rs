@@ -156,6 +156,42 @@ fn address_spaces_share_kernel_code_only_while_they_agree() {
 }
 
 #[test]
+fn code_of_an_address_space_put_aside_is_found_anew_when_its_page_moves() {
+    // mov ecx,40; mov rdi,HIGH_HALF; a: CR3 changes between 10000h and 16000h; twice call 5000h; what the space that is not
+    // in use has at 5000h moves to D000h or back (E000h from 6000h in the second's); dec ecx; jnz a; hlt
+    let code = [
+        0xB9, 0x28, 0, 0, 0, 0x48, 0xBF, 0, 0, 0, 0, 0x80, 0xFF, 0xFF, 0xFF, 0x0F, 0x20, 0xD8, 0x35, 0, 0x60,
+        0, 0, 0x0F, 0x22, 0xD8, 0xBE, 0, 0x50, 0, 0, 0xFF, 0xD6, 0xFF, 0xD6, 0x35, 0, 0x60, 0, 0, 0x80, 0xB4,
+        7, 0x29, 0x30, 0, 0, 0x80, 0xFF, 0xC9, 0x75, 0xDB, 0xF4,
+    ];
+    let rbx = in_every_tier(|| {
+        let mut m = Machine::long(&code);
+        for (at, more) in [(0x5000, 0), (0x6000, 1), (0xD000, 2), (0xE000, 3)] {
+            // add rbx,imm32; ret
+            put(
+                &m,
+                &[
+                    (at, &[0x48, 0x81, 0xC3]),
+                    (at + 3, &(1u32 << (8 * more)).to_le_bytes()),
+                    (at + 7, &[0xC3]),
+                ],
+            );
+        }
+        // The upper half has tables of its own, the same in both spaces.
+        words(&m, &[(0x1_0FF8, 0x1_A027), (0x1_6FF8, 0x1_A027), (0x1_A000, 0x1_B007), (0x1_B000, 0x1_C007)]);
+        for i in 0..512 {
+            words(&m, &[(0x1_C000 + 8 * i, i << 12 | 7)]);
+        }
+        // The second's lower half: 6000h at 5000h.
+        words(&m, &[(0x1_6000, 0x1_7007), (0x1_7000, 0x1_8007), (0x1_8000, 0x1_9007), (0x1_9028, 0x6007)]);
+        m.cpu.rip = HIGH_HALF + 0x1000;
+        m.cpu.st.gpr[RSP] = HIGH_HALF + 0x7800;
+        m
+    });
+    assert_eq!(rbx, 20 * 0x0101_0101);
+}
+
+#[test]
 fn table_entries_of_every_level_are_noticed() {
     // Four times: add rbx,[5000h]; then for the PTE, the PDE (after 40 writes beside it), the PDPTE and the top entry:
     // xor of the entry; add rbx,[5000h]; xor back; add rbx,[5000h].
