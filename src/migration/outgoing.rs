@@ -114,6 +114,14 @@ impl Outgoing {
         }
     }
 
+    /// How long to wait before looking again: in post-copy little waits for the channel, and is soon sent.
+    pub fn nap(&self) -> Duration {
+        match self.phase {
+            Phase::Posting => Duration::from_micros(100),
+            _ => Duration::from_millis(1),
+        }
+    }
+
     /// Whether there is something to send at once.
     pub fn is_hungry(&self) -> bool {
         let most = match self.phase {

@@ -507,7 +507,7 @@ impl Runtime {
     fn nap(&self) -> Duration {
         match &self.outgoing {
             Some(out) if out.is_hungry() => Duration::ZERO,
-            Some(_) => Duration::from_millis(1),
+            Some(out) => out.nap(),
             None => NAP,
         }
     }
