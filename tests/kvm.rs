@@ -147,10 +147,10 @@ fn the_guest_does_not_wait_for_what_it_notifies() -> Result<()> {
     let scratch = Scratch::new("kvm-doorbells")?;
     let drive = format!("file={},format=raw,if=none,id=d", disk(&scratch)?);
     let mut rung = Vec::new();
-    for (name, on) in [("on", "on"), ("off", "off")] {
+    for on in ["on", "off"] {
         let device = format!("virtio-blk-pci,drive=d,ioeventfd={on}");
         let disk = ["-drive", &drive, "-device", &device];
-        let mut vm = launch_with(&scratch, name, &disk, &["-accel", "kvm"])?;
+        let mut vm = launch_with(&scratch, on, &disk, &["-accel", "kvm"])?;
         progress(&vm, 1)?;
         let before = doorbell_sleeps(&vm)?;
         // Each of these lines took a request of the disk.

@@ -102,8 +102,8 @@ pub trait Device: Send {
     fn doorbells(&self) -> Vec<Doorbell> {
         Vec::new()
     }
-    /// A guest wrote where this doorbell is, or was before its window moved.
-    fn ring(&mut self, ctx: &mut Ctx, bell: &Doorbell) {}
+    /// A guest wrote where the `n`-th of them is, or was before its window moved.
+    fn ring(&mut self, ctx: &mut Ctx, n: usize) {}
     fn pio_read(&mut self, ctx: &mut Ctx, region: u8, offset: u16, size: u8) -> u32 {
         u32::MAX
     }

@@ -257,6 +257,7 @@ pub fn take_pages(mem: &GuestMemory, cursor: &mut u64, limit: usize) -> Pages {
     let addresses = mem.take_dirty(DIRTY_MIGRATION, cursor, limit);
     let mut pages = Pages::with_room(addresses.len());
     addresses.iter().for_each(|gpa| push(&mut pages, mem, *gpa));
+    pages.trim();
     pages
 }
 

@@ -51,6 +51,13 @@ impl Pages {
         self.heads.push(gpa | u64::from(full));
     }
 
+    /// Give back room that was not needed: pages without contents may wait for a slow channel in great number.
+    pub fn trim(&mut self) {
+        if self.data.len() < self.data.capacity() / 2 {
+            self.data.shrink_to_fit();
+        }
+    }
+
     /// How many there are.
     pub fn len(&self) -> usize {
         self.heads.len()

@@ -66,8 +66,8 @@ impl Device for VirtioVga {
     fn doorbells(&self) -> Vec<Doorbell> {
         self.virtio.doorbells()
     }
-    fn ring(&mut self, ctx: &mut Ctx, bell: &Doorbell) {
-        self.virtio.ring(ctx, bell);
+    fn ring(&mut self, ctx: &mut Ctx, n: usize) {
+        self.virtio.ring(ctx, n);
     }
     fn pio_read(&mut self, _: &mut Ctx, region: u8, offset: u16, size: u8) -> u32 {
         self.vga.pio_read(region, offset, size)

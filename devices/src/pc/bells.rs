@@ -38,10 +38,6 @@ impl Pc {
 
     /// The guest wrote where the bell of this token is, or was a moment ago.
     pub fn ring(&mut self, mem: &GuestMemory, now_ns: u64, token: u64) {
-        let (device, n) = (token >> 32, token as u32 as usize);
-        let bells = self.devices.get(device as usize).map(|d| d.doorbells()).unwrap_or_default();
-        if let Some(bell) = bells.get(n) {
-            self.with(mem, now_ns, device as u16, |d, ctx| d.ring(ctx, bell));
-        }
+        self.with(mem, now_ns, (token >> 32) as u16, |d, ctx| d.ring(ctx, token as u32 as usize));
     }
 }

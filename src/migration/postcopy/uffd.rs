@@ -159,24 +159,15 @@ impl Uffd {
 
     /// Put a page at `to` (a page boundary in a watched range), where there is none; who waits for it goes on. False: there is one.
     pub fn put(&self, to: usize, page: Option<&[u8; PAGE]>) -> io::Result<bool> {
-        let fd = self.0.as_raw_fd();
+        if let Some(page) = page {
+            return self.put_run(to, page).map(|pages| pages > 0);
+        }
         loop {
-            let done = match page {
-                Some(page) => {
-                    let from = page.as_ptr() as u64;
-                    let mut copy = Copy { to: to as u64, from, len: PAGE as u64, mode: 0, copied: 0 };
-                    // SAFETY: as above. The kernel reads a page at `from` and writes only where nothing was, in a range
-                    // that `register` was called for: guest memory, which no Rust reference is to.
-                    unsafe { uffd_copy(fd, &mut copy) }
-                }
-                None => {
-                    let range = Range { start: to as u64, len: PAGE as u64 };
-                    let mut zero = Zero { range, mode: 0, zeroed: 0 };
-                    // SAFETY: as above.
-                    unsafe { uffd_zero(fd, &mut zero) }
-                }
-            };
-            match done {
+            let range = Range { start: to as u64, len: PAGE as u64 };
+            let mut zero = Zero { range, mode: 0, zeroed: 0 };
+            // SAFETY: as above. The kernel writes only where nothing was, in a range that `register` was called for: guest
+            // memory, which no Rust reference is to.
+            match unsafe { uffd_zero(self.0.as_raw_fd(), &mut zero) } {
                 Ok(_) => return Ok(true),
                 Err(nix::Error::EEXIST) => return Ok(false),
                 // The map of memory is being changed.
@@ -191,7 +182,7 @@ impl Uffd {
         let len = (pages.len() - pages.len() % PAGE) as u64;
         loop {
             let mut copy = Copy { to: to as u64, from: pages.as_ptr() as u64, len, mode: 0, copied: 0 };
-            // SAFETY: as above, `len` bytes from `from`, which are `pages`.
+            // SAFETY: as above. The kernel reads `len` bytes from `from`, which are `pages`.
             match unsafe { uffd_copy(self.0.as_raw_fd(), &mut copy) } {
                 Ok(_) => return Ok(pages.len() / PAGE),
                 Err(nix::Error::EEXIST) => return Ok(0),
