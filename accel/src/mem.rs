@@ -314,11 +314,13 @@ impl GuestMemory {
         }
     }
 
+    #[inline]
     fn region(&self, gpa: u64) -> Option<&Region> {
         self.regions.iter().find(|r| gpa >= r.start && gpa - r.start < r.len)
     }
 
     /// Host address and flags of the RAM page that holds `gpa`.
+    #[inline]
     fn ram_page(&self, gpa: u64) -> Option<(*mut u8, *const AtomicU8)> {
         let r = self.region(gpa)?;
         let off = (gpa - r.start) & !(PAGE_SIZE - 1);
@@ -348,6 +350,7 @@ impl GuestMemory {
     }
 
     /// What backs the page that holds guest physical address `gpa`.
+    #[inline]
     pub fn backing(&self, gpa: u64) -> Backing {
         const NONE: Backing =
             Backing { read: std::ptr::null(), write: std::ptr::null_mut(), flags: std::ptr::null() };
@@ -440,7 +443,13 @@ impl GuestMemory {
     pub fn set_dirty(&self, gpa: u64) -> u8 {
         let Some((_, flags)) = self.ram_page(gpa) else { return WRITE_FREE };
         // SAFETY: the flag byte lives as long as self.
-        unsafe { &*flags }.fetch_or(WRITE_FREE, Ordering::Relaxed)
+        let flags = unsafe { &*flags };
+        // Mostly they are set, and an atomic change is dear.
+        let old = flags.load(Ordering::Relaxed);
+        if old & WRITE_FREE == WRITE_FREE {
+            return old;
+        }
+        flags.fetch_or(WRITE_FREE, Ordering::Relaxed)
     }
 
     /// Clear [`CODE`] or [`TABLE`] of the RAM page at `gpa`.

@@ -348,16 +348,21 @@ impl SoftCpu {
         }
         let b = self.mem().backing(phys);
         if !b.read.is_null() {
-            let mut v = [0u8; 8];
             // SAFETY: the caller keeps within the page.
-            unsafe {
-                std::ptr::copy_nonoverlapping(
-                    b.read.add((phys & 0xFFF) as usize),
-                    v.as_mut_ptr(),
-                    size as usize,
-                )
+            return unsafe {
+                let p = b.read.add((phys & 0xFFF) as usize);
+                match size {
+                    1 => u64::from(*p),
+                    2 => u64::from(p.cast::<u16>().read_unaligned()),
+                    4 => u64::from(p.cast::<u32>().read_unaligned()),
+                    8 => p.cast::<u64>().read_unaligned(),
+                    _ => {
+                        let mut v = [0u8; 8];
+                        std::ptr::copy_nonoverlapping(p, v.as_mut_ptr(), size as usize);
+                        u64::from_le_bytes(v)
+                    }
+                }
             };
-            return u64::from_le_bytes(v);
         }
         let position = self.position();
         let v = if size.is_power_of_two() {
@@ -387,14 +392,16 @@ impl SoftCpu {
                     self.code_written(phys, size as u64);
                 }
             }
-            let bytes = v.to_le_bytes();
             // SAFETY: the caller keeps within the page, which is RAM.
             unsafe {
-                std::ptr::copy_nonoverlapping(
-                    bytes.as_ptr(),
-                    b.write.add((phys & 0xFFF) as usize),
-                    size as usize,
-                )
+                let p = b.write.add((phys & 0xFFF) as usize);
+                match size {
+                    1 => *p = v as u8,
+                    2 => p.cast::<u16>().write_unaligned(v as u16),
+                    4 => p.cast::<u32>().write_unaligned(v as u32),
+                    8 => p.cast::<u64>().write_unaligned(v),
+                    _ => std::ptr::copy_nonoverlapping(v.to_le_bytes().as_ptr(), p, size as usize),
+                }
             };
             return;
         }

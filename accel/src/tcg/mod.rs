@@ -167,6 +167,7 @@ pub struct SoftCpu {
     upper: Box<[u64]>,
     marks: u32,
     uppers: Box<[Upper]>,
+    trails: Box<Trails>,
     /// The table that was written last, how often, and when.
     table_writes: (u64, u32, u64),
     /// Counts droppings of translations.
@@ -297,6 +298,7 @@ impl SoftCpu {
             upper: vec![0; UPPER_BITS / 64].into_boxed_slice(),
             marks: 0,
             uppers: vec![Upper::NONE; UPPERS].into_boxed_slice(),
+            trails: new_trails(),
             table_writes: (0, 0, 0),
             changes: 0,
             switches: 0,

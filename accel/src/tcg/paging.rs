@@ -13,8 +13,8 @@ use super::SoftCpu;
 use crate::mem::{TABLE, WRITE_FREE};
 use crate::Exception;
 
-/// Entries of each TLB.
-pub const TLB_SIZE: usize = 1024;
+/// Entries of each TLB: as many pages as a compressor or a compiler goes to and fro over.
+pub const TLB_SIZE: usize = 4096;
 /// A tag that no address has whose entry is `slot`: compiled code finds the offset within a page by the
 /// exclusive or of address and tag, which must be large then.
 pub const fn no_tag(slot: usize) -> u64 {
@@ -115,6 +115,34 @@ const HIGHS: usize = 3;
 
 /// Address spaces kept beside the one in use.
 const SPACES: usize = 7;
+
+/// What a walk through four levels found above a table of the first level, for 2^21 linear addresses, or above one of the
+/// second, for 2^30. It holds for the same CR3 while no translation was dropped: whatever changes an entry that a walk used
+/// drops some.
+#[derive(Clone, Copy)]
+pub struct Trail {
+    /// Linear address >> 21, or >> 30.
+    base: u64,
+    cr3: u64,
+    /// [`SoftCpu::changes`] then.
+    changes: u64,
+    /// The table below.
+    table: u64,
+    can_user: bool,
+    can_write: bool,
+    nx: bool,
+}
+impl Trail {
+    const NONE: Trail =
+        Trail { base: u64::MAX, cr3: 0, changes: 0, table: 0, can_user: false, can_write: false, nx: false };
+}
+/// As many are kept of each level.
+const TRAILS: usize = 128;
+/// For the first level, and for the second.
+pub type Trails = [[Trail; TRAILS]; 2];
+pub fn new_trails() -> Box<Trails> {
+    Box::new([[Trail::NONE; TRAILS]; 2])
+}
 
 pub fn new_tlb() -> [Large<TlbEntry>; 4] {
     std::array::from_fn(|_| (0..TLB_SIZE).map(TlbEntry::empty).collect())
@@ -532,8 +560,17 @@ impl SoftCpu {
         }
     }
 
-    fn entry64(&mut self, addr: u64) -> u64 {
-        self.phys_read(addr, 8)
+    /// The table entry of `size` bytes at `addr`, whose page is one that walks read from now on.
+    #[inline]
+    fn table_entry(&mut self, addr: u64, size: u8) -> u64 {
+        let flags = self.mem().backing(addr).flags;
+        // SAFETY: the flag byte lives as long as guest memory.
+        let known =
+            !flags.is_null() && unsafe { &*flags }.load(std::sync::atomic::Ordering::Relaxed) & TABLE != 0;
+        if !known {
+            self.protect_table(addr);
+        }
+        self.phys_read(addr, size)
     }
 
     fn set_bits(&mut self, addr: u64, old: u64, new: u64, size: u8) {
@@ -577,11 +614,13 @@ impl SoftCpu {
         let mut nx = false;
         let mut used: [(u64, u64); 4] = [(0, 0); 4];
         let mut n = 0;
+        // What is new above the second level and above the first.
+        let mut above = [None; 2];
+        let mut whole = true;
         let (phys, size);
         if cr4 & CR4_PAE == 0 {
             let dir = self.cr3 & 0xFFFF_F000 | lin >> 20 & 0xFFC;
-            self.protect_table(dir);
-            let pde = self.phys_read(dir, 4);
+            let pde = self.table_entry(dir, 4);
             if pde & 1 == 0 {
                 return self.page_fault(lin, access, user, false, false);
             }
@@ -598,8 +637,7 @@ impl SoftCpu {
                 phys = base | lin & 0x3F_FFFF;
             } else {
                 let at = pde & 0xFFFF_F000 | lin >> 10 & 0xFFC;
-                self.protect_table(at);
-                let pte = self.phys_read(at, 4);
+                let pte = self.table_entry(at, 4);
                 if pte & 1 == 0 {
                     return self.page_fault(lin, access, user, false, false);
                 }
@@ -624,11 +662,20 @@ impl SoftCpu {
                 }
                 table = pdpte & addr_mask;
             }
+            for found in if long { 1..=2 } else { 1..=0 } {
+                let base = lin >> (12 + 9 * found);
+                let t = &self.trails[found - 1][base as usize & (TRAILS - 1)];
+                if t.base == base && t.cr3 == self.cr3 && t.changes == self.changes {
+                    (table, level) = (t.table, found);
+                    (can_user, can_write, nx) = (t.can_user, t.can_write, t.nx);
+                    whole = false;
+                    break;
+                }
+            }
             loop {
                 let shift = 3 + 9 * level;
                 let at = table | (lin >> shift & 0x1FF) << 3;
-                self.protect_table(at);
-                let e = self.entry64(at);
+                let e = self.table_entry(at, 8);
                 if e & 1 == 0 {
                     return self.page_fault(lin, access, user, false, false);
                 }
@@ -652,6 +699,9 @@ impl SoftCpu {
                 }
                 table = e & addr_mask;
                 level -= 1;
+                if level <= 2 {
+                    above[level - 1] = Some((table, can_user, can_write, nx));
+                }
             }
         }
         // Permissions (SDM vol. 3, section 4.6).
@@ -683,12 +733,26 @@ impl SoftCpu {
             }
             match (i + 1 < n, size, i) {
                 (false, ..) => {}
-                (_, 8, 0) if self.efer & EFER_LMA != 0 => self.mark(at | TOP),
-                (_, 8, _) if i + 2 == n => self.mark(at | DIRECTORY),
+                (_, 8, 0) if self.efer & EFER_LMA != 0 && whole => self.mark(at | TOP),
+                (_, 8, _) if i + 2 == n => {
+                    self.mark(at | DIRECTORY);
+                    if n == 3 && whole {
+                        // A trail may lead from here to tables of leaves.
+                        self.note_upper(at, lin);
+                    }
+                }
                 (_, 8, _) => self.note_upper(at, lin),
                 _ => self.mark(at & !7),
             }
             self.set_bits(at, e, new, size);
+        }
+        if self.efer & EFER_LMA != 0 {
+            for (k, above) in above.into_iter().enumerate() {
+                let Some((table, can_user, can_write, nx)) = above else { continue };
+                let (base, cr3, changes) = (lin >> (21 + 9 * k), self.cr3, self.changes);
+                self.trails[k][base as usize & (TRAILS - 1)] =
+                    Trail { base, cr3, changes, table, can_user, can_write, nx };
+            }
         }
         Ok(Walk { phys, writable: dirty && write_ok, leaf: used[n - 1].0 & !7 })
     }

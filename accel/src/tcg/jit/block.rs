@@ -415,15 +415,20 @@ impl<'a> Compiler<'a> {
 
     /// The same for a word of memory `disp` above guest register `r`, which lives in the host's `h`.
     pub fn stack_slot(&mut self, i: usize, r: usize, h: u8, disp: i32, write: bool) -> Access {
+        self.slot_at(i, r, h, disp, self.trace.word, write)
+    }
+
+    /// The same for `size` bytes of memory.
+    pub fn slot_at(&mut self, i: usize, r: usize, h: u8, disp: i32, size: u8, write: bool) -> Access {
         let word = self.trace.word;
-        self.values.at_register(i, r, disp, word as u64, write);
+        self.values.at_register(i, r, disp, size as u64, write);
         let role = self.role();
         match role {
             Role::Member { slot, at } => return self.member(i, slot, at),
             _ if disp == 0 => self.a.load(word, RDI, Rm::R(h)),
             _ => self.a.lea(word, RDI, Rm::M(h, disp)),
         }
-        self.translate(i, role, word as u64, write)
+        self.translate(i, role, size as u64, write)
     }
 
     fn member(&mut self, i: usize, slot: usize, at: i32) -> Access {
@@ -462,8 +467,13 @@ impl<'a> Compiler<'a> {
             a.lea(8, RDI, Rm::M(RDI, -lead));
         }
         let again = Fix::at(a.at());
-        a.load(4, RAX, Rm::R(RDI));
-        a.shift(4, 5, Rm::R(RAX), SHIFT);
+        if is_x86_feature_detected!("bmi2") {
+            a.vex(3, false, false, 3, 0xF0, 0, RAX, Rm::R(RDI)); // rorx
+            a.b(&[SHIFT]);
+        } else {
+            a.load(4, RAX, Rm::R(RDI));
+            a.shift(4, 5, Rm::R(RAX), SHIFT);
+        }
         a.alu_imm(4, 4, Rm::R(RAX), ((TLB_SIZE - 1) * size_of::<TlbEntry>()) as i32);
         a.alu_load(8, 0, RAX, mem(TLB));
         a.alu_load(8, 6, RDI, Rm::M(RAX, tag));

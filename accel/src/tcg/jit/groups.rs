@@ -202,7 +202,13 @@ impl Plan {
             // These may need their handler for other reasons.
             let other = matches!(
                 trace.kinds[r.i],
-                Kind::Div { .. } | Kind::Ret { .. } | Kind::Indirect { .. } | Kind::Vector { .. }
+                Kind::Div { .. }
+                    | Kind::Ret { .. }
+                    | Kind::Indirect { .. }
+                    | Kind::Vector { .. }
+                    | Kind::Movs(_)
+                    | Kind::Stos(_)
+                    | Kind::Lods(_)
             );
             plan.calm[r.i] = member && !other && (first || plan.calm[r.i]);
         }

@@ -1,11 +1,17 @@
 //! The host code of each kind of integer instruction.
 
-use super::super::op::{FLAGS, PAGE, RBP as GUEST_BP, RIP_OUT, RSP as GUEST_SP};
+use super::super::flags::DF;
+use super::super::op::{
+    FLAGS, PAGE, RBP as GUEST_BP, RDI as GUEST_DI, RIP_OUT, RSI as GUEST_SI, RSP as GUEST_SP,
+};
+use super::super::SoftCpu;
 use super::asm::*;
+use super::at;
 use super::block::{Access, Compiler};
 use super::flags::{keep_host, Flags, Overflow, Recipe};
 use super::kind::*;
 use super::stubs::{mem, HOST, NONE};
+use std::mem::offset_of;
 
 /// Where a few guest registers live.
 const AX: u8 = HOST[super::super::op::RAX];
@@ -218,6 +224,7 @@ impl Compiler<'_> {
             Kind::ShiftCl { op, size, d } => self.shift_cl(i, op, size, d),
             Kind::Imul { .. } | Kind::Mul { .. } => self.multiply(i),
             Kind::Push(_) | Kind::PushMem | Kind::Pop(_) | Kind::Leave => self.stack(i),
+            Kind::Movs(size) | Kind::Stos(size) | Kind::Lods(size) => self.string(i, size),
             Kind::Setcc { cc, d } => {
                 self.before(i, false);
                 self.want(condition(cc));
@@ -672,6 +679,51 @@ impl Compiler<'_> {
         };
         self.join(access);
         self.after(i, true);
+    }
+
+    /// MOVS, STOS, LODS upwards; downwards they are the handler's.
+    fn string(&mut self, i: usize, size: u8) {
+        let (word, kind) = (self.trace.word, self.trace.kinds[i]);
+        self.before(i, true);
+        let down = Rm::M(RBP, at(offset_of!(SoftCpu, eflags)));
+        self.a.test_imm(4, down, DF as i32);
+        let mut slow = vec![self.a.jcc(cc::NE)];
+        self.fl.host = 0;
+        let flags = self.fl;
+        let (from, to) = (!matches!(kind, Kind::Stos(_)), !matches!(kind, Kind::Lods(_)));
+        if from {
+            slow.extend(self.register_operand(i, GUEST_SI, size, false).slow);
+            match kind {
+                Kind::Lods(_) => self.a.load(size, AX, self.place),
+                _ => {
+                    self.a.load(size, RAX, self.place);
+                    self.a.store(8, mem(RIP_OUT), RAX);
+                }
+            }
+        }
+        if to {
+            slow.extend(self.register_operand(i, GUEST_DI, size, true).slow);
+            match kind {
+                Kind::Stos(_) => self.a.store(size, self.place, AX),
+                _ => {
+                    self.a.load(8, RAX, mem(RIP_OUT));
+                    self.a.store(size, self.place, RAX);
+                }
+            }
+        }
+        for (r, moves) in [(GUEST_SI, from), (GUEST_DI, to)] {
+            if moves {
+                self.modify(r as u8, |c, h| c.a.lea(word, h, Rm::M(h, size as i32)));
+            }
+        }
+        self.join(Access { slow, i, flags });
+        self.after(i, true);
+    }
+
+    /// The access to memory at guest register `r`.
+    fn register_operand(&mut self, i: usize, r: usize, size: u8, write: bool) -> Access {
+        let h = self.reg(r as u8, RDI);
+        self.slot_at(i, r, h, 0, size, write)
     }
 
     /// The access to the stack slot below the top.

@@ -203,6 +203,10 @@ pub enum Kind {
         d: u8,
         imm: i32,
     },
+    /// MOVS, STOS or LODS without REP.
+    Movs(u8),
+    Stos(u8),
+    Lods(u8),
     /// JMP or CALL through a register or memory.
     Indirect {
         call: bool,
@@ -251,6 +255,7 @@ impl Kind {
             Kind::Load { .. } | Kind::Store { .. } | Kind::XchgMem { .. } => (0, 0, true),
             Kind::Extend { s, .. } => (0, 0, s.is_none()),
             Kind::Push(_) | Kind::PushMem | Kind::Pop(_) | Kind::Leave => (0, 0, true),
+            Kind::Movs(_) | Kind::Stos(_) | Kind::Lods(_) => (0, 0, true),
             Kind::Alu { op, .. } => (if op == 2 || op == 3 { CF } else { 0 }, ALL, false),
             Kind::AluLoad { op, .. } | Kind::AluStore { op, .. } => {
                 (if op == 2 || op == 3 { CF } else { 0 }, ALL, true)
@@ -320,6 +325,9 @@ impl Kind {
             Kind::Indirect { call, .. } => (call as u16) << RSP,
             Kind::Pop(d) => bit(d) | bit(RSP as u8),
             Kind::Leave => bit(RSP as u8) | bit(RBP as u8),
+            Kind::Movs(_) => bit(RSI as u8) | bit(RDI as u8),
+            Kind::Stos(_) => bit(RDI as u8),
+            Kind::Lods(_) => bit(RSI as u8) | bit(RAX as u8),
             Kind::Cbw(_) => bit(RAX as u8),
             Kind::Cwd(_) => bit(RDX as u8),
             Kind::Xchg { a, b, .. } => bit(a) | bit(b),
@@ -474,6 +482,17 @@ fn known(op: &Op, at: u64, flat: bool, alone: bool) -> Option<Kind> {
         (0, 0x99) => Kind::Cwd(size),
         (0, 0xA0 | 0xA1) => Kind::Load { size, d: 0 },
         (0, 0xA2 | 0xA3) => Kind::Store { size, s: Val::Reg(0) },
+        (0, 0xA4 | 0xA5 | 0xAA..=0xAD) if op.rep == 0 && op.asz == word => {
+            // Where the source lies is looked at each time, but in segments that start at 0.
+            if op.seg >= FS as u8 || flat && op.seg as usize == CS {
+                return None;
+            }
+            match o & 0xFE {
+                0xA4 => Kind::Movs(size),
+                0xAA => Kind::Stos(size),
+                _ => Kind::Lods(size),
+            }
+        }
         (0, 0xA8 | 0xA9) => Kind::Test { size, a: 0, b: imm },
         (0, 0xB0..=0xBF) => Kind::MovImm { size, d: low(op.rm)?, imm: op.imm },
         (0, 0xC0 | 0xC1 | 0xD0 | 0xD1) if reg => {
