@@ -162,6 +162,8 @@ pub struct Cache {
     blocks: usize,
     /// Blocks dropped while one of them may be running.
     pub graveyard: Vec<Kept<Block>>,
+    /// Blocks dropped that the table by linear address may still have somewhere: their keys are [`DEAD`].
+    limbo: Vec<Kept<Block>>,
     /// Room to decode into.
     pub ops: Vec<Op>,
 }
@@ -182,6 +184,11 @@ impl Cache {
         self.pages.values().flat_map(|p| &p.blocks).map(|b| &**b)
     }
 }
+
+/// The key of a block that was dropped, where it may still be found.
+pub const DEAD: u64 = u64::MAX;
+/// So many of them are worth a look at the whole table.
+const LIMBO: usize = 4096;
 
 /// The guest physical address in a key.
 const PHYS: u64 = CROSSING - 1;
@@ -277,6 +284,7 @@ impl SoftCpu {
         }
         self.cache.blocks = 0;
         self.jumps.fill(JumpSet::EMPTY);
+        self.cache.graveyard.append(&mut self.cache.limbo);
         self.forget_entries();
         self.drop_fetches();
         self.end = std::ptr::null();
@@ -293,44 +301,44 @@ impl SoftCpu {
         if !blocks.is_empty() {
             self.cache.blocks -= blocks.len();
             self.end = std::ptr::null();
-            self.forget_blocks(&blocks);
-            if blocks.iter().any(|b| !b.code.get().is_null()) {
-                // Compiled code that led there does so no more.
-                self.new_epoch();
+            for b in &blocks {
+                self.close(b);
             }
-            self.cache.graveyard.extend(blocks);
+            self.forget_blocks(blocks);
         }
         for (first, _) in tails {
             self.drop_code_page(first);
         }
     }
 
-    /// Take blocks out of the table by linear address.
-    fn forget_blocks(&mut self, blocks: &[Kept<Block>]) {
+    /// Take blocks that were dropped out of the table by linear address.
+    fn forget_blocks(&mut self, blocks: Vec<Kept<Block>>) {
         let miss = self.miss();
-        let mut all = Vec::new();
-        for b in blocks {
+        for mut b in blocks {
             let p = b.places.get();
             if p.count as usize > p.sets.len() {
-                all.push(std::ptr::from_ref::<Block>(b));
+                b.key = DEAD;
+                b.unlink();
+                self.cache.limbo.push(b);
                 continue;
             }
             for &place in &p.sets[..p.count as usize] {
                 for j in &mut self.jumps[place as usize].0 {
-                    if std::ptr::eq(j.block, &**b) {
+                    if std::ptr::eq(j.block, &*b) {
                         *j = Jump { code: miss, ..Jump::NONE };
                     }
                 }
             }
+            self.cache.graveyard.push(b);
         }
-        if all.is_empty() {
-            return;
-        }
-        all.sort_unstable();
-        for j in self.jumps.iter_mut().flat_map(|set| &mut set.0) {
-            if all.binary_search(&j.block).is_ok() {
-                *j = Jump { code: miss, ..Jump::NONE };
+        if self.cache.limbo.len() >= LIMBO {
+            for j in self.jumps.iter_mut().flat_map(|set| &mut set.0) {
+                // SAFETY: blocks in the table are in the cache or in limbo.
+                if !j.block.is_null() && unsafe { (*j.block).key } == DEAD {
+                    *j = Jump { code: miss, ..Jump::NONE };
+                }
             }
+            self.cache.graveyard.append(&mut self.cache.limbo);
         }
     }
 
@@ -354,8 +362,7 @@ impl SoftCpu {
         if let Some(blocks) = some {
             self.cache.blocks -= blocks.len();
             self.end = std::ptr::null();
-            self.forget_blocks(&blocks);
-            self.cache.graveyard.extend(blocks);
+            self.forget_blocks(blocks);
         } else if hit {
             self.drop_code_page(phys);
             self.mem().unprotect(phys, CODE);

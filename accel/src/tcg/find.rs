@@ -1,6 +1,6 @@
 //! Finding the block to run next: by linear address, by physical address, or by decoding it.
 
-use super::cache::{CROSSING, JUMPS};
+use super::cache::{CROSSING, DEAD, JUMPS};
 use super::large::Kept;
 use super::op::*;
 use super::paging::CodeEntry;
@@ -28,8 +28,11 @@ impl SoftCpu {
         for n in 0..2 {
             let j = self.jumps[place].0[n];
             if j.lin == lin && j.key == key {
-                // SAFETY: a block in the table is in the cache.
+                // SAFETY: a block in the table is in the cache or in limbo.
                 let block = unsafe { &*j.block };
+                if block.key == DEAD {
+                    continue;
+                }
                 if self.long || self.rip + block.bytes as u64 - 1 <= self.segs[CS].limit as u64 {
                     // It may have been compiled since.
                     self.jumps[place].0[n].code = self.far_entry(block);
@@ -82,7 +85,7 @@ impl SoftCpu {
         let key = e.phys | lin & 0xFFF | (self.code_mode as u64) << 60;
         // Perhaps the table has it, from before translations were dropped.
         let set = &self.jumps[self.place(lin)].0;
-        // SAFETY: blocks in the table are in the cache.
+        // SAFETY: blocks in the table are in the cache or in limbo.
         let known = (0..2)
             .find(|&n| set[n].lin == lin && !set[n].block.is_null() && unsafe { (*set[n].block).key } == key);
         let block = match known {

@@ -150,8 +150,17 @@ pub fn new_tlb() -> [Large<TlbEntry>; 4] {
 pub fn new_leaves() -> [Large<u64>; 4] {
     std::array::from_fn(|_| (0..TLB_SIZE).map(|_| NO_LEAF).collect())
 }
+/// Where `leaves` has what belongs to a slot of the TLB: what one table entry may have led to lies together.
+const fn leaf_place(slot: usize) -> usize {
+    (slot % ENTRIES) * (TLB_SIZE / ENTRIES) + slot / ENTRIES
+}
+/// Of a table.
+const ENTRIES: usize = 512;
+/// Of each fetch TLB.
+const CODE_TLB: usize = 256;
+
 pub fn new_code_tlb() -> [Large<CodeEntry>; 2] {
-    std::array::from_fn(|_| (0..256).map(|_| EMPTY_CODE).collect())
+    std::array::from_fn(|_| (0..CODE_TLB).map(|_| EMPTY_CODE).collect())
 }
 
 /// Empty the entries in use of both.
@@ -291,7 +300,7 @@ impl SoftCpu {
         }
         if count <= MANY_WRITES {
             if used {
-                self.drop_leaves(|leaf| leaf == at, CODE_LEAF.map(|c| [at | c; 2]));
+                self.drop_leaf(at);
             }
             return false;
         }
@@ -374,11 +383,39 @@ impl SoftCpu {
         }
     }
 
+    /// Drop the translations whose last table entry lies at `at`, where the old one still is.
+    fn drop_leaf(&mut self, at: u64) {
+        const LARGE: u64 = 0x80;
+        let code = CODE_LEAF.map(|c| [at | c; 2]);
+        if self.st.cr4 & CR4_PAE == 0 || self.phys_read(at, 8) & LARGE != 0 {
+            self.drop_leaves(|leaf| leaf == at, code);
+            return;
+        }
+        // Of one page of 4 KiB: its number's low bits are known.
+        let n = (at >> 3) as usize % ENTRIES;
+        let here = (&mut self.tlb, &self.leaves, &mut self.code_tlb);
+        let parked = self.spaces.iter_mut().map(|s| (&mut s.tlb, &s.leaves, &mut s.code_tlb));
+        for (tlb, leaves, code_tlb) in parked.chain([here]) {
+            for (tlb, leaves) in tlb.iter_mut().zip(leaves) {
+                for slot in (n..TLB_SIZE).step_by(ENTRIES) {
+                    if leaves[leaf_place(slot)] == at {
+                        (tlb[slot].rtag, tlb[slot].wtag) = (no_tag(slot), no_tag(slot));
+                    }
+                }
+            }
+            for tlb in code_tlb {
+                let e = &mut tlb[n % CODE_TLB];
+                if e.leaf == at {
+                    e.tag = 1;
+                }
+            }
+        }
+        self.dropped_by(code);
+    }
+
     /// Drop translations by where their last table entry lies; `code` are the filter's keys of those that code was
     /// fetched by, in each half.
     fn drop_leaves(&mut self, which: impl Fn(u64) -> bool, code: [[u64; 2]; 2]) {
-        self.changes += 1;
-        let [low, high] = code.map(|keys| keys.iter().any(|&key| self.marked(key)));
         let here = (&mut self.tlb, &self.leaves, &self.filled, &mut self.code_tlb, &self.code_filled);
         let parked = self
             .spaces
@@ -386,7 +423,7 @@ impl SoftCpu {
             .map(|s| (&mut s.tlb, &s.leaves, &s.filled, &mut s.code_tlb, &s.code_filled));
         for (tlb, leaves, filled, code_tlb, code_filled) in parked.chain([here]) {
             for &(mmu, slot) in filled {
-                if which(leaves[mmu as usize][slot as usize]) {
+                if which(leaves[mmu as usize][leaf_place(slot as usize)]) {
                     let e = &mut tlb[mmu as usize][slot as usize];
                     (e.rtag, e.wtag) = (no_tag(slot as usize), no_tag(slot as usize));
                 }
@@ -398,6 +435,13 @@ impl SoftCpu {
                 }
             }
         }
+        self.dropped_by(code);
+    }
+
+    /// Translations were dropped by these keys of the filter.
+    fn dropped_by(&mut self, code: [[u64; 2]; 2]) {
+        self.changes += 1;
+        let [low, high] = code.map(|keys| keys.iter().any(|&key| self.marked(key)));
         if high {
             self.new_epoch();
         } else if low {
@@ -795,7 +839,7 @@ impl SoftCpu {
         if e.host.is_null() {
             self.filled.push((mmu as u8, slot as u16));
         }
-        self.leaves[mmu][slot] = w.leaf;
+        self.leaves[mmu][leaf_place(slot)] = w.leaf;
         *e = TlbEntry { rtag, wtag, host: b.read.cast_mut(), phys };
     }
 
@@ -804,7 +848,7 @@ impl SoftCpu {
     pub(crate) fn fetch_page(&mut self, lin: u64) -> R<CodeEntry> {
         let page = lin & !0xFFF;
         let user = (self.mmu >= MMU_USER) as usize;
-        let slot = (lin >> 12) as usize & 255;
+        let slot = (lin >> 12) as usize & (CODE_TLB - 1);
         let e = self.code_tlb[user][slot];
         if e.tag == page {
             return Ok(e);

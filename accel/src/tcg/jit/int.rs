@@ -170,6 +170,20 @@ impl Compiler<'_> {
                 self.close(access);
                 self.fl = Flags::KEPT;
             }
+            Kind::Count { reverse, size, d, s } => {
+                let access = self.source(i, s, size);
+                let from = self.from(s);
+                self.modify(d, |c, r| c.a.enc(0xF3, size == 8, 1, 0xBC | reverse as u8, r, from, false));
+                if self.need[i + 1] {
+                    // CF and ZF; the others are clear.
+                    self.a.b(&[0x9F]); // lahf
+                    self.a.b(&[0x80, 0xE4, 0x41]); // and ah, CF | ZF
+                    self.a.b(&[0xB0, 0]); // mov al, 0
+                    self.a.store(2, mem(FLAGS), RAX);
+                }
+                self.close(access);
+                self.fl = Flags::KEPT;
+            }
             Kind::Popcnt { size, d, s } => {
                 let access = self.source(i, s, size);
                 let from = self.from(s);

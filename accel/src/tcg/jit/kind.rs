@@ -187,6 +187,13 @@ pub enum Kind {
         d: u8,
         s: Option<u8>,
     },
+    /// TZCNT or LZCNT (`reverse`).
+    Count {
+        reverse: bool,
+        size: u8,
+        d: u8,
+        s: Option<u8>,
+    },
     SetccMem {
         cc: u8,
     },
@@ -273,7 +280,7 @@ impl Kind {
             Kind::Bit { d, .. } => (0, CF, d.is_none()),
             Kind::Cmpxchg { .. } | Kind::Xadd { .. } => (0, ALL, true),
             Kind::Div { .. } => (0, 0, true),
-            Kind::Scan { s, .. } | Kind::Popcnt { s, .. } => (0, ALL, s.is_none()),
+            Kind::Scan { s, .. } | Kind::Popcnt { s, .. } | Kind::Count { s, .. } => (0, ALL, s.is_none()),
             Kind::SetccMem { cc } => (condition(cc), 0, true),
             Kind::AluHigh { op, .. } => (if op == 2 || op == 3 { CF } else { 0 }, ALL, false),
             Kind::Setcc { cc, .. } => (condition(cc), 0, false),
@@ -318,6 +325,7 @@ impl Kind {
             Kind::Bswap { d, .. }
             | Kind::Scan { d, .. }
             | Kind::Popcnt { d, .. }
+            | Kind::Count { d, .. }
             | Kind::ExtendHigh { d, .. }
             | Kind::AluHigh { d, .. } => bit(d),
             Kind::Mul { .. } | Kind::Div { .. } => bit(RAX as u8) | bit(RDX as u8),
@@ -365,6 +373,11 @@ fn group(op: &Op) -> u8 {
     } else {
         op.reg & 7
     }
+}
+
+/// The host has TZCNT and LZCNT.
+fn counts() -> bool {
+    std::arch::is_x86_feature_detected!("bmi1") && std::arch::is_x86_feature_detected!("lzcnt")
 }
 
 fn here(r: u8) -> bool {
@@ -556,6 +569,9 @@ fn known(op: &Op, at: u64, flat: bool, alone: bool) -> Option<Kind> {
         (1, 0xC8..=0xCF) if size >= 4 => Kind::Bswap { size, d: op.rm },
         (1, 0xBC | 0xBD) if op.rep != 0xF3 && size >= 4 => {
             Kind::Scan { reverse: o & 1 != 0, size, d: op.reg, s: rm()? }
+        }
+        (1, 0xBC | 0xBD) if op.rep == 0xF3 && size >= 4 && counts() => {
+            Kind::Count { reverse: o & 1 != 0, size, d: op.reg, s: rm()? }
         }
         (1, 0xB8) if op.rep == 0xF3 && std::arch::is_x86_feature_detected!("popcnt") => {
             Kind::Popcnt { size, d: op.reg, s: rm()? }

@@ -320,6 +320,15 @@ impl SoftCpu {
         e.lead(memory, code as u64, block.code_count.get());
     }
 
+    /// Whatever leads to the code of `block`, which is dropped, leads to the table from now on (which says what is there
+    /// now): RIP_OUT is set wherever the budget is charged for it.
+    pub(super) fn close(&mut self, block: &Block) {
+        let Jit { memory: Some(memory), stubs, .. } = &mut self.jit else { return };
+        let Some(entry) = (block.code.get() as u64).checked_sub(FAR) else { return };
+        memory.patch(entry, &[0xE9]); // jmp
+        memory.aim(entry + 1, stubs.miss);
+    }
+
     /// A group of a trace could not be translated as one.
     fn group_failed(&mut self, number: u32) {
         let g = &mut self.jit.grouped[number as usize];
