@@ -818,10 +818,7 @@ impl Decoder<'_> {
             }
             0xF8 => alu::clc,
             0xF9 => alu::stc,
-            0xFA => {
-                self.ends = true;
-                sys::cli
-            }
+            0xFA => sys::cli,
             0xFB => {
                 self.ends = true;
                 sys::sti

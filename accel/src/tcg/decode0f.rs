@@ -28,7 +28,7 @@ impl Decoder<'_> {
             }
             0x01 => {
                 self.modrm()?;
-                self.ends = true;
+                self.ends = self.modrm != 0xF8;
                 match (self.modrm >> 3 & 7, self.is_reg(), self.modrm) {
                     (0, false, _) => sys::sgdt,
                     (1, false, _) => sys::sidt,

@@ -334,3 +334,43 @@ fn interrupts_come_on_alike_in_compiled_code() {
         assert_eq!(rbx, 5);
     }
 }
+
+#[test]
+fn what_kernels_do_often_is_the_same_compiled() {
+    // a:
+    let body: &[&[u8]] = &[
+        &[0xFA],                                           // cli
+        &[0x9C, 0x58, 0x48, 0x01, 0xC3],                   // pushf; pop rax; add rbx,rax
+        &[0x65, 0x48, 0x8B, 0x04, 0x25, 0, 0x20, 0, 0],    // mov rax,gs:[2000h]
+        &[0x0F, 0x01, 0xF8],                               // swapgs
+        &[0x65, 0x48, 0x03, 0x04, 0x25, 0, 0x20, 0, 0],    // add rax,gs:[2000h]
+        &[0x48, 0x01, 0xC3],                               // add rbx,rax
+        &[0xAC, 0xAB, 0x48, 0xA5, 0x66, 0xA5],             // lodsb; stosd; movsq; movsw
+        &[0xF3, 0x0F, 0xBC, 0xD1, 0x48, 0x11, 0xD3],       // tzcnt edx,ecx; adc rbx,rdx
+        &[0xF3, 0x48, 0x0F, 0xBD, 0xD3, 0x48, 0x11, 0xD3], // lzcnt rdx,rbx; adc rbx,rdx
+        &[0xF3, 0x49, 0x0F, 0xBC, 0xD0, 0x9C, 0x58],       // tzcnt rdx,r8; pushf; pop rax
+        &[0x48, 0x01, 0xC3, 0x48, 0x01, 0xD3],             // add rbx,rax; add rbx,rdx
+        &[0x33, 0x1C, 0x25, 0, 0x60, 0, 0],                // xor ebx,[6000h]
+        &[0xFF, 0xC9, 0xFB],                               // dec ecx; sti
+    ];
+    let body = body.concat();
+    // mov ecx,40; a: ...; jnz a; hlt
+    let mut code = vec![0xB9, 40, 0, 0, 0];
+    code.extend(&body);
+    code.extend([0x0F, 0x85]);
+    code.extend((-(body.len() as i32 + 6)).to_le_bytes());
+    code.push(0xF4);
+    for (down, r8) in [(false, 0), (false, 0x90), (true, 1 << 63)] {
+        in_every_tier(|| {
+            let mut m = Machine::long(&code);
+            m.cpu.segs[GS].base = 0x100;
+            m.cpu.msr.kernel_gs_base = 0x1100;
+            m.cpu.eflags |= if down { flags::DF } else { 0 };
+            let g = &mut m.cpu.st.gpr;
+            // Both runs cross a page.
+            (g[RSP], g[8], g[RSI], g[RDI]) = (0x7800, r8, 0x4FE0, 0x5FD3);
+            words(&m, &[(0x2100, 0x1234_5678_9ABC_DEF0), (0x3100, 77), (0x4FE0, u64::MAX / 3)]);
+            m
+        });
+    }
+}

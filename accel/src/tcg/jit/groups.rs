@@ -110,13 +110,15 @@ impl Values {
                 let (base, more) = self.regs[op.base as usize];
                 Some((d, (base, more.wrapping_add(op.disp))))
             }
-            Kind::Push(_) | Kind::PushMem | Kind::Call { .. } => Some((RSP as u8, (sp.0, sp.1 - step))),
+            Kind::Push(_) | Kind::PushMem | Kind::Pushf | Kind::Call { .. } => {
+                Some((RSP as u8, (sp.0, sp.1 - step)))
+            }
             Kind::Leave => {
                 let (base, more) = self.regs[RBP];
                 Some((RSP as u8, (base, more.wrapping_add(step))))
             }
             Kind::Pop(d) if d != RSP as u8 => Some((RSP as u8, (sp.0, sp.1 + step))),
-            Kind::Handler => {
+            Kind::Handler | Kind::Swapgs => {
                 self.era += 1;
                 None
             }

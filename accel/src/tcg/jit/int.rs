@@ -1,6 +1,7 @@
 //! The host code of each kind of integer instruction.
 
-use super::super::flags::DF;
+use super::super::flags::{DF, IF, RF, VM};
+use super::super::op::GS;
 use super::super::op::{
     FLAGS, PAGE, RBP as GUEST_BP, RDI as GUEST_DI, RIP_OUT, RSI as GUEST_SI, RSP as GUEST_SP,
 };
@@ -11,6 +12,7 @@ use super::block::{Access, Compiler};
 use super::flags::{keep_host, Flags, Overflow, Recipe};
 use super::kind::*;
 use super::stubs::{mem, HOST, NONE};
+use crate::state::Segment;
 use std::mem::offset_of;
 
 /// Where a few guest registers live.
@@ -238,6 +240,24 @@ impl Compiler<'_> {
             Kind::ShiftCl { op, size, d } => self.shift_cl(i, op, size, d),
             Kind::Imul { .. } | Kind::Mul { .. } => self.multiply(i),
             Kind::Push(_) | Kind::PushMem | Kind::Pop(_) | Kind::Leave => self.stack(i),
+            Kind::Pushf => self.push_flags(i),
+            Kind::Cli => {
+                let access = self.supervisor(i);
+                self.a.alu_imm(4, 4, Rm::M(RBP, at(offset_of!(SoftCpu, eflags))), !(IF as i32));
+                self.join(access);
+                self.after(i, true);
+            }
+            Kind::Swapgs => {
+                let access = self.supervisor(i);
+                let gs = offset_of!(SoftCpu, segs) + GS * size_of::<Segment>() + offset_of!(Segment, base);
+                let bases = [gs, offset_of!(SoftCpu, msr.kernel_gs_base)].map(|n| Rm::M(RBP, at(n)));
+                self.a.load(8, RAX, bases[0]);
+                self.a.load(8, RDI, bases[1]);
+                self.a.store(8, bases[0], RDI);
+                self.a.store(8, bases[1], RAX);
+                self.join(access);
+                self.after(i, true);
+            }
             Kind::Movs(size) | Kind::Stos(size) | Kind::Lods(size) => self.string(i, size),
             Kind::Setcc { cc, d } => {
                 self.before(i, false);
@@ -691,6 +711,37 @@ impl Compiler<'_> {
                 access
             }
         };
+        self.join(access);
+        self.after(i, true);
+    }
+
+    /// Instruction `i` is the handler's but at privilege level 0.
+    fn supervisor(&mut self, i: usize) -> Access {
+        self.before(i, true);
+        self.a.alu_imm(1, 7, Rm::M(RBP, at(offset_of!(SoftCpu, cpl))), 0);
+        let slow = vec![self.a.jcc(cc::NE)];
+        self.fl.host = 0;
+        Access { slow, i, flags: self.fl }
+    }
+
+    /// PUSHF, outside of virtual-8086 mode.
+    fn push_flags(&mut self, i: usize) {
+        self.before(i, true);
+        self.keep();
+        self.fl = Flags::KEPT;
+        self.a.word(4, 1, 0xB7, RAX, mem(FLAGS)); // movzx
+        self.a.b(&[0x0F, 0xB6, 0xFC]); // movzx edi, ah
+        self.a.alu_imm(4, 4, Rm::R(RDI), 0xD5);
+        self.a.word(4, 1, 0xB6, RAX, Rm::R(RAX)); // movzx
+        self.a.shift(4, 4, Rm::R(RAX), 11);
+        self.a.alu(4, 1, Rm::R(RAX), RDI);
+        self.a.alu_load(4, 1, RAX, Rm::M(RBP, at(offset_of!(SoftCpu, eflags))));
+        self.a.alu_imm(4, 4, Rm::R(RAX), !((RF | VM) as i32));
+        self.a.store(8, mem(RIP_OUT), RAX);
+        let access = self.push_at(i);
+        self.a.load(8, RAX, mem(RIP_OUT));
+        self.a.store(self.trace.word, self.place, RAX);
+        self.a.lea(self.trace.word, SP, Rm::M(SP, -(self.trace.word as i32)));
         self.join(access);
         self.after(i, true);
     }

@@ -114,6 +114,9 @@ pub enum Kind {
         size: u8,
         s: Option<u8>,
     },
+    Cli,
+    Swapgs,
+    Pushf,
     Push(Val),
     PushMem,
     Pop(u8),
@@ -262,7 +265,8 @@ impl Kind {
             Kind::Load { .. } | Kind::Store { .. } | Kind::XchgMem { .. } => (0, 0, true),
             Kind::Extend { s, .. } => (0, 0, s.is_none()),
             Kind::Push(_) | Kind::PushMem | Kind::Pop(_) | Kind::Leave => (0, 0, true),
-            Kind::Movs(_) | Kind::Stos(_) | Kind::Lods(_) => (0, 0, true),
+            Kind::Movs(_) | Kind::Stos(_) | Kind::Lods(_) | Kind::Cli | Kind::Swapgs => (0, 0, true),
+            Kind::Pushf => (ALL, 0, true),
             Kind::Alu { op, .. } => (if op == 2 || op == 3 { CF } else { 0 }, ALL, false),
             Kind::AluLoad { op, .. } | Kind::AluStore { op, .. } => {
                 (if op == 2 || op == 3 { CF } else { 0 }, ALL, true)
@@ -329,7 +333,9 @@ impl Kind {
             | Kind::ExtendHigh { d, .. }
             | Kind::AluHigh { d, .. } => bit(d),
             Kind::Mul { .. } | Kind::Div { .. } => bit(RAX as u8) | bit(RDX as u8),
-            Kind::Push(_) | Kind::PushMem | Kind::Call { .. } | Kind::Ret { .. } => bit(RSP as u8),
+            Kind::Push(_) | Kind::PushMem | Kind::Pushf | Kind::Call { .. } | Kind::Ret { .. } => {
+                bit(RSP as u8)
+            }
             Kind::Indirect { call, .. } => (call as u16) << RSP,
             Kind::Pop(d) => bit(d) | bit(RSP as u8),
             Kind::Leave => bit(RSP as u8) | bit(RBP as u8),
@@ -506,6 +512,9 @@ fn known(op: &Op, at: u64, flat: bool, alone: bool) -> Option<Kind> {
                 _ => Kind::Lods(size),
             }
         }
+        (0, 0x9C) if size == word => Kind::Pushf,
+        (0, 0xFA) => Kind::Cli,
+        (1, 0x01) if reg && op.reg & 7 == 7 && op.rm & 7 == 0 && !flat => Kind::Swapgs,
         (0, 0xA8 | 0xA9) => Kind::Test { size, a: 0, b: imm },
         (0, 0xB0..=0xBF) => Kind::MovImm { size, d: low(op.rm)?, imm: op.imm },
         (0, 0xC0 | 0xC1 | 0xD0 | 0xD1) if reg => {
