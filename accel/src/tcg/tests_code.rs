@@ -374,3 +374,88 @@ fn what_kernels_do_often_is_the_same_compiled() {
         });
     }
 }
+
+#[test]
+fn accesses_follow_the_tables_whatever_was_translated_before() {
+    // Two tables of each level below two top tables, and pages. (The code and the tables are mapped by entry 0.)
+    const TOPS: [u64; 2] = [0x1_0000, 0x4_0000];
+    const TABLES: [[u64; 2]; 3] = [[0x2_0000, 0x2_1000], [0x2_2000, 0x2_3000], [0x2_4000, 0x2_5000]];
+    const TOP_ENTRIES: [u64; 2] = [1, 511];
+    const PAGES: u64 = 0x3_0000;
+    // mov rbx,[rsi]; mov [rsi],rbx; mov [rdi],rax; mov cr3,rax
+    let code = [0x48, 0x8B, 0x1E, 0x48, 0x89, 0x1E, 0x48, 0x89, 0x07, 0x0F, 0x22, 0xD8];
+    const LOAD: u64 = 0x1000;
+    const STORE: u64 = 0x1003;
+    const CHANGE: u64 = 0x1006;
+    const SWITCH: u64 = 0x1009;
+    for seed in 1..=6u64 {
+        let mut random = seed;
+        let mut draw = |n: u64| {
+            random ^= random << 13;
+            random ^= random >> 7;
+            random ^= random << 17;
+            (random >> 11) % n
+        };
+        // What an entry of a level (4 to 1) may lead to: some pages are large, some small ones have their PAT bit.
+        let entry = |level: usize, draw: &mut dyn FnMut(u64) -> u64| match (level, draw(4)) {
+            (2, 0) => 0x20_0087,
+            (1, n) => PAGES + (draw(4) << 12) | 7 | if n == 0 { 0x80 } else { 0 },
+            (level, _) => TABLES[4 - level][draw(2) as usize] | 7,
+        };
+        let make = || Machine::long(&code);
+        let (mut a, mut b) = (make(), make());
+        let both = |at: u64, v: u64| [&a, &b].iter().for_each(|m| words(m, &[(at, v)]));
+        for top in TOPS {
+            both(top, 0x1_1007);
+            TOP_ENTRIES.iter().for_each(|n| both(top + 8 * n, entry(4, &mut draw)));
+        }
+        for level in 1..=3 {
+            for table in TABLES[3 - level] {
+                (0..2).for_each(|n| both(table + 8 * n, entry(level, &mut draw)));
+            }
+        }
+        for n in 0..0x1000 {
+            both(PAGES + 8 * n, n * 77);
+            both(0x20_0000 + 8 * n, n * 99);
+        }
+        for step in 0..4000 {
+            let near = draw(2) << 30 | draw(2) << 21 | draw(2) << 12 | draw(512) << 3;
+            let lin = [1 << 39, 511 << 39 | 0xFFFF << 48][draw(2) as usize] | near;
+            let (mut rip, mut rax, mut rdi, mut times) = ([LOAD, STORE][draw(2) as usize], 0, 0, 1);
+            match draw(16) {
+                0 => (rip, rax) = (SWITCH, TOPS[draw(2) as usize]),
+                1..=4 => {
+                    let level = 1 + draw(4) as usize;
+                    let n = draw(2);
+                    (rip, rax) = (CHANGE, entry(level, &mut draw));
+                    rdi = match level {
+                        4 => TOPS[draw(2) as usize] + 8 * TOP_ENTRIES[n as usize],
+                        level => TABLES[3 - level][draw(2) as usize] + 8 * n,
+                    };
+                    times = if draw(20) == 0 { 30 } else { 1 };
+                }
+                _ => {}
+            }
+            for _ in 0..times {
+                for m in [&mut a, &mut b] {
+                    m.cpu.rip = rip;
+                    (m.cpu.st.gpr[RAX], m.cpu.st.gpr[RDI], m.cpu.st.gpr[RSI]) = (rax, rdi, lin);
+                }
+                // The one starts from nothing each time.
+                b.cpu.flush_tlb();
+                assert_eq!(a.run(1), b.run(1));
+            }
+            assert_eq!(
+                a.cpu.save(),
+                b.cpu.save(),
+                "seed {seed}, step {step}, {rip:x} {lin:x} {rax:x} {rdi:x}"
+            );
+            let tables = |m: &Machine| {
+                let mut bytes = vec![0; 0x3_8000];
+                m.mem.read(0x1_0000, &mut bytes).unwrap();
+                bytes
+            };
+            assert!(step % 16 != 0 || tables(&a) == tables(&b), "seed {seed}, step {step}: memory");
+        }
+    }
+}
