@@ -144,6 +144,8 @@ pub struct Case {
     pub starts: Vec<u16>,
     /// RFLAGS bits that are undefined at the end.
     pub undefined: u64,
+    /// The same after each instruction.
+    pub undefined_after: Vec<u64>,
     /// How results are to be compared.
     pub compare: Compare,
     /// Data bytes (offset, length) that are not fixed by the architecture.

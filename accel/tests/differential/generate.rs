@@ -259,6 +259,7 @@ impl Generator {
             data: [0; DATA_SIZE],
             starts: Vec::new(),
             undefined: 0,
+            undefined_after: Vec::new(),
             compare: Compare::default(),
             open_bytes: Vec::new(),
         };
@@ -277,6 +278,7 @@ impl Generator {
                 at += 2;
                 compare_next = false;
                 case.undefined = 0;
+                case.undefined_after.push(0);
             }
             let form = if count == 1 {
                 self.next = (self.next + 1) % self.forms.len();
@@ -407,7 +409,10 @@ impl Generator {
                     }
                 }
             }
-            let undefined = u64::from(i.rflags_undefined());
+            let mut undefined = u64::from(i.rflags_undefined());
+            if rotates_whole(&i) {
+                undefined |= u64::from(RflagsBits::OF);
+            }
             if undefined != 0 {
                 let mut bits = 0;
                 for (flag, bit) in [
@@ -431,6 +436,7 @@ impl Generator {
             }
             case.code[at..at + len].copy_from_slice(&bytes[..len]);
             case.starts.push(at as u16);
+            case.undefined_after.push(case.undefined);
             at += len;
             left -= 1;
         }
@@ -736,6 +742,14 @@ fn needs(i: &Instruction) -> u32 {
     }
 }
 
+/// RCL and RCR of 8 or 16 bits by a count that brings every bit back: OF is undefined as for every
+/// count but one (SDM vol. 2, RCL; APM vol. 3, RCL), which the decoder's tables overlook.
+fn rotates_whole(i: &Instruction) -> bool {
+    matches!(i.mnemonic(), Mnemonic::Rcl | Mnemonic::Rcr)
+        && i.op1_kind() == OpKind::Immediate8
+        && i.immediate8() & 31 > 1
+}
+
 fn shift_count(i: &Instruction, r: &Regs) -> u64 {
     let count = if i.op2_kind() == OpKind::Register { r.gpr[1] } else { i.immediate(2) };
     count & 31
@@ -745,7 +759,8 @@ fn touches_memory(i: &Instruction) -> bool {
     (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory)
 }
 
-fn effective_address(i: &Instruction, r: &Regs) -> Option<u64> {
+/// The offset of the memory operand.
+pub fn effective_address(i: &Instruction, r: &Regs) -> Option<u64> {
     let operand = (0..i.op_count()).find(|n| i.op_kind(*n) == OpKind::Memory)?;
     i.virtual_address(operand, 0, |reg, _, _| {
         if reg.is_segment_register() {
@@ -815,7 +830,7 @@ fn place(rng: &mut Rng, r: &mut Regs, i: &Instruction, target: u64) -> bool {
 }
 
 /// Base of the segment of a memory operand.
-fn segment_base(i: &Instruction, mode: Mode) -> u64 {
+pub fn segment_base(i: &Instruction, mode: Mode) -> u64 {
     if i.memory_segment() == Register::CS {
         mode.code_base()
     } else {
@@ -889,6 +904,13 @@ fn assemble(form: &Form, rng: &mut Rng, long: bool, plain: bool) -> Vec<u8> {
         b.push(rng.next() as u8);
     }
     b
+}
+
+/// Instruction `n` of a case.
+pub fn instruction(case: &Case, n: usize) -> Instruction {
+    let start = case.starts[n] as usize;
+    let ip = CODE - case.mode.code_base() + start as u64;
+    decode(&case.code[start..(start + 16).min(CODE_SIZE)], ip, case.mode)
 }
 
 /// All opcodes that occur in a case, for the count of what was covered.
