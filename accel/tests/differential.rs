@@ -1,7 +1,9 @@
 //! The processor that runs these tests is the oracle: generated instructions run on it and on
 //! ftvm's software processor, and registers, defined flags, memory and exceptions must agree.
 //!
-//! `FTVM_DIFF_CASES=5000000` runs more cases, `FTVM_DIFF_SEED` others.
+//! `FTVM_DIFF_CASES=5000000` runs more cases, `FTVM_DIFF_SEED` others. `FTVM_DIFF_RECORD=FILE` writes what the software processor
+//! computed into a file, or compares with what another host wrote there: the software processor runs much on the host's own
+//! instructions, and results must not depend on whose they are.
 
 #![cfg(all(target_arch = "x86_64", target_os = "linux"))]
 
@@ -13,6 +15,8 @@ mod compare;
 mod generate;
 #[path = "differential/native.rs"]
 mod native;
+#[path = "differential/record.rs"]
+mod record;
 #[path = "differential/soft.rs"]
 mod soft;
 #[path = "differential/soft_state.rs"]
@@ -44,6 +48,7 @@ fn generated_instructions_agree_with_this_processor() {
     let mut ended = 0u64;
     let mut failures: BTreeMap<String, (u64, String)> = BTreeMap::new();
     let (mut run, mut unstable) = (0u64, 0u64);
+    let mut record = record::Record::default();
     for mode in case::Mode::ALL {
         let mut generator = generate::Generator::new(mode, |_| true);
         println!("{mode:?}: {} forms", generator.forms.len());
@@ -62,6 +67,9 @@ fn generated_instructions_agree_with_this_processor() {
                 let text = format!("does not end\n{}", compare::describe(&case));
                 failures.entry("endless".into()).or_insert((0, text)).0 += 1;
                 continue;
+            }
+            if let [code] = generate::codes(&case)[..] {
+                record.add(mode, code, &b);
             }
             // Compiled code must agree in every bit, undefined ones too.
             if mode == case::Mode::Long {
@@ -117,6 +125,10 @@ fn generated_instructions_agree_with_this_processor() {
         for code in iced_x86::Code::values().filter(|c| !covered.contains(c)) {
             println!("not generated: {code:?} {:?}", code.cpuid_features());
         }
+    }
+    if let Some(path) = std::env::var_os("FTVM_DIFF_RECORD") {
+        let different = record.compare_or_write(path.as_ref());
+        assert!(different.is_empty(), "other results than the host of the record has: {different:?}");
     }
     let shown = number("FTVM_DIFF_SHOW", 5) as usize;
     for (code, (count, text)) in failures.iter().take(shown) {

@@ -159,6 +159,8 @@ pub struct Compare {
     pub x87_close: bool,
     /// Single-precision XMM results within 2^-11.
     pub xmm_close: bool,
+    /// Elements of XMM results of this many bytes that are both a NaN count as equal; 0: none do.
+    pub nan_open: u8,
     /// The values of ST(0) and ST(1) are not compared at all.
     pub x87_open: bool,
     /// The order of its faults is the implementation's choice.

@@ -397,6 +397,7 @@ impl Generator {
                         | Mnemonic::Fsin
                         | Mnemonic::Fcos
                         | Mnemonic::Fsincos
+                        | Mnemonic::Fbld
                         | Mnemonic::Shld
                         | Mnemonic::Shrd
                 );
@@ -637,6 +638,9 @@ impl Generator {
             }
             // The roundings within a dot product have no defined order of exceptions.
             Dpps | Dppd | Vdpps | Vdppd if r.mxcsr() & 0x1F80 != 0x1F80 => return false,
+            // Nor has the choice among several NaNs.
+            Dpps | Vdpps => case.compare.nan_open = 4,
+            Dppd | Vdppd => case.compare.nan_open = 8,
             // Unmasked overflow and underflow are judged by the rounded result here.
             _ if i.encoding() == EncodingKind::VEX && r.mxcsr() & 0xC00 != 0xC00 => return false,
             Movsxd if i.op0_register().is_gpr16() => return false,
@@ -659,6 +663,16 @@ impl Generator {
                 }
                 case.compare.x87_close = true;
                 case.compare.x87_open = st(0).0 >= bound && !special;
+            }
+            Fbld => {
+                // Digits past nine are undefined.
+                let digits = offset.and_then(|o| case.data.get_mut(o as usize..o as usize + 9));
+                match digits {
+                    Some(digits) if !rng.one_in(8) => {
+                        digits.iter_mut().for_each(|b| *b = (*b % 10) | (((*b >> 4) % 10) << 4));
+                    }
+                    _ => case.compare.x87_open = true,
+                }
             }
             Fld if i.memory_size().size() < 10 && r.word(0) & 2 == 0 && touches_memory(i) => {
                 // With denormals unmasked processors differ in whether the value is pushed.
