@@ -69,6 +69,22 @@ fn decimal_digits_count_up_to_fifteen() {
 }
 
 #[test]
+fn precision_control_rounds_and_its_reserved_value_is_extended() {
+    let third = |fcw: u16| {
+        let mut m = Mock::new();
+        m.state.x87.fcw = fcw;
+        push(&mut m, 3.0);
+        push(&mut m, 1.0);
+        m.run(x87(0xD8, 0xF1)).unwrap(); // fdiv st0, st1
+        F80::of(&m.state.x87.st[m.state.x87.top as usize]).mant
+    };
+    assert_eq!(third(0x07F), 0xAAAA_AB00_0000_0000);
+    assert_eq!(third(0x27F), 0xAAAA_AAAA_AAAA_A800);
+    assert_eq!(third(0x37F), 0xAAAA_AAAA_AAAA_AAAB);
+    assert_eq!(third(0x17F), third(0x37F));
+}
+
+#[test]
 fn stack_faults_are_masked_or_pend() {
     let mut m = Mock::new();
     m.run(x87(0xD8, 0xC1)).unwrap();

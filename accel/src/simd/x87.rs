@@ -153,6 +153,8 @@ fn stack_fault(x: &mut X87, c1: u16) -> bool {
 /// Run an operation on the host's x87 unit under the guest's control word. Returns the status word.
 fn native(fcw: u16, opcode: u8, modrm: u8, a: &mut Image, b: &mut Image) -> u16 {
     let Some(run) = routines().and_then(|r| r.x87(opcode, modrm)) else { return IE };
+    // Precision control 1 is reserved (SDM vol. 1, section 8.1.5.2); here, as on Intel's processors, it is extended.
+    let fcw = if fcw & 0x300 == 0x100 { fcw | 0x300 } else { fcw };
     let mut context = [fcw, 0, 0, 0];
     // SAFETY: the routine accesses at most 10 bytes at each operand and 4 at the context.
     unsafe { run(a.as_mut_ptr(), b.as_mut_ptr(), context.as_mut_ptr().cast()) };

@@ -751,7 +751,7 @@ fn needs(i: &Instruction) -> u32 {
     }
     match i.mnemonic() {
         Xlatb => list | 8,
-        Xsave | Xsave64 | Xsaveopt | Xsaveopt64 | Xrstor | Xrstor64 => list | 5,
+        Xsave | Xsave64 | Xsaveopt | Xsaveopt64 | Xsavec | Xsavec64 | Xrstor | Xrstor64 => list | 5,
         _ => list,
     }
 }

@@ -28,7 +28,7 @@ struct Look<'a> {
     machine: &'a mut Soft,
 }
 
-pub const TABLE: [Known; 10] = [
+pub const TABLE: [Known; 12] = [
     Known {
         name: "VPINSRQ and VPEXTRQ outside 64-bit mode",
         reason: "SDM vol. 2 (PINSRQ, PEXTRQ): VEX.W is ignored there; to AMD's processors they are invalid",
@@ -50,8 +50,8 @@ pub const TABLE: [Known; 10] = [
         expected: numeric_first,
     },
     Known {
-        name: "x87 store of ten bytes across a page's end",
-        reason: "whether the first eight bytes are stored before the page fault of the others",
+        name: "FSTP m80, FBSTP or MOVBE m64 across a page's end",
+        reason: "whether the first part is stored before the page fault of the second",
         expected: partial_store,
     },
     Known {
@@ -68,6 +68,16 @@ pub const TABLE: [Known; 10] = [
         name: "masked store across a page's end",
         reason: "which of the bytes that are not there CR2 names",
         expected: masked_byte,
+    },
+    Known {
+        name: "PUSHA that faults",
+        reason: "whether the registers before the one that cannot be stored are stored",
+        expected: partial_push,
+    },
+    Known {
+        name: "CMPS whose operands both fault",
+        reason: "which of the two is read first",
+        expected: either_operand,
     },
     Known {
         name: "BOUND whose upper bound cannot be read",
@@ -229,15 +239,52 @@ fn numeric_first(look: &mut Look) -> Option<Outcome> {
 }
 
 fn partial_store(look: &mut Look) -> Option<Outcome> {
-    if !matches!(look.last.code(), Code::Fbstp_m80bcd | Code::Fstp_m80fp) || look.soft.vector != 14 {
+    let first = match look.last.code() {
+        Code::Fbstp_m80bcd | Code::Fstp_m80fp => 8,
+        Code::Movbe_m64_r64 => 4,
+        _ => return None,
+    };
+    if look.soft.vector != 14 {
         return None;
     }
     let at = look.operand()?.wrapping_sub(DATA) as usize;
     let stored = look.operand_near()?;
     let near = (NEAR - DATA) as usize;
     let mut out = look.soft.clone();
-    out.data.get_mut(at..at + 8)?.copy_from_slice(&stored.data[near..near + 8]);
+    out.data.get_mut(at..at.checked_add(first)?)?.copy_from_slice(&stored.data[near..near + first]);
     Some(out)
+}
+
+fn partial_push(look: &mut Look) -> Option<Outcome> {
+    let size = match look.last.code() {
+        Code::Pushaw => 2,
+        Code::Pushad => 4,
+        _ => return None,
+    };
+    if !look.memory_fault() {
+        return None;
+    }
+    let mask = if look.case.mode == Mode::Segmented16 { 0xFFFF } else { 0xFFFF_FFFF };
+    let mut out = look.soft.clone();
+    let mut sp = out.regs.gpr[4];
+    for value in &look.soft.regs.gpr[..8] {
+        sp = sp.wrapping_sub(size as u64) & mask;
+        let at = sp.wrapping_add(look.case.mode.data_base()).wrapping_sub(DATA) as usize;
+        let Some(slot) = at.checked_add(size).and_then(|end| out.data.get_mut(at..end)) else { break };
+        slot.copy_from_slice(&value.to_le_bytes()[..size]);
+    }
+    Some(out)
+}
+
+fn either_operand(look: &mut Look) -> Option<Outcome> {
+    use Mnemonic::{Cmpsb, Cmpsd, Cmpsq, Cmpsw};
+    let known = matches!(look.last.mnemonic(), Cmpsb | Cmpsw | Cmpsd | Cmpsq);
+    (known && look.memory_fault() && matches!(look.real.vector, 12..=14)).then(|| Outcome {
+        vector: look.real.vector,
+        error: look.real.error,
+        cr2: look.real.cr2,
+        ..look.soft.clone()
+    })
 }
 
 fn top_cleared(look: &mut Look) -> Option<Outcome> {
