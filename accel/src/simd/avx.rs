@@ -4,7 +4,7 @@
 use super::avx_host::{self, Form, Frame, Prepared};
 use super::fxsave::{AVX, MXCSR_MASK, SSE};
 use super::sse::{give_flags, Done};
-use super::{approx, Core, Handler, Map, Prefix, Rm, VecInsn};
+use super::{approx, dot, Core, Handler, Map, Prefix, Rm, VecInsn};
 use crate::fault::Exception;
 use crate::state::CpuState;
 
@@ -102,6 +102,16 @@ fn run<C: Core>(c: &mut C, p: &Prepared, frame: &mut Frame) -> Result<u64, Excep
     Err(if c.state().cr4 & CR4_OSXMMEXCPT != 0 { Exception::XM } else { Exception::UD })
 }
 
+/// [`dot`]'s rule for each 128 bits of a result.
+fn settle_dot(insn: &VecInsn, mxcsr: u32, frame: &mut Frame) {
+    for at in (0..bytes(insn)).step_by(16) {
+        let (mut a, mut b) = ([0; 16], [0; 16]);
+        a.copy_from_slice(&frame.a[at..at + 16]);
+        b.copy_from_slice(&frame.b[at..at + 16]);
+        dot::settle_nan(insn, mxcsr, &a, &b, &mut frame.dst[at..at + 16]);
+    }
+}
+
 /// Everything that a host routine computes.
 fn native<C: Core>(c: &mut C, insn: &VecInsn) -> Done {
     check(c)?;
@@ -116,6 +126,9 @@ fn native<C: Core>(c: &mut C, insn: &VecInsn) -> Done {
             frame.a = ymm(s, vex(insn).v);
             frame.d = ymm(s, insn.imm >> 4 & if insn.long { 15 } else { 7 });
             run(c, &p, &mut frame)?;
+            if dot::is_dot(insn) {
+                settle_dot(insn, c.state().vector.mxcsr, &mut frame);
+            }
             c.state().vector.ymm[(insn.reg & 15) as usize] = frame.dst;
         }
         Form::Vmi => {

@@ -4,6 +4,7 @@
 mod approx;
 mod avx;
 mod avx_host;
+mod dot;
 mod fxsave;
 mod host;
 mod lanes;

@@ -2,6 +2,7 @@
 //! XMM register n and MXCSR in the host's: those whose results the architecture fixes.
 
 use super::avx_host;
+use super::dot;
 use super::table::{self, Shape};
 use super::{host_supports, Feature, Map, Prefix, Rm, VecInsn, Vex};
 
@@ -44,6 +45,9 @@ pub(crate) struct Native {
 
 /// `None`: leave it to the instruction's handler.
 pub(crate) fn native(insn: &VecInsn) -> Option<Native> {
+    if dot::is_dot(insn) {
+        return None;
+    }
     if let Some(vex) = insn.vex {
         return vex_moves(insn, vex).or_else(|| vex_computes(insn, vex));
     }

@@ -4,7 +4,7 @@
 use super::host::{routines, Routine};
 use super::lanes::{Lanes, OE, PE, UE};
 use super::table::{self, Op, Shape};
-use super::{approx, Core, Handler, Map, Prefix, Rm, VecInsn};
+use super::{approx, dot, Core, Handler, Map, Prefix, Rm, VecInsn};
 use crate::fault::Exception;
 use crate::state::CpuState;
 
@@ -188,7 +188,11 @@ fn xmm_fp<C: Core, const SIZE: usize, const ALIGN: bool>(c: &mut C, insn: &VecIn
     let mut src = xmm_source::<C, SIZE, ALIGN>(c, insn)?;
     let run = routine(insn, variant(insn))?;
     let mut dst = xmm(c.state(), insn.reg);
+    let first = dst;
     run_fp(c, run, &mut dst, &mut src, Lanes::of(insn))?;
+    if dot::is_dot(insn) {
+        dot::settle_nan(insn, c.state().vector.mxcsr, &first, &src, &mut dst);
+    }
     set_xmm(c.state(), insn.reg, &dst);
     Ok(())
 }

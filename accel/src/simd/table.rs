@@ -172,9 +172,9 @@ pub(super) fn x87_native() -> Vec<(u8, u8)> {
         list.push((0xD8, 0xC1 | reg << 3));
         list.push((0xDC, 0xC1 | reg << 3));
     }
-    // FLD/FST m32, m64; FILD/FIST/FISTTP m16, m32, m64; FBLD, FBSTP.
+    // FLD/FST m32, m64; FILD/FIST/FISTTP m16, m32, m64; FBSTP.
     for (opcode, regs) in
-        [(0xD9u8, &[0u8, 2][..]), (0xDD, &[0, 1, 2]), (0xDB, &[0, 1, 2]), (0xDF, &[0, 1, 2, 4, 5, 6, 7])]
+        [(0xD9u8, &[0u8, 2][..]), (0xDD, &[0, 1, 2]), (0xDB, &[0, 1, 2]), (0xDF, &[0, 1, 2, 5, 6, 7])]
     {
         list.extend(regs.iter().map(|r| (opcode, r << 3)));
     }
@@ -194,7 +194,7 @@ pub(super) fn x87_native() -> Vec<(u8, u8)> {
 
 /// Memory forms that push.
 pub(super) fn x87_is_load(opcode: u8, reg: u8) -> bool {
-    matches!((opcode, reg), (0xD9 | 0xDD | 0xDB | 0xDF, 0) | (0xDF, 4 | 5))
+    matches!((opcode, reg), (0xD9 | 0xDD | 0xDB | 0xDF, 0) | (0xDF, 5))
 }
 
 /// Memory forms that write memory.

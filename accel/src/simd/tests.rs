@@ -326,3 +326,39 @@ fn every_operation_of_the_table_has_a_routine_and_a_handler() {
     }
     assert!(known > 250, "{known}");
 }
+
+#[test]
+fn of_several_nans_a_dot_product_gives_the_first() {
+    if !host_supports(Feature::Sse41) {
+        return;
+    }
+    let lanes = |v: [u32; 4]| v.iter().rev().fold(0u128, |all, lane| all << 32 | u128::from(*lane));
+    let (one, zero, inf) = (1f32.to_bits(), 0, f32::INFINITY.to_bits());
+    let nan = |payload: u32| 0x7FC0_0000 | payload;
+    let indefinite = 0xFFC0_0000;
+    for (a, b, imm, result) in [
+        ([nan(1), nan(2), nan(3), nan(4)], [one; 4], 0xFF, nan(1)),
+        ([nan(1), nan(2), nan(3), nan(4)], [nan(5); 4], 0xEF, nan(2)),
+        ([one, one, nan(3), one], [one, one, one, nan(4)], 0xFF, nan(3)),
+        // A signalling one is quieted; a product's second operand counts when the first is none.
+        ([one; 4], [one, 0x7F80_0002, nan(3), one], 0xFF, nan(2)),
+        // 0 + 1 comes before 2 and 3.
+        ([inf, inf, nan(3), one], [one, inf ^ 1 << 31, one, one], 0xFF, indefinite),
+        ([inf, nan(2), one, one], [zero, one, one, one], 0xFF, indefinite),
+        ([one, one, one, one], [one; 4], 0xFF, 4f32.to_bits()),
+    ] {
+        for (out, expected) in [(imm, [result; 4]), (imm & 0xF0 | 5, [result, 0, result, 0])] {
+            let mut m = Mock::new();
+            m.set(1, lanes(a));
+            m.set(2, lanes(b));
+            m.run(VecInsn { imm: out, ..insn(Map::M0F3A, Prefix::P66, 0x40, 1, Rm::Reg(2)) }).unwrap();
+            assert_eq!(m.get(1), lanes(expected), "{a:x?} {b:x?} {out:#x}");
+        }
+    }
+    let wide = |low: u64, high: u64| u128::from(low) | u128::from(high) << 64;
+    let mut m = Mock::new();
+    m.set(1, wide(1f64.to_bits(), f64::NAN.to_bits() | 2));
+    m.set(2, wide(f64::NAN.to_bits() | 1, 1f64.to_bits()));
+    m.run(VecInsn { imm: 0x33, ..insn(Map::M0F3A, Prefix::P66, 0x41, 1, Rm::Reg(2)) }).unwrap();
+    assert_eq!(m.get(1), wide(f64::NAN.to_bits() | 1, f64::NAN.to_bits() | 1));
+}

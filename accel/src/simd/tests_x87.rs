@@ -47,6 +47,44 @@ fn arithmetic_and_the_stack() {
 }
 
 #[test]
+fn decimal_digits_count_up_to_fifteen() {
+    let mut m = Mock::new();
+    for (digits, value) in [
+        ([0x67, 0x45, 0x23, 1, 0, 0, 0, 0, 0, 0], 1_234_567.0),
+        ([0x99, 0x99, 0x99, 0x99, 0x99, 0x99, 0x99, 0, 0, 0x80], -99_999_999_999_999.0),
+        ([0, 0, 0, 0, 0, 0, 0, 0, 0, 0x80], -0.0),
+        ([0xFA, 0x1F, 0, 0, 0, 0, 0, 0, 0, 0x7F], 2_660.0),
+    ] {
+        m.memory[..10].copy_from_slice(&digits);
+        m.run(x87(0xDF, 0x20)).unwrap();
+        assert_eq!(m.state.x87.fsw, 0);
+        assert_eq!(pop(&mut m).to_bits(), f64::to_bits(value), "{digits:x?}");
+    }
+    // All of them fifteen: exact in the register's 64 bits.
+    m.memory[..10].copy_from_slice(&[0xFF; 10]);
+    m.run(x87(0xDF, 0x20)).unwrap();
+    let value = F80::of(&m.state.x87.st[m.state.x87.top as usize]);
+    let sum = 15 * 111_111_111_111_111_111u64;
+    assert_eq!(value, F80 { neg: true, exp: 16383 + 60, mant: sum << 3 });
+}
+
+#[test]
+fn precision_control_rounds_and_its_reserved_value_is_extended() {
+    let third = |fcw: u16| {
+        let mut m = Mock::new();
+        m.state.x87.fcw = fcw;
+        push(&mut m, 3.0);
+        push(&mut m, 1.0);
+        m.run(x87(0xD8, 0xF1)).unwrap(); // fdiv st0, st1
+        F80::of(&m.state.x87.st[m.state.x87.top as usize]).mant
+    };
+    assert_eq!(third(0x07F), 0xAAAA_AB00_0000_0000);
+    assert_eq!(third(0x27F), 0xAAAA_AAAA_AAAA_A800);
+    assert_eq!(third(0x37F), 0xAAAA_AAAA_AAAA_AAAB);
+    assert_eq!(third(0x17F), third(0x37F));
+}
+
+#[test]
 fn stack_faults_are_masked_or_pend() {
     let mut m = Mock::new();
     m.run(x87(0xD8, 0xC1)).unwrap();

@@ -153,6 +153,8 @@ fn stack_fault(x: &mut X87, c1: u16) -> bool {
 /// Run an operation on the host's x87 unit under the guest's control word. Returns the status word.
 fn native(fcw: u16, opcode: u8, modrm: u8, a: &mut Image, b: &mut Image) -> u16 {
     let Some(run) = routines().and_then(|r| r.x87(opcode, modrm)) else { return IE };
+    // Precision control 1 is reserved (SDM vol. 1, section 8.1.5.2); here, as on Intel's processors, it is extended.
+    let fcw = if fcw & 0x300 == 0x100 { fcw | 0x300 } else { fcw };
     let mut context = [fcw, 0, 0, 0];
     // SAFETY: the routine accesses at most 10 bytes at each operand and 4 at the context.
     unsafe { run(a.as_mut_ptr(), b.as_mut_ptr(), context.as_mut_ptr().cast()) };
@@ -288,7 +290,7 @@ fn compare_flags<C: Core>(c: &mut C, i: u8, unordered: bool, pops: bool) {
     c.set_flags(codes & C0 != 0, codes & C2 != 0, false, codes & C3 != 0, false, false);
 }
 
-/// FLD, FILD, FBLD from memory already read.
+/// FLD, FILD from memory already read.
 fn load(x: &mut X87, opcode: u8, modrm: u8, operand: &mut Image) {
     if !empty(x, 7) {
         if stack_fault(x, C1) {
@@ -360,7 +362,7 @@ fn memory<C: Core>(c: &mut C, insn: &VecInsn) -> Done {
         (0xD9, 0) | (0xDB, 0) => (4, true),
         (0xDD, 0) | (0xDF, 5) => (8, true),
         (0xDF, 0) => (2, true),
-        (0xDF, 4) => (10, true),
+        (0xDF, 4) => return load_decimal(c, insn),
         (0xDB, 5) => return load_image(c, insn),
         (0xDB, 7) => return store_image(c, insn),
         (0xD9, 2 | 3) | (0xDB, 1..=3) => (4, false),
@@ -386,6 +388,21 @@ fn load_image<C: Core>(c: &mut C, insn: &VecInsn) -> Done {
     c.read(0, &mut value[..10])?;
     note(c, insn);
     push_value(&mut c.state().x87, value);
+    Ok(())
+}
+
+/// FBLD. Digits past nine, whose result is undefined (SDM vol. 2, FBLD), count as 10 to 15; no sum of eighteen of them is too
+/// large to be exact.
+fn load_decimal<C: Core>(c: &mut C, insn: &VecInsn) -> Done {
+    let mut b = [0; 16];
+    c.read(0, &mut b[..10])?;
+    note(c, insn);
+    let digits = |sum: u64, b: &u8| sum * 100 + u64::from(b >> 4) * 10 + u64::from(b & 15);
+    let value = b[..9].iter().rev().fold(0, digits);
+    let zeros = value.leading_zeros();
+    let exp = if value == 0 { 0 } else { 16383 + 63 - zeros as u16 };
+    let mant = value.checked_shl(zeros).unwrap_or(0);
+    push_value(&mut c.state().x87, F80 { neg: b[9] & 0x80 != 0, exp, mant }.image());
     Ok(())
 }
 

@@ -144,6 +144,8 @@ pub struct Case {
     pub starts: Vec<u16>,
     /// RFLAGS bits that are undefined at the end.
     pub undefined: u64,
+    /// The same after each instruction.
+    pub undefined_after: Vec<u64>,
     /// How results are to be compared.
     pub compare: Compare,
     /// Data bytes (offset, length) that are not fixed by the architecture.
@@ -157,6 +159,8 @@ pub struct Compare {
     pub x87_close: bool,
     /// Single-precision XMM results within 2^-11.
     pub xmm_close: bool,
+    /// Elements of XMM results of this many bytes that are both a NaN count as equal; 0: none do.
+    pub nan_open: u8,
     /// The values of ST(0) and ST(1) are not compared at all.
     pub x87_open: bool,
     /// The order of its faults is the implementation's choice.

@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use iced_x86::{Decoder, DecoderOptions, Formatter, IntelFormatter};
 
-use super::case::{Case, Outcome, CODE, CODE_SIZE, DATA, DATA_SIZE};
+use super::case::{Case, Compare, Outcome, CODE, CODE_SIZE, DATA, DATA_SIZE};
 
 const NAMES: [&str; 16] = [
     "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14",
@@ -32,11 +32,23 @@ fn x87_equal(a: &[u8], b: &[u8], close: bool) -> bool {
     close && ea >> 15 == eb >> 15 && (line(ea, ma) - line(eb, mb)).abs() <= 2
 }
 
-fn xmm_equal(a: &[u8], b: &[u8], close: bool) -> bool {
+fn nan(v: &[u8]) -> bool {
+    match *v {
+        [a, b, c, d] => f32::from_le_bytes([a, b, c, d]).is_nan(),
+        [a, b, c, d, e, f, g, h] => f64::from_le_bytes([a, b, c, d, e, f, g, h]).is_nan(),
+        _ => false,
+    }
+}
+
+fn xmm_equal(a: &[u8], b: &[u8], how: &Compare) -> bool {
     if a == b {
         return true;
     }
-    close
+    let size = usize::from(how.nan_open);
+    if size != 0 {
+        return a.chunks(size).zip(b.chunks(size)).all(|(a, b)| a == b || nan(a) && nan(b));
+    }
+    how.xmm_close
         && a.chunks_exact(4).zip(b.chunks_exact(4)).all(|(a, b)| {
             let f = |v: &[u8]| f32::from_le_bytes([v[0], v[1], v[2], v[3]]);
             let (x, y) = (f(a), f(b));
@@ -141,11 +153,11 @@ pub fn difference(case: &Case, real: &Outcome, soft: &Outcome) -> Option<String>
     }
     for i in 0..16 {
         let at = 160 + i * 16;
-        if !xmm_equal(&r.fx[at..at + 16], &s.fx[at..at + 16], c.xmm_close) {
+        if !xmm_equal(&r.fx[at..at + 16], &s.fx[at..at + 16], c) {
             note(&format!("xmm{i}"), bytes(&r.fx[at..at + 16]), bytes(&s.fx[at..at + 16]));
         }
         let (a, b) = (&r.high[i * 16..i * 16 + 16], &s.high[i * 16..i * 16 + 16]);
-        if !xmm_equal(a, b, c.xmm_close) {
+        if !xmm_equal(a, b, c) {
             note(&format!("ymm{i} above"), bytes(a), bytes(b));
         }
     }

@@ -176,7 +176,12 @@ pub fn registers(rng: &mut Rng, mode: Mode) -> Regs {
     }
     let fx = &mut r.fx;
     let all_masked = !rng.one_in(3);
-    let fcw = 0x40 | (rng.next() & 0xF00) as u16 | if all_masked { 0x3F } else { (rng.next() & 0x3F) as u16 };
+    let mut fcw =
+        0x40 | (rng.next() & 0xF00) as u16 | if all_masked { 0x3F } else { (rng.next() & 0x3F) as u16 };
+    if fcw & 0x300 == 0x100 {
+        // A reserved precision.
+        fcw |= 0x300;
+    }
     let mut fsw = (rng.next() & 0x7F00) as u16;
     if rng.one_in(2) {
         fsw |= (rng.next() & 0x7F) as u16;
