@@ -441,9 +441,17 @@ impl GuestMemory {
     /// Set the dirty bits of the RAM page at `gpa`, leaving [`CODE`] and [`TABLE`] as they are; returns
     /// the flags as they were.
     pub fn set_dirty(&self, gpa: u64) -> u8 {
-        let Some((_, flags)) = self.ram_page(gpa) else { return WRITE_FREE };
-        // SAFETY: the flag byte lives as long as self.
-        let flags = unsafe { &*flags };
+        let Some((write, flags)) = self.ram_page(gpa) else { return WRITE_FREE };
+        Self::set_dirty_at(&Backing { read: write, write, flags })
+    }
+
+    /// The same for the page that `b` backs, which is writable RAM.
+    pub fn set_dirty_at(b: &Backing) -> u8 {
+        if b.flags.is_null() {
+            return WRITE_FREE;
+        }
+        // SAFETY: the flag byte lives as long as guest memory does.
+        let flags = unsafe { &*b.flags };
         // Mostly they are set, and an atomic change is dear.
         let old = flags.load(Ordering::Relaxed);
         if old & WRITE_FREE == WRITE_FREE {

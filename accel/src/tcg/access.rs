@@ -3,7 +3,7 @@
 use super::op::*;
 use super::paging::*;
 use super::SoftCpu;
-use crate::mem::{GuestMemory, CODE, TABLE, WRITE_FREE};
+use crate::mem::{Backing, GuestMemory, CODE, TABLE, WRITE_FREE};
 use crate::{Bus, Exception};
 
 impl SoftCpu {
@@ -262,11 +262,16 @@ impl SoftCpu {
         if self.dr_watch {
             self.check_watch(lin, size, true);
         }
+        if self.lapic.covers(w.phys) {
+            self.lapic_mmio_write(w.phys, size as u8, v);
+            return Ok(());
+        }
         let changes = self.changes;
-        self.phys_store(w.phys, size as u8, v);
+        let b = self.mem().backing(w.phys);
+        self.store_to(&b, w.phys, size as u8, v);
         // The store may have changed the tables; fill only with what still holds.
         if changes == self.changes {
-            self.fill(lin, &w, self.mmu);
+            self.fill_from(&b, lin, &w, self.mmu);
         }
         Ok(())
     }
@@ -382,8 +387,13 @@ impl SoftCpu {
             return;
         }
         let b = self.mem().backing(phys);
+        self.store_to(&b, phys, size, v);
+    }
+
+    /// The same where it is not the local APIC's; `b` backs the page.
+    fn store_to(&mut self, b: &Backing, phys: u64, size: u8, v: u64) {
         if !b.write.is_null() {
-            let old = self.mem().set_dirty(phys);
+            let old = GuestMemory::set_dirty_at(b);
             if old & !WRITE_FREE != 0 {
                 if old & TABLE != 0 {
                     self.table_written(phys, size as u64);

@@ -164,6 +164,8 @@ pub struct Cache {
     pub graveyard: Vec<Kept<Block>>,
     /// Blocks dropped that the table by linear address may still have somewhere: their keys are [`DEAD`].
     limbo: Vec<Kept<Block>>,
+    /// The page of code that was written last.
+    recent: Option<(u64, std::ptr::NonNull<CodePage>)>,
     /// Room to decode into.
     pub ops: Vec<Op>,
 }
@@ -172,6 +174,15 @@ impl Cache {
     /// The code of the page that holds a guest physical address.
     pub fn page(&mut self, phys: u64) -> *const CodePage {
         &**self.pages.entry(phys & !0xFFF).or_default()
+    }
+    /// The same where there is some. Guests write beside their code again and again.
+    fn recent(&mut self, phys: u64) -> Option<&mut CodePage> {
+        let key = phys & !0xFFF;
+        if self.recent.is_none_or(|r| r.0 != key) {
+            self.recent = Some((key, self.pages.get_mut(&key).map(|p| (&mut **p).into())?));
+        }
+        // SAFETY: pages stay where they are until all code is dropped, which forgets this one; the cache is borrowed.
+        self.recent.map(|mut r| unsafe { r.1.as_mut() })
     }
     /// The block with a key.
     pub fn get(&self, key: u64) -> Option<&Block> {
@@ -279,6 +290,7 @@ impl SoftCpu {
     }
 
     pub(crate) fn drop_all_code(&mut self) {
+        self.cache.recent = None;
         for (_, mut page) in std::mem::take(&mut self.cache.pages) {
             self.cache.graveyard.append(&mut page.blocks);
         }
@@ -356,7 +368,7 @@ impl SoftCpu {
 
     /// A page with decoded code is written at `phys`.
     pub(crate) fn code_written(&mut self, phys: u64, size: u64) {
-        let page = self.cache.pages.get_mut(&(phys & !0xFFF));
+        let page = self.cache.recent(phys);
         let hit = page.as_ref().is_none_or(|p| p.holds(phys, size));
         let some = page.filter(|p| hit && p.mask != 0).and_then(|p| p.take(phys, size));
         if let Some(blocks) = some {

@@ -10,7 +10,7 @@ use super::flags::AC;
 use super::large::Large;
 use super::op::{Fault, R};
 use super::SoftCpu;
-use crate::mem::{TABLE, WRITE_FREE};
+use crate::mem::{Backing, TABLE, WRITE_FREE};
 use crate::Exception;
 
 /// Entries of each TLB: as many pages as a compressor or a compiler goes to and fro over.
@@ -706,7 +706,7 @@ impl SoftCpu {
                 }
                 table = pdpte & addr_mask;
             }
-            for found in if long { 1..=2 } else { 1..=0 } {
+            for found in 1..=(if long { 2 } else { 0 }) {
                 let base = lin >> (12 + 9 * found);
                 let t = &self.trails[found - 1][base as usize & (TRAILS - 1)];
                 if t.base == base && t.cr3 == self.cr3 && t.changes == self.changes {
@@ -817,13 +817,19 @@ impl SoftCpu {
 
     /// Fill the data TLB after a successful walk, if the page is plain memory.
     pub(crate) fn fill(&mut self, lin: u64, w: &Walk, mmu: usize) {
-        let page = lin & !0xFFF;
         let phys = w.phys & !0xFFF;
-        if self.lapic.covers(phys) || mmu == MMU_USER_AC {
+        if self.lapic.covers(phys) {
             return;
         }
         let b = self.mem().backing(phys);
-        if b.read.is_null() {
+        self.fill_from(&b, lin, w, mmu);
+    }
+
+    /// The same where it is not the local APIC's; `b` backs the page.
+    pub(crate) fn fill_from(&mut self, b: &Backing, lin: u64, w: &Walk, mmu: usize) {
+        let page = lin & !0xFFF;
+        let phys = w.phys & !0xFFF;
+        if b.read.is_null() || mmu == MMU_USER_AC {
             return;
         }
         let slot = (lin >> 12) as usize & (TLB_SIZE - 1);

@@ -399,7 +399,7 @@ fn accesses_follow_the_tables_whatever_was_translated_before() {
         // What an entry of a level (4 to 1) may lead to: some pages are large, some small ones have their PAT bit.
         let entry = |level: usize, draw: &mut dyn FnMut(u64) -> u64| match (level, draw(4)) {
             (2, 0) => 0x20_0087,
-            (1, n) => PAGES + (draw(4) << 12) | 7 | if n == 0 { 0x80 } else { 0 },
+            (1, n) => (PAGES + (draw(4) << 12)) | 7 | if n == 0 { 0x80 } else { 0 },
             (level, _) => TABLES[4 - level][draw(2) as usize] | 7,
         };
         let make = || Machine::long(&code);
