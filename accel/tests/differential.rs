@@ -72,15 +72,13 @@ fn generated_instructions_agree_with_this_processor() {
                 record.add(mode, code, &b);
             }
             // Compiled code must agree in every bit, undefined ones too.
-            if mode == case::Mode::Long {
-                compiled.run(&case, &mut c);
-                if let Some(difference) = compare::exact(&b, &c) {
-                    let key = format!("compiled {:?}", generate::codes(&case).last());
-                    let entry = failures.entry(key).or_insert_with(|| {
-                        (0, format!("case {n}\n{}{difference}", compare::describe(&case)))
-                    });
-                    entry.0 += 1;
-                }
+            compiled.run(&case, &mut c);
+            if let Some(difference) = compare::exact(&b, &c) {
+                let key = format!("compiled {:?}", generate::codes(&case).last());
+                let entry = failures
+                    .entry(key)
+                    .or_insert_with(|| (0, format!("case {n}\n{}{difference}", compare::describe(&case))));
+                entry.0 += 1;
             }
             real.run(&case, &mut a);
             run += 1;
@@ -155,34 +153,35 @@ fn compiled_code_agrees_with_the_interpreter_wherever_it_stops() {
     let mut interpreter = soft::Soft::new(Tier::Never);
     let mut tiers =
         [Tier::AtOnce, Tier::After(1), Tier::Random(seed)].map(|tier| (tier, soft::Soft::new(tier)));
-    let mut generator = generate::Generator::new(case::Mode::Long, |_| true);
-    for n in 0..cases {
-        let mut rng = values::Rng(seed.wrapping_mul(0x1_0000_0003) ^ n << 1);
-        let count = 1 + rng.below(6) as usize;
-        let mut case = generator.case(&mut rng, count);
-        // Now and then it goes round, so that blocks are linked.
-        if n % 3 == 0 {
-            if let Some(end) = case.code.iter().rposition(|b| *b != 0xCC) {
-                let back = -(end as i32 + 6);
-                if end + 6 < case.code.len() && case.starts.first() == Some(&0) {
-                    case.code[end + 1] = 0xE9;
-                    case.code[end + 2..end + 6].copy_from_slice(&back.to_le_bytes());
-                }
+    // Code of both sizes is compiled.
+    for mode in [case::Mode::Long, case::Mode::Flat32] {
+        let mut generator = generate::Generator::new(mode, |_| true);
+        for n in 0..cases {
+            let mut rng = values::Rng(seed.wrapping_mul(0x1_0000_0003) ^ n << 1 ^ (mode as u64) << 60);
+            let count = 1 + rng.below(6) as usize;
+            let mut case = generator.case(&mut rng, count);
+            // Now and then it goes round, so that blocks are linked.
+            if n % 3 == 0 {
+                let last = case.starts.len() - 1;
+                let end = case.starts[last] as usize + generate::instruction(&case, last).len();
+                let back = i32::from(case.starts[0]) - (end as i32 + 5);
+                case.code[end] = 0xE9;
+                case.code[end + 1..end + 5].copy_from_slice(&back.to_le_bytes());
             }
-        }
-        let mut stops: Vec<u64> = (0..6).map(|_| 1 + rng.below(120)).collect();
-        stops.sort_unstable();
-        stops.dedup();
-        let expected = interpreter.states(&case, &stops);
-        for (tier, soft) in &mut tiers {
-            let states = soft.states(&case, &stops);
-            for (at, (a, b)) in expected.iter().zip(&states).enumerate() {
-                assert!(
-                    a == b,
-                    "case {n}, {tier:?}: after {} instructions (of {stops:?}) the states differ\n{}",
-                    stops[at],
-                    compare::describe(&case)
-                );
+            let mut stops: Vec<u64> = (0..6).map(|_| 1 + rng.below(120)).collect();
+            stops.sort_unstable();
+            stops.dedup();
+            let expected = interpreter.states(&case, &stops);
+            for (tier, soft) in &mut tiers {
+                let states = soft.states(&case, &stops);
+                for (at, (a, b)) in expected.iter().zip(&states).enumerate() {
+                    assert!(
+                        a == b,
+                        "{mode:?} case {n}, {tier:?}: after {} instructions (of {stops:?}) the states differ\n{}",
+                        stops[at],
+                        compare::describe(&case)
+                    );
+                }
             }
         }
     }

@@ -41,6 +41,8 @@ pub(crate) struct Native {
     pub imm: Option<u8>,
     /// The rest of the VEX prefix that it is to have.
     pub vex: Option<Vex>,
+    /// REX.W or VEX.W.
+    pub wide: bool,
 }
 
 /// `None`: leave it to the instruction's handler.
@@ -48,6 +50,13 @@ pub(crate) fn native(insn: &VecInsn) -> Option<Native> {
     if dot::is_dot(insn) {
         return None;
     }
+    let native = form(insn)?;
+    // Host code is 64-bit: what 32-bit code ignores must not be passed on.
+    let general = matches!(native.form, Form::ToReg | Form::FromRm | Form::ToRm | Form::Strings);
+    Some(Native { wide: insn.rex_w && (insn.long || !general), ..native })
+}
+
+fn form(insn: &VecInsn) -> Option<Native> {
     if let Some(vex) = insn.vex {
         return vex_moves(insn, vex).or_else(|| vex_computes(insn, vex));
     }
@@ -73,6 +82,7 @@ fn computes(insn: &VecInsn) -> Option<Native> {
                     write: false,
                     imm: Some(insn.imm),
                     vex: None,
+                    wide: false,
                 });
             }
             _ => {}
@@ -92,14 +102,16 @@ fn computes(insn: &VecInsn) -> Option<Native> {
     };
     let align = op.size == 16 && op.shape != Shape::Strings;
     let imm = op.imm.then(|| super::sse::variant(insn));
-    Some(Native { form, size, align, write: false, imm, vex: None })
+    Some(Native { form, size, align, write: false, imm, vex: None, wide: false })
 }
 
 fn moves(insn: &VecInsn) -> Option<Native> {
     use Prefix::{None as NP, F2, F3, P66};
     let mem = insn.rm == Rm::Mem;
     let wide = if insn.rex_w { 8 } else { 4 };
-    let new = |form, size, align, write, imm| Some(Native { form, size, align, write, imm, vex: None });
+    let new = |form, size, align, write, imm| {
+        Some(Native { form, size, align, write, imm, vex: None, wide: false })
+    };
     let load = |size| new(Form::Xmm, size, false, false, None);
     let store = |size| new(Form::Xmm, size, false, true, None);
     if insn.map == Map::M0F3A {
@@ -171,7 +183,10 @@ fn vex_computes(insn: &VecInsn, vex: Vex) -> Option<Native> {
     };
     // The length is ignored where there is one element.
     let vex = if p.fp && p.size <= 8 { Vex { l: false, ..vex } } else { vex };
-    Some(Native { form, size: p.size, align: false, write, imm: has_imm.then_some(insn.imm), vex: Some(vex) })
+    // The fourth register's number has three bits in 32-bit code.
+    let imm = if p.form == avx_host::Form::Rvmr && !insn.long { insn.imm & 0x70 } else { insn.imm };
+    let imm = has_imm.then_some(imm);
+    Some(Native { form, size: p.size, align: false, write, imm, vex: Some(vex), wide: false })
 }
 
 /// VEX-coded moves, which the decoder has found well formed.
@@ -180,8 +195,10 @@ fn vex_moves(insn: &VecInsn, vex: Vex) -> Option<Native> {
     let mem = insn.rm == Rm::Mem;
     let short = Some(Vex { l: false, ..vex });
     let all = if vex.l { 32 } else { 16 };
-    let wide = if insn.rex_w { 8 } else { 4 };
-    let new = |form, size, align, write, vex| Some(Native { form, size, align, write, imm: None, vex });
+    let wide = if insn.rex_w && insn.long { 8 } else { 4 };
+    let new = |form, size, align, write, vex| {
+        Some(Native { form, size, align, write, imm: None, vex, wide: false })
+    };
     let load = |size, align| new(Form::Xmm, size, align, false, Some(vex));
     let store = |size, align| new(Form::Xmm, size, align, true, Some(vex));
     if insn.map == Map::M0F38 {

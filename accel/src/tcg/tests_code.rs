@@ -459,3 +459,39 @@ fn accesses_follow_the_tables_whatever_was_translated_before() {
         }
     }
 }
+
+#[test]
+fn a_push_of_a_distant_word_keeps_what_later_pushes_rely_on() {
+    // mov ecx,9; a: push [esi] (by a 32-bit address); push rcx; push rbx; pop rax; add ebx,eax; pop rax; add rbx,rax;
+    // pop rax; lea ebx,[rbx+rax*2]; add esi,1000h; dec ecx; jnz a; hlt
+    let code = [
+        0xB9, 9, 0, 0, 0, 0x67, 0xFF, 0x36, 0x51, 0x53, 0x58, 0x01, 0xC3, 0x58, 0x48, 0x01, 0xC3, 0x58, 0x8D,
+        0x1C, 0x43, 0x81, 0xC6, 0, 0x10, 0, 0, 0xFF, 0xC9, 0x75, 0xE6, 0xF4,
+    ];
+    let rbx = in_every_tier(|| {
+        let mut m = Machine::long(&code);
+        m.cpu.st.gpr[RSP] = 0x7800;
+        // Each page is new to the TLB, so that the push is done by its handler.
+        m.cpu.st.gpr[RSI] = 0x10_0000;
+        (0..9).for_each(|n| words(&m, &[(0x10_0000 + n * 0x1000, n + 3)]));
+        m
+    });
+    let expected = (0..9).fold(0u32, |rbx, n| (rbx.wrapping_mul(2) + 9 - n).wrapping_add((n + 3) * 2));
+    assert_eq!(rbx as u32, expected);
+}
+
+#[test]
+fn a_single_step_begins_with_the_popf_that_asks_for_it() {
+    // mov ecx,12; a: pushf; or byte [rsp+1],1; popf; inc edx; dec ecx; jnz a; hlt
+    let code = [
+        0xB9, 12, 0, 0, 0, 0x9C, 0x80, 0x4C, 0x24, 0x01, 0x01, 0x9D, 0xFF, 0xC2, 0xFF, 0xC9, 0x75, 0xF3, 0xF4,
+    ];
+    let rbx = in_every_tier(|| {
+        let mut m = Machine::long(&code);
+        m.cpu.st.gpr[RSP] = 0x7800;
+        // #DB: inc ebx; and byte [rsp+17],FEh (TF of the frame); iretq
+        put(&m, &[(0xC010, &[0xFF, 0xC3, 0x80, 0x64, 0x24, 0x11, 0xFE, 0x48, 0xCF])]);
+        m
+    });
+    assert_eq!(rbx, 12);
+}

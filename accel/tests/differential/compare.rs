@@ -73,11 +73,16 @@ pub fn exact(interpreted: &Outcome, compiled: &Outcome) -> Option<String> {
     for ((name, a), b) in NAMES.iter().zip(i.gpr).zip(c.gpr) {
         note(name, a, b);
     }
-    for (at, (a, b)) in i.fx.iter().zip(c.fx).enumerate() {
-        note(&format!("fx byte {at}"), u64::from(*a), u64::from(b));
-    }
-    for (at, (a, b)) in interpreted.data.iter().zip(compiled.data).enumerate() {
-        note(&format!("data byte {at:#x}"), u64::from(*a), u64::from(b));
+    let mut parts = |name: &str, a: &[u8], b: &[u8]| {
+        for (at, (a, b)) in a.iter().zip(b).enumerate().filter(|(_, (a, b))| a != b) {
+            note(&format!("{name} byte {at:#x}"), u64::from(*a), u64::from(*b));
+        }
+    };
+    parts("fx", &i.fx, &c.fx);
+    parts("upper halves", &i.high, &c.high);
+    parts("data", &interpreted.data, &compiled.data);
+    for (at, (a, b)) in i.selectors.iter().zip(c.selectors).enumerate() {
+        note(["es", "cs", "ss", "ds"][at], u64::from(*a), u64::from(b));
     }
     (!text.is_empty()).then_some(text)
 }

@@ -399,6 +399,8 @@ impl<'a> Compiler<'a> {
             let at = self.trace.part(i).at;
             self.values.operand(i, op, at, size, write);
             role = self.role();
+        } else {
+            self.values.apart(i);
         }
         if let Role::Member { slot, at } = role {
             return self.member(i, slot, at);

@@ -34,6 +34,8 @@ pub struct Request {
     write: bool,
     /// Counts what ends all groups before it.
     era: u32,
+    /// Its instruction has an access before it.
+    second: bool,
 }
 
 /// What an access does about the TLB.
@@ -60,11 +62,14 @@ pub struct Values {
     fresh: u16,
     era: u32,
     pub requests: Vec<Request>,
+    /// The last instruction with an access that is no request.
+    apart: Option<usize>,
 }
 
 impl Values {
     pub fn new() -> Values {
-        Values { regs: std::array::from_fn(|r| (r as u16, 0)), fresh: 16, era: 0, requests: Vec::new() }
+        let regs = std::array::from_fn(|r| (r as u16, 0));
+        Values { regs, fresh: 16, era: 0, requests: Vec::new(), apart: None }
     }
 
     /// The memory operand of `op`, in a part of the trace that starts at `at` in its page.
@@ -88,7 +93,12 @@ impl Values {
         self.push(i, (base, NOTHING, 0, 0), more.wrapping_add(disp as i64), size, write);
     }
     fn push(&mut self, i: usize, base: Base, disp: i64, size: u64, write: bool) {
-        self.requests.push(Request { i, base, disp, size: size as i64, write, era: self.era });
+        let second = self.apart == Some(i) || self.requests.last().is_some_and(|r| r.i == i);
+        self.requests.push(Request { i, base, disp, size: size as i64, write, era: self.era, second });
+    }
+    /// Instruction `i` has an access that takes no part in groups.
+    pub fn apart(&mut self, i: usize) {
+        self.apart = Some(i);
     }
 
     /// After instruction `i`.
@@ -171,7 +181,7 @@ impl Plan {
                     g.write |= r.write;
                 }
                 // The handler may do all of an instruction, should its first access go the slow way.
-                None if n > 0 && requests[n - 1].i == r.i => {}
+                None if r.second => {}
                 None => groups.push(Group {
                     base: r.base,
                     era: r.era,
@@ -200,7 +210,6 @@ impl Plan {
         plan.calm = vec![false; trace.len()];
         for (n, r) in requests.iter().enumerate() {
             let member = matches!(plan.roles[n], Role::Member { .. });
-            let first = n == 0 || requests[n - 1].i != r.i;
             // These may need their handler for other reasons.
             let other = matches!(
                 trace.kinds[r.i],
@@ -212,7 +221,7 @@ impl Plan {
                     | Kind::Stos(_)
                     | Kind::Lods(_)
             );
-            plan.calm[r.i] = member && !other && (first || plan.calm[r.i]);
+            plan.calm[r.i] = member && !other && (!r.second || plan.calm[r.i]);
         }
         plan
     }

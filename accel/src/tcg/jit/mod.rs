@@ -500,6 +500,10 @@ unsafe extern "sysv64" fn touch(c: *mut SoftCpu, n: u32) -> u32 {
 impl SoftCpu {
     /// Whether 64-bit code just goes on, as `run_loop` would find; settles `attention` if so.
     fn settled(&mut self) -> bool {
+        if self.eflags & TF != 0 || self.dr_exec {
+            // `attention` stays: `run_loop` must not go on to another block before it steps through it.
+            return false;
+        }
         if self.attention {
             let due = self.points.hit.is_some()
                 || self.shutdown
@@ -524,8 +528,6 @@ impl SoftCpu {
         }
         matches!(self.code_mode, MODE64 | FLAT32)
             && self.plain_stack()
-            && self.eflags & TF == 0
-            && !self.dr_exec
             && self.cache.graveyard.is_empty()
             && !near_hole(self.rip)
     }

@@ -54,9 +54,9 @@ impl Compiler<'_> {
             match native.vex {
                 Some(vex) => {
                     let pp = insn.prefix as u8;
-                    self.a.vex(pp, insn.rex_w, vex.l, map, insn.opcode, vex.v, reg, rm);
+                    self.a.vex(pp, native.wide, vex.l, map, insn.opcode, vex.v, reg, rm);
                 }
-                None => self.a.enc(prefix, insn.rex_w, map, insn.opcode, reg, rm, false),
+                None => self.a.enc(prefix, native.wide, map, insn.opcode, reg, rm, false),
             }
             self.a.b(native.imm.as_slice());
         };
