@@ -50,7 +50,7 @@ pub const TABLE: [Known; 12] = [
         expected: numeric_first,
     },
     Known {
-        name: "FSTP m80, FBSTP or MOVBE m64 across a page's end",
+        name: "FSTP m80, FBSTP or MOVBE across a page's end",
         reason: "whether the first part is stored before the page fault of the second",
         expected: partial_store,
     },
@@ -61,7 +61,7 @@ pub const TABLE: [Known; 12] = [
     },
     Known {
         name: "VCVTPS2PH that faults",
-        reason: "whether MXCSR's flags are already set, as the instruction leaves them when it is done",
+        reason: "whether the conversion comes first: MXCSR's flags are set already, an unmasked exception is raised",
         expected: flags_first,
     },
     Known {
@@ -239,19 +239,21 @@ fn numeric_first(look: &mut Look) -> Option<Outcome> {
 }
 
 fn partial_store(look: &mut Look) -> Option<Outcome> {
+    let at = look.operand()?.wrapping_sub(DATA) as usize;
     let first = match look.last.code() {
         Code::Fbstp_m80bcd | Code::Fstp_m80fp => 8,
-        Code::Movbe_m64_r64 => 4,
+        // As much as lies in the first page.
+        Code::Movbe_m16_r16 | Code::Movbe_m32_r32 | Code::Movbe_m64_r64 => 0x1000 - (at & 0xFFF),
         _ => return None,
     };
     if look.soft.vector != 14 {
         return None;
     }
-    let at = look.operand()?.wrapping_sub(DATA) as usize;
     let stored = look.operand_near()?;
     let near = (NEAR - DATA) as usize;
     let mut out = look.soft.clone();
-    out.data.get_mut(at..at.checked_add(first)?)?.copy_from_slice(&stored.data[near..near + first]);
+    let from = stored.data.get(near..near + first)?;
+    out.data.get_mut(at..at.checked_add(first)?)?.copy_from_slice(from);
     Some(out)
 }
 
@@ -311,6 +313,9 @@ fn flags_first(look: &mut Look) -> Option<Outcome> {
         return None;
     }
     let done = look.operand_near()?;
+    if done.vector == 19 {
+        return Some(Outcome { data: look.soft.data, ..done });
+    }
     let mut out = look.soft.clone();
     out.regs.fx[24..28].copy_from_slice(&done.regs.fx[24..28]);
     (done.vector == 3).then_some(out)
