@@ -495,3 +495,19 @@ fn a_single_step_begins_with_the_popf_that_asks_for_it() {
     });
     assert_eq!(rbx, 12);
 }
+
+#[test]
+fn a_string_move_downwards_keeps_what_later_accesses_rely_on() {
+    // std; mov ecx,9; a: mov rdx,rsi; lodsb; add ebx,[rdx]; add esi,1001h; dec ecx; jnz a; hlt
+    let code = [
+        0xFD, 0xB9, 9, 0, 0, 0, 0x48, 0x89, 0xF2, 0xAC, 0x03, 0x1A, 0x81, 0xC6, 1, 0x10, 0, 0, 0xFF, 0xC9,
+        0x75, 0xF0, 0xF4,
+    ];
+    let rbx = in_every_tier(|| {
+        let mut m = Machine::long(&code);
+        m.cpu.st.gpr[RSI] = 0x10_0000;
+        (0..9).for_each(|n| words(&m, &[(0x10_0000 + n * 0x1000, n + 3)]));
+        m
+    });
+    assert_eq!(rbx, (3..12).sum::<u64>());
+}

@@ -433,6 +433,11 @@ impl<'a> Compiler<'a> {
         self.translate(i, role, size as u64, write)
     }
 
+    /// No access of instruction `i` leads a group.
+    pub fn apart(&mut self, i: usize) {
+        self.values.apart(i);
+    }
+
     fn member(&mut self, i: usize, slot: usize, at: i32) -> Access {
         self.a.load(8, RDI, mem(slot));
         self.place = Rm::M(RDI, at);

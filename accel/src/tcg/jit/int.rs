@@ -750,6 +750,8 @@ impl Compiler<'_> {
     fn string(&mut self, i: usize, size: u8) {
         let (word, kind) = (self.trace.word, self.trace.kinds[i]);
         self.before(i, true);
+        // The handler may do it all before its first access is looked at, so that it must not lead a group.
+        self.apart(i);
         let down = Rm::M(RBP, at(offset_of!(SoftCpu, eflags)));
         self.a.test_imm(4, down, DF as i32);
         let mut slow = vec![self.a.jcc(cc::NE)];
