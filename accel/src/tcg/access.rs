@@ -311,7 +311,12 @@ impl SoftCpu {
 
     /// Read guest physical memory as the page walk does (no side effects; what is not memory reads ones).
     pub(crate) fn phys_read(&mut self, phys: u64, size: u8) -> u64 {
-        let b = self.mem().backing(phys);
+        Self::read_from(&self.mem().backing(phys), phys, size)
+    }
+
+    /// The same; `b` backs the page.
+    #[inline]
+    pub(crate) fn read_from(b: &Backing, phys: u64, size: u8) -> u64 {
         if b.read.is_null() {
             return u64::MAX >> (64 - 8 * size as u32);
         }
@@ -332,7 +337,7 @@ impl SoftCpu {
         if b.write.is_null() {
             return;
         }
-        if self.mem().set_dirty(phys) & CODE != 0 {
+        if GuestMemory::set_dirty_at(&b) & CODE != 0 {
             self.code_written(phys, size as u64);
         }
         // SAFETY: as in `phys_read`; the page is RAM.

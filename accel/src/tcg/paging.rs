@@ -607,14 +607,14 @@ impl SoftCpu {
     /// The table entry of `size` bytes at `addr`, whose page is one that walks read from now on.
     #[inline]
     fn table_entry(&mut self, addr: u64, size: u8) -> u64 {
-        let flags = self.mem().backing(addr).flags;
+        let b = self.mem().backing(addr);
         // SAFETY: the flag byte lives as long as guest memory.
-        let known =
-            !flags.is_null() && unsafe { &*flags }.load(std::sync::atomic::Ordering::Relaxed) & TABLE != 0;
+        let known = !b.flags.is_null()
+            && unsafe { &*b.flags }.load(std::sync::atomic::Ordering::Relaxed) & TABLE != 0;
         if !known {
             self.protect_table(addr);
         }
-        self.phys_read(addr, size)
+        Self::read_from(&b, addr, size)
     }
 
     fn set_bits(&mut self, addr: u64, old: u64, new: u64, size: u8) {

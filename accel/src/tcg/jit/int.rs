@@ -1,9 +1,8 @@
 //! The host code of each kind of integer instruction.
 
 use super::super::flags::{DF, IF, RF, VM};
-use super::super::op::GS;
 use super::super::op::{
-    FLAGS, PAGE, RBP as GUEST_BP, RDI as GUEST_DI, RIP_OUT, RSI as GUEST_SI, RSP as GUEST_SP,
+    FLAGS, GS, PAGE, RBP as GUEST_BP, RDI as GUEST_DI, RIP_OUT, RSI as GUEST_SI, RSP as GUEST_SP,
 };
 use super::super::SoftCpu;
 use super::asm::*;
