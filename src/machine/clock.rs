@@ -4,10 +4,11 @@
 //! next timer) and by [`Adjust`], which comes through the input door; so dividing the same
 //! execution into different steps gives the same time at every position.
 
+use ftvm_accel::ClockLine;
 use serde::{Deserialize, Serialize};
 
 /// Fractional bits of the rate.
-const RATE_BITS: u32 = 24;
+const RATE_BITS: u32 = ClockLine::SHIFT;
 
 /// A change of the clock, made at an exact position and logged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -45,6 +46,15 @@ impl VirtualClock {
     pub fn now(&self, position: u64) -> u64 {
         let ran = (u128::from(position) * u128::from(self.rate)) >> RATE_BITS;
         (self.base_ns + ran as i128).max(0) as u64
+    }
+
+    /// The same as a function, which holds from `position` on.
+    pub fn line(&self, position: u64) -> ClockLine {
+        let ran = (u128::from(position) * u128::from(self.rate)) >> RATE_BITS;
+        if self.base_ns + (ran as i128) < 0 {
+            return ClockLine::default();
+        }
+        ClockLine { base_ns: self.base_ns as u64, rate: self.rate }
     }
 
     /// How many instructions from `position` on until the clock shows at least `deadline`; 0 if it does.
