@@ -2,7 +2,7 @@
 
 use super::super::cache::USER_KEY;
 use super::super::flags::{AC, ARITH, DF, IF, RF, TF, VM};
-use super::super::op::{CS, FLAGS, GS, KEY, LEFT, PAGE, RDX as GUEST_DX, RIP_OUT, SS, TLB};
+use super::super::op::{CS, FLAGS, GS, KEY, LEFT, PAGE, RDX as GUEST_DX, RIP_OUT, SHORT_KEYS, SS, TLB};
 use super::super::paging::{CR4_TSD, EFER_SCE, MMU_SUP, MMU_USER};
 use super::super::SoftCpu;
 use super::asm::*;
@@ -11,7 +11,7 @@ use super::block::{Access, Compiler};
 use super::flags::Flags;
 use super::int::{AX, SP};
 use super::kind::*;
-use super::stubs::{mem, HOST};
+use super::stubs::{mem, mem_at, HOST};
 use crate::state::Segment;
 use crate::ClockLine;
 use std::mem::offset_of;
@@ -123,11 +123,12 @@ impl Compiler<'_> {
         let access = self.enter_kernel(i);
         self.join(access);
         self.give_back();
+        self.host = HOST;
         self.a.load(8, RCX, mem(PAGE));
         self.a.lea(8, RCX, Rm::M(RCX, self.trace.next(i) as i32));
         self.a.call_abs(self.stubs.syscall);
         self.a.load(8, RAX, Rm::M(RBP, at(offset_of!(SoftCpu, msr.lstar))));
-        self.indirect_to(1);
+        self.indirect_to(i, 1);
     }
 
     pub fn sysret(&mut self, i: usize) {
@@ -143,9 +144,10 @@ impl Compiler<'_> {
         access.slow.push(self.a.jcc(cc::NE));
         self.join(access);
         self.give_back();
+        self.host = HOST;
         self.a.call_abs(self.stubs.sysret);
         self.a.load(8, RAX, Rm::R(RCX));
-        self.indirect_to(0);
+        self.indirect_to(i, 0);
     }
 
     /// Instruction `i` is the handler's but at privilege level 0.
@@ -218,8 +220,8 @@ fn change_level(a: &mut Asm, user: bool) {
     a.store_imm(8, field(offset_of!(SoftCpu, mmu)), mmu as i32);
     a.load(8, RAX, field(offset_of!(SoftCpu, tlb_at) + 8 * user as usize));
     a.store(8, mem(TLB), RAX);
-    for half in 0..2 {
-        a.alu_imm(1, 6, mem(KEY + half), USER_KEY as i32);
+    for key in [mem(KEY), mem(KEY + 1), mem(SHORT_KEYS), mem_at(SHORT_KEYS, 4)] {
+        a.alu_imm(1, 6, key, USER_KEY as i32);
     }
 }
 
