@@ -121,4 +121,20 @@ mod tests {
         assert_eq!(c.now(5_000_000), before + 77);
         assert_eq!(c.now(5_000_004), before + 77 + 10);
     }
+    #[test]
+    fn the_function_of_the_position_is_the_clock() {
+        let mut c = VirtualClock::new(7.3);
+        c.skip_to(1000, 1 << 50);
+        c.adjust(5_000_000, Adjust { jump_ns: 3, rate: VirtualClock::rate_from(0.37) });
+        // Time runs faster than it did: the base lies before 0.
+        let mut early = VirtualClock::new(1.0);
+        early.adjust(1_000_000, Adjust { jump_ns: 0, rate: VirtualClock::rate_from(4.0) });
+        for (c, from) in [(c, 5_000_000), (early, 1_000_000)] {
+            let line = c.line(from);
+            for position in [from, from + 1, from + 12_345_678, 1 << 60] {
+                let ran = (u128::from(position) * u128::from(line.rate)) >> ClockLine::SHIFT;
+                assert_eq!(line.base_ns.wrapping_add(ran as u64), c.now(position));
+            }
+        }
+    }
 }
