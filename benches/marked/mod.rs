@@ -162,10 +162,10 @@ pub fn run_marked(mut command: Command, socket: Option<&str>, runs: &mut Runs) -
         }
     }
     let status = child.0.wait().map_err(|e| e.to_string())?;
-    meter.over("all of it, start to end");
     if !finished || !status.success() {
         return Err(format!("{shown} did not come to its end ({status})"));
     }
+    meter.over("all of it, start to end");
     Ok(())
 }
 
