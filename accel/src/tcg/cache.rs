@@ -201,6 +201,16 @@ pub const DEAD: u64 = u64::MAX;
 /// So many of them are worth a look at the whole table.
 const LIMBO: usize = 4096;
 
+/// After so many epochs their short keys come again.
+pub const SHORT: u64 = 1 << 28;
+/// A short key that never holds.
+pub const NO_KEY: u32 = 15;
+
+/// A key of the table in 32 bits.
+fn short_key(epoch: u64, mode: u64) -> u32 {
+    ((epoch % SHORT) << 4 | mode) as u32
+}
+
 /// The guest physical address in a key.
 const PHYS: u64 = CROSSING - 1;
 
@@ -237,11 +247,13 @@ impl SoftCpu {
         let salt = self.epoch.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 52;
         self.more_slots[KEY - 32] = self.epoch << 16 | salt << 4 | mode;
         self.more_slots[KEY - 31] = self.highs[0].epoch << 16 | mode;
+        let [low, high] = [self.epoch, self.highs[0].epoch].map(|epoch| short_key(epoch, mode) as u64);
+        self.more_slots[SHORT_KEYS - 32] = low | high << 32;
     }
 
     /// Put a block into the table by linear address; `known`: it is there already.
     pub(crate) fn enter(&mut self, known: Option<usize>, lin: u64, b: &Block) {
-        let code = self.far_entry(b);
+        let code = self.far_entry(b, lin);
         let (place, key) = (self.place(lin), self.key_of(lin));
         let set = &mut self.jumps[place].0;
         // In front; what was there takes the other place, unless that is this one's.
@@ -384,6 +396,7 @@ impl SoftCpu {
 
     /// Hear what devices and other processors changed.
     pub(crate) fn sync_memory(&mut self) {
+        self.forget_short_keys();
         let mem = self.mem();
         if mem.has_stale_code() {
             mem.collect_stale();

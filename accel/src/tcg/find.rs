@@ -35,7 +35,7 @@ impl SoftCpu {
                 }
                 if self.long || self.rip + block.bytes as u64 - 1 <= self.segs[CS].limit as u64 {
                     // It may have been compiled since.
-                    self.jumps[place].0[n].code = self.far_entry(block);
+                    self.jumps[place].0[n].code = self.far_entry(block, lin);
                     return Ok(j.block);
                 }
             }

@@ -57,8 +57,8 @@ use paging::*;
 
 static IDLE: Op = decode::BLANK;
 
-/// Calls whose returns are predicted; a byte counts the bytes of as many addresses.
-const RING: usize = 32;
+/// Calls whose returns are predicted; a byte counts them in steps of 4.
+const RING: usize = 64;
 
 /// The TSC's rate on a machine that began here: one tick for each nanosecond of virtual time.
 pub(crate) const TSC_KHZ: u32 = 1_000_000;
@@ -181,8 +181,8 @@ pub struct SoftCpu {
     jit: jit::Jit,
     /// More slots like those behind the registers in `gpr`.
     more_slots: [u64; 16],
-    /// Of the innermost calls: the address of the `Site` where the return is expected to lead.
-    ring: [u64; RING],
+    /// Where the returns of the innermost calls are expected to lead.
+    ring: [jit::Return; RING],
 }
 
 // SAFETY: the raw pointers `mem`, `bus`, `cur` and `end` mean something only within `run`; the others point
@@ -308,7 +308,7 @@ impl SoftCpu {
             points: points::Points::new(),
             jit: jit::Jit::new(),
             more_slots: [0; 16],
-            ring: [0; RING],
+            ring: [jit::Return::NONE; RING],
         };
         c.reset_state(false);
         c

@@ -31,9 +31,9 @@ pub const BLOCKIP: u8 = 17;
 /// Slots behind the registers that compiled code uses (see `jit`): instructions left of the budget, flags,
 /// the TLB and the table by linear address, the linear page that runs, RIP on the way out,
 /// whether the host's vector registers hold the guest's (1 XMM, 2 YMM), the host's MXCSR,
-/// two for `touch`, the table's keys for both halves of linear addresses, the key that is looked for, the site that asks,
-/// the code that was found, where in `SoftCpu::ring` the innermost return is (in bytes), how often sites asked in vain; between them the host addresses
-/// of groups.
+/// two for `touch`, the table's keys for both halves of linear addresses (and short forms of both in one slot), the key that is looked for,
+/// the site that asks, the code that was found, where in `SoftCpu::ring` the innermost return is, how often jumps asked in vain; between
+/// them the host addresses of groups.
 pub const LEFT: usize = 18;
 pub const FLAGS: usize = 19;
 pub const TLB: usize = 20;
@@ -42,14 +42,15 @@ pub const PAGE: usize = 22;
 pub const RIP_OUT: usize = 24;
 pub const XMM_LIVE: usize = 25;
 pub const HOST_CSR: usize = 26;
+pub const RING_TOP: usize = 27;
 pub const TOUCHED: usize = 31;
 pub const LEVEL: usize = 40;
 pub const KEY: usize = 41;
 pub const WANTED: usize = 43;
 pub const SITE: usize = 44;
 pub const CODE_AT: usize = 45;
-pub const RING_TOP: usize = 46;
-pub const ASKED: usize = 47;
+pub const ASKED: usize = 46;
+pub const SHORT_KEYS: usize = 47;
 /// Marks the high-byte registers AH, CH, DH, BH (numbers 0..3).
 pub const HIGH: u8 = 0x80;
 
@@ -118,6 +119,8 @@ pub struct Block {
     pub code: Cell<*const u8>,
     /// Instructions of that code, which may run on into other blocks.
     pub code_count: Cell<u32>,
+    /// The half of linear addresses that the code is for.
+    pub half: Cell<u8>,
     /// Instructions, once complete.
     pub count: u32,
     /// How often it was interpreted; `NEVER` and `WATCHED`: it is not to be compiled.
@@ -174,6 +177,7 @@ impl Block {
             links,
             code: Cell::new(std::ptr::null()),
             code_count: Cell::new(0),
+            half: Cell::new(0),
             count: 0,
             runs: Cell::new(0),
         }

@@ -76,6 +76,59 @@ fn a_call_returns_to_another_page_at_the_same_address() {
 }
 
 #[test]
+fn code_in_both_halves_returns_by_the_tables_of_its_own() {
+    // mov ecx,20; a: call 2000h; dec ecx; jnz a; mov ecx,20; mov rdi,HIGH_HALF+2000h; b: call rdi; dec ecx; jnz b; hlt
+    let code = [
+        0xB9, 20, 0, 0, 0, 0xE8, 0xF6, 0x0F, 0, 0, 0xFF, 0xC9, 0x75, 0xF7, 0xB9, 20, 0, 0, 0, 0x48, 0xBF, 0,
+        0x20, 0, 0, 0x80, 0xFF, 0xFF, 0xFF, 0xFF, 0xD7, 0xFF, 0xC9, 0x75, 0xFA, 0xF4,
+    ];
+    let rbx = in_every_tier(|| {
+        let mut m = Machine::long(&code);
+        m.cpu.st.gpr[RSP] = 0x7800;
+        words(&m, &[(0x1_0FF8, 0x1_A027), (0x1_A000, 0x1_B007), (0x1_B000, 0x1_C007)]);
+        for i in 0..512 {
+            words(&m, &[(0x1_C000 + 8 * i, i << 12 | 7)]);
+        }
+        put(
+            &m,
+            &[
+                // call 5000h; inc ebx; ret
+                (0x2000, &[0xE8, 0xFB, 0x2F, 0, 0, 0xFF, 0xC3, 0xC3]),
+                // call 5000h; add ebx,100; ret
+                (0x3000, &[0xE8, 0xFB, 0x2F, 0, 0, 0x83, 0xC3, 100, 0xC3]),
+                // xor byte [1C011h],10h (2000h and 3000h show at HIGH_HALF+2000h in turn); ret
+                (0x5000, &[0x80, 0x34, 0x25, 0x11, 0xC0, 0x01, 0, 0x10, 0xC3]),
+            ],
+        );
+        m
+    });
+    assert_eq!(rbx, 20 + 10 * 100 + 10);
+}
+
+#[test]
+fn short_keys_that_come_again_hold_for_nothing_older() {
+    // mov ecx,20; a: call 5000h; dec ecx; jnz a; hlt
+    let code = [0xB9, 20, 0, 0, 0, 0xE8, 0xF6, 0x3F, 0, 0, 0xFF, 0xC9, 0x75, 0xF7, 0xF4];
+    let mut m = Machine::long(&code);
+    // inc ebx; ret. add ebx,100; ret
+    put(&m, &[(0x5000, &[0xFF, 0xC3, 0xC3]), (0x6000, &[0x83, 0xC3, 100, 0xC3])]);
+    m.cpu.set_tier(Tier::AtOnce);
+    m.cpu.st.gpr[RSP] = 0x7800;
+    assert_eq!(m.run(1000).exit, Exit::Halt);
+    assert_eq!(m.cpu.st.gpr[RBX], 20);
+    // Another page at 5000h, and as many epochs as there are short keys.
+    let (key, epoch) = (m.cpu.more_slots[SHORT_KEYS - 32] as u32, m.cpu.epoch);
+    words(&m, &[(0x1_3028, 0x6007)]);
+    m.cpu.flush_tlb();
+    m.cpu.epochs = epoch + cache::SHORT - 1;
+    m.cpu.new_low_epoch();
+    assert_eq!(m.cpu.more_slots[SHORT_KEYS - 32] as u32, key);
+    (m.cpu.rip, m.cpu.halted) = (0x1000, false);
+    assert_eq!(m.run(1000).exit, Exit::Halt);
+    assert_eq!(m.cpu.st.gpr[RBX], 20 + 20 * 100);
+}
+
+#[test]
 fn an_instruction_across_pages_follows_both() {
     // mov ecx,24; jmp 1FE0h
     let code = [0xB9, 24, 0, 0, 0, 0xE9, 0xD6, 0x0F, 0, 0];

@@ -152,6 +152,11 @@ extern "C" fn on_signal(signal: i32, _: *mut libc::siginfo_t, context: *mut libc
         for (slot, reg) in out.regs.gpr.iter_mut().zip(order) {
             *slot = g[reg as usize] as u64;
         }
+        // An interrupt of the host's that returned to a 16-bit stack segment has left the upper half of Linux's stack for
+        // that (espfix), which no 64-bit case sees.
+        if out.regs.gpr[4] >> 39 == 0x1FF_FFFE && g[libc::REG_CSGSFS as usize] as u16 != 0x33 {
+            out.regs.gpr[4] &= 0xFFFF_FFFF;
+        }
         out.regs.rip = g[libc::REG_RIP as usize] as u64;
         out.regs.flags = g[libc::REG_EFL as usize] as u64;
         out.vector = g[libc::REG_TRAPNO as usize] as u8;

@@ -45,6 +45,8 @@ pub struct Asm {
     base: u64,
     /// From this offset on, code that seldom runs, which will lie apart; and where.
     apart: (usize, u64),
+    /// The slot whose contents RDI holds, as far as is known.
+    pub holds: Option<usize>,
 }
 
 /// A place that waits for a 32-bit relative target.
@@ -53,12 +55,13 @@ pub struct Fix(usize);
 
 impl Asm {
     pub fn new(base: u64) -> Asm {
-        Asm { buf: Vec::with_capacity(1024), base, apart: (usize::MAX, 0) }
+        Asm { buf: Vec::with_capacity(1024), base, apart: (usize::MAX, 0), holds: None }
     }
     /// Start anew.
     pub fn clear(&mut self) {
         self.buf.clear();
         self.apart.0 = usize::MAX;
+        self.holds = None;
     }
     /// What follows will lie at `base`.
     pub fn apart(&mut self, base: u64) {
@@ -97,6 +100,7 @@ impl Asm {
     /// so SPL to DIL need a REX prefix.
     #[allow(clippy::too_many_arguments)]
     pub fn enc(&mut self, prefix: u8, w: bool, map: u8, opcode: u8, reg: u8, rm: Rm, low8: bool) {
+        self.may_change(reg, rm);
         if prefix != 0 {
             self.buf.push(prefix);
         }
@@ -117,6 +121,13 @@ impl Asm {
         }
         self.buf.push(opcode);
         self.modrm(reg, rm);
+    }
+
+    /// An instruction with these operands follows. (It may not write them, or they may not be general registers.)
+    fn may_change(&mut self, reg: u8, rm: Rm) {
+        if reg == RDI || rm == Rm::R(RDI) {
+            self.holds = None;
+        }
     }
 
     fn modrm(&mut self, reg: u8, rm: Rm) {
@@ -153,6 +164,7 @@ impl Asm {
     /// A VEX-coded instruction (three-byte form): `pp` 0 none, 1 66, 2 F3, 3 F2.
     #[allow(clippy::too_many_arguments)]
     pub fn vex(&mut self, pp: u8, w: bool, l: bool, map: u8, opcode: u8, v: u8, reg: u8, rm: Rm) {
+        self.may_change(reg, rm);
         let (x, b) = match rm {
             Rm::R(r) | Rm::M(r, _) => (0, r >> 3),
             Rm::X(r, i, ..) => (i >> 3, r >> 3),
@@ -192,6 +204,10 @@ impl Asm {
         } else if i8::try_from(imm).is_ok() {
             self.word(size, 0, 0x83, op, rm);
             self.buf.push(imm as u8);
+        } else if rm == Rm::R(RAX) && size >= 4 {
+            self.b(if size == 8 { &[0x48] } else { &[] });
+            self.b(&[op << 3 | 5]);
+            self.d32(imm);
         } else {
             self.word(size, 0, 0x81, op, rm);
             self.imm(size, imm);
@@ -230,6 +246,7 @@ impl Asm {
     }
     /// The shortest that puts a constant into a register and leaves the flags alone.
     pub fn constant(&mut self, reg: u8, v: u64) {
+        self.may_change(reg, Rm::R(reg));
         if v <= u32::MAX as u64 {
             if reg >= 8 {
                 self.buf.push(0x41);
@@ -252,6 +269,10 @@ impl Asm {
             self.sized(size, 0, 0xC0, op, rm);
             self.buf.push(count);
         }
+    }
+    /// Zero-extend the low byte of a register in place.
+    pub fn low_byte(&mut self, reg: u8) {
+        self.enc(0, false, 1, 0xB6, reg, Rm::R(reg), true);
     }
     pub fn setcc(&mut self, cc: u8, rm: Rm) {
         let low8 = matches!(rm, Rm::R(r) if r >= 4);
@@ -288,6 +309,7 @@ impl Asm {
     }
     /// `reg = target`, an address near the code.
     pub fn lea_abs(&mut self, reg: u8, target: u64) {
+        self.may_change(reg, Rm::R(reg));
         self.b(&[0x48 | reg >> 3 << 2, 0x8D, (reg & 7) << 3 | 5]);
         self.rel(target);
     }

@@ -1,42 +1,27 @@
 //! Compiles one block: the order of things, memory operands, ways out.
 
-use super::super::cache::{Cache, CROSSING};
+use super::super::cache::Cache;
 use super::super::decode::MODE64;
 use super::super::op::FS;
 use super::super::paging::{TlbEntry, TLB_SIZE};
 use super::super::SoftCpu;
 use super::asm::*;
+use super::cold::Cold;
 use super::flags::Flags;
 use super::groups::{Plan, Role, Values};
 use super::kind::{classify, leaves_flags, Kind, ALL};
 use super::registers::Placing;
 use super::stubs::{mem, Stubs, HOST, NONE};
 use super::trace::Trace;
+use super::ways::Edge;
 use super::*;
 use crate::state::Segment;
-
-/// Code out of line.
-enum Cold {
-    /// Instruction `i` by its handler, then on at `join`.
-    Step { from: Fix, i: usize, flags: Flags, join: Fix, loaded: u8 },
-    /// Load the vector registers for instruction `i`, then on at `back`.
-    Load { from: Fix, i: usize, flags: Flags, back: Fix, level: u8 },
-    /// An edge without a link, and without budget.
-    /// `inside`: registers are still where this trace has them.
-    Edge { n: u32, link: Option<Fix>, budget: Fix, flags: Flags, target: i32, inside: bool },
-    /// Fill the TLB for the group of leader `n`, and try `again`.
-    Touch { from: Fix, again: Fix, n: usize, flags: Flags, tag: i32 },
-    /// The budget has no room for a trace that was found in the table.
-    Short { from: Fix },
-    /// Out of the trace, which instruction `i` ends here.
-    Side { from: Fix, i: usize, flags: Flags, target: i64 },
-}
 
 /// What is known while a block is compiled.
 pub struct Compiler<'a> {
     pub a: Asm,
     /// Where code out of line goes.
-    far: u64,
+    pub far: u64,
     pub trace: Trace<'a>,
     /// Whether somebody may look at the flags as they are before instruction i (and at the end).
     pub need: Vec<bool>,
@@ -45,7 +30,7 @@ pub struct Compiler<'a> {
     pub host: [u8; 16],
     pub placing: Placing,
     /// Offset of what a loop of this trace leads back to.
-    inner: usize,
+    pub inner: usize,
     /// The vector registers are in the host's: 1 XMM, 2 YMM.
     loaded: u8,
     /// Where the memory operand in hand is, once its address is known.
@@ -54,29 +39,29 @@ pub struct Compiler<'a> {
     plan: Plan,
     /// Accesses compiled so far.
     asked: usize,
-    alone: bool,
-    cache: &'a Cache,
-    stubs: Stubs,
+    pub alone: bool,
+    pub cache: &'a Cache,
+    pub stubs: Stubs,
     /// The first site of the trace, and how many there are.
-    first_site: u64,
-    sites: usize,
+    pub first_site: u64,
+    pub sites: usize,
     /// The half of linear addresses that the trace is in, as a rule.
-    half: usize,
-    cold: Vec<Cold>,
-    edges: Vec<Edge>,
-    first_edge: usize,
-    leaders: Vec<Leader>,
-    first_leader: usize,
+    pub half: usize,
+    pub cold: Vec<Cold>,
+    pub edges: Vec<Edge>,
+    pub first_edge: usize,
+    pub leaders: Vec<Leader>,
+    pub first_leader: usize,
     /// Its number among the traces with groups, should it have any.
     grouped: u32,
     /// Where the trace's start is: here, but for a trace without groups.
-    home: u64,
+    pub home: u64,
     /// Instructions that are entered from the other code of the trace, and where.
-    entries: Vec<(usize, u64)>,
+    pub entries: Vec<(usize, u64)>,
 }
 
 /// Whether `block` may need the flags as they are before it.
-fn needs_flags(block: &Block, alone: bool) -> bool {
+pub fn needs_flags(block: &Block, alone: bool) -> bool {
     for op in block.ops.iter() {
         let kind = classify(op, block, alone);
         let e = kind.effects();
@@ -125,7 +110,6 @@ impl SoftCpu {
                 return false;
             };
             self.jit.stubs = Stubs::build(&mut memory);
-            self.ring = [memory.site(0); super::super::RING];
             self.jit.memory = Some(memory);
             self.forget_entries();
         }
@@ -150,6 +134,7 @@ impl SoftCpu {
                 }
                 block.code.set(home as *const u8);
                 block.code_count.set(count);
+                block.half.set((self.rip >> 63) as u8);
                 return true;
             }
             self.drop_compiled();
@@ -272,12 +257,9 @@ impl<'a> Compiler<'a> {
 
     fn body(&mut self) {
         if self.entries.is_empty() {
-            self.a.b(&[0x66, 0x90]); // nop: the code proper is aligned
-            let far = self.a.at();
-            self.a.word(8, 0, 0x81, 5, mem(LEFT)); // sub
-            self.a.d32(self.trace.count as i32);
+            self.a.alu_imm(8, 5, mem(LEFT), self.trace.count as i32);
             let from = self.a.jcc(cc::S);
-            debug_assert_eq!(self.a.at() - far, FAR as usize);
+            debug_assert_eq!(self.a.at(), FAR as usize);
             self.home = self.a.here_is();
             self.cold.push(Cold::Short { from });
             self.take_over();
@@ -324,7 +306,7 @@ impl<'a> Compiler<'a> {
 
     // ---- handlers
 
-    fn call_step(&mut self, i: usize, loaded: u8) {
+    pub fn call_step(&mut self, i: usize, loaded: u8) {
         let neutral = match self.trace.kinds[i] {
             Kind::Handler => leaves_flags(self.op(i)),
             k => k.effects().reads | k.effects().writes == 0,
@@ -439,7 +421,10 @@ impl<'a> Compiler<'a> {
     }
 
     fn member(&mut self, i: usize, slot: usize, at: i32) -> Access {
-        self.a.load(8, RDI, mem(slot));
+        if self.a.holds != Some(slot) {
+            self.a.load(8, RDI, mem(slot));
+            self.a.holds = Some(slot);
+        }
         self.place = Rm::M(RDI, at);
         Access { slow: Vec::new(), i, flags: self.fl }
     }
@@ -449,6 +434,7 @@ impl<'a> Compiler<'a> {
         let op = self.op(i);
         match self.offset(i) {
             Some(Rm::M(RDI, 0)) => {}
+            Some(Rm::M(r, 0)) => self.a.load(8, RDI, Rm::R(r)),
             Some(rm) => self.a.lea(8, RDI, rm),
             None => self.a.constant(RDI, op.disp as u64),
         }
@@ -494,6 +480,7 @@ impl<'a> Compiler<'a> {
             return Access { slow: vec![from], i, flags };
         };
         a.store(8, mem(slot), RDI);
+        a.holds = Some(slot);
         let n = self.leaders.len();
         let (op, place) = (self.op(i) as *const Op, self.place_of(i));
         self.leaders.push(Leader { grouped: self.grouped, i, op, place, len, write, plainly, jump_at: 0 });
@@ -504,6 +491,9 @@ impl<'a> Compiler<'a> {
     /// The instruction with this access is complete: slow ones come back here.
     pub fn join(&mut self, access: Access) {
         let join = Fix::at(self.a.at());
+        if !access.slow.is_empty() {
+            self.a.holds = None;
+        }
         for from in access.slow {
             self.cold.push(Cold::Step { from, i: access.i, flags: access.flags, join, loaded: self.loaded });
         }
@@ -523,212 +513,6 @@ impl<'a> Compiler<'a> {
     }
     pub fn loaded(&self) -> u8 {
         self.loaded
-    }
-
-    // ---- ways out
-
-    /// On at an offset from the page's start, after instruction `i`.
-    pub fn edge(&mut self, i: usize, target: i64) {
-        let back = self.trace.rest(i + 1) as i32;
-        if !(0..4096).contains(&target) {
-            self.keep();
-            if back != 0 {
-                self.a.alu_imm(8, 0, mem(LEFT), back);
-            }
-            self.give_back();
-            self.a.load(8, RAX, mem(PAGE));
-            self.a.lea(self.trace.word, RAX, Rm::M(RAX, target as i32));
-            self.indirect();
-            return;
-        }
-        let first = self.trace.parts[0].block;
-        let key = first.key & !CROSSING & !0xFFF | target as u64;
-        let n = (self.first_edge + self.edges.len()) as u32;
-        let (mut count, mut code, mut need) = (0, 0, true);
-        if key == first.key {
-            (count, code, need) = (self.trace.count, self.home, self.need[0]);
-        } else if let Some(b) = self.cache.get(key) {
-            need = needs_flags(b, self.alone);
-            if !b.code.get().is_null() {
-                (count, code) = (b.code_count.get(), b.code.get() as u64);
-            }
-        }
-        if need || self.fl.recipe.is_none() {
-            self.keep();
-        }
-        // A loop keeps registers where they are.
-        let inside = key == first.key && self.entries.is_empty();
-        if inside {
-            code = self.a.address(self.inner);
-        } else {
-            self.give_back();
-        }
-        self.a.word(8, 0, 0x81, 5, mem(LEFT)); // sub
-        self.a.d32(count as i32 - back);
-        let count_at = self.a.end_address(self.a.at()) - 4;
-        let budget = self.a.jcc(cc::S);
-        let link = if code != 0 {
-            self.a.jmp_abs(code);
-            None
-        } else {
-            Some(self.a.jmp())
-        };
-        let jump_at = self.a.end_address(self.a.at()) - 4;
-        self.edges.push(Edge { count_at, jump_at, count, back: back as u32, leave_at: 0 });
-        self.cold.push(Cold::Edge { n, link, budget, flags: self.fl, target: target as i32, inside });
-    }
-
-    /// A new site, its address into RDI.
-    fn site(&mut self) {
-        let at = self.first_site + (self.sites * size_of::<Site>()) as u64;
-        self.sites += 1;
-        self.a.lea_abs(RDI, at);
-    }
-
-    /// On at the guest address in RAX, for which there is a site of its own; the flags are kept.
-    pub fn indirect(&mut self) {
-        self.site();
-        self.by_site();
-    }
-
-    /// The same for a return: by the site that its call left.
-    pub fn back(&mut self) {
-        self.a.word(4, 1, 0xB6, RDI, mem(RING_TOP)); // movzx
-        self.a.load(8, RDI, Rm::X(RBP, RDI, 0, at(offset_of!(SoftCpu, ring))));
-        self.a.alu_imm(1, 5, mem(RING_TOP), 8);
-        self.by_site();
-    }
-
-    /// Leave a site for the return of a call. Uses RAX and RDI.
-    pub fn call_site(&mut self) {
-        // Without a change of the flags. The byte wraps around by itself.
-        self.a.word(4, 1, 0xB6, RAX, mem(RING_TOP)); // movzx
-        self.a.lea(4, RAX, Rm::M(RAX, 8));
-        self.a.store(1, mem(RING_TOP), RAX);
-        self.a.word(4, 1, 0xB6, RAX, Rm::R(RAX)); // movzx
-        self.site();
-        self.a.store(8, Rm::X(RBP, RAX, 0, at(offset_of!(SoftCpu, ring))), RDI);
-    }
-
-    /// On at the guest address in RAX by the site in RDI, if it holds.
-    fn by_site(&mut self) {
-        let field = |offset: usize| Rm::M(RDI, offset as i32);
-        let a = &mut self.a;
-        a.store(8, mem(RIP_OUT), RAX);
-        a.alu_load(8, 7, RAX, field(offset_of!(Site, lin)));
-        a.jcc_abs(cc::NE, self.stubs.fill);
-        a.load(8, RAX, mem(KEY + self.half));
-        a.alu_load(8, 7, RAX, field(offset_of!(Site, key)));
-        a.jcc_abs(cc::NE, self.stubs.refill);
-        a.load(8, RAX, field(offset_of!(Site, page)));
-        a.store(8, mem(PAGE), RAX);
-        a.word(4, 0, 0xFF, 4, field(offset_of!(Site, code))); // jmp
-    }
-
-    /// The target in RAX is canonical, or else the handler deals with instruction `i`. Uses RDI.
-    pub fn check_target(&mut self, access: &mut Access) {
-        if self.trace.word == 4 {
-            return;
-        }
-        self.a.load(8, RDI, Rm::R(RAX));
-        self.a.shift(8, 7, Rm::R(RDI), 47);
-        self.a.alu_imm(8, 0, Rm::R(RDI), 1);
-        self.a.alu_imm(8, 7, Rm::R(RDI), 1);
-        access.slow.push(self.a.jcc(cc::A));
-    }
-
-    fn out_of_line(&mut self) {
-        self.a.apart(self.far);
-        while let Some(c) = self.cold.pop() {
-            self.host = self.placing.host;
-            match c {
-                Cold::Short { from } => {
-                    self.a.here(from);
-                    self.a.alu_imm(8, 0, mem(LEFT), self.trace.count as i32);
-                    self.a.jmp_abs(self.stubs.miss);
-                }
-                Cold::Side { from, i, flags, target } => {
-                    self.a.here(from);
-                    self.fl = flags;
-                    self.edge(i, target);
-                }
-                Cold::Step { from, i, flags, join, loaded } => {
-                    self.a.here(from);
-                    self.fl = Flags { host: 0, ..flags };
-                    if self.need[i] {
-                        self.keep();
-                    }
-                    self.call_step(i, loaded);
-                    let back = self.a.jmp();
-                    self.a.to(back, join.end());
-                }
-                Cold::Touch { from, again, n, flags, tag } => {
-                    self.a.here(from);
-                    // The linear address again.
-                    self.a.alu_load(8, 6, RDI, Rm::M(RAX, tag));
-                    self.a.store(8, mem(TOUCHED), RDI);
-                    self.fl = Flags { host: 0, ..flags };
-                    self.keep();
-                    let plainly = self.a.jmp();
-                    self.a.here(plainly);
-                    self.leaders[n].jump_at = self.a.end_address(plainly.end()) - 4;
-                    self.give_back();
-                    self.a.constant(RAX, (self.first_leader + n) as u64);
-                    self.a.call_abs(self.stubs.touch);
-                    self.take_over();
-                    self.a.load(8, RDI, mem(TOUCHED));
-                    let back = self.a.jmp();
-                    self.a.to(back, again.end());
-                }
-                Cold::Load { from, i, flags, back, level } => {
-                    self.a.here(from);
-                    self.fl = Flags { host: 0, ..flags };
-                    self.keep();
-                    self.a.call_abs(self.stubs.load[level as usize]);
-                    let ok = self.a.jcc(cc::E);
-                    self.a.to(ok, back.end());
-                    self.give_back();
-                    let op = self.op(i);
-                    self.a.word(8, 0, 0x81, 0, mem(LEFT)); // add
-                    self.a.d32(self.trace.rest(i) as i32);
-                    self.a.load(8, RDI, mem(PAGE));
-                    let at = self.trace.part(i).at as i32;
-                    self.a.lea(8, RDI, Rm::M(RDI, at + op.off as i32));
-                    self.a.store(8, mem(RIP_OUT), RDI);
-                    self.a.constant(RAX, INTERPRET as u64);
-                    self.a.jmp_abs(self.stubs.exit);
-                }
-                Cold::Edge { n, link, budget, flags, target, inside } => {
-                    if !inside {
-                        self.host = HOST;
-                    }
-                    let to_common = link.map(|link| {
-                        self.a.here(link);
-                        if !flags.kept {
-                            self.fl = Flags { host: 0, ..flags };
-                            self.keep();
-                        }
-                        self.a.constant(RAX, (EDGE + 2 * n) as u64);
-                        self.a.jmp()
-                    });
-                    self.a.here(budget);
-                    if !flags.kept {
-                        self.fl = Flags { host: 0, ..flags };
-                        self.keep();
-                    }
-                    self.give_back();
-                    self.a.constant(RAX, (EDGE + 2 * n + 1) as u64);
-                    if let Some(f) = to_common {
-                        self.a.here(f);
-                    }
-                    self.a.load(8, RDI, mem(PAGE));
-                    self.a.lea(8, RDI, Rm::M(RDI, target));
-                    self.a.store(8, mem(RIP_OUT), RDI);
-                    self.a.jmp_abs(self.stubs.exit);
-                    self.edges[n as usize - self.first_edge].leave_at = self.a.end_address(self.a.at()) - 4;
-                }
-            }
-        }
     }
 
     /// A guest register into a host register of ours, or where it already is.

@@ -819,20 +819,17 @@ impl Compiler<'_> {
             Kind::Call { rel } => {
                 self.before(i, true);
                 let access = self.push_return(i);
-                self.call_site();
+                self.call_site(i);
                 self.join(access);
                 self.after(i, true);
                 self.go(i, next + rel);
             }
             Kind::Ret { extra } => {
                 self.keep();
-                let mut access = self.stack_slot(i, GUEST_SP, SP, 0, false);
+                let access = self.stack_slot(i, GUEST_SP, SP, 0, false);
                 self.a.load(word, RAX, self.place);
-                self.check_target(&mut access);
-                self.a.lea(word, SP, Rm::M(SP, word as i32 + extra));
                 self.join(access);
-                self.give_back();
-                self.back();
+                self.back(i, word as i32 + extra);
             }
             Kind::Indirect { call, s } => {
                 self.keep();
@@ -847,16 +844,15 @@ impl Compiler<'_> {
                         access
                     }
                 };
-                self.check_target(&mut access);
                 if call {
+                    self.check_target(&mut access);
                     self.a.store(8, mem(RIP_OUT), RAX);
                     access.slow.extend(self.push_return(i).slow);
-                    self.call_site();
+                    self.call_site(i);
                     self.a.load(8, RAX, mem(RIP_OUT));
                 }
                 self.join(access);
-                self.give_back();
-                self.indirect();
+                self.indirect(i, !call);
             }
             _ => {}
         }

@@ -139,6 +139,14 @@ impl CodeMemory {
         assert!(at + bytes.len() <= self.far);
         self.write(at, bytes);
     }
+    /// Where the 32-bit field at `address`, the end of a jump or call, leads to.
+    pub fn target(&self, address: u64) -> u64 {
+        let at = (address - self.run.as_ptr() as u64) as usize;
+        assert!(at + 4 <= self.far);
+        // SAFETY: within the view.
+        let distance = unsafe { self.run.as_ptr().add(at).cast::<i32>().read_unaligned() };
+        (address + 4).wrapping_add(distance as i64 as u64)
+    }
     /// Let a 32-bit field at `address`, the end of a jump or call, lead to `target`.
     pub fn aim(&mut self, address: u64, target: u64) {
         self.patch(address, &(target.wrapping_sub(address + 4) as i32).to_le_bytes());

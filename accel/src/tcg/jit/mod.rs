@@ -11,14 +11,17 @@
 //!   whole state in place ([`step`]).
 //! - A hot block is compiled together with what mostly follows it in its page, as one trace.
 //! - Traces of one guest page are linked directly; they are dropped together. Everything else goes through
-//!   the table by linear address, whose key changes whenever a translation may have changed; jumps out of the page
-//!   and returns keep what they found there ([`Site`]), with the key.
+//!   the table by linear address, whose key changes whenever a translation may have changed. What was found there is
+//!   kept with the key: in the code of direct jumps out of the page ([`Way::Across`]), for other jumps in a [`Site`];
+//!   a call leaves where its return leads ([`Return`]).
+//! - Code runs only in the half of linear addresses for which it was compiled: the keys of the halves differ.
 //! - 32-bit code is compiled where its segments are flat, which is a mode of its own ([`FLAT32`]).
 //!
 //! [`CpuState::gpr`]: crate::state::CpuState::gpr
 
 mod asm;
 mod block;
+mod cold;
 mod flags;
 mod groups;
 mod int;
@@ -28,19 +31,21 @@ mod registers;
 mod stubs;
 mod trace;
 mod vector;
+mod ways;
 
 use super::access::canonical;
-use super::cache::CROSSING;
 use super::decode::{FLAT32, MODE64};
 use super::flags::{IF, RF, TF};
 use super::op::{
     Block, Op, ASKED, BLOCKIP, CODE_AT, FLAGS, HOST_CSR, JUMP_TABLE, KEY, LEFT, LEVEL, NEVER, PAGE, RING_TOP,
-    RIP_OUT, SITE, TLB, TOUCHED, WANTED, WATCHED, XMM_LIVE,
+    RIP_OUT, SHORT_KEYS, SITE, TLB, TOUCHED, WANTED, WATCHED, XMM_LIVE,
 };
 use super::paging::{Access, TLB_SIZE};
 use super::SoftCpu;
-use memory::{CodeMemory, Site};
+use memory::CodeMemory;
 use std::mem::offset_of;
+pub(super) use ways::Return;
+use ways::{Edge, Way};
 
 /// When blocks are compiled. The guest cannot tell.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,8 +60,10 @@ pub enum Tier {
     Random(u64),
 }
 
-/// Bytes before a trace's code that charge the budget for it.
-const FAR: u64 = 14;
+/// Bytes before a trace's code that charge the budget for it: a subtraction and a jump.
+const FAR: u64 = 11;
+/// Bytes of an addition to LEFT.
+const CHARGE: usize = 5;
 /// So often may a trace's groups fail before the trace is compiled without them too.
 const FAILURES: u32 = 4;
 
@@ -87,29 +94,6 @@ const INTERPRET: u32 = 4;
 const JUMP: u32 = 5;
 /// Plus twice the number of an edge: it leads to code that it is not linked with; plus one: the budget ends.
 const EDGE: u32 = 16;
-
-/// A jump to another block of the same guest page.
-struct Edge {
-    /// Of the budget's decrement.
-    count_at: u64,
-    /// Of the jump's displacement.
-    jump_at: u64,
-    /// Instructions of the trace that it leads to; 0: not linked.
-    count: u32,
-    /// Instructions that the trace it leaves was charged for and does not run.
-    back: u32,
-    /// Of the displacement of the jump that leaves while it is not linked.
-    leave_at: u64,
-}
-
-impl Edge {
-    /// To the code at `home`, which charges `count`.
-    fn lead(&mut self, memory: &mut CodeMemory, home: u64, count: u32) {
-        self.count = count;
-        memory.patch(self.count_at, &(count as i32 - self.back as i32).to_le_bytes());
-        memory.aim(self.jump_at, home);
-    }
-}
 
 /// The first access of a group, which looks up the page for all of them.
 #[derive(Clone, Copy)]
@@ -163,6 +147,10 @@ pub(super) struct Jit {
     grouped: Vec<Grouped>,
     leaders: Vec<Leader>,
     random: u64,
+    /// The short keys when code asked for a link.
+    asked_by: u64,
+    /// Epochs when short keys were forgotten, in halves of [`SHORT`].
+    era: u64,
 }
 
 impl Jit {
@@ -175,6 +163,8 @@ impl Jit {
             grouped: Vec::new(),
             leaders: Vec::new(),
             random: 0,
+            asked_by: 0,
+            era: 0,
         }
     }
 
@@ -229,6 +219,7 @@ impl SoftCpu {
             return false;
         }
         block.code_count.get() as u64 <= self.limit - self.pos
+            && block.half.get() as u64 == self.rip >> 63
             && !self.single
             && !near_hole(self.rip)
             && self.plain_stack()
@@ -281,52 +272,31 @@ impl SoftCpu {
         }
         let n = (reason - EDGE) >> 1;
         if reason & 1 != 0 {
-            self.pos = self.limit - left.wrapping_add(self.jit.edges[n as usize].count as u64);
+            let charged = match self.jit.edges[n as usize].way {
+                Way::Within { count, .. } => count,
+                _ => 0,
+            };
+            self.pos = self.limit - left.wrapping_add(charged as u64);
             return Left::Go;
         }
         self.pos = self.limit - left;
+        self.jit.asked_by = self.more_slots[SHORT_KEYS - 32];
         Left::Link(n)
     }
 
-    /// Where compiled code enters a block that it found in the table: for a compiled one, just before its code,
+    /// Where compiled code enters a block that it found in the table at `lin`: for a compiled one, just before its code,
     /// where the budget is charged.
     #[inline(always)]
-    pub(super) fn far_entry(&self, block: &Block) -> u64 {
+    pub(super) fn far_entry(&self, block: &Block, lin: u64) -> u64 {
         match block.code.get() as u64 {
-            0 => self.jit.stubs.miss,
-            code => code - FAR,
+            code if code != 0 && block.half.get() as u64 == lin >> 63 => code - FAR,
+            _ => self.jit.stubs.miss,
         }
     }
 
     /// Where compiled code goes that finds nothing in the table.
     pub(super) fn miss(&self) -> u64 {
         self.jit.stubs.miss
-    }
-
-    /// Let an edge lead to `block` from now on.
-    pub(super) fn link(&mut self, edge: u32, block: &Block) {
-        let code = block.code.get();
-        if code.is_null() {
-            return;
-        }
-        // Compiling may have emptied the code memory, and the edges with it.
-        let Jit { edges, memory: Some(memory), stubs, .. } = &mut self.jit else { return };
-        let Some(e) = edges.get_mut(edge as usize) else { return };
-        if block.key & CROSSING != 0 {
-            // Where its second page is depends on more than this page: always by the table.
-            memory.aim(e.leave_at, stubs.far);
-            return;
-        }
-        e.lead(memory, code as u64, block.code_count.get());
-    }
-
-    /// Whatever leads to the code of `block`, which is dropped, leads to the table from now on (which says what is there
-    /// now): RIP_OUT is set wherever the budget is charged for it.
-    pub(super) fn close(&mut self, block: &Block) {
-        let Jit { memory: Some(memory), stubs, .. } = &mut self.jit else { return };
-        let Some(entry) = (block.code.get() as u64).checked_sub(FAR) else { return };
-        memory.patch(entry, &[0xE9]); // jmp
-        memory.aim(entry + 1, stubs.miss);
     }
 
     /// A group of a trace could not be translated as one.

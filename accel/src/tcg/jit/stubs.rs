@@ -14,10 +14,18 @@ pub const NONE: u8 = 0xFF;
 
 /// A slot of `gpr` as an operand; from 32 on, of those that it has no room for.
 pub fn mem(n: usize) -> Rm {
+    mem_at(n, 0)
+}
+/// The same, from byte `more` on.
+pub fn mem_at(n: usize, more: i32) -> Rm {
     match n.checked_sub(32) {
-        None => Rm::M(RBP, slot(n)),
-        Some(more) => Rm::M(RBP, at(offset_of!(SoftCpu, more_slots)) + 8 * more as i32),
+        None => Rm::M(RBP, slot(n) + more),
+        Some(n) => Rm::M(RBP, at(offset_of!(SoftCpu, more_slots)) + 8 * n as i32 + more),
     }
+}
+/// A field of the ring's entry with index RDI.
+pub fn ring(field: usize) -> Rm {
+    Rm::X(RBP, RDI, 3, at(offset_of!(SoftCpu, ring) + field))
 }
 const CSR: Rm = Rm::M(RBP, at(offset_of!(SoftCpu, st.vector.mxcsr)));
 fn vector_slot(i: u8) -> Rm {
@@ -50,6 +58,12 @@ pub struct Stubs {
     pub refill: u64,
     /// Jump to the guest address in RIP_OUT.
     pub far: u64,
+    /// Jump to the guest address in RAX; it may be time to link the edge for which EDI asks.
+    pub across: u64,
+    /// The same after a return that was not expected to lead there.
+    pub unwind: u64,
+    /// Jump to where the return with index RDI leads.
+    pub returned: u64,
     /// Leave; RIP_OUT says where to go on.
     pub miss: u64,
 }
@@ -243,6 +257,36 @@ impl Stubs {
         a.here(some);
         a.store(8, mem(SITE), RDI);
         lookup(&mut a, s.miss, true);
+
+        // Links cost more than to look a few times.
+        s.across = address(&a);
+        a.alu_imm(1, 0, mem(ASKED), 32);
+        a.jcc_abs(cc::B ^ 1, s.lookup);
+        a.store(8, mem(RIP_OUT), RAX);
+        a.load(4, RAX, Rm::R(RDI));
+        a.jmp_abs(s.exit);
+
+        // Calls and returns that were interpreted are missing: perhaps it is the return of an outer call.
+        s.unwind = address(&a);
+        a.word(4, 1, 0xB6, RDI, mem(RING_TOP)); // movzx
+        let mut found = Vec::new();
+        for _ in 0..3 {
+            a.lea(4, RDI, Rm::M(RDI, -4));
+            a.low_byte(RDI);
+            a.alu_load(8, 7, RAX, ring(offset_of!(Return, lin)));
+            found.push(a.jcc(cc::E));
+        }
+        a.jmp_abs(s.lookup);
+        for f in found {
+            a.here(f);
+        }
+        a.lea(4, RDI, Rm::M(RDI, -4));
+        a.store(1, mem(RING_TOP), RDI);
+        a.jmp_abs(s.lookup);
+
+        s.returned = address(&a);
+        a.load(8, RAX, ring(offset_of!(Return, lin)));
+        a.jmp_abs(s.lookup);
 
         memory.push(&a.buf, &[]);
         s.size = memory.used();
