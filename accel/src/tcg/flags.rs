@@ -96,45 +96,22 @@ impl SoftCpu {
 
     /// The six arithmetic flags as bits of RFLAGS.
     pub(crate) fn arith_flags(&self) -> u64 {
-        let mut f = 0;
-        if self.cf() {
-            f |= CF;
-        }
-        if self.pf() {
-            f |= PF;
-        }
-        if self.af() {
-            f |= AF;
-        }
-        if self.zf() {
-            f |= ZF;
-        }
-        if self.sf() {
-            f |= SF;
-        }
-        if self.of() {
-            f |= OF;
-        }
-        f
+        // Without branches, which would be foreseen badly.
+        let bit = |b: bool, mask: u64| b as u64 * mask;
+        bit(self.cf(), CF)
+            | bit(self.pf(), PF)
+            | bit(self.af(), AF)
+            | bit(self.zf(), ZF)
+            | bit(self.sf(), SF)
+            | bit(self.of(), OF)
     }
 
     /// Set the six arithmetic flags from bits of RFLAGS.
     pub(crate) fn set_arith_flags(&mut self, f: u64) {
-        let zf = f & ZF != 0;
-        self.f_res = if zf { 0 } else { 0x100 };
-        let cf = f & CF != 0;
-        let of = f & OF != 0;
-        let mut aux = (cf as u64) << 63 | ((cf ^ of) as u64) << 62;
-        if f & AF != 0 {
-            aux |= 8;
-        }
-        if f & PF == 0 {
-            aux |= 0x100;
-        }
-        if f & SF != 0 {
-            aux |= 1 << 16;
-        }
-        self.f_aux = aux;
+        let bit = |mask: u64| (f & mask != 0) as u64;
+        self.f_res = (1 - bit(ZF)) << 8;
+        self.f_aux =
+            bit(CF) << 63 | (bit(CF) ^ bit(OF)) << 62 | bit(AF) << 3 | (1 - bit(PF)) << 8 | bit(SF) << 16;
     }
 
     /// RFLAGS as a whole.

@@ -94,31 +94,45 @@ pub struct Space {
     filled: Vec<(u8, u16)>,
     code_filled: Vec<(u8, u16)>,
     leaves: [Large<u64>; 4],
-    tables: Tables,
+    tables: Pages,
+    written: Pages,
 }
 
-/// A filter of the pages that translations' last table entries lie in.
-#[derive(Clone, Copy)]
-pub struct Tables([u64; TABLES / 64]);
-
-/// Bits of it.
-const TABLES: usize = 1 << 12;
-
-impl Tables {
-    pub const NONE: Tables = Tables([0; TABLES / 64]);
-
-    fn bit(leaf: u64) -> (usize, u64) {
-        let n = (leaf >> 12).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> (64 - TABLES.trailing_zeros());
-        ((n >> 6) as usize, 1 << (n & 63))
+impl Space {
+    fn drain(&mut self) {
+        let pages = [&mut self.tables, &mut self.written];
+        drain(&mut self.tlb, &mut self.filled, &mut self.code_tlb, &mut self.code_filled, pages);
     }
-    /// A last entry lies at `leaf`.
-    fn add(&mut self, leaf: u64) {
-        let (word, bit) = Self::bit(leaf);
+}
+
+/// A filter of pages: it may have more than were added.
+pub struct Pages(Large<u64>);
+
+impl Pages {
+    /// Of so many words, a power of two.
+    fn new(words: usize) -> Pages {
+        Pages((0..words).map(|_| 0).collect())
+    }
+    /// For the tables that the last entries of an address space's translations lie in.
+    pub fn tables() -> Pages {
+        Pages::new(64)
+    }
+    /// For the pages that an address space's TLB gives plain write access to.
+    pub fn written() -> Pages {
+        Pages::new(1024)
+    }
+
+    fn bit(&self, at: u64) -> (usize, u64) {
+        let n = (at >> 12).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 32;
+        (n as usize >> 6 & (self.0.len() - 1), 1 << (n & 63))
+    }
+    /// The page of `at` is one.
+    fn add(&mut self, at: u64) {
+        let (word, bit) = self.bit(at);
         self.0[word] |= bit;
     }
-    /// Whether one may lie in the page of `at`.
     fn may_have(&self, at: u64) -> bool {
-        let (word, bit) = Self::bit(at);
+        let (word, bit) = self.bit(at);
         self.0[word] & bit != 0
     }
 }
@@ -141,7 +155,7 @@ impl High {
 const HIGHS: usize = 3;
 
 /// Address spaces kept beside the one in use.
-const SPACES: usize = 7;
+const SPACES: usize = 15;
 
 /// What a walk through four levels found above a table of the first level, for 2^21 linear addresses, or above one of the
 /// second, for 2^30. It holds for the same CR3 while no translation was dropped: whatever changes an entry that a walk used
@@ -190,15 +204,18 @@ pub fn new_code_tlb() -> [Large<CodeEntry>; 2] {
     std::array::from_fn(|_| (0..CODE_TLB).map(|_| EMPTY_CODE).collect())
 }
 
-/// Empty the entries in use of both.
+/// Empty the entries in use of both, and the filters of what they have.
 fn drain(
     tlb: &mut [Large<TlbEntry>; 4],
     filled: &mut Vec<(u8, u16)>,
     code_tlb: &mut [Large<CodeEntry>; 2],
     code_filled: &mut Vec<(u8, u16)>,
-    tables: &mut Tables,
+    pages: [&mut Pages; 2],
 ) {
-    *tables = Tables::NONE;
+    if filled.is_empty() && code_filled.is_empty() {
+        return;
+    }
+    pages.into_iter().for_each(|p| p.0.fill(0));
     for (mmu, slot) in filled.drain(..) {
         tlb[mmu as usize][slot as usize] = TlbEntry::empty(slot as usize);
     }
@@ -304,10 +321,9 @@ impl SoftCpu {
     /// Drop all translations, of all address spaces.
     pub(crate) fn flush_tlb(&mut self) {
         let (filled, code_filled) = (&mut self.filled, &mut self.code_filled);
-        drain(&mut self.tlb, filled, &mut self.code_tlb, code_filled, &mut self.tables);
-        for s in &mut self.spaces {
-            drain(&mut s.tlb, &mut s.filled, &mut s.code_tlb, &mut s.code_filled, &mut s.tables);
-        }
+        let pages = [&mut self.tables, &mut self.written];
+        drain(&mut self.tlb, filled, &mut self.code_tlb, code_filled, pages);
+        self.spaces.iter_mut().for_each(Space::drain);
         self.upper.fill(0);
         self.marks = 0;
         self.uppers.fill(Upper::NONE);
@@ -615,7 +631,8 @@ impl SoftCpu {
                     filled: Vec::new(),
                     code_filled: Vec::new(),
                     leaves: new_leaves(),
-                    tables: Tables::NONE,
+                    tables: Pages::tables(),
+                    written: Pages::written(),
                 });
                 self.spaces.len() - 1
             }
@@ -623,7 +640,7 @@ impl SoftCpu {
         };
         let s = &mut self.spaces[at];
         if fresh {
-            drain(&mut s.tlb, &mut s.filled, &mut s.code_tlb, &mut s.code_filled, &mut s.tables);
+            s.drain();
             self.epochs += 1;
             s.epoch = self.epochs;
         }
@@ -631,6 +648,7 @@ impl SoftCpu {
         std::mem::swap(&mut self.code_tlb, &mut s.code_tlb);
         std::mem::swap(&mut self.leaves, &mut s.leaves);
         std::mem::swap(&mut self.tables, &mut s.tables);
+        std::mem::swap(&mut self.written, &mut s.written);
         std::mem::swap(&mut self.filled, &mut s.filled);
         std::mem::swap(&mut self.code_filled, &mut s.code_filled);
         std::mem::swap(&mut self.epoch, &mut s.epoch);
@@ -650,8 +668,11 @@ impl SoftCpu {
     /// Drop direct write access to one physical page.
     pub(crate) fn drop_writes(&mut self, page: u64) {
         self.changes += 1;
-        let spaces = self.spaces.iter_mut().map(|s| (&mut s.tlb, &s.filled));
-        for (tlb, filled) in spaces.chain([(&mut self.tlb, &self.filled)]) {
+        let spaces = self.spaces.iter_mut().map(|s| (&mut s.tlb, &s.filled, &s.written));
+        for (tlb, filled, written) in spaces.chain([(&mut self.tlb, &self.filled, &self.written)]) {
+            if !written.may_have(page) {
+                continue;
+            }
             for (mmu, slot) in filled {
                 let e = &mut tlb[*mmu as usize][*slot as usize];
                 if e.phys == page {
@@ -895,6 +916,7 @@ impl SoftCpu {
             // SAFETY: the flag byte lives as long as guest memory.
             if unsafe { &*b.flags }.load(std::sync::atomic::Ordering::Relaxed) == WRITE_FREE {
                 wtag = page;
+                self.written.add(phys);
             }
         }
         let rtag = if self.watch_free(page) { page } else { no_tag(slot) };

@@ -82,13 +82,17 @@ fn interrupts_clock_bits_and_shifts_are_the_same_compiled() {
 
 #[test]
 fn programs_do_not_read_the_clock_if_they_may_not() {
-    // a: rdtsc; add rbx,rax; dec ecx; jnz a; hlt
-    let code = [0x0F, 0x31, 0x48, 0x01, 0xC3, 0xFF, 0xC9, 0x75, 0xF7, 0xF4];
+    // a: rdtsc; add rbx,rax; mov esi,ecx; rdtscp; lea rbx,[rbx+rcx*4]; sub rbx,rax; mov ecx,esi; dec ecx; jnz a; hlt
+    let code = [
+        0x0F, 0x31, 0x48, 0x01, 0xC3, 0x89, 0xCE, 0x0F, 0x01, 0xF9, 0x48, 0x8D, 0x1C, 0x8B, 0x48, 0x29, 0xC3,
+        0x89, 0xF1, 0xFF, 0xC9, 0x75, 0xE9, 0xF4,
+    ];
     for (tsd, cpl) in [(0, 0), (0, 3), (CR4_TSD, 0), (CR4_TSD, 3)] {
         in_every_tier(|| {
             let mut m = machine(&code, Due::Nothing);
             m.cpu.st.cr4 |= tsd;
             m.cpu.st.gpr[RCX] = 20;
+            m.cpu.msr.tsc_aux = 0x8765_4321;
             if cpl == 3 {
                 m.cpu.segs[CS] = Segment { selector: 0x23, base: 0, limit: u32::MAX, attr: 0xA0FB };
                 m.cpu.segs[SS] = Segment { selector: 0x1B, base: 0, limit: u32::MAX, attr: 0xC0F3 };

@@ -252,7 +252,7 @@ impl Compiler<'_> {
             | Kind::Swapgs
             | Kind::Direction { .. }
             | Kind::FromControl { .. }
-            | Kind::Rdtsc => self.system(i),
+            | Kind::Rdtsc { .. } => self.system(i),
             Kind::Syscall => self.syscall(i),
             Kind::Sysret => self.sysret(i),
             Kind::Movs(size) | Kind::Stos(size) | Kind::Lods(size) => self.string(i, size),

@@ -133,7 +133,10 @@ pub enum Kind {
         n: u8,
         d: u8,
     },
-    Rdtsc,
+    /// RDTSC, RDTSCP.
+    Rdtsc {
+        aux: bool,
+    },
     Syscall,
     /// To 64-bit code.
     Sysret,
@@ -292,7 +295,7 @@ impl Kind {
             Kind::Extend { s, .. } => (0, 0, s.is_none()),
             Kind::Push(_) | Kind::PushMem | Kind::Pop(_) | Kind::Leave => (0, 0, true),
             Kind::Movs(_) | Kind::Stos(_) | Kind::Lods(_) | Kind::Cli | Kind::Swapgs => (0, 0, true),
-            Kind::Sti | Kind::FromControl { .. } | Kind::Rdtsc => (0, 0, true),
+            Kind::Sti | Kind::FromControl { .. } | Kind::Rdtsc { .. } => (0, 0, true),
             Kind::Direction { .. } => (0, 0, false),
             Kind::Syscall => (ALL, ALL, true),
             Kind::Sysret => (0, ALL, true),
@@ -366,7 +369,8 @@ impl Kind {
             | Kind::Count { d, .. }
             | Kind::ExtendHigh { d, .. }
             | Kind::AluHigh { d, .. } => bit(d),
-            Kind::Mul { .. } | Kind::Div { .. } | Kind::Rdtsc => bit(RAX as u8) | bit(RDX as u8),
+            Kind::Mul { .. } | Kind::Div { .. } => bit(RAX as u8) | bit(RDX as u8),
+            Kind::Rdtsc { aux } => bit(RAX as u8) | bit(RDX as u8) | (aux as u16) << RCX,
             Kind::Push(_) | Kind::PushMem | Kind::Pushf | Kind::Call { .. } | Kind::Ret { .. } => {
                 bit(RSP as u8)
             }
@@ -553,7 +557,8 @@ fn known(op: &Op, at: u64, flat: bool, alone: bool) -> Option<Kind> {
         (0, 0xFB) => Kind::Sti,
         (0, 0xFC | 0xFD) => Kind::Direction { down: o & 1 != 0 },
         (1, 0x20) if matches!(op.reg, 2 | 3) && !flat => Kind::FromControl { n: op.reg, d: op.rm },
-        (1, 0x31) => Kind::Rdtsc,
+        (1, 0x31) => Kind::Rdtsc { aux: false },
+        (1, 0x01) if reg && op.reg & 7 == 7 && op.rm & 7 == 1 => Kind::Rdtsc { aux: true },
         (1, 0x05) if !flat => Kind::Syscall,
         (1, 0x07) if !flat && size == 8 => Kind::Sysret,
         (1, 0x01) if reg && op.reg & 7 == 7 && op.rm & 7 == 0 && !flat => Kind::Swapgs,

@@ -97,6 +97,9 @@ impl Compiler<'_> {
         self.a.load(4, AX, Rm::R(RAX));
         self.a.shift(8, 5, Rm::R(RAX), 32);
         self.a.load(8, DX, Rm::R(RAX));
+        if let Kind::Rdtsc { aux: true } = self.trace.kinds[i] {
+            self.a.load(4, RCX, field(offset_of!(SoftCpu, msr.tsc_aux)));
+        }
         Access { slow, i, flags }
     }
 
