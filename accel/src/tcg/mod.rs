@@ -171,9 +171,7 @@ pub struct SoftCpu {
     /// Where the table entry of each entry of `tlb` lies.
     leaves: [Large<u64>; 4],
     /// In which pages those lie.
-    tables: Pages,
-    /// Which pages `tlb` gives plain write access to.
-    written: Pages,
+    tables: Tables,
     /// A filter of the table entries that led walks to other tables, and how many bits of it are set.
     upper: Box<[u64]>,
     marks: u32,
@@ -308,8 +306,7 @@ impl SoftCpu {
             spaces: Vec::new(),
             highs: vec![High::new(2)],
             leaves: new_leaves(),
-            tables: Pages::tables(),
-            written: Pages::written(),
+            tables: Tables::NONE,
             upper: vec![0; UPPER_BITS / 64].into_boxed_slice(),
             marks: 0,
             uppers: vec![Upper::NONE; UPPERS].into_boxed_slice(),

@@ -94,45 +94,59 @@ pub struct Space {
     filled: Vec<(u8, u16)>,
     code_filled: Vec<(u8, u16)>,
     leaves: [Large<u64>; 4],
-    tables: Pages,
-    written: Pages,
+    tables: Tables,
+    /// Pages that `tlb` must no longer give write access to.
+    protected: Vec<u64>,
 }
+
+/// So many such pages are not worth remembering.
+const PROTECTED: usize = 256;
 
 impl Space {
     fn drain(&mut self) {
-        let pages = [&mut self.tables, &mut self.written];
-        drain(&mut self.tlb, &mut self.filled, &mut self.code_tlb, &mut self.code_filled, pages);
+        self.protected.clear();
+        drain(&mut self.tlb, &mut self.filled, &mut self.code_tlb, &mut self.code_filled, &mut self.tables);
+    }
+
+    /// It comes into use: drop direct write access to pages that became tables or code meanwhile.
+    fn protect(&mut self) {
+        if self.protected.is_empty() {
+            return;
+        }
+        let mut some = Tables::NONE;
+        self.protected.iter().for_each(|&page| some.add(page));
+        for &(mmu, slot) in &self.filled {
+            let e = &mut self.tlb[mmu as usize][slot as usize];
+            if some.may_have(e.phys) && self.protected.contains(&e.phys) {
+                e.wtag = no_tag(slot as usize);
+            }
+        }
+        self.protected.clear();
     }
 }
 
-/// A filter of pages: it may have more than were added.
-pub struct Pages(Large<u64>);
+/// A filter of the pages that translations' last table entries lie in.
+#[derive(Clone, Copy)]
+pub struct Tables([u64; TABLES / 64]);
 
-impl Pages {
-    /// Of so many words, a power of two.
-    fn new(words: usize) -> Pages {
-        Pages((0..words).map(|_| 0).collect())
-    }
-    /// For the tables that the last entries of an address space's translations lie in.
-    pub fn tables() -> Pages {
-        Pages::new(64)
-    }
-    /// For the pages that an address space's TLB gives plain write access to.
-    pub fn written() -> Pages {
-        Pages::new(1024)
-    }
+/// Bits of it.
+const TABLES: usize = 1 << 12;
 
-    fn bit(&self, at: u64) -> (usize, u64) {
-        let n = (at >> 12).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 32;
-        (n as usize >> 6 & (self.0.len() - 1), 1 << (n & 63))
+impl Tables {
+    pub const NONE: Tables = Tables([0; TABLES / 64]);
+
+    fn bit(leaf: u64) -> (usize, u64) {
+        let n = (leaf >> 12).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> (64 - TABLES.trailing_zeros());
+        ((n >> 6) as usize, 1 << (n & 63))
     }
-    /// The page of `at` is one.
-    fn add(&mut self, at: u64) {
-        let (word, bit) = self.bit(at);
+    /// A last entry lies at `leaf`.
+    fn add(&mut self, leaf: u64) {
+        let (word, bit) = Self::bit(leaf);
         self.0[word] |= bit;
     }
+    /// Whether one may lie in the page of `at`.
     fn may_have(&self, at: u64) -> bool {
-        let (word, bit) = self.bit(at);
+        let (word, bit) = Self::bit(at);
         self.0[word] & bit != 0
     }
 }
@@ -204,18 +218,15 @@ pub fn new_code_tlb() -> [Large<CodeEntry>; 2] {
     std::array::from_fn(|_| (0..CODE_TLB).map(|_| EMPTY_CODE).collect())
 }
 
-/// Empty the entries in use of both, and the filters of what they have.
+/// Empty the entries in use of both.
 fn drain(
     tlb: &mut [Large<TlbEntry>; 4],
     filled: &mut Vec<(u8, u16)>,
     code_tlb: &mut [Large<CodeEntry>; 2],
     code_filled: &mut Vec<(u8, u16)>,
-    pages: [&mut Pages; 2],
+    tables: &mut Tables,
 ) {
-    if filled.is_empty() && code_filled.is_empty() {
-        return;
-    }
-    pages.into_iter().for_each(|p| p.0.fill(0));
+    *tables = Tables::NONE;
     for (mmu, slot) in filled.drain(..) {
         tlb[mmu as usize][slot as usize] = TlbEntry::empty(slot as usize);
     }
@@ -321,8 +332,7 @@ impl SoftCpu {
     /// Drop all translations, of all address spaces.
     pub(crate) fn flush_tlb(&mut self) {
         let (filled, code_filled) = (&mut self.filled, &mut self.code_filled);
-        let pages = [&mut self.tables, &mut self.written];
-        drain(&mut self.tlb, filled, &mut self.code_tlb, code_filled, pages);
+        drain(&mut self.tlb, filled, &mut self.code_tlb, code_filled, &mut self.tables);
         self.spaces.iter_mut().for_each(Space::drain);
         self.upper.fill(0);
         self.marks = 0;
@@ -631,8 +641,8 @@ impl SoftCpu {
                     filled: Vec::new(),
                     code_filled: Vec::new(),
                     leaves: new_leaves(),
-                    tables: Pages::tables(),
-                    written: Pages::written(),
+                    tables: Tables::NONE,
+                    protected: Vec::new(),
                 });
                 self.spaces.len() - 1
             }
@@ -644,11 +654,11 @@ impl SoftCpu {
             self.epochs += 1;
             s.epoch = self.epochs;
         }
+        s.protect();
         std::mem::swap(&mut self.tlb, &mut s.tlb);
         std::mem::swap(&mut self.code_tlb, &mut s.code_tlb);
         std::mem::swap(&mut self.leaves, &mut s.leaves);
         std::mem::swap(&mut self.tables, &mut s.tables);
-        std::mem::swap(&mut self.written, &mut s.written);
         std::mem::swap(&mut self.filled, &mut s.filled);
         std::mem::swap(&mut self.code_filled, &mut s.code_filled);
         std::mem::swap(&mut self.epoch, &mut s.epoch);
@@ -668,16 +678,17 @@ impl SoftCpu {
     /// Drop direct write access to one physical page.
     pub(crate) fn drop_writes(&mut self, page: u64) {
         self.changes += 1;
-        let spaces = self.spaces.iter_mut().map(|s| (&mut s.tlb, &s.filled, &s.written));
-        for (tlb, filled, written) in spaces.chain([(&mut self.tlb, &self.filled, &self.written)]) {
-            if !written.may_have(page) {
-                continue;
+        for &(mmu, slot) in &self.filled {
+            let e = &mut self.tlb[mmu as usize][slot as usize];
+            if e.phys == page {
+                e.wtag = no_tag(slot as usize);
             }
-            for (mmu, slot) in filled {
-                let e = &mut tlb[*mmu as usize][*slot as usize];
-                if e.phys == page {
-                    e.wtag = no_tag(*slot as usize);
-                }
+        }
+        // Of the others, many are never in use again.
+        for s in self.spaces.iter_mut().filter(|s| !s.filled.is_empty()) {
+            s.protected.push(page);
+            if s.protected.len() > PROTECTED {
+                s.drain();
             }
         }
     }
@@ -916,7 +927,6 @@ impl SoftCpu {
             // SAFETY: the flag byte lives as long as guest memory.
             if unsafe { &*b.flags }.load(std::sync::atomic::Ordering::Relaxed) == WRITE_FREE {
                 wtag = page;
-                self.written.add(phys);
             }
         }
         let rtag = if self.watch_free(page) { page } else { no_tag(slot) };
