@@ -564,3 +564,28 @@ fn a_string_move_downwards_keeps_what_later_accesses_rely_on() {
     });
     assert_eq!(rbx, (3..12).sum::<u64>());
 }
+
+#[test]
+fn a_page_becomes_a_table_while_the_address_space_that_wrote_to_it_is_put_aside() {
+    // mov [rdi],rax; mov rbx,[rsi]; mov cr3,rax
+    let code = [0x48, 0x89, 0x07, 0x48, 0x8B, 0x1E, 0x0F, 0x22, 0xD8];
+    let mut m = Machine::long(&code);
+    let [store, load, switch] = [0x1000, 0x1003, 0x1006];
+    // The second space has the first's lower 512 GiB, and a page above them by the table at 19000h.
+    words(&m, &[(0x1_6000, 0x1_1007), (0x1_6008, 0x1_7007), (0x1_7000, 0x1_8007), (0x1_8000, 0x1_9007)]);
+    words(&m, &[(0x5000, 1), (0x6000, 2)]);
+    let mut go = |rip, rax, rdi| {
+        m.cpu.rip = rip;
+        let g = &mut m.cpu.st.gpr;
+        (g[RAX], g[RDI], g[RSI]) = (rax, rdi, 1 << 39);
+        m.run(1);
+        m.cpu.st.gpr[RBX]
+    };
+    go(store, 0x5007, 0x1_9000);
+    go(switch, 0x1_6000, 0);
+    assert_eq!(go(load, 0, 0), 1);
+    go(switch, 0x1_0000, 0);
+    go(store, 0x6007, 0x1_9000);
+    go(switch, 0x1_6000, 0);
+    assert_eq!(go(load, 0, 0), 2);
+}
