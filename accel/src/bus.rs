@@ -27,6 +27,19 @@ pub struct Ipi {
     pub x2apic: bool,
 }
 
+/// Virtual time by position: `base_ns + (position * rate >> SHIFT)`, whose carries out of 64 bits are lost. No rate: no such
+/// function is known.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ClockLine {
+    pub base_ns: u64,
+    pub rate: u64,
+}
+
+impl ClockLine {
+    /// Fractional bits of the rate.
+    pub const SHIFT: u32 = 24;
+}
+
 /// What a processor reaches outside guest RAM and itself. Every call carries `position`, the exact
 /// global count of retired instructions at the access, from which the machine derives virtual time.
 pub trait Bus {
@@ -40,6 +53,10 @@ pub trait Bus {
     fn mmio_write(&mut self, position: u64, addr: u64, size: u8, value: u64);
     /// Virtual time in nanoseconds at `position`; the TSC (1 GHz) before TSC_ADJUST.
     fn clock_ns(&mut self, position: u64) -> u64;
+    /// The same as a function that holds from `position` on as long as the processor runs, if there is one.
+    fn clock_line(&self, _position: u64) -> ClockLine {
+        ClockLine::default()
+    }
     /// The 8259 pair's INTR line (it feeds LINT0 of the boot processor).
     fn intr(&mut self) -> bool;
     /// Interrupt acknowledge cycle of the 8259 pair: the vector.

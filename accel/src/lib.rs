@@ -14,7 +14,7 @@ pub mod simd;
 pub mod state;
 pub mod tcg;
 
-pub use bus::{ApicMessage, Bus, Exit, Processor, RunResult};
+pub use bus::{ApicMessage, Bus, ClockLine, Exit, Processor, RunResult};
 pub use debug::{DebugHit, DebugPoints};
 pub use fault::Exception;
 pub use mem::GuestMemory;

@@ -4,10 +4,11 @@
 //! next timer) and by [`Adjust`], which comes through the input door; so dividing the same
 //! execution into different steps gives the same time at every position.
 
+use ftvm_accel::ClockLine;
 use serde::{Deserialize, Serialize};
 
 /// Fractional bits of the rate.
-const RATE_BITS: u32 = 24;
+const RATE_BITS: u32 = ClockLine::SHIFT;
 
 /// A change of the clock, made at an exact position and logged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -45,6 +46,15 @@ impl VirtualClock {
     pub fn now(&self, position: u64) -> u64 {
         let ran = (u128::from(position) * u128::from(self.rate)) >> RATE_BITS;
         (self.base_ns + ran as i128).max(0) as u64
+    }
+
+    /// The same as a function, which holds from `position` on.
+    pub fn line(&self, position: u64) -> ClockLine {
+        let ran = (u128::from(position) * u128::from(self.rate)) >> RATE_BITS;
+        if self.base_ns + (ran as i128) < 0 {
+            return ClockLine::default();
+        }
+        ClockLine { base_ns: self.base_ns as u64, rate: self.rate }
     }
 
     /// How many instructions from `position` on until the clock shows at least `deadline`; 0 if it does.
@@ -110,5 +120,21 @@ mod tests {
         c.adjust(5_000_000, Adjust { jump_ns: 77, rate: VirtualClock::rate_from(2.5) });
         assert_eq!(c.now(5_000_000), before + 77);
         assert_eq!(c.now(5_000_004), before + 77 + 10);
+    }
+    #[test]
+    fn the_function_of_the_position_is_the_clock() {
+        let mut c = VirtualClock::new(7.3);
+        c.skip_to(1000, 1 << 50);
+        c.adjust(5_000_000, Adjust { jump_ns: 3, rate: VirtualClock::rate_from(0.37) });
+        // Time runs faster than it did: the base lies before 0.
+        let mut early = VirtualClock::new(1.0);
+        early.adjust(1_000_000, Adjust { jump_ns: 0, rate: VirtualClock::rate_from(4.0) });
+        for (c, from) in [(c, 5_000_000), (early, 1_000_000)] {
+            let line = c.line(from);
+            for position in [from, from + 1, from + 12_345_678, 1 << 60] {
+                let ran = (u128::from(position) * u128::from(line.rate)) >> ClockLine::SHIFT;
+                assert_eq!(line.base_ns.wrapping_add(ran as u64), c.now(position));
+            }
+        }
     }
 }

@@ -1,7 +1,7 @@
 //! The run loop: which processor executes, how far, and what happens between instructions.
 
 use ftvm_accel::bus::Ipi;
-use ftvm_accel::{Bus, Exit, GuestMemory};
+use ftvm_accel::{Bus, ClockLine, Exit, GuestMemory};
 
 use super::{Chipset, DebugStop, Machine, Reason, Stamp, Stop, VirtualClock, SLICE};
 
@@ -30,6 +30,9 @@ impl Bus for MachineBus<'_> {
     }
     fn clock_ns(&mut self, position: u64) -> u64 {
         self.clock.now(position)
+    }
+    fn clock_line(&self, position: u64) -> ClockLine {
+        self.clock.line(position)
     }
     fn intr(&mut self) -> bool {
         self.boot_processor && self.chipset.intr()

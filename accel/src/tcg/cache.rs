@@ -27,6 +27,9 @@ impl Hasher for KeyHasher {
 }
 pub type KeyMap<V> = HashMap<u64, V, BuildHasherDefault<KeyHasher>>;
 
+/// Of the keys of privilege level 3.
+pub const USER_KEY: u64 = 4;
+
 /// Sets of two of the table by linear address.
 pub const JUMPS: usize = 1 << 15;
 /// Blocks kept before all are dropped.
@@ -243,7 +246,7 @@ impl SoftCpu {
 
     /// The table's keys: epoch, a salt, privilege and code mode.
     pub(crate) fn update_key(&mut self) {
-        let mode = ((self.cpl == 3) as u64) << 2 | self.code_mode as u64;
+        let mode = if self.cpl == 3 { USER_KEY } else { 0 } | self.code_mode as u64;
         let salt = self.epoch.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 52;
         self.more_slots[KEY - 32] = self.epoch << 16 | salt << 4 | mode;
         self.more_slots[KEY - 31] = self.highs[0].epoch << 16 | mode;

@@ -11,8 +11,8 @@ pub const BASE_X2: u64 = 0x400;
 pub const BASE_BSP: u64 = 0x100;
 
 const TIMER: usize = 0;
-const LINT0: usize = 3;
-const MASKED: u32 = 1 << 16;
+pub const LINT0: usize = 3;
+pub const MASKED: u32 = 1 << 16;
 
 /// Registers of one local APIC.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -476,7 +476,7 @@ impl SoftCpu {
                 self.set_cs_real((vector as u16) << 8);
                 self.rip = 0;
             }
-            7 => self.extint_vector = Some(vector),
+            7 => self.extint = 0x100 | u16::from(vector),
             _ => {}
         }
         self.attention = true;

@@ -35,6 +35,8 @@ mod task;
 mod tests;
 #[cfg(test)]
 mod tests_code;
+#[cfg(test)]
+mod tests_system;
 mod undefined;
 mod vec;
 
@@ -45,7 +47,7 @@ use crate::bus::Ipi;
 use crate::debug::{DebugHit, DebugPoints};
 use crate::mem::GuestMemory;
 use crate::state::{CpuState, Segment};
-use crate::{ApicMessage, Bus, CpuModel, Exception, Exit, Processor, RunResult};
+use crate::{ApicMessage, Bus, ClockLine, CpuModel, Exception, Exit, Processor, RunResult};
 use cache::{Cache, JumpSet, JUMPS};
 use flags::{IF, TF};
 use jit::Left;
@@ -96,7 +98,8 @@ pub struct SoftCpu {
     shadow: bool,
     nmi_pending: bool,
     nmi_blocked: bool,
-    extint_vector: Option<u8>,
+    /// The vector of an ExtINT message, and 100h; or 0.
+    extint: u16,
     /// Bits of DR6 for a #DB that is due before the next instruction.
     pending_db: u64,
     /// An exception whose delivery began on another processor, which could not end it.
@@ -142,6 +145,10 @@ pub struct SoftCpu {
     end: *const Op,
     pos: u64,
     limit: u64,
+    /// The clock, as long as that is so; no rate: the bus knows it.
+    clock: ClockLine,
+    /// Where the TLBs for supervisor and user are.
+    tlb_at: [u64; 2],
     attention: bool,
     brk: bool,
     single: bool,
@@ -249,7 +256,7 @@ impl SoftCpu {
             shadow: false,
             nmi_pending: false,
             nmi_blocked: false,
-            extint_vector: None,
+            extint: 0,
             pending_db: 0,
             begun: None,
             tsc_khz: TSC_KHZ,
@@ -281,6 +288,8 @@ impl SoftCpu {
             end: std::ptr::null(),
             pos: 0,
             limit: 0,
+            clock: ClockLine::default(),
+            tlb_at: [0; 2],
             attention: true,
             brk: false,
             single: false,
@@ -354,7 +363,7 @@ impl SoftCpu {
         self.shadow = false;
         self.nmi_pending = false;
         self.nmi_blocked = false;
-        self.extint_vector = None;
+        self.extint = 0;
         self.pending_db = 0;
         self.begun = None;
         if !init {
@@ -600,7 +609,8 @@ impl SoftCpu {
             return None;
         }
         if self.eflags & IF != 0 {
-            let vector = if let Some(v) = self.extint_vector.take() {
+            let vector = if let Some(v) = self.extint_vector() {
+                self.extint = 0;
                 Some(v)
             } else if self.lapic.accepts_extint() && self.bus().intr() {
                 let position = self.position();
@@ -635,9 +645,15 @@ impl Processor for SoftCpu {
             self.drop_all_code();
             self.flush_tlb();
         }
+        let bus_line = bus.clock_line(position);
         let p: *mut (dyn Bus + '_) = bus;
         // SAFETY: the pointer is used under this call only; `NoBus` replaces it before the return.
         self.bus = unsafe { std::mem::transmute::<*mut (dyn Bus + '_), *mut (dyn Bus + 'static)>(p) };
+        self.clock = match self.tsc_khz {
+            TSC_KHZ => bus_line,
+            _ => ClockLine::default(),
+        };
+        self.find_tlbs();
         self.pos = position;
         // Compiled code takes what is left of it for a signed number.
         self.limit = position.saturating_add(budget.min(1 << 62));
@@ -663,9 +679,7 @@ impl Processor for SoftCpu {
             return false;
         }
         !(self.eflags & IF != 0
-            && (self.lapic.pending().is_some()
-                || self.extint_vector.is_some()
-                || intr && self.lapic.accepts_extint()))
+            && (self.lapic.pending().is_some() || self.extint != 0 || intr && self.lapic.accepts_extint()))
     }
 
     fn apic_message(&mut self, message: ApicMessage) -> bool {
@@ -722,6 +736,10 @@ impl Processor for SoftCpu {
 }
 
 impl SoftCpu {
+    fn extint_vector(&self) -> Option<u8> {
+        (self.extint != 0).then_some(self.extint as u8)
+    }
+
     /// CPUID as this processor answers it now.
     fn cpuid_leaf(&self, leaf: u32, sub: u32) -> [u32; 4] {
         let at = crate::model::CpuidContext {

@@ -585,9 +585,15 @@ impl SoftCpu {
         std::mem::swap(&mut self.epoch, &mut s.epoch);
         s.used = self.switches;
         s.cr3 = self.cr3;
+        self.find_tlbs();
         self.cr3 = cr3;
         self.choose_high();
         self.update_key();
+    }
+
+    /// For compiled code.
+    pub(crate) fn find_tlbs(&mut self) {
+        self.tlb_at = [MMU_SUP, MMU_USER].map(|mmu| self.tlb[mmu].as_ptr() as u64);
     }
 
     /// Drop direct write access to one physical page.

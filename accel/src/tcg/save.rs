@@ -243,7 +243,7 @@ impl SoftCpu {
             shadow: self.shadow,
             nmi_pending: self.nmi_pending,
             nmi_blocked: self.nmi_blocked,
-            extint_vector: self.extint_vector,
+            extint_vector: self.extint_vector(),
             pending_db: self.pending_db,
             deliveries: self.deliveries,
             delivery_at: self.delivery_at,
@@ -291,7 +291,7 @@ impl SoftCpu {
         self.shadow = s.shadow;
         self.nmi_pending = s.nmi_pending;
         self.nmi_blocked = s.nmi_blocked;
-        self.extint_vector = s.extint_vector;
+        self.extint = s.extint_vector.map_or(0, |v| 0x100 | u16::from(v));
         self.pending_db = s.pending_db;
         self.deliveries = s.deliveries;
         self.delivery_at = s.delivery_at;

@@ -26,6 +26,9 @@ impl Bus for TestBus {
     fn clock_ns(&mut self, position: u64) -> u64 {
         position * 10
     }
+    fn clock_line(&self, _: u64) -> ClockLine {
+        ClockLine { base_ns: 0, rate: 10 << ClockLine::SHIFT }
+    }
     fn intr(&mut self) -> bool {
         self.intr.is_some()
     }

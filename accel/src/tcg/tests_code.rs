@@ -4,7 +4,7 @@ use super::tests::*;
 use super::*;
 
 /// Runs machines interpreted and compiled, in strides; the whole state must agree at every stop. Returns RBX in the end.
-fn in_every_tier(make: impl Fn() -> Machine) -> u64 {
+pub(super) fn in_every_tier(make: impl Fn() -> Machine) -> u64 {
     let mut rbx = None;
     for tier in [Tier::AtOnce, Tier::After(2), Tier::Random(5)] {
         for stride in [1, 3, 7, 5000] {
@@ -27,12 +27,12 @@ fn in_every_tier(make: impl Fn() -> Machine) -> u64 {
     rbx.unwrap()
 }
 
-fn put(m: &Machine, parts: &[(u64, &[u8])]) {
+pub(super) fn put(m: &Machine, parts: &[(u64, &[u8])]) {
     for (at, bytes) in parts {
         m.mem.write(*at, bytes).unwrap();
     }
 }
-fn words(m: &Machine, words: &[(u64, u64)]) {
+pub(super) fn words(m: &Machine, words: &[(u64, u64)]) {
     for (at, v) in words {
         m.mem.write(*at, &v.to_le_bytes()).unwrap();
     }

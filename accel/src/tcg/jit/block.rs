@@ -314,7 +314,10 @@ impl<'a> Compiler<'a> {
         let neutral = if neutral { NEUTRAL } else { 0 };
         let grouped = if self.plan.grouped { GROUPED } else { 0 };
         // What follows in the code of these jumps, wherever they lead.
-        let jumps = matches!(self.trace.kinds[i], Kind::Ret { .. } | Kind::Indirect { .. });
+        let jumps = matches!(
+            self.trace.kinds[i],
+            Kind::Ret { .. } | Kind::Indirect { .. } | Kind::Syscall | Kind::Sysret
+        );
         let jumps = if jumps { JUMPS } else { 0 };
         let place = self.place_of(i) | neutral | jumps | grouped;
         let op = self.op(i) as *const Op as u64;
@@ -395,6 +398,21 @@ impl<'a> Compiler<'a> {
     pub fn operand_alone(&mut self, i: usize, size: u64, write: bool) -> Access {
         self.linear(i);
         self.translate(i, Role::Alone, size, write)
+    }
+
+    /// The same for the word of `size` bytes that has bit number `n` (a register) of the operand, which may lie before or
+    /// after it.
+    pub fn operand_beyond(&mut self, i: usize, size: u8, n: u8, write: bool) -> Access {
+        self.linear(i);
+        let (shift, times) = if size == 8 { (6, 3) } else { (5, 2) };
+        if size == 8 {
+            self.a.load(8, RAX, self.at(n));
+        } else {
+            self.a.word(8, 0, 0x63, RAX, self.at(n)); // movsxd
+        }
+        self.a.shift(8, 7, Rm::R(RAX), shift);
+        self.a.lea(8, RDI, Rm::X(RDI, RAX, times, 0));
+        self.translate(i, Role::Alone, size as u64, write)
     }
 
     /// The same for a word of memory `disp` above guest register `r`, which lives in the host's `h`.

@@ -1,8 +1,8 @@
 //! The host code of each kind of integer instruction.
 
-use super::super::flags::{DF, IF, RF, VM};
+use super::super::flags::DF;
 use super::super::op::{
-    FLAGS, GS, PAGE, RBP as GUEST_BP, RDI as GUEST_DI, RIP_OUT, RSI as GUEST_SI, RSP as GUEST_SP,
+    FLAGS, PAGE, RBP as GUEST_BP, RDI as GUEST_DI, RIP_OUT, RSI as GUEST_SI, RSP as GUEST_SP,
 };
 use super::super::SoftCpu;
 use super::asm::*;
@@ -11,12 +11,11 @@ use super::block::{Access, Compiler};
 use super::flags::{keep_host, Flags, Overflow, Recipe};
 use super::kind::*;
 use super::stubs::{mem, HOST, NONE};
-use crate::state::Segment;
 use std::mem::offset_of;
 
 /// Where a few guest registers live.
-const AX: u8 = HOST[super::super::op::RAX];
-const SP: u8 = HOST[GUEST_SP];
+pub const AX: u8 = HOST[super::super::op::RAX];
+pub const SP: u8 = HOST[GUEST_SP];
 const BP: u8 = HOST[GUEST_BP];
 
 impl Compiler<'_> {
@@ -124,6 +123,7 @@ impl Compiler<'_> {
                 c.fl = Flags::HOST;
             }),
             Kind::Bit { .. } => self.bit(i),
+            Kind::BitBeyond { .. } => self.bit_beyond(i),
             Kind::Cmpxchg { size, r } => {
                 self.before(i, true);
                 let access = self.operand(i, size as u64, true);
@@ -236,27 +236,25 @@ impl Compiler<'_> {
                 self.fl = if matches!(op, 1 | 4 | 6 | 8) { Flags::LOGIC } else { Flags::HOST };
             }
             Kind::Shift { op, size, d, count } => self.shift(i, op, size, d, count),
+            Kind::ShiftMem { op, size, count } => {
+                self.before(i, true);
+                let access = self.operand(i, size as u64, true);
+                self.a.shift(size, op, self.place, count);
+                self.join(access);
+                self.fl = shifted(op, count);
+            }
             Kind::ShiftCl { op, size, d } => self.shift_cl(i, op, size, d),
             Kind::Imul { .. } | Kind::Mul { .. } => self.multiply(i),
             Kind::Push(_) | Kind::PushMem | Kind::Pop(_) | Kind::Leave => self.stack(i),
             Kind::Pushf => self.push_flags(i),
-            Kind::Cli => {
-                let access = self.supervisor(i);
-                self.a.alu_imm(4, 4, Rm::M(RBP, at(offset_of!(SoftCpu, eflags))), !(IF as i32));
-                self.join(access);
-                self.after(i, true);
-            }
-            Kind::Swapgs => {
-                let access = self.supervisor(i);
-                let gs = offset_of!(SoftCpu, segs) + GS * size_of::<Segment>() + offset_of!(Segment, base);
-                let bases = [gs, offset_of!(SoftCpu, msr.kernel_gs_base)].map(|n| Rm::M(RBP, at(n)));
-                self.a.load(8, RAX, bases[0]);
-                self.a.load(8, RDI, bases[1]);
-                self.a.store(8, bases[0], RDI);
-                self.a.store(8, bases[1], RAX);
-                self.join(access);
-                self.after(i, true);
-            }
+            Kind::Cli
+            | Kind::Sti
+            | Kind::Swapgs
+            | Kind::Direction { .. }
+            | Kind::FromControl { .. }
+            | Kind::Rdtsc => self.system(i),
+            Kind::Syscall => self.syscall(i),
+            Kind::Sysret => self.sysret(i),
             Kind::Movs(size) | Kind::Stos(size) | Kind::Lods(size) => self.string(i, size),
             Kind::Setcc { cc, d } => {
                 self.before(i, false);
@@ -294,7 +292,7 @@ impl Compiler<'_> {
 
     /// The low `size` bytes of RAX into guest register `d`, which lives in its slot. Always writes all of it: a read
     /// that is wider than the write before it has to wait for that. Uses RDI.
-    fn put(&mut self, size: u8, d: u8) {
+    pub fn put(&mut self, size: u8, d: u8) {
         if size < 4 {
             self.a.load(8, RDI, self.at(d));
             self.a.load(size, RDI, Rm::R(RAX));
@@ -489,12 +487,7 @@ impl Compiler<'_> {
         }
         self.modify(d, |c, r| c.a.shift(size, op, Rm::R(r), count));
         if !rotate {
-            let (host, overflow) = match (count, op) {
-                (1, _) => (CF | PF | ZF | SF | OF, Overflow::Host),
-                (_, 4) => (CF | PF | ZF | SF, Overflow::Shl),
-                _ => (CF | PF | ZF | SF, Overflow::Clear),
-            };
-            self.fl = Flags { host, clear_af: true, overflow, kept: false, recipe: None };
+            self.fl = shifted(op, count);
             return;
         }
         if needed {
@@ -563,6 +556,36 @@ impl Compiler<'_> {
             self.keep_carry();
         }
         self.close(access);
+        self.fl = Flags::KEPT;
+    }
+
+    /// BT, BTS, BTR, BTC of memory by a register, which reaches beyond the operand.
+    fn bit_beyond(&mut self, i: usize) {
+        let Kind::BitBeyond { op, size, n } = self.trace.kinds[i] else { return };
+        let needed = self.need[i + 1];
+        self.before(i, true);
+        if needed {
+            self.keep();
+        }
+        let access = self.operand_beyond(i, size, n, op != 0);
+        match self.host[n as usize] {
+            NONE => {
+                self.a.load(8, RAX, self.at(n));
+                self.a.alu_imm(4, 4, Rm::R(RAX), 8 * size as i32 - 1);
+                self.a.word(size, 1, 0xA3 | op << 3, RAX, self.place);
+            }
+            h => {
+                self.a.load(size, RAX, self.place);
+                self.a.word(size, 1, 0xA3 | op << 3, h, Rm::R(RAX));
+                if op != 0 {
+                    self.a.store(size, self.place, RAX);
+                }
+            }
+        }
+        if needed {
+            self.keep_carry();
+        }
+        self.join(access);
         self.fl = Flags::KEPT;
     }
 
@@ -714,37 +737,6 @@ impl Compiler<'_> {
         self.after(i, true);
     }
 
-    /// Instruction `i` is the handler's but at privilege level 0.
-    fn supervisor(&mut self, i: usize) -> Access {
-        self.before(i, true);
-        self.a.alu_imm(1, 7, Rm::M(RBP, at(offset_of!(SoftCpu, cpl))), 0);
-        let slow = vec![self.a.jcc(cc::NE)];
-        self.fl.host = 0;
-        Access { slow, i, flags: self.fl }
-    }
-
-    /// PUSHF, outside of virtual-8086 mode.
-    fn push_flags(&mut self, i: usize) {
-        self.before(i, true);
-        self.keep();
-        self.fl = Flags::KEPT;
-        self.a.word(4, 1, 0xB7, RAX, mem(FLAGS)); // movzx
-        self.a.b(&[0x0F, 0xB6, 0xFC]); // movzx edi, ah
-        self.a.alu_imm(4, 4, Rm::R(RDI), 0xD5);
-        self.a.word(4, 1, 0xB6, RAX, Rm::R(RAX)); // movzx
-        self.a.shift(4, 4, Rm::R(RAX), 11);
-        self.a.alu(4, 1, Rm::R(RAX), RDI);
-        self.a.alu_load(4, 1, RAX, Rm::M(RBP, at(offset_of!(SoftCpu, eflags))));
-        self.a.alu_imm(4, 4, Rm::R(RAX), !((RF | VM) as i32));
-        self.a.store(8, mem(RIP_OUT), RAX);
-        let access = self.push_at(i);
-        self.a.load(8, RAX, mem(RIP_OUT));
-        self.a.store(self.trace.word, self.place, RAX);
-        self.a.lea(self.trace.word, SP, Rm::M(SP, -(self.trace.word as i32)));
-        self.join(access);
-        self.after(i, true);
-    }
-
     /// MOVS, STOS, LODS upwards; downwards they are the handler's.
     fn string(&mut self, i: usize, size: u8) {
         let (word, kind) = (self.trace.word, self.trace.kinds[i]);
@@ -793,7 +785,7 @@ impl Compiler<'_> {
     }
 
     /// The access to the stack slot below the top.
-    fn push_at(&mut self, i: usize) -> Access {
+    pub fn push_at(&mut self, i: usize) -> Access {
         self.stack_slot(i, GUEST_SP, SP, -(self.trace.word as i32), true)
     }
 
@@ -857,4 +849,14 @@ impl Compiler<'_> {
             _ => {}
         }
     }
+}
+
+/// The flags after SHL (4), SHR or SAR by a constant.
+fn shifted(op: u8, count: u8) -> Flags {
+    let (host, overflow) = match (count, op) {
+        (1, _) => (CF | PF | ZF | SF | OF, Overflow::Host),
+        (_, 4) => (CF | PF | ZF | SF, Overflow::Shl),
+        _ => (CF | PF | ZF | SF, Overflow::Clear),
+    };
+    Flags { host, clear_af: true, overflow, kept: false, recipe: None }
 }

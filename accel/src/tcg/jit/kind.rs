@@ -103,6 +103,12 @@ pub enum Kind {
         size: u8,
         d: u8,
     },
+    /// SHL, SHR, SAR of memory.
+    ShiftMem {
+        op: u8,
+        size: u8,
+        count: u8,
+    },
     Imul {
         size: u8,
         d: u8,
@@ -115,8 +121,22 @@ pub enum Kind {
         s: Option<u8>,
     },
     Cli,
+    Sti,
+    /// CLD, STD.
+    Direction {
+        down: bool,
+    },
     Swapgs,
     Pushf,
+    /// MOV from CR2 or CR3.
+    FromControl {
+        n: u8,
+        d: u8,
+    },
+    Rdtsc,
+    Syscall,
+    /// To 64-bit code.
+    Sysret,
     Push(Val),
     PushMem,
     Pop(u8),
@@ -161,6 +181,12 @@ pub enum Kind {
         size: u8,
         d: Option<u8>,
         n: Val,
+    },
+    /// The same of memory by a register.
+    BitBeyond {
+        op: u8,
+        size: u8,
+        n: u8,
     },
     Cmpxchg {
         size: u8,
@@ -266,6 +292,12 @@ impl Kind {
             Kind::Extend { s, .. } => (0, 0, s.is_none()),
             Kind::Push(_) | Kind::PushMem | Kind::Pop(_) | Kind::Leave => (0, 0, true),
             Kind::Movs(_) | Kind::Stos(_) | Kind::Lods(_) | Kind::Cli | Kind::Swapgs => (0, 0, true),
+            Kind::Sti | Kind::FromControl { .. } | Kind::Rdtsc => (0, 0, true),
+            Kind::Direction { .. } => (0, 0, false),
+            Kind::Syscall => (ALL, ALL, true),
+            Kind::Sysret => (0, ALL, true),
+            Kind::ShiftMem { .. } => (0, ALL, true),
+            Kind::BitBeyond { .. } => (0, CF, true),
             Kind::Pushf => (ALL, 0, true),
             Kind::Alu { op, .. } => (if op == 2 || op == 3 { CF } else { 0 }, ALL, false),
             Kind::AluLoad { op, .. } | Kind::AluStore { op, .. } => {
@@ -325,6 +357,8 @@ impl Kind {
             Kind::Inc { d, .. } | Kind::Not { d, .. } | Kind::Neg { d, .. } => d.map_or(0, bit),
             Kind::Bit { op, d, .. } if op != 0 => d.map_or(0, bit),
             Kind::Cmpxchg { .. } => bit(RAX as u8),
+            Kind::FromControl { d, .. } => bit(d),
+            Kind::Syscall => bit(RCX as u8) | bit(11),
             Kind::Xadd { r, .. } => bit(r),
             Kind::Bswap { d, .. }
             | Kind::Scan { d, .. }
@@ -332,7 +366,7 @@ impl Kind {
             | Kind::Count { d, .. }
             | Kind::ExtendHigh { d, .. }
             | Kind::AluHigh { d, .. } => bit(d),
-            Kind::Mul { .. } | Kind::Div { .. } => bit(RAX as u8) | bit(RDX as u8),
+            Kind::Mul { .. } | Kind::Div { .. } | Kind::Rdtsc => bit(RAX as u8) | bit(RDX as u8),
             Kind::Push(_) | Kind::PushMem | Kind::Pushf | Kind::Call { .. } | Kind::Ret { .. } => {
                 bit(RSP as u8)
             }
@@ -359,6 +393,8 @@ impl Kind {
                 | Kind::Call { .. }
                 | Kind::Ret { .. }
                 | Kind::Indirect { .. }
+                | Kind::Syscall
+                | Kind::Sysret
         )
     }
 }
@@ -514,16 +550,27 @@ fn known(op: &Op, at: u64, flat: bool, alone: bool) -> Option<Kind> {
         }
         (0, 0x9C) if size == word => Kind::Pushf,
         (0, 0xFA) => Kind::Cli,
+        (0, 0xFB) => Kind::Sti,
+        (0, 0xFC | 0xFD) => Kind::Direction { down: o & 1 != 0 },
+        (1, 0x20) if matches!(op.reg, 2 | 3) && !flat => Kind::FromControl { n: op.reg, d: op.rm },
+        (1, 0x31) => Kind::Rdtsc,
+        (1, 0x05) if !flat => Kind::Syscall,
+        (1, 0x07) if !flat && size == 8 => Kind::Sysret,
         (1, 0x01) if reg && op.reg & 7 == 7 && op.rm & 7 == 0 && !flat => Kind::Swapgs,
         (0, 0xA8 | 0xA9) => Kind::Test { size, a: 0, b: imm },
         (0, 0xB0..=0xBF) => Kind::MovImm { size, d: low(op.rm)?, imm: op.imm },
-        (0, 0xC0 | 0xC1 | 0xD0 | 0xD1) if reg => {
+        (0, 0xC0 | 0xC1 | 0xD0 | 0xD1) => {
             let n = group(op);
             let count = (op.imm & if size == 8 { 63 } else { 31 }) as u8;
-            if matches!(n, 2 | 3) || count == 0 || count >= 8 * size {
+            if matches!(n, 2 | 3) || count == 0 || count >= 8 * size || !reg && n < 4 {
                 return None;
             }
-            Kind::Shift { op: if n == 6 { 4 } else { n }, size, d: low(op.rm)?, count }
+            let n = if n == 6 { 4 } else { n };
+            if reg {
+                Kind::Shift { op: n, size, d: low(op.rm)?, count }
+            } else {
+                Kind::ShiftMem { op: n, size, count }
+            }
         }
         (0, 0xD3) if reg && size >= 4 && matches!(group(op), 4..=7) => {
             Kind::ShiftCl { op: if group(op) == 6 { 4 } else { group(op) }, size, d: low(op.rm)? }
@@ -568,6 +615,9 @@ fn known(op: &Op, at: u64, flat: bool, alone: bool) -> Option<Kind> {
         (1, 0xAE) if reg && op.rep == 0 && matches!(op.reg & 7, 5..=7) => Kind::Nop,
         (1, 0xA3 | 0xAB | 0xB3 | 0xBB) if reg => {
             Kind::Bit { op: o >> 3 & 3, size, d: Some(op.rm), n: Val::Reg(op.reg) }
+        }
+        (1, 0xA3 | 0xAB | 0xB3 | 0xBB) if size >= 4 && op.asz == 8 => {
+            Kind::BitBeyond { op: o >> 3 & 3, size, n: op.reg }
         }
         (1, 0xBA) => {
             let n = Val::Imm((op.imm & (8 * size as u64 - 1)) as i32);

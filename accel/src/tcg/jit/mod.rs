@@ -29,6 +29,7 @@ mod kind;
 mod memory;
 mod registers;
 mod stubs;
+mod system;
 mod trace;
 mod vector;
 mod ways;
@@ -151,6 +152,9 @@ pub(super) struct Jit {
     asked_by: u64,
     /// Epochs when short keys were forgotten, in halves of [`SHORT`].
     era: u64,
+    /// Calls of [`step`].
+    #[cfg(test)]
+    pub steps: u64,
 }
 
 impl Jit {
@@ -165,6 +169,8 @@ impl Jit {
             random: 0,
             asked_by: 0,
             era: 0,
+            #[cfg(test)]
+            steps: 0,
         }
     }
 
@@ -356,6 +362,10 @@ unsafe extern "sysv64" fn step(c: *mut SoftCpu, op: *const Op, place: u32) -> u3
     // SAFETY: compiled code passes the processor that `run_code` was called with, whose other references are
     // not in use meanwhile, and an instruction of the block that runs, which is kept until `run_loop` goes on.
     let (c, op) = unsafe { (&mut *c, &*op) };
+    #[cfg(test)]
+    {
+        c.jit.steps += 1;
+    }
     let count = (place >> 16) as u64;
     let start = c.st.gpr[PAGE].wrapping_add((place & 0xFFF) as u64);
     c.st.gpr[BLOCKIP as usize] = start;
@@ -488,7 +498,7 @@ impl SoftCpu {
                 return false;
             }
             if self.eflags & IF != 0
-                && (self.extint_vector.is_some()
+                && (self.extint != 0
                     || self.lapic.pending().is_some()
                     || self.lapic.accepts_extint() && self.bus().intr())
             {

@@ -2,6 +2,7 @@
 //! table by linear address.
 
 use super::super::cache::{Jump, JumpSet, JUMPS};
+use super::super::lapic::{BASE_ENABLE, LINT0, MASKED};
 use super::super::SoftCpu;
 use super::asm::*;
 use super::memory::{CodeMemory, Site};
@@ -47,6 +48,12 @@ pub struct Stubs {
     pub step: [u64; 3],
     /// Call [`touch`] for leader number EAX; returns when it is to be tried again.
     pub touch: u64,
+    /// SYSCALL and SYSRET, once they were looked at, but for RIP. Guest registers but RCX are still in host registers. Use RAX
+    /// and RDI.
+    pub syscall: u64,
+    pub sysret: u64,
+    /// Returns with ZF set if no interrupt can be due, whatever IF is. Uses RAX.
+    pub quiet: u64,
     /// Load the XMM registers (1), or the YMM registers (2) of which the XMM registers may be loaded already;
     /// returns with ZF clear when the interpreter must have a look.
     pub load: [u64; 3],
@@ -177,6 +184,13 @@ impl Stubs {
             pop(&mut a, *r);
         }
         a.b(&[0xC3]);
+
+        s.quiet = address(&a);
+        quiet(&mut a);
+        s.syscall = address(&a);
+        system::syscall(&mut a);
+        s.sysret = address(&a);
+        system::sysret(&mut a);
 
         s.touch = address(&a);
         a.alu_imm(8, 5, Rm::R(RSP), 8);
@@ -356,6 +370,33 @@ fn lookup(a: &mut Asm, miss: u64, fill: bool) {
     a.alu_imm(8, 0, Rm::R(RDI), second);
     let back = a.jmp();
     a.to(back, found);
+}
+
+/// See [`Stubs::quiet`] and `SoftCpu::settled`.
+fn quiet(a: &mut Asm) {
+    let field = |offset: usize| Rm::M(RBP, at(offset));
+    let irr = offset_of!(SoftCpu, lapic.irr);
+    a.load(8, RAX, field(irr));
+    for n in 1..4 {
+        a.alu_load(8, 1, RAX, field(irr + 8 * n));
+    }
+    let mut loud = vec![a.jcc_short(cc::NE)];
+    a.alu_imm(2, 7, field(offset_of!(SoftCpu, extint)), 0);
+    loud.push(a.jcc_short(cc::NE));
+    // LINT0 is masked, or no ExtINT.
+    a.test_imm(4, field(offset_of!(SoftCpu, lapic.base)), BASE_ENABLE as i32);
+    let off = a.jcc_short(cc::E);
+    a.load(4, RAX, field(offset_of!(SoftCpu, lapic.lvt) + 4 * LINT0));
+    a.alu_imm(4, 4, Rm::R(RAX), (MASKED | 0x700) as i32);
+    a.alu_imm(4, 7, Rm::R(RAX), 0x700);
+    let direct = a.jcc_short(cc::E);
+    a.alu(4, 6, Rm::R(RAX), RAX); // ZF
+    a.b(&[0xC3]);
+    a.short_here(off);
+    a.short_here(direct);
+    a.test(8, Rm::R(RBP), RBP); // not zero
+    loud.into_iter().for_each(|f| a.short_here(f));
+    a.b(&[0xC3]);
 }
 
 fn push(a: &mut Asm, r: u8) {

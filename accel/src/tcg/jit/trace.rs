@@ -145,7 +145,9 @@ impl<'a> Trace<'a> {
                     taken?
                 }
             }
-            Kind::Ret { .. } | Kind::Indirect { .. } | Kind::Handler => return None,
+            Kind::Ret { .. } | Kind::Indirect { .. } | Kind::Syscall | Kind::Sysret | Kind::Handler => {
+                return None
+            }
             _ => find(next)?,
         };
         if std::ptr::eq(on, first) {

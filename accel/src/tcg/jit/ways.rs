@@ -304,6 +304,13 @@ impl Compiler<'_> {
         a.word(4, 0, 0xFF, 4, field(offset_of!(Site, code))); // jmp
     }
 
+    /// The same where the target lies in the upper half of linear addresses, as a rule, or in the lower.
+    pub fn indirect_to(&mut self, i: usize, half: usize) {
+        let here = std::mem::replace(&mut self.half, half);
+        self.indirect(i, false);
+        self.half = here;
+    }
+
     /// The target in RAX is canonical, or else the handler deals with instruction `i`. Uses RDI.
     pub fn check_target(&mut self, access: &mut Access) {
         if self.trace.word == 4 {
