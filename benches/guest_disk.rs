@@ -12,20 +12,20 @@ use std::fmt::Write as _;
 use std::process::Command;
 
 use ftvm_harness::{guests, Result, Scratch};
-use marked::{run_marked, Times};
+use marked::{run_marked, Runs};
 
 /// Size of the image in MiB.
 const SIZE: &str = "512";
 /// A guest that takes longer hangs.
 const SECONDS: &str = "300";
 
-fn load(program: &str, more: &[&str], image: &str, times: &mut Times) -> Result<()> {
+fn load(program: &str, more: &[&str], image: &str, runs: &mut Runs) -> Result<()> {
     let (kernel, initrd) = guests::tiny()?;
     let mut c = Command::new("timeout");
     c.args([SECONDS, program, "-m", "256", "-nographic", "-no-reboot", "-nic", "none"]);
     c.args(["-kernel", &kernel, "-initrd", &initrd, "-append", "console=ttyS0 quiet diskbench halt"]);
     c.args(["-drive", &format!("file={image},format=qcow2,if=virtio")]).args(more);
-    run_marked(c, times).map_err(|e| format!("{e}; `make guests` brings the guest up to date"))
+    run_marked(c, None, runs).map_err(|e| format!("{e}; `make guests` brings the guest up to date"))
 }
 
 fn bench() -> Result<()> {
@@ -40,12 +40,13 @@ fn bench() -> Result<()> {
     guests::run("qemu-img", &["create", "-q", "-f", "qcow2", &image, &format!("{SIZE}M")])?;
     let fill = ["bench", "-f", "qcow2", "-w", "--pattern=165", "-s", "1M", "-S", "1M", "-c", SIZE, &image];
     guests::run("qemu-img", &fill)?;
-    let (mut ours, mut theirs) = (Times::default(), Times::default());
+    let (mut ours, mut theirs) = (Runs::default(), Runs::default());
     for round in 0..rounds {
         load(&ftvm, &[], &image, &mut ours)?;
         load(qemu, &["-accel", "tcg"], &image, &mut theirs)?;
         eprintln!("round {round} done");
     }
+    let (ours, theirs) = (ours.seconds, theirs.seconds);
     let mut table = String::from(
         "| requests of the guest | QEMU TCG (a second) | ftvm (a second) | times as fast |\n|---|---|---|---|\n",
     );

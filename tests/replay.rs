@@ -58,8 +58,16 @@ fn disk_and_network_load_replays_without_the_image_and_the_network() -> Result<(
         assert!(seen.wrong.is_empty(), "{:?}", seen.wrong);
     }
     assert_eq!(Line::connect(tcp)?.ask("inc")?.0, "1");
-    vm.qmp()?.command("quit", Value::Null)?;
+    let mut qmp = vm.qmp()?;
+    qmp.command("stop", Value::Null)?;
+    let (ft, icount) = (qmp.ft()?, qmp.command("query-replay", Value::Null)?["icount"].clone());
+    qmp.command("quit", Value::Null)?;
     ends_well(&mut vm)?;
+    // The log has what the guest read from its disk. The file has a header and an end besides, and heads of batches.
+    let size = std::fs::metadata(&file).map_err(|e| e.to_string())?.len();
+    let log = ft["log-bytes"].as_u64().unwrap_or(0);
+    assert!(log > 8 << 20 && (log..log + 4096 + log / 4096).contains(&size), "{ft} {size}");
+    assert_eq!(ft["position"], icount);
     std::fs::rename(&image, scratch.path("gone")).map_err(|e| e.to_string())?;
     replays(&scratch, words, &more.replace("rr=record", "rr=replay"), &vm.text())
 }

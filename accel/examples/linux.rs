@@ -6,7 +6,7 @@
 
 use ftvm_accel::bus::Ipi;
 use ftvm_accel::tcg::Tier;
-use ftvm_accel::{Bus, CpuModel, Exit, GuestMemory, Processor, SoftCpu};
+use ftvm_accel::{Bus, ClockLine, CpuModel, Exit, GuestMemory, Processor, SoftCpu};
 use std::io::Write;
 
 /// Enters 32-bit protected mode and jumps to 1 MiB with ESI = 0x90000 (boot parameters).
@@ -200,6 +200,9 @@ impl Bus for Ports {
     fn mmio_write(&mut self, _: u64, _: u64, _: u8, _: u64) {}
     fn clock_ns(&mut self, position: u64) -> u64 {
         position
+    }
+    fn clock_line(&self, _: u64) -> ClockLine {
+        ClockLine { base_ns: 0, rate: 1 << ClockLine::SHIFT }
     }
     fn intr(&mut self) -> bool {
         self.master.pending().is_some()

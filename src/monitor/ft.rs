@@ -6,11 +6,23 @@ use super::{done, Control, Reply};
 use crate::cli::config::Accel;
 use crate::cli::ft::FtConfig;
 use crate::migration::postcopy::MISSING;
-use crate::runtime::control::FtWish;
+use crate::runtime::control::{FtStatus, FtWish};
 use crate::runtime::live::Sink;
 
+/// The state of the pair; of a machine that is recorded, where it is and how long the recording's log is.
+pub fn status(c: &Control) -> Result<FtStatus, QmpError> {
+    let mut ft = c.shared.ft();
+    if c.config.icount.record.is_some() {
+        (ft.position, ft.log_bytes) = c.machine(|rt| {
+            let bytes = if let Sink::File(recorder) = &rt.sink { recorder.bytes() } else { 0 };
+            (rt.machine.stamp().position, bytes)
+        })?;
+    }
+    Ok(ft)
+}
+
 pub fn query(c: &Control, _: &mut Call) -> Reply {
-    serde_json::to_value(c.shared.ft()).map_err(|e| QmpError::generic(e.to_string()))
+    serde_json::to_value(status(c)?).map_err(|e| QmpError::generic(e.to_string()))
 }
 
 /// A wish that makes sense for a primary in these states.

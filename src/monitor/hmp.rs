@@ -406,7 +406,7 @@ fn cpus(c: &Control) -> Result<String, QmpError> {
 }
 
 fn ft(c: &Control) -> Result<String, QmpError> {
-    let f = c.shared.ft();
+    let f = super::ft::status(c)?;
     Ok(format!(
         "role: {}\nstate: {}\nepoch: {}\npeer: {}\nlag: {:.1} ms\nlog: {:.3} Mbit/s, {} bytes\noutputs held: {}\nthrottle: {:.0} %\nfailovers: {}\n",
         f.role,

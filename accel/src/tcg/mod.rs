@@ -170,6 +170,8 @@ pub struct SoftCpu {
     highs: Vec<High>,
     /// Where the table entry of each entry of `tlb` lies.
     leaves: [Large<u64>; 4],
+    /// In which pages those lie.
+    tables: Tables,
     /// A filter of the table entries that led walks to other tables, and how many bits of it are set.
     upper: Box<[u64]>,
     marks: u32,
@@ -304,6 +306,7 @@ impl SoftCpu {
             spaces: Vec::new(),
             highs: vec![High::new(2)],
             leaves: new_leaves(),
+            tables: Tables::NONE,
             upper: vec![0; UPPER_BITS / 64].into_boxed_slice(),
             marks: 0,
             uppers: vec![Upper::NONE; UPPERS].into_boxed_slice(),

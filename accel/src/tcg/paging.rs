@@ -94,6 +94,33 @@ pub struct Space {
     filled: Vec<(u8, u16)>,
     code_filled: Vec<(u8, u16)>,
     leaves: [Large<u64>; 4],
+    tables: Tables,
+}
+
+/// A filter of the pages that translations' last table entries lie in.
+#[derive(Clone, Copy)]
+pub struct Tables([u64; TABLES / 64]);
+
+/// Bits of it.
+const TABLES: usize = 1 << 12;
+
+impl Tables {
+    pub const NONE: Tables = Tables([0; TABLES / 64]);
+
+    fn bit(leaf: u64) -> (usize, u64) {
+        let n = (leaf >> 12).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> (64 - TABLES.trailing_zeros());
+        ((n >> 6) as usize, 1 << (n & 63))
+    }
+    /// A last entry lies at `leaf`.
+    fn add(&mut self, leaf: u64) {
+        let (word, bit) = Self::bit(leaf);
+        self.0[word] |= bit;
+    }
+    /// Whether one may lie in the page of `at`.
+    fn may_have(&self, at: u64) -> bool {
+        let (word, bit) = Self::bit(at);
+        self.0[word] & bit != 0
+    }
 }
 
 /// The upper half of linear addresses (the kernel's, as a rule), as far as code was fetched from it. Address spaces
@@ -169,7 +196,9 @@ fn drain(
     filled: &mut Vec<(u8, u16)>,
     code_tlb: &mut [Large<CodeEntry>; 2],
     code_filled: &mut Vec<(u8, u16)>,
+    tables: &mut Tables,
 ) {
+    *tables = Tables::NONE;
     for (mmu, slot) in filled.drain(..) {
         tlb[mmu as usize][slot as usize] = TlbEntry::empty(slot as usize);
     }
@@ -205,6 +234,8 @@ pub const UPPER_BITS: usize = 1 << 18;
 const DIRECTORY: u64 = 1 << 60;
 /// Marks an entry of a top table (of four levels).
 const TOP: u64 = 1 << 60 | 1 << 61;
+/// Marks the page of a table that has marked entries, or entries that are known exactly.
+const UPPER_PAGE: u64 = 1 << 63 | 8;
 /// Mark an entry, and its page, that code was fetched by: the table of blocks outlives the fetch TLB's entries.
 /// (One for each half of linear addresses.)
 const CODE_LEAF: [u64; 2] = [1 << 62, 1 << 62 | 1 << 61];
@@ -272,9 +303,10 @@ impl SoftCpu {
 
     /// Drop all translations, of all address spaces.
     pub(crate) fn flush_tlb(&mut self) {
-        drain(&mut self.tlb, &mut self.filled, &mut self.code_tlb, &mut self.code_filled);
+        let (filled, code_filled) = (&mut self.filled, &mut self.code_filled);
+        drain(&mut self.tlb, filled, &mut self.code_tlb, code_filled, &mut self.tables);
         for s in &mut self.spaces {
-            drain(&mut s.tlb, &mut s.filled, &mut s.code_tlb, &mut s.code_filled);
+            drain(&mut s.tlb, &mut s.filled, &mut s.code_tlb, &mut s.code_filled, &mut s.tables);
         }
         self.upper.fill(0);
         self.marks = 0;
@@ -295,7 +327,9 @@ impl SoftCpu {
         let again = last == page && self.pos.wrapping_sub(since) < WRITES_WITHIN;
         let count = if again { count + if used { USED } else { 1 } } else { 0 };
         self.table_writes = (page, count, self.pos);
-        if used && self.entry_changes(at) {
+        // Of most tables no entry led to another.
+        let upper = self.marked(page | UPPER_PAGE);
+        if used && upper && self.entry_changes(at) {
             return true;
         }
         if count <= MANY_WRITES {
@@ -305,13 +339,15 @@ impl SoftCpu {
             return false;
         }
         // The page is being filled, emptied, or no longer a table. What depends on it depends on its used entries.
-        for at in (page..page + 4096).step_by(8) {
-            let e = self.phys_read(at, 8);
-            if is_used(e) && self.entry_changes(at) {
-                return true;
+        if upper {
+            for at in (page..page + 4096).step_by(8) {
+                let e = self.phys_read(at, 8);
+                if is_used(e) && self.entry_changes(at) {
+                    return true;
+                }
             }
         }
-        self.drop_leaves(|leaf| leaf & !0xFFF == page, CODE_PAGE.map(|c| [page | c; 2]));
+        self.drop_leaves(page, |leaf| leaf & !0xFFF == page, CODE_PAGE.map(|c| [page | c; 2]));
         true
     }
 
@@ -346,7 +382,7 @@ impl SoftCpu {
         if self.marked(at | DIRECTORY) {
             let table = self.phys_read(at, 8) & self.phys_mask & !0xFFF;
             let code = CODE_PAGE.map(|c| [table | c; 2]);
-            self.drop_leaves(|leaf| leaf & !0xFFF == table, code);
+            self.drop_leaves(table, |leaf| leaf & !0xFFF == table, code);
         }
         false
     }
@@ -388,14 +424,17 @@ impl SoftCpu {
         const LARGE: u64 = 0x80;
         let code = CODE_LEAF.map(|c| [at | c; 2]);
         if self.st.cr4 & CR4_PAE == 0 || self.phys_read(at, 8) & LARGE != 0 {
-            self.drop_leaves(|leaf| leaf == at, code);
+            self.drop_leaves(at, |leaf| leaf == at, code);
             return;
         }
         // Of one page of 4 KiB: its number's low bits are known.
         let n = (at >> 3) as usize % ENTRIES;
-        let here = (&mut self.tlb, &self.leaves, &mut self.code_tlb);
-        let parked = self.spaces.iter_mut().map(|s| (&mut s.tlb, &s.leaves, &mut s.code_tlb));
-        for (tlb, leaves, code_tlb) in parked.chain([here]) {
+        let here = (&mut self.tlb, &self.leaves, &mut self.code_tlb, &self.tables);
+        let parked = self.spaces.iter_mut().map(|s| (&mut s.tlb, &s.leaves, &mut s.code_tlb, &s.tables));
+        for (tlb, leaves, code_tlb, tables) in parked.chain([here]) {
+            if !tables.may_have(at) {
+                continue;
+            }
             for (tlb, leaves) in tlb.iter_mut().zip(leaves) {
                 for slot in (n..TLB_SIZE).step_by(ENTRIES) {
                     if leaves[leaf_place(slot)] == at {
@@ -413,15 +452,19 @@ impl SoftCpu {
         self.dropped_by(code);
     }
 
-    /// Drop translations by where their last table entry lies; `code` are the filter's keys of those that code was
-    /// fetched by, in each half.
-    fn drop_leaves(&mut self, which: impl Fn(u64) -> bool, code: [[u64; 2]; 2]) {
-        let here = (&mut self.tlb, &self.leaves, &self.filled, &mut self.code_tlb, &self.code_filled);
+    /// Drop translations by where their last table entry lies, all in one page; `code` are the filter's keys of those that
+    /// code was fetched by, in each half.
+    fn drop_leaves(&mut self, page: u64, which: impl Fn(u64) -> bool, code: [[u64; 2]; 2]) {
+        let here =
+            (&mut self.tlb, &self.leaves, &self.filled, &mut self.code_tlb, &self.code_filled, &self.tables);
         let parked = self
             .spaces
             .iter_mut()
-            .map(|s| (&mut s.tlb, &s.leaves, &s.filled, &mut s.code_tlb, &s.code_filled));
-        for (tlb, leaves, filled, code_tlb, code_filled) in parked.chain([here]) {
+            .map(|s| (&mut s.tlb, &s.leaves, &s.filled, &mut s.code_tlb, &s.code_filled, &s.tables));
+        for (tlb, leaves, filled, code_tlb, code_filled, tables) in parked.chain([here]) {
+            if !tables.may_have(page) {
+                continue;
+            }
             for &(mmu, slot) in filled {
                 if which(leaves[mmu as usize][leaf_place(slot as usize)]) {
                     let e = &mut tlb[mmu as usize][slot as usize];
@@ -501,7 +544,7 @@ impl SoftCpu {
         for k in 0..self.highs[0].entries.len() {
             let place = self.top_entry(self.highs[0].entries[k].0);
             self.protect_table(place);
-            self.mark(place | TOP);
+            self.mark_upper(place, TOP);
         }
     }
 
@@ -528,9 +571,15 @@ impl SoftCpu {
         let u = &mut self.uppers[upper_slot(at)];
         if u.at == NO_LEAF && lin >> 63 == 0 {
             *u = Upper { at, cr3, base };
+            self.mark(at & !0xFFF | UPPER_PAGE);
         } else if (u.at, u.cr3, u.base) != (at, cr3, base) {
-            self.mark(at);
+            self.mark_upper(at, 0);
         }
+    }
+    /// The entry at `at` led to another table; `level`: see [`DIRECTORY`] and [`TOP`].
+    fn mark_upper(&mut self, at: u64, level: u64) {
+        self.mark(at | level);
+        self.mark(at & !0xFFF | UPPER_PAGE);
     }
     fn mark(&mut self, key: u64) {
         let (word, bit) = upper_bit(key);
@@ -566,6 +615,7 @@ impl SoftCpu {
                     filled: Vec::new(),
                     code_filled: Vec::new(),
                     leaves: new_leaves(),
+                    tables: Tables::NONE,
                 });
                 self.spaces.len() - 1
             }
@@ -573,13 +623,14 @@ impl SoftCpu {
         };
         let s = &mut self.spaces[at];
         if fresh {
-            drain(&mut s.tlb, &mut s.filled, &mut s.code_tlb, &mut s.code_filled);
+            drain(&mut s.tlb, &mut s.filled, &mut s.code_tlb, &mut s.code_filled, &mut s.tables);
             self.epochs += 1;
             s.epoch = self.epochs;
         }
         std::mem::swap(&mut self.tlb, &mut s.tlb);
         std::mem::swap(&mut self.code_tlb, &mut s.code_tlb);
         std::mem::swap(&mut self.leaves, &mut s.leaves);
+        std::mem::swap(&mut self.tables, &mut s.tables);
         std::mem::swap(&mut self.filled, &mut s.filled);
         std::mem::swap(&mut self.code_filled, &mut s.code_filled);
         std::mem::swap(&mut self.epoch, &mut s.epoch);
@@ -783,16 +834,16 @@ impl SoftCpu {
             }
             match (i + 1 < n, size, i) {
                 (false, ..) => {}
-                (_, 8, 0) if self.efer & EFER_LMA != 0 && whole => self.mark(at | TOP),
+                (_, 8, 0) if self.efer & EFER_LMA != 0 && whole => self.mark_upper(at, TOP),
                 (_, 8, _) if i + 2 == n => {
-                    self.mark(at | DIRECTORY);
+                    self.mark_upper(at, DIRECTORY);
                     if n == 3 && whole {
                         // A trail may lead from here to tables of leaves.
                         self.note_upper(at, lin);
                     }
                 }
                 (_, 8, _) => self.note_upper(at, lin),
-                _ => self.mark(at & !7),
+                _ => self.mark_upper(at & !7, 0),
             }
             self.set_bits(at, e, new, size);
         }
@@ -852,6 +903,7 @@ impl SoftCpu {
             self.filled.push((mmu as u8, slot as u16));
         }
         self.leaves[mmu][leaf_place(slot)] = w.leaf;
+        self.tables.add(w.leaf);
         *e = TlbEntry { rtag, wtag, host: b.read.cast_mut(), phys };
     }
 
@@ -886,6 +938,7 @@ impl SoftCpu {
                 self.code_filled.push((user as u8, slot as u16));
             }
             self.code_tlb[user][slot] = e;
+            self.tables.add(w.leaf);
         }
         Ok(e)
     }

@@ -167,10 +167,16 @@ fn stos_bulk<T: Int>(c: &mut SoftCpu, op: &Op, max: u64) -> u64 {
         return 0;
     }
     let Some(d) = c.host_write(to) else { return 0 };
-    let v = T::from64(c.get::<T>(0));
-    for i in 0..n as usize {
+    let v = c.get::<T>(0);
+    if v == 0 {
+        // Pages are cleared often.
         // SAFETY: the run lies within its page.
-        unsafe { d.cast::<T>().add(i).write_unaligned(v) };
+        unsafe { d.write_bytes(0, (n * T::BYTES) as usize) };
+    } else {
+        for i in 0..n as usize {
+            // SAFETY: as above.
+            unsafe { d.cast::<T>().add(i).write_unaligned(T::from64(v)) };
+        }
     }
     bump::<T>(c, op, RDI, n);
     n
