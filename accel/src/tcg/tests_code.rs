@@ -119,7 +119,7 @@ fn short_keys_that_come_again_hold_for_nothing_older() {
     // Another page at 5000h, and as many epochs as there are short keys.
     let (key, epoch) = (m.cpu.more_slots[SHORT_KEYS - 32] as u32, m.cpu.epoch);
     words(&m, &[(0x1_3028, 0x6007)]);
-    m.cpu.flush_tlb();
+    assert_eq!(m.run(0).exit, Exit::Budget);
     m.cpu.epochs = epoch + cache::SHORT - 1;
     m.cpu.new_low_epoch();
     assert_eq!(m.cpu.more_slots[SHORT_KEYS - 32] as u32, key);

@@ -27,6 +27,18 @@ pub enum Rm {
     I(u8, u8, i32),
 }
 
+impl Rm {
+    /// Memory `bytes` below this one, where a displacement can say so.
+    pub fn below(self, bytes: i32) -> Option<Rm> {
+        Some(match self {
+            Rm::R(_) => self,
+            Rm::M(b, disp) => Rm::M(b, disp.checked_sub(bytes)?),
+            Rm::X(b, i, scale, disp) => Rm::X(b, i, scale, disp.checked_sub(bytes)?),
+            Rm::I(i, scale, disp) => Rm::I(i, scale, disp.checked_sub(bytes)?),
+        })
+    }
+}
+
 /// Condition codes, as Jcc encodes them.
 pub mod cc {
     pub const O: u8 = 0;

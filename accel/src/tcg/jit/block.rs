@@ -390,20 +390,20 @@ impl<'a> Compiler<'a> {
         if let Role::Member { slot, at } = role {
             return self.member(i, slot, at);
         }
-        self.linear(i);
+        self.linear(i, role.lead());
         self.translate(i, role, size, write)
     }
 
     /// The same for an operand whose host address is looked at itself.
     pub fn operand_alone(&mut self, i: usize, size: u64, write: bool) -> Access {
-        self.linear(i);
+        self.linear(i, 0);
         self.translate(i, Role::Alone, size, write)
     }
 
     /// The same for the word of `size` bytes that has bit number `n` (a register) of the operand, which may lie before or
     /// after it.
     pub fn operand_beyond(&mut self, i: usize, size: u8, n: u8, write: bool) -> Access {
-        self.linear(i);
+        self.linear(i, 0);
         let (shift, times) = if size == 8 { (6, 3) } else { (5, 2) };
         if size == 8 {
             self.a.load(8, RAX, self.at(n));
@@ -427,8 +427,10 @@ impl<'a> Compiler<'a> {
         let role = self.role();
         match role {
             Role::Member { slot, at } => return self.member(i, slot, at),
-            _ if disp == 0 => self.a.load(word, RDI, Rm::R(h)),
-            _ => self.a.lea(word, RDI, Rm::M(h, disp)),
+            _ => match disp - role.lead() {
+                0 => self.a.load(word, RDI, Rm::R(h)),
+                disp => self.a.lea(word, RDI, Rm::M(h, disp)),
+            },
         }
         self.translate(i, role, size as u64, write)
     }
@@ -447,14 +449,18 @@ impl<'a> Compiler<'a> {
         Access { slow: Vec::new(), i, flags: self.fl }
     }
 
-    /// The linear address of instruction `i`'s memory operand into RDI. Uses RAX and the flags.
-    fn linear(&mut self, i: usize) {
+    /// The linear address `lead` bytes below instruction `i`'s memory operand into RDI. Uses RAX and the flags.
+    fn linear(&mut self, i: usize, lead: i32) {
         let op = self.op(i);
-        match self.offset(i) {
-            Some(Rm::M(RDI, 0)) => {}
-            Some(Rm::M(r, 0)) => self.a.load(8, RDI, Rm::R(r)),
-            Some(rm) => self.a.lea(8, RDI, rm),
-            None => self.a.constant(RDI, op.disp as u64),
+        match self.offset(i).map(|rm| (rm, rm.below(lead))) {
+            Some((_, Some(Rm::M(RDI, 0)))) => {}
+            Some((_, Some(Rm::M(r, 0)))) => self.a.load(8, RDI, Rm::R(r)),
+            Some((_, Some(rm))) => self.a.lea(8, RDI, rm),
+            Some((rm, None)) => {
+                self.a.lea(8, RDI, rm);
+                self.a.lea(8, RDI, Rm::M(RDI, -lead));
+            }
+            None => self.a.constant(RDI, (op.disp - lead as i64) as u64),
         }
         if op.asz == 4 {
             self.a.load(4, RDI, Rm::R(RDI));
@@ -465,7 +471,7 @@ impl<'a> Compiler<'a> {
         }
     }
 
-    /// The host address of linear address RDI into RDI. Uses RAX and the flags.
+    /// The host address of linear address RDI into RDI: that of the group's start, for its leader. Uses RAX and the flags.
     fn translate(&mut self, i: usize, role: Role, size: u64, write: bool) -> Access {
         const SHIFT: u8 = 12 - size_of::<TlbEntry>().trailing_zeros() as u8;
         let (lead, len, plainly) = match role {
@@ -474,9 +480,6 @@ impl<'a> Compiler<'a> {
         };
         let tag = if plainly { offset_of!(TlbEntry, wtag) } else { offset_of!(TlbEntry, rtag) } as i32;
         let a = &mut self.a;
-        if lead != 0 {
-            a.lea(8, RDI, Rm::M(RDI, -lead));
-        }
         let again = Fix::at(a.at());
         if is_x86_feature_detected!("bmi2") {
             a.vex(3, false, false, 3, 0xF0, 0, RAX, Rm::R(RDI)); // rorx

@@ -72,7 +72,8 @@ impl Compiler<'_> {
                 self.a.load(8, RAX, mem(PAGE));
                 self.a.lea(self.trace.word, RAX, Rm::M(RAX, target));
                 self.a.constant(RDI, (EDGE + 2 * n) as u64);
-                self.a.jmp_abs(self.stubs.across);
+                self.a.jmp_abs(self.stubs.ask);
+                self.left_by(n);
             }
             Cold::Return { from, n, target } => {
                 self.a.here(from);
@@ -184,6 +185,10 @@ impl Compiler<'_> {
     /// Leave by edge `n`, or wherever it leads instead.
     fn leave(&mut self, n: u32) {
         self.a.jmp_abs(self.stubs.exit);
+        self.left_by(n);
+    }
+    /// What was compiled last is the jump that leaves by edge `n`.
+    fn left_by(&mut self, n: u32) {
         self.edges[n as usize - self.first_edge].leave_at = self.a.end_address(self.a.at()) - 4;
     }
 }

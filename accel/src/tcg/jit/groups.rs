@@ -56,6 +56,16 @@ pub enum Role {
     },
 }
 
+impl Role {
+    /// Bytes of the group below the access that leads it.
+    pub fn lead(&self) -> i32 {
+        match *self {
+            Role::Leader { lead, .. } => lead,
+            _ => 0,
+        }
+    }
+}
+
 /// What registers hold: the number of an unknown value, and a constant more.
 pub struct Values {
     regs: [(u16, i64); 16],

@@ -65,7 +65,9 @@ pub struct Stubs {
     pub refill: u64,
     /// Jump to the guest address in RIP_OUT.
     pub far: u64,
-    /// Jump to the guest address in RAX; it may be time to link the edge for which EDI asks.
+    /// Leave for the guest address in RAX; EDI says why.
+    pub ask: u64,
+    /// Jump to the guest address in RAX; it may be time to link the edge for which EDI asks once more.
     pub across: u64,
     /// The same after a return that was not expected to lead there.
     pub unwind: u64,
@@ -276,6 +278,7 @@ impl Stubs {
         s.across = address(&a);
         a.alu_imm(1, 0, mem(ASKED), 32);
         a.jcc_abs(cc::B ^ 1, s.lookup);
+        s.ask = address(&a);
         a.store(8, mem(RIP_OUT), RAX);
         a.load(4, RAX, Rm::R(RDI));
         a.jmp_abs(s.exit);

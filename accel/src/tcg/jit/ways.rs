@@ -79,6 +79,8 @@ impl SoftCpu {
             }
             Way::Return => memory.aim(e.jump_at, code - FAR),
             Way::Across { target, key_at, page_at, distance_at } => {
+                // Address spaces may take turns.
+                memory.aim(e.leave_at, stubs.across);
                 let page = lin.wrapping_sub(*target as i64 as u64) & mask;
                 let distance = i32::try_from((lin & !0xFFF).wrapping_sub(page) as i64);
                 let (Ok(distance), false) = (distance, crossing || near_hole(lin) || *asked_by != keys)
