@@ -169,7 +169,7 @@ impl High {
 const HIGHS: usize = 3;
 
 /// Address spaces kept beside the one in use.
-const SPACES: usize = 15;
+const SPACES: usize = 7;
 
 /// What a walk through four levels found above a table of the first level, for 2^21 linear addresses, or above one of the
 /// second, for 2^30. It holds for the same CR3 while no translation was dropped: whatever changes an entry that a walk used
