@@ -34,6 +34,8 @@ const RSA_KEY: &str = "openssl genrsa 4096 2>/dev/null | openssl rsa -outform DE
 /// The paper's logging bandwidth.
 const PAPER: &str = "1.5 to 18; 0.5 to 1.5";
 
+/// A row of the Debian guest's that takes longer hangs.
+const PATIENCE: Duration = Duration::from_secs(600);
 /// Requests to the Debian guest's services.
 const HTTP: usize = 300;
 const LATENCY: usize = 3000;
@@ -102,7 +104,7 @@ impl Way {
         })?;
         meter.end("Debian: boot to login", Instant::now());
         let at = |port: u16| SocketAddr::from(([127, 0, 0, 1], port));
-        let mut line = Line::connect(at(tcp))?;
+        let mut line = Line::connect_for(at(tcp), PATIENCE)?;
         let mut run = |name: &str, work: &str| match line.ask(&format!("run {work}"))?.0 {
             answer if answer.starts_with("0 ") => Ok(()),
             answer => Err(format!("{name}: failed in the guest ({answer})")),

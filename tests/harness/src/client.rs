@@ -232,13 +232,18 @@ impl Drop for Line {
 }
 
 impl Line {
-    /// Connect, trying for a while.
+    /// Connect, trying for a while. An answer may take a minute.
     pub fn connect(address: SocketAddr) -> Result<Line> {
+        Line::connect_for(address, Duration::from_secs(60))
+    }
+
+    /// The same, for work whose answer may take as long as `patience`.
+    pub fn connect_for(address: SocketAddr, patience: Duration) -> Result<Line> {
         let out = crate::wait_for(&format!("connection to {address}"), Duration::from_secs(30), || {
             TcpStream::connect_timeout(&address, Duration::from_secs(2)).ok()
         })?;
         out.set_nodelay(true).map_err(|e| e.to_string())?;
-        out.set_read_timeout(Some(Duration::from_secs(60))).map_err(|e| e.to_string())?;
+        out.set_read_timeout(Some(patience)).map_err(|e| e.to_string())?;
         let input = BufReader::new(out.try_clone().map_err(|e| e.to_string())?);
         Ok(Line { out: Box::new(out), input: Box::new(input), ssh: None })
     }
