@@ -32,6 +32,12 @@ pub(super) fn put(m: &Machine, parts: &[(u64, &[u8])]) {
         m.mem.write(*at, bytes).unwrap();
     }
 }
+/// A page table of the first 2 MiB.
+fn identity(m: &Machine, at: u64) {
+    for i in 0..512 {
+        words(m, &[(at + 8 * i, i << 12 | 7)]);
+    }
+}
 pub(super) fn words(m: &Machine, words: &[(u64, u64)]) {
     for (at, v) in words {
         m.mem.write(*at, &v.to_le_bytes()).unwrap();
@@ -86,9 +92,7 @@ fn code_in_both_halves_returns_by_the_tables_of_its_own() {
         let mut m = Machine::long(&code);
         m.cpu.st.gpr[RSP] = 0x7800;
         words(&m, &[(0x1_0FF8, 0x1_A027), (0x1_A000, 0x1_B007), (0x1_B000, 0x1_C007)]);
-        for i in 0..512 {
-            words(&m, &[(0x1_C000 + 8 * i, i << 12 | 7)]);
-        }
+        identity(&m, 0x1_C000);
         put(
             &m,
             &[
@@ -197,9 +201,7 @@ fn address_spaces_share_kernel_code_only_while_they_agree() {
         words(&m, &[(0x1_6000, 0x1_7007), (0x1_7000, 0x1_8007), (0x1_8000, 0x1_9007), (0x1_9028, 0x6007)]);
         // Another upper half: D000h at 7000h.
         words(&m, &[(0x1_A000, 0x1_B007), (0x1_B000, 0x1_C007)]);
-        for i in 0..512 {
-            words(&m, &[(0x1_C000 + 8 * i, i << 12 | 7)]);
-        }
+        identity(&m, 0x1_C000);
         words(&m, &[(0x1_C038, 0xD007)]);
         m.cpu.rip = HIGH_HALF + 0x1000;
         m.cpu.st.gpr[RSP] = HIGH_HALF + 0x6000;
@@ -232,9 +234,7 @@ fn code_of_an_address_space_put_aside_is_found_anew_when_its_page_moves() {
         }
         // The upper half has tables of its own, the same in both spaces.
         words(&m, &[(0x1_0FF8, 0x1_A027), (0x1_6FF8, 0x1_A027), (0x1_A000, 0x1_B007), (0x1_B000, 0x1_C007)]);
-        for i in 0..512 {
-            words(&m, &[(0x1_C000 + 8 * i, i << 12 | 7)]);
-        }
+        identity(&m, 0x1_C000);
         // The second's lower half: 6000h at 5000h.
         words(&m, &[(0x1_6000, 0x1_7007), (0x1_7000, 0x1_8007), (0x1_8000, 0x1_9007), (0x1_9028, 0x6007)]);
         m.cpu.rip = HIGH_HALF + 0x1000;
@@ -266,9 +266,7 @@ fn table_entries_of_every_level_are_noticed() {
         words(&m, &[(0x5000, 1), (0x6000, 2), (0xD000, 4), (0xE000, 8), (0xF000, 16)]);
         // The upper half has tables of its own.
         words(&m, &[(0x1_0FF8, 0x1_A007), (0x1_A000, 0x1_B007), (0x1_B000, 0x1_C007)]);
-        for i in 0..512 {
-            words(&m, &[(0x1_C000 + 8 * i, i << 12 | 7)]);
-        }
+        identity(&m, 0x1_C000);
         words(&m, &[(0x1_9028, 0xD007)]);
         words(&m, &[(0x1_D000, 0x1_E007), (0x1_E028, 0xE007)]);
         words(&m, &[(0x1_F000, 0x2_0007), (0x2_0000, 0x2_1007), (0x2_1028, 0xF007)]);

@@ -314,11 +314,7 @@ impl<'a> Compiler<'a> {
         let neutral = if neutral { NEUTRAL } else { 0 };
         let grouped = if self.plan.grouped { GROUPED } else { 0 };
         // What follows in the code of these jumps, wherever they lead.
-        let jumps = matches!(
-            self.trace.kinds[i],
-            Kind::Ret { .. } | Kind::Indirect { .. } | Kind::Syscall | Kind::Sysret
-        );
-        let jumps = if jumps { JUMPS } else { 0 };
+        let jumps = if self.trace.kinds[i].leads_anywhere() { JUMPS } else { 0 };
         let place = self.place_of(i) | neutral | jumps | grouped;
         let op = self.op(i) as *const Op as u64;
         self.give_back();

@@ -388,6 +388,11 @@ impl Kind {
         }
     }
 
+    /// What follows in memory says nothing of where it leads.
+    pub fn leads_anywhere(&self) -> bool {
+        matches!(self, Kind::Ret { .. } | Kind::Indirect { .. } | Kind::Syscall | Kind::Sysret)
+    }
+
     /// Ends its block itself.
     pub fn branches(&self) -> bool {
         matches!(

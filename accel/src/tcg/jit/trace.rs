@@ -145,9 +145,8 @@ impl<'a> Trace<'a> {
                     taken?
                 }
             }
-            Kind::Ret { .. } | Kind::Indirect { .. } | Kind::Syscall | Kind::Sysret | Kind::Handler => {
-                return None
-            }
+            Kind::Handler => return None,
+            kind if kind.leads_anywhere() => return None,
             _ => find(next)?,
         };
         if std::ptr::eq(on, first) {

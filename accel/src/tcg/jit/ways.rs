@@ -134,8 +134,7 @@ impl Compiler<'_> {
             return;
         }
         let first = self.trace.parts[0].block;
-        let key = first.key & !CROSSING & !0xFFF | target as u64;
-        let n = self.edge_number();
+        let (key, n) = (self.key_within(target), self.edge_number());
         let (mut count, mut code, mut need) = (0, 0, true);
         if key == first.key {
             (count, code, need) = (self.trace.count, self.home, self.need[0]);
@@ -173,6 +172,11 @@ impl Compiler<'_> {
     /// The number of the next edge.
     fn edge_number(&self) -> u32 {
         (self.first_edge + self.edges.len()) as u32
+    }
+
+    /// The key of the block `target` bytes from the page's start.
+    fn key_within(&self, target: i64) -> u64 {
+        self.trace.parts[0].block.key & !CROSSING & !0xFFF | target as u64
     }
 
     /// The code of a block of the same page, if there is any that can be jumped to.
@@ -269,8 +273,7 @@ impl Compiler<'_> {
             return;
         }
         let n = self.edge_number();
-        let key = self.trace.parts[0].block.key & !CROSSING & !0xFFF | target as u64;
-        let known = self.cache.get(key).and_then(|b| self.code_of(b));
+        let known = self.cache.get(self.key_within(target)).and_then(|b| self.code_of(b));
         self.a.lea_abs(RAX, known.map_or(self.stubs.exit, |code| code - FAR));
         let jump_at = self.a.end_address(self.a.at()) - 4;
         self.edges.push(Edge { jump_at, leave_at: 0, way: Way::Return });
