@@ -1,5 +1,7 @@
 //! Network back ends: where a guest's frames go.
 
+use std::time::Duration;
+
 mod error;
 pub mod tap;
 pub mod user;
@@ -13,6 +15,18 @@ pub type Receive = Box<dyn FnMut(Vec<u8>) + Send>;
 pub trait Backend: Send {
     /// Send a frame; what cannot be sent is dropped, as on a wire.
     fn send(&mut self, frame: &[u8]);
+
+    /// Serve it on the caller's thread from here on, if its own is not just doing so: adds what is to be waited for to
+    /// `list`, and returns for how long at most. Then [`Self::serve`] is called with the whole list, and all of it again.
+    fn attend(&mut self, _list: &mut Vec<libc::pollfd>) -> Option<Duration> {
+        None
+    }
+
+    /// Do what the descriptors in `list` are ready for, and what is due. Frames that arrive are received here.
+    fn serve(&mut self, _list: &[libc::pollfd]) {}
+
+    /// Its own thread serves it again.
+    fn leave(&mut self) {}
 }
 
 /// The RARP frame (RFC 903 request reverse) that tells switches where a MAC address is now.

@@ -5,8 +5,10 @@ use std::collections::BTreeMap;
 use std::ffi::{c_char, c_int, c_void, CStr, CString};
 use std::net::Ipv4Addr;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{channel, Receiver, Sender};
-use std::time::Instant;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, TryLockError};
+use std::time::{Duration, Instant};
 
 use libslirp_sys as sys;
 
@@ -34,8 +36,50 @@ pub struct Settings {
 
 /// User networking.
 pub struct User {
+    shared: Arc<Shared>,
     frames: Sender<Vec<u8>>,
     wake: OwnedFd,
+    /// The user's thread serves the stack.
+    attended: bool,
+}
+
+/// What the network's own thread and the one that attends it have in common.
+struct Shared {
+    turn: Mutex<Turn>,
+    left: Condvar,
+    /// The network's thread was woken and has not looked yet.
+    woken: AtomicBool,
+}
+
+/// The stack, and whose turn it is to serve it.
+struct Turn {
+    stack: Stack,
+    /// Frames that the network's thread has not sent yet.
+    queue: Receiver<Vec<u8>>,
+    attended: bool,
+    ended: bool,
+    /// How often descriptors were asked for: libslirp knows only those of the last time.
+    fills: u64,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Turn> {
+        self.turn.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+impl Turn {
+    /// Send what waits.
+    fn send_queued(&mut self) {
+        while let Ok(frame) = self.queue.try_recv() {
+            self.stack.input(&frame);
+        }
+    }
+
+    fn fill(&mut self, list: &mut Vec<libc::pollfd>) -> Duration {
+        self.fills += 1;
+        self.stack.fill(list)
+    }
 }
 
 fn address(ip: Ipv4Addr) -> sys::in_addr {
@@ -48,33 +92,111 @@ impl User {
         let fail = |text: &str| NetError::User(text.to_owned());
         let (reader, wake) = nix::unistd::pipe2(nix::fcntl::OFlag::O_NONBLOCK | nix::fcntl::OFlag::O_CLOEXEC)
             .map_err(|e| fail(&e.to_string()))?;
-        let (frames, outgoing) = channel();
-        let (ready, started) = channel::<Result<(), String>>();
-        let settings = settings.clone();
+        let (frames, queue) = channel();
+        let stack = Stack::new(settings, receive).map_err(NetError::User)?;
+        let turn = Turn { stack, queue, attended: false, ended: false, fills: 0 };
+        let shared =
+            Arc::new(Shared { turn: Mutex::new(turn), left: Condvar::new(), woken: AtomicBool::new(false) });
+        let own = Arc::clone(&shared);
         std::thread::Builder::new()
             .name("net-user".into())
-            .spawn(move || match Stack::new(&settings, receive) {
-                Ok(mut stack) => {
-                    let _ = ready.send(Ok(()));
-                    stack.run(&outgoing, &reader);
-                }
-                Err(e) => {
-                    let _ = ready.send(Err(e));
-                }
-            })
+            .spawn(move || own.run(&reader))
             .map_err(NetError::Thread)?;
-        match started.recv() {
-            Ok(Ok(())) => Ok(User { frames, wake }),
-            Ok(Err(e)) => Err(NetError::User(e)),
-            Err(_) => Err(fail("its thread ended")),
+        Ok(User { shared, frames, wake, attended: false })
+    }
+
+    fn wake(&self) {
+        if !self.shared.woken.swap(true, Ordering::SeqCst) {
+            let _ = nix::unistd::write(&self.wake, &[0]);
         }
     }
 }
 
 impl Backend for User {
     fn send(&mut self, frame: &[u8]) {
-        if self.frames.send(frame.to_vec()).is_ok() {
-            let _ = nix::unistd::write(&self.wake, &[0]);
+        if self.attended {
+            self.shared.lock().stack.input(frame);
+        } else if self.frames.send(frame.to_vec()).is_ok() {
+            self.wake();
+        }
+    }
+
+    fn attend(&mut self, list: &mut Vec<libc::pollfd>) -> Option<Duration> {
+        let mut turn = if self.attended {
+            self.shared.lock()
+        } else {
+            match self.shared.turn.try_lock() {
+                Ok(turn) => turn,
+                Err(TryLockError::WouldBlock) => return None,
+                Err(TryLockError::Poisoned(e)) => e.into_inner(),
+            }
+        };
+        if !self.attended {
+            // The network's thread finds out when something wakes it.
+            turn.attended = true;
+            turn.send_queued();
+        }
+        let wait = turn.fill(list);
+        drop(turn);
+        self.attended = true;
+        Some(wait)
+    }
+
+    fn serve(&mut self, list: &[libc::pollfd]) {
+        if self.attended {
+            self.shared.lock().stack.serve(list, false);
+        }
+    }
+
+    fn leave(&mut self) {
+        if std::mem::take(&mut self.attended) {
+            self.shared.lock().attended = false;
+            self.shared.left.notify_one();
+            // It may wait for descriptors of long ago.
+            self.wake();
+        }
+    }
+}
+
+impl Drop for User {
+    fn drop(&mut self) {
+        self.shared.lock().ended = true;
+        self.shared.left.notify_one();
+        self.wake();
+    }
+}
+
+impl Shared {
+    /// The network's own thread.
+    fn run(&self, wake: &OwnedFd) {
+        let mut list: Vec<libc::pollfd> = Vec::new();
+        let mut turn = self.lock();
+        loop {
+            while turn.attended && !turn.ended {
+                turn = self.left.wait(turn).unwrap_or_else(std::sync::PoisonError::into_inner);
+            }
+            if turn.ended {
+                return;
+            }
+            self.woken.store(false, Ordering::SeqCst);
+            turn.send_queued();
+            list.clear();
+            let wait = turn.fill(&mut list);
+            let fill = turn.fills;
+            drop(turn);
+            list.push(libc::pollfd { fd: wake.as_raw_fd(), events: libc::POLLIN, revents: 0 });
+            // SAFETY: list is a valid array of pollfds.
+            let rc = unsafe {
+                libc::poll(list.as_mut_ptr(), list.len() as libc::nfds_t, wait.as_millis() as c_int)
+            };
+            if list.pop().is_some_and(|p| p.revents != 0) {
+                let mut buf = [0u8; 256];
+                while matches!(nix::unistd::read(wake, &mut buf), Ok(n) if n == buf.len()) {}
+            }
+            turn = self.lock();
+            if !turn.attended && turn.fills == fill {
+                turn.stack.serve(&list, rc < 0);
+            }
         }
     }
 }
@@ -101,7 +223,7 @@ impl Callbacks {
 
 /// # Safety
 /// `opaque` is the `Callbacks` that `Stack::new` gave to libslirp; libslirp calls back only within calls made by
-/// the stack's thread, so nobody else uses it.
+/// whoever has the stack to itself, so nobody else uses it.
 unsafe fn callbacks<'a>(opaque: *mut c_void) -> &'a mut Callbacks {
     // SAFETY: see above.
     unsafe { &mut *opaque.cast::<Callbacks>() }
@@ -156,7 +278,7 @@ unsafe extern "C" fn poll_fd(_fd: c_int, _opaque: *mut c_void) {}
 unsafe extern "C" fn notify(_opaque: *mut c_void) {}
 
 unsafe extern "C" fn add_poll(fd: c_int, events: c_int, opaque: *mut c_void) -> c_int {
-    // SAFETY: `opaque` is the vector that `Stack::run` passes to slirp_pollfds_fill.
+    // SAFETY: `opaque` is the vector that `Stack::fill` passes to slirp_pollfds_fill.
     let list = unsafe { &mut *opaque.cast::<Vec<libc::pollfd>>() };
     let mut wanted = 0;
     for (slirp, poll) in FLAGS {
@@ -169,8 +291,8 @@ unsafe extern "C" fn add_poll(fd: c_int, events: c_int, opaque: *mut c_void) -> 
 }
 
 unsafe extern "C" fn get_revents(index: c_int, opaque: *mut c_void) -> c_int {
-    // SAFETY: `opaque` is the vector that `Stack::run` passes to slirp_pollfds_poll.
-    let list = unsafe { &*opaque.cast::<Vec<libc::pollfd>>() };
+    // SAFETY: `opaque` is the slice that `Stack::serve` passes to slirp_pollfds_poll.
+    let list = unsafe { *opaque.cast::<&[libc::pollfd]>() };
     let Some(entry) = list.get(index as usize) else { return 0 };
     FLAGS.iter().filter(|(_, poll)| entry.revents & poll != 0).fold(0, |acc, (slirp, _)| acc | slirp)
 }
@@ -186,6 +308,10 @@ struct Stack {
     _table: Box<sys::SlirpCb>,
     _hostname: Option<CString>,
 }
+
+// SAFETY: libslirp is not bound to a thread, and the stack's pointers are its own: whoever has it to itself may use it. What
+// it calls back (`receive`) is `Send`.
+unsafe impl Send for Stack {}
 
 impl Stack {
     fn new(settings: &Settings, receive: Receive) -> Result<Self, String> {
@@ -254,47 +380,40 @@ impl Stack {
         Ok(stack)
     }
 
-    fn run(&mut self, frames: &Receiver<Vec<u8>>, wake: &OwnedFd) {
-        let mut list: Vec<libc::pollfd> = Vec::new();
-        loop {
-            list.clear();
-            let mut timeout = 1000u32;
-            // SAFETY: slirp is valid; add_poll gets `list`, which lives across the call.
-            unsafe {
-                sys::slirp_pollfds_fill(
-                    self.slirp,
-                    &mut timeout,
-                    Some(add_poll),
-                    std::ptr::from_mut(&mut list).cast(),
-                );
-            }
-            list.push(libc::pollfd { fd: wake.as_raw_fd(), events: libc::POLLIN, revents: 0 });
-            let wait = self.next_timer().map_or(timeout as i64, |t| t.min(i64::from(timeout))).clamp(0, 1000);
-            // SAFETY: list is a valid array of pollfds.
-            let rc = unsafe { libc::poll(list.as_mut_ptr(), list.len() as libc::nfds_t, wait as c_int) };
-            if list.pop().is_some_and(|p| p.revents != 0) {
-                let mut buf = [0u8; 256];
-                while matches!(nix::unistd::read(wake, &mut buf), Ok(n) if n == buf.len()) {}
-            }
-            // SAFETY: as above; get_revents gets the same list.
-            unsafe {
-                sys::slirp_pollfds_poll(
-                    self.slirp,
-                    c_int::from(rc < 0),
-                    Some(get_revents),
-                    std::ptr::from_mut(&mut list).cast(),
-                );
-            }
-            self.fire_timers();
-            loop {
-                match frames.try_recv() {
-                    // SAFETY: the frame's bytes are readable for its length.
-                    Ok(f) => unsafe { sys::slirp_input(self.slirp, f.as_ptr(), f.len() as c_int) },
-                    Err(std::sync::mpsc::TryRecvError::Empty) => break,
-                    Err(std::sync::mpsc::TryRecvError::Disconnected) => return,
-                }
-            }
+    /// Add what libslirp waits for to the list, and say for how long at most.
+    fn fill(&mut self, list: &mut Vec<libc::pollfd>) -> Duration {
+        let mut timeout = 1000u32;
+        // SAFETY: slirp is valid; add_poll gets `list`, which lives across the call.
+        unsafe {
+            sys::slirp_pollfds_fill(
+                self.slirp,
+                &mut timeout,
+                Some(add_poll),
+                std::ptr::from_mut(list).cast(),
+            );
         }
+        let wait = self.next_timer().map_or(i64::from(timeout), |t| t.min(i64::from(timeout)));
+        Duration::from_millis(wait.clamp(0, 1000) as u64)
+    }
+
+    /// Do what the descriptors of the last list are ready for, and what is due.
+    fn serve(&mut self, mut list: &[libc::pollfd], failed: bool) {
+        // SAFETY: slirp is valid; get_revents gets the slice, which lives across the call.
+        unsafe {
+            sys::slirp_pollfds_poll(
+                self.slirp,
+                c_int::from(failed),
+                Some(get_revents),
+                std::ptr::from_mut(&mut list).cast(),
+            );
+        }
+        self.fire_timers();
+    }
+
+    /// A frame of the guest's.
+    fn input(&mut self, frame: &[u8]) {
+        // SAFETY: slirp is valid; the frame's bytes are readable for its length.
+        unsafe { sys::slirp_input(self.slirp, frame.as_ptr(), frame.len() as c_int) }
     }
 
     fn next_timer(&self) -> Option<i64> {
@@ -344,16 +463,63 @@ mod tests {
     fn the_host_answers_arp() {
         let (tx, rx) = mpsc::channel();
         let mut net = User::start(&Settings::default(), Box::new(move |f| drop(tx.send(f)))).unwrap();
+        net.send(&question());
+        let reply = rx.recv_timeout(Duration::from_secs(5)).unwrap();
+        assert_eq!(reply[12..14], [8, 6]);
+        assert_eq!(reply[28..32], [10, 0, 2, 2]);
+    }
+
+    /// An ARP request for the host.
+    fn question() -> Vec<u8> {
         let mac = [0x52, 0x54, 0, 1, 2, 3];
         let mut arp = vec![0xFF; 6];
         arp.extend(mac);
         arp.extend([8, 6, 0, 1, 8, 0, 6, 4, 0, 1]);
         arp.extend(mac);
         arp.extend([10, 0, 2, 15, 0, 0, 0, 0, 0, 0, 10, 0, 2, 2]);
-        net.send(&arp);
-        let reply = rx.recv_timeout(Duration::from_secs(5)).unwrap();
-        assert_eq!(reply[12..14], [8, 6]);
-        assert_eq!(reply[28..32], [10, 0, 2, 2]);
+        arp
+    }
+
+    #[test]
+    fn whoever_attends_it_serves_it_and_its_thread_does_again_after_that() {
+        let (tx, rx) = mpsc::channel();
+        let receive = move |f| drop(tx.send((std::thread::current().id(), f)));
+        let mut net = User::start(&Settings::default(), Box::new(receive)).unwrap();
+        let own = std::thread::current().id();
+        let end = Instant::now() + Duration::from_secs(10);
+        for _ in 0..50 {
+            // Its thread may be at it.
+            let mut list = Vec::new();
+            while net.attend(&mut list).is_none() {
+                assert!(Instant::now() < end);
+            }
+            net.send(&question());
+            net.serve(&list);
+            assert_eq!(rx.try_recv().unwrap().0, own);
+            net.leave();
+            net.send(&question());
+            assert_ne!(rx.recv_timeout(Duration::from_secs(5)).unwrap().0, own);
+        }
+    }
+
+    #[test]
+    fn what_was_sent_before_it_is_attended_goes_first() {
+        let (tx, rx) = mpsc::channel();
+        let mut net = User::start(&Settings::default(), Box::new(move |f| drop(tx.send(f)))).unwrap();
+        let from = |n: u8| {
+            let mut q = question();
+            q[31] = n;
+            q
+        };
+        for round in 50..150u8 {
+            (0..3).for_each(|_| net.send(&from(round)));
+            while net.attend(&mut Vec::new()).is_none() {}
+            net.send(&from(200));
+            let mut answers = (0..4).map(|_| rx.recv_timeout(Duration::from_secs(5)).unwrap()[41]);
+            assert!(answers.by_ref().take(3).all(|n| n == round));
+            assert_eq!(answers.next(), Some(200));
+            net.leave();
+        }
     }
 
     #[test]

@@ -2,7 +2,6 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -13,7 +12,7 @@ use ftvm_devices::{DiskOp, Input};
 
 use crate::lockstep::reads::{Reads, Span};
 use crate::machine::MachineInput;
-use crate::runtime::Event;
+use crate::runtime::{Event, Events};
 
 /// A request that failed; the drive's policy says what the guest sees of it.
 #[derive(Debug)]
@@ -63,7 +62,7 @@ impl DiskWorker {
         name: &str,
         node: Arc<Node>,
         settings: Settings,
-        events: Sender<Event>,
+        events: Events,
     ) -> std::io::Result<Self> {
         let drive = index as u32;
         let root = Root::new(node);

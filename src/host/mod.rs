@@ -15,13 +15,13 @@ pub mod tls;
 pub mod vnc;
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, OnceLock};
+use std::time::Duration;
 
 use ftvm_devices::{Input, Output};
 
 use crate::machine::MachineInput;
-use crate::runtime::Event;
+use crate::runtime::{Event, Events};
 
 /// The machine's outside, live or not yet.
 #[derive(Default)]
@@ -74,6 +74,29 @@ impl Outside {
     pub fn detach_net(&self, index: usize) {
         let net = self.nets.lock().ok().and_then(|mut n| n.get_mut(index).and_then(Option::take));
         drop(net);
+    }
+
+    /// Serve the networks on this thread as far as that can be; see [`ftvm_net::Backend::attend`]. `None`: none of them.
+    pub fn attend_nets(&self, list: &mut Vec<libc::pollfd>) -> Option<Duration> {
+        let mut due: Option<Duration> = None;
+        self.each_net(|net| due = due.into_iter().chain(net.attend(list)).min());
+        due
+    }
+
+    /// Do what the descriptors of [`Self::attend_nets`] are ready for.
+    pub fn serve_nets(&self, list: &[libc::pollfd]) {
+        self.each_net(|net| net.serve(list));
+    }
+
+    /// The networks' own threads serve them again.
+    pub fn leave_nets(&self) {
+        self.each_net(|net| net.leave());
+    }
+
+    fn each_net(&self, f: impl FnMut(&mut Box<dyn ftvm_net::Backend>)) {
+        if let Ok(mut nets) = self.nets.lock() {
+            nets.iter_mut().flatten().for_each(f);
+        }
     }
 
     /// What drive `index` has done so far.
@@ -259,7 +282,7 @@ impl Outside {
 }
 
 /// A callback that hands received frames of network card `nic` to the machine.
-pub fn net_receiver(nic: u32, events: Sender<Event>) -> ftvm_net::Receive {
+pub fn net_receiver(nic: u32, events: Events) -> ftvm_net::Receive {
     Box::new(move |frame| {
         let _ = events.send(Event::Input(MachineInput::Device(Input::NetRx { nic, frame })));
     })

@@ -1,11 +1,10 @@
 //! SIGTERM, SIGINT and SIGHUP end the program in order.
 
-use std::sync::mpsc::Sender;
 use std::sync::OnceLock;
 
 use nix::sys::signal::{SigSet, Signal};
 
-use crate::runtime::{Event, Quit};
+use crate::runtime::{Event, Events, Quit};
 
 static ON_END: OnceLock<Box<dyn Fn() + Send + Sync>> = OnceLock::new();
 
@@ -15,7 +14,7 @@ pub fn on_end(work: Box<dyn Fn() + Send + Sync>) {
 }
 
 /// Block the signals in this thread (and those it starts) and wait for them on a thread of its own.
-pub fn install(events: Sender<Event>) -> std::io::Result<()> {
+pub fn install(events: Events) -> std::io::Result<()> {
     let mut set = SigSet::empty();
     for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
         set.add(signal);

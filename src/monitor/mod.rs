@@ -242,11 +242,11 @@ fn done() -> Reply {
 
 impl Control {
     /// Monitors of a machine type without a machine (for tests: what needs one is an error).
-    pub fn bare(machine: &str) -> Control {
-        let (events, _) = channel();
+    pub fn bare(machine: &str) -> std::io::Result<Control> {
+        let (events, _) = crate::runtime::mailbox()?;
         let given = [crate::cli::options::Given { name: "machine".into(), value: Some(machine.to_owned()) }];
         let config = crate::cli::Config::from_given(&given).map(|c| c.machine).unwrap_or_default();
-        Control {
+        Ok(Control {
             shared: Shared::new(),
             events,
             config,
@@ -258,7 +258,7 @@ impl Control {
             vnc: OnceLock::new(),
             machine_thread: 0,
             this: Weak::new(),
-        }
+        })
     }
 
     /// Do something on the machine thread and wait for it.

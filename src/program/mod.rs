@@ -6,7 +6,6 @@ mod prepare;
 mod register;
 
 use std::io::Write;
-use std::sync::mpsc::{channel, Receiver};
 use std::sync::Arc;
 
 use prepare::prepare;
@@ -16,7 +15,7 @@ use crate::host::chars;
 use crate::host::signals;
 use crate::runtime::control::Shared;
 use crate::runtime::live::Runtime;
-use crate::runtime::{Event, Outcome, Quit};
+use crate::runtime::{mailbox, Event, Mailbox, Outcome, Quit};
 
 /// Run the program with these arguments (without its name); returns the exit status.
 pub fn main(args: &[String]) -> i32 {
@@ -142,7 +141,7 @@ fn start(config: &Config) -> Result<Outcome, String> {
     // Threads started before daemonizing would not survive it, so this process only waits for its child.
     let ready = if config.host.daemonize { Some(daemonize()?) } else { None };
     logging(config)?;
-    let (events, receiver) = channel();
+    let (events, receiver) = mailbox().map_err(|e| text(&e))?;
     signals::install(events.clone()).map_err(|e| text(&e))?;
     if config.host.lock_memory {
         use nix::sys::mman::{mlockall, MlockAllFlags};
@@ -199,7 +198,7 @@ fn daemonize() -> Result<Ready, String> {
 enum Prepared {
     Live(Box<Runtime>),
     /// `-machine none`: only monitors.
-    Idle(Arc<Shared>, Receiver<Event>),
+    Idle(Arc<Shared>, Mailbox),
 }
 
 impl Prepared {
@@ -212,7 +211,7 @@ impl Prepared {
 }
 
 /// A program without a machine waits for its end.
-fn idle(shared: &Shared, receiver: &Receiver<Event>) -> Outcome {
+fn idle(shared: &Shared, receiver: &Mailbox) -> Outcome {
     while let Ok(event) = receiver.recv() {
         if let Event::Quit(quit) = event {
             let reason = if quit == Quit::HostSignal { "host-signal" } else { "host-qmp-quit" };

@@ -1,6 +1,5 @@
 //! A machine as it was asked for: its images, networks and lock; or the primary's, for a backup.
 
-use std::sync::mpsc::Receiver;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -29,7 +28,7 @@ use crate::runtime::ft::{begin_own_writes, join, BackupReads, Common, FtSide, Ho
 use crate::runtime::live::{Home, MakeProcessors, RunOptions, Runtime, Sink, TurnOn};
 use crate::runtime::record::{Header, Player, Recorder};
 use crate::runtime::replay::Replay;
-use crate::runtime::{Event, Events};
+use crate::runtime::{Event, Events, Mailbox};
 
 /// A drive's open image, if it has a medium.
 type Medium = Option<Arc<Node>>;
@@ -50,7 +49,7 @@ fn sizes(config: &Config) -> Result<(Vec<u64>, Vec<Medium>), String> {
     Ok((sizes, images))
 }
 
-pub fn prepare(config: &Config, events: Events, receiver: Receiver<Event>) -> Result<Prepared, String> {
+pub fn prepare(config: &Config, events: Events, receiver: Mailbox) -> Result<Prepared, String> {
     let text = |e: &dyn std::fmt::Display| e.to_string();
     let shared = Shared::new();
     let ends = Arc::clone(&shared);
@@ -270,7 +269,7 @@ fn prepare_incoming(
     uri: &Uri,
     shared: &Arc<Shared>,
     events: Events,
-    receiver: Receiver<Event>,
+    receiver: Mailbox,
 ) -> Result<Prepared, String> {
     let text = |e: &dyn std::fmt::Display| e.to_string();
     shared.set_state(RunState::InMigrate);
@@ -391,7 +390,7 @@ fn prepare_backup(
     ft: crate::cli::ft::FtConfig,
     shared: &Arc<Shared>,
     events: Events,
-    receiver: Receiver<Event>,
+    receiver: Mailbox,
 ) -> Result<Prepared, String> {
     let text = |e: &dyn std::fmt::Display| e.to_string();
     let peer = ft.peer.clone().unwrap_or_default();

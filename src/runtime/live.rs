@@ -1,6 +1,6 @@
 //! The machine thread's loop.
 
-use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::sync::mpsc::RecvTimeoutError;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -13,10 +13,11 @@ use super::control::{RunState, Shared};
 use super::debug::Debugger;
 use super::disk_errors::DiskErrors;
 use super::ft::{Fetch, FtSide};
+use super::idle::Idle;
 use super::pace::Pacer;
 use super::record::Recorder;
 use super::replay::Replay;
-use super::{Event, Events, Outcome, Quit};
+use super::{Event, Events, Mailbox, Outcome, Quit};
 use crate::assembly::Processors;
 use crate::cli::config::Accel;
 use crate::cli::ft::FtConfig;
@@ -59,7 +60,7 @@ pub struct Runtime {
     pub outside: Arc<Outside>,
     pub shared: Arc<Shared>,
     pub events: Events,
-    pub receiver: Receiver<Event>,
+    pub receiver: Mailbox,
     pub options: RunOptions,
     pub sink: Sink,
     pub ft: Option<FtSide>,
@@ -86,6 +87,7 @@ pub struct Runtime {
     /// The machine does again what was recorded.
     pub replay: Option<Box<Replay>>,
     pacer: Pacer,
+    idle: Idle,
     chunk: u64,
     next_hash_ns: u64,
     shutdown: bool,
@@ -121,7 +123,7 @@ impl Runtime {
         outside: Arc<Outside>,
         shared: Arc<Shared>,
         events: Events,
-        receiver: Receiver<Event>,
+        receiver: Mailbox,
         options: RunOptions,
     ) -> Self {
         let pacer = Pacer::new(&machine, options.adaptive);
@@ -148,6 +150,7 @@ impl Runtime {
             debugger: Debugger::default(),
             replay: None,
             pacer,
+            idle: Idle::default(),
             chunk: 20_000,
             next_hash_ns: 0,
             shutdown: false,
@@ -158,8 +161,10 @@ impl Runtime {
     pub fn run(&mut self) -> Outcome {
         loop {
             let outcome = if self.replay.is_some() {
+                self.idle.leave(&self.outside);
                 self.replay_step()
             } else if self.ft.as_ref().is_some_and(FtSide::is_following) {
+                self.idle.leave(&self.outside);
                 self.follow_step()
             } else {
                 self.live_step()
@@ -516,7 +521,7 @@ impl Runtime {
         if let Some(ft) = &mut self.ft {
             ft.flush(self.machine.stamp());
         }
-        match self.receiver.recv_timeout(at_most) {
+        match self.idle.wait(&self.receiver, &self.outside, at_most) {
             Ok(event) => self.event(event),
             Err(RecvTimeoutError::Timeout) => None,
             Err(RecvTimeoutError::Disconnected) => {
@@ -552,6 +557,7 @@ impl Runtime {
         let took = started.elapsed();
         self.route_outputs();
         self.hash_point();
+        self.idle.computed(&self.outside, stop == Stop::Limit);
         match stop {
             Stop::Limit | Stop::Output => {
                 if stop == Stop::Limit {
@@ -611,6 +617,7 @@ impl Runtime {
 
     /// The processors run by themselves: look after the devices, and wait.
     fn hardware_step(&mut self) -> Option<Outcome> {
+        self.idle.leave(&self.outside);
         let stop = self.machine.attend();
         self.route_outputs();
         match stop {

@@ -9,14 +9,16 @@ pub mod debug;
 pub mod disk_errors;
 pub mod ft;
 pub mod history;
+mod idle;
 pub mod live;
+pub mod mail;
 pub mod pace;
 pub mod record;
 pub mod replay;
 
-use std::sync::mpsc::Sender;
-
 use crate::machine::MachineInput;
+
+pub use mail::{mailbox, Events, Mailbox};
 
 /// What the machine thread is told.
 pub enum Event {
@@ -66,6 +68,3 @@ pub enum Outcome {
     /// value of `-ft`.
     Rejoin(String),
 }
-
-/// Sends events to the machine thread.
-pub type Events = Sender<Event>;

@@ -209,13 +209,11 @@ impl Inner {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::mpsc::channel;
-
     #[test]
     fn reads_are_tried_until_the_storage_gives_what_the_primary_saw() {
         let path = std::env::temp_dir().join(format!("ftvm-reads-{}", std::process::id()));
         std::fs::write(&path, [1; 8192]).unwrap();
-        let (events, wake) = channel();
+        let (events, wake) = crate::runtime::mailbox().unwrap();
         let file = path.clone();
         let open = move |drive| {
             let look = ftvm_block::OpenOptions { read_only: true, ..Default::default() };
