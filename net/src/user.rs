@@ -34,6 +34,11 @@ pub struct Settings {
     pub network: Option<Ipv4Addr>,
 }
 
+/// So many frames at once are a burst: its thread takes them off the one that attends it.
+const BURST: usize = 16;
+/// For so long after a burst it is left to its thread.
+const BULK: Duration = Duration::from_millis(5);
+
 /// User networking.
 pub struct User {
     shared: Arc<Shared>,
@@ -41,6 +46,9 @@ pub struct User {
     wake: OwnedFd,
     /// The user's thread serves the stack.
     attended: bool,
+    /// Frames that were sent since it was attended last.
+    sent: usize,
+    burst: Option<Instant>,
 }
 
 /// What the network's own thread and the one that attends it have in common.
@@ -102,7 +110,7 @@ impl User {
             .name("net-user".into())
             .spawn(move || own.run(&reader))
             .map_err(NetError::Thread)?;
-        Ok(User { shared, frames, wake, attended: false })
+        Ok(User { shared, frames, wake, attended: false, sent: 0, burst: None })
     }
 
     fn wake(&self) {
@@ -114,6 +122,11 @@ impl User {
 
 impl Backend for User {
     fn send(&mut self, frame: &[u8]) {
+        self.sent += 1;
+        if self.attended && self.sent > BURST {
+            self.burst = Some(Instant::now());
+            self.leave();
+        }
         if self.attended {
             self.shared.lock().stack.input(frame);
         } else if self.frames.send(frame.to_vec()).is_ok() {
@@ -122,9 +135,13 @@ impl Backend for User {
     }
 
     fn attend(&mut self, list: &mut Vec<libc::pollfd>) -> Option<Duration> {
+        self.sent = 0;
         let mut turn = if self.attended {
             self.shared.lock()
         } else {
+            if self.burst.is_some_and(|at| at.elapsed() < BULK) {
+                return None;
+            }
             match self.shared.turn.try_lock() {
                 Ok(turn) => turn,
                 Err(TryLockError::WouldBlock) => return None,
@@ -143,8 +160,17 @@ impl Backend for User {
     }
 
     fn serve(&mut self, list: &[libc::pollfd]) {
-        if self.attended {
-            self.shared.lock().stack.serve(list, false);
+        if !self.attended {
+            return;
+        }
+        let mut turn = self.shared.lock();
+        let before = turn.stack.received();
+        turn.stack.serve(list, false);
+        let burst = turn.stack.received() - before > BURST;
+        drop(turn);
+        if burst {
+            self.burst = Some(Instant::now());
+            self.leave();
         }
     }
 
@@ -213,6 +239,8 @@ struct Callbacks {
     start: Instant,
     timers: BTreeMap<usize, Timer>,
     next_timer: usize,
+    /// Frames for the guest so far.
+    received: usize,
 }
 
 impl Callbacks {
@@ -233,7 +261,9 @@ unsafe extern "C" fn send_packet(data: *const c_void, len: usize, opaque: *mut c
     // SAFETY: libslirp passes `len` readable bytes; see `callbacks` for the rest.
     unsafe {
         let frame = std::slice::from_raw_parts(data.cast::<u8>(), len).to_vec();
-        (callbacks(opaque).receive)(frame);
+        let c = callbacks(opaque);
+        c.received += 1;
+        (c.receive)(frame);
     }
     len as isize
 }
@@ -345,6 +375,7 @@ impl Stack {
             start: Instant::now(),
             timers: BTreeMap::new(),
             next_timer: 0,
+            received: 0,
         }));
         // SAFETY: config lives across the call; table and state live until slirp_cleanup in drop.
         let slirp = unsafe { sys::slirp_new(&config, &*table, state.cast()) };
@@ -414,6 +445,11 @@ impl Stack {
     fn input(&mut self, frame: &[u8]) {
         // SAFETY: slirp is valid; the frame's bytes are readable for its length.
         unsafe { sys::slirp_input(self.slirp, frame.as_ptr(), frame.len() as c_int) }
+    }
+
+    fn received(&self) -> usize {
+        // SAFETY: the callbacks live until drop, and libslirp is not running now.
+        unsafe { (*self.callbacks).received }
     }
 
     fn next_timer(&self) -> Option<i64> {
@@ -520,6 +556,26 @@ mod tests {
             assert_eq!(answers.next(), Some(200));
             net.leave();
         }
+    }
+
+    #[test]
+    fn a_burst_is_left_to_its_thread_for_a_while() {
+        let (tx, rx) = mpsc::channel();
+        let receive = move |f| drop(tx.send((std::thread::current().id(), f)));
+        let mut net = User::start(&Settings::default(), Box::new(receive)).unwrap();
+        let end = Instant::now() + Duration::from_secs(10);
+        while net.attend(&mut Vec::new()).is_none() {
+            assert!(Instant::now() < end);
+        }
+        let own = std::thread::current().id();
+        (0..2 * BURST).for_each(|_| net.send(&question()));
+        let from: Vec<_> =
+            (0..2 * BURST).map(|_| rx.recv_timeout(Duration::from_secs(5)).unwrap().0).collect();
+        assert!(from[..BURST].iter().all(|t| *t == own) && from[BURST..].iter().all(|t| *t != own));
+        while net.attend(&mut Vec::new()).is_none() {
+            assert!(Instant::now() < end);
+        }
+        assert!(net.burst.unwrap().elapsed() >= BULK);
     }
 
     #[test]
