@@ -147,6 +147,7 @@ pub(super) struct Jit {
     edges: Vec<Edge>,
     grouped: Vec<Grouped>,
     leaders: Vec<Leader>,
+    room: block::Room,
     random: u64,
     /// The short keys when code asked for a link.
     asked_by: u64,
@@ -166,6 +167,7 @@ impl Jit {
             edges: Vec::new(),
             grouped: Vec::new(),
             leaders: Vec::new(),
+            room: block::Room::default(),
             random: 0,
             asked_by: 0,
             era: 0,
