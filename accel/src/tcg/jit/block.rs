@@ -5,7 +5,7 @@ use arrayvec::ArrayVec;
 use super::super::cache::Cache;
 use super::super::decode::MODE64;
 use super::super::op::FS;
-use super::super::paging::{TlbEntry, TLB_SIZE};
+use super::super::paging::{Way, TLB_SIZE, WRITES};
 use super::super::SoftCpu;
 use super::asm::*;
 use super::cold::Cold;
@@ -482,12 +482,13 @@ impl<'a> Compiler<'a> {
 
     /// The host address of linear address RDI into RDI: that of the group's start, for its leader. Uses RAX and the flags.
     fn translate(&mut self, i: usize, role: Role, size: u64, write: bool) -> Access {
-        const SHIFT: u8 = 12 - size_of::<TlbEntry>().trailing_zeros() as u8;
+        const SHIFT: u8 = 12 - size_of::<Way>().trailing_zeros() as u8;
         let (lead, len, plainly) = match role {
             Role::Leader { lead, len, write, .. } => (lead, len, write),
             _ => (0, size as u32, write),
         };
-        let tag = if plainly { offset_of!(TlbEntry, wtag) } else { offset_of!(TlbEntry, rtag) } as i32;
+        let way = if plainly { WRITES as i32 } else { 0 };
+        let (tag, host) = (way + offset_of!(Way, tag) as i32, way + offset_of!(Way, host) as i32);
         let a = &mut self.a;
         let again = Fix::at(a.at());
         if is_x86_feature_detected!("bmi2") {
@@ -497,12 +498,12 @@ impl<'a> Compiler<'a> {
             a.load(4, RAX, Rm::R(RDI));
             a.shift(4, 5, Rm::R(RAX), SHIFT);
         }
-        a.alu_imm(4, 4, Rm::R(RAX), ((TLB_SIZE - 1) * size_of::<TlbEntry>()) as i32);
+        a.alu_imm(4, 4, Rm::R(RAX), ((TLB_SIZE - 1) * size_of::<Way>()) as i32);
         a.alu_load(8, 0, RAX, mem(TLB));
         a.alu_load(8, 6, RDI, Rm::M(RAX, tag));
         a.alu_imm(8, 7, Rm::R(RDI), 4096 - len as i32);
         let from = a.jcc(cc::A);
-        a.alu_load(8, 0, RDI, Rm::M(RAX, offset_of!(TlbEntry, host) as i32));
+        a.alu_load(8, 0, RDI, Rm::M(RAX, host));
         let flags = self.fl;
         self.fl.host = 0;
         self.place = Rm::M(RDI, lead);

@@ -93,7 +93,9 @@ fn accesses(kind: &Kind, word: u8) -> ArrayVec<Reach, 3> {
     let push = Reach::Slot { r: RSP, disp: -(word as i32), size: word, write: true };
     let top = |r| Reach::Slot { r, disp: 0, size: word, write: false };
     match *kind {
-        Kind::Vector { native, mem: true, .. } if !native.align => list.push(operand(native.size, native.write)),
+        Kind::Vector { native, mem: true, .. } if !native.align => {
+            list.push(operand(native.size, native.write))
+        }
         Kind::Extend { from: size, s: None, .. }
         | Kind::Load { size, .. }
         | Kind::AluLoad { size, .. }
@@ -169,7 +171,9 @@ impl Values {
                         values.operand(i, op, trace.part(i).at, size, write);
                     }
                     Reach::Operand { .. } | Reach::Apart => values.apart = Some(i),
-                    Reach::Slot { r, disp, size, write } => values.at_register(i, r, disp, size as u64, write),
+                    Reach::Slot { r, disp, size, write } => {
+                        values.at_register(i, r, disp, size as u64, write)
+                    }
                 }
             }
             values.follow(kind, op, trace.word);
