@@ -154,7 +154,7 @@ pub struct SoftCpu {
     single: bool,
 
     // Caches, never visible.
-    tlb: [Large<TlbEntry>; 4],
+    tlb: [Tlb; 4],
     code_tlb: [Large<CodeEntry>; 2],
     /// Which entries of the two are in use.
     filled: Vec<(u8, u16)>,
