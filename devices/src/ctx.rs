@@ -117,7 +117,7 @@ pub trait Device: Send {
     /// Something came in that is not the completion of a disk request.
     fn input(&mut self, ctx: &mut Ctx, input: &Input) {}
     /// A disk request of this device ended.
-    fn disk_done(&mut self, ctx: &mut Ctx, id: u64, op: DiskOp, result: Result<Vec<u8>, i32>) {}
+    fn disk_done(&mut self, ctx: &mut Ctx, id: u64, op: DiskOp, result: Result<&[u8], i32>) {}
     /// The guest is to be asked to let go of slot `slot` of bus `bus` (only the power management function can).
     fn ask_to_eject(&mut self, ctx: &mut Ctx, bus: u8, slot: u8) {}
     /// Something was put into slot `slot` of bus `bus`; the guest is to be told (as above).

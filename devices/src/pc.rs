@@ -495,8 +495,8 @@ impl Pc {
         if let Input::DiskDone { id, result } = input {
             if let Some(p) = self.board.s.pending.remove(id) {
                 if usize::from(p.device) < self.devices.len() {
-                    let (op, result) = (p.op, result.clone());
-                    self.with(mem, now_ns, p.device, |d, ctx| d.disk_done(ctx, *id, op, result));
+                    let result = result.as_deref().map_err(|errno| *errno);
+                    self.with(mem, now_ns, p.device, |d, ctx| d.disk_done(ctx, *id, p.op, result));
                 }
             }
             return;

@@ -250,10 +250,10 @@ impl Port {
         ctx.dma_write(command.header + 4, &(bytes as u32).to_le_bytes());
     }
 
-    fn queued_done(&mut self, ctx: &mut Ctx, q: Queued, op: &DiskOp, result: Result<Vec<u8>, i32>) {
+    fn queued_done(&mut self, ctx: &mut Ctx, q: Queued, op: &DiskOp, result: Result<&[u8], i32>) {
         let good = match (op, result) {
             (DiskOp::Read { len, .. }, Ok(data)) if data.len() == *len as usize => {
-                scatter(ctx, &q.pieces, 0, &data);
+                scatter(ctx, &q.pieces, 0, data);
                 true
             }
             (DiskOp::Write { .. }, Ok(_)) => true,
@@ -524,7 +524,7 @@ impl Device for Ahci {
             }
         }
     }
-    fn disk_done(&mut self, ctx: &mut Ctx, id: u64, op: DiskOp, result: Result<Vec<u8>, i32>) {
+    fn disk_done(&mut self, ctx: &mut Ctx, id: u64, op: DiskOp, result: Result<&[u8], i32>) {
         for p in &mut self.ports {
             if let Some(q) = p.s.queued.remove(&id) {
                 p.queued_done(ctx, q, &op, result);

@@ -426,7 +426,7 @@ impl Channel {
         self.s.request = Some(ctx.disk(self.drive_index(), DiskOp::Flush));
     }
 
-    pub fn disk_done(&mut self, ctx: &mut Ctx, op: DiskOp, result: Result<Vec<u8>, i32>) {
+    pub fn disk_done(&mut self, ctx: &mut Ctx, op: DiskOp, result: Result<&[u8], i32>) {
         self.s.request = None;
         let data = match (result, &op) {
             (Err(_), _) => {
@@ -446,14 +446,14 @@ impl Channel {
                 self.s.offset += u64::from(len);
                 self.s.left = self.s.left.saturating_sub(u64::from(len));
                 if self.s.dma {
-                    let fitted = self.scatter(ctx, &data);
+                    let fitted = self.scatter(ctx, data);
                     if fitted && self.s.left > 0 {
                         self.fetch(ctx);
                     } else {
                         self.dma_end(ctx);
                     }
                 } else {
-                    self.s.buffer = data;
+                    self.s.buffer = data.to_vec();
                     self.s.at = 0;
                     self.offer(ctx);
                 }

@@ -107,7 +107,7 @@ impl Device for Ide {
             }
         }
     }
-    fn disk_done(&mut self, ctx: &mut Ctx, id: u64, op: DiskOp, result: Result<Vec<u8>, i32>) {
+    fn disk_done(&mut self, ctx: &mut Ctx, id: u64, op: DiskOp, result: Result<&[u8], i32>) {
         for c in &mut self.channels {
             if c.s.request == Some(id) {
                 c.disk_done(ctx, op, result);

@@ -150,7 +150,7 @@ impl UsbDevice {
     }
 
     /// A disk request ended; whether it was this device's, which may have something to say now.
-    pub fn disk_done(&mut self, ctx: &mut Ctx, id: u64, op: &DiskOp, result: &Result<Vec<u8>, i32>) -> bool {
+    pub fn disk_done(&mut self, ctx: &mut Ctx, id: u64, op: &DiskOp, result: &Result<&[u8], i32>) -> bool {
         match &mut self.kind {
             Kind::Hid(_) => false,
             Kind::Storage(d) => d.disk_done(ctx, id, op, result),

@@ -289,7 +289,7 @@ impl Storage {
     }
 
     /// A disk request ended; whether it was this one's.
-    pub fn disk_done(&mut self, ctx: &mut Ctx, id: u64, op: &DiskOp, result: &Result<Vec<u8>, i32>) -> bool {
+    pub fn disk_done(&mut self, ctx: &mut Ctx, id: u64, op: &DiskOp, result: &Result<&[u8], i32>) -> bool {
         if self.s.request != Some(id) {
             return false;
         }
@@ -300,7 +300,7 @@ impl Storage {
         }
         self.s.request = None;
         match (op, result) {
-            (DiskOp::Read { len, .. }, Ok(data)) if data.len() == *len as usize => self.answer(data.clone()),
+            (DiskOp::Read { len, .. }, Ok(data)) if data.len() == *len as usize => self.answer(data.to_vec()),
             (DiskOp::Read { .. }, Ok(_)) | (_, Err(_)) => self.fail(scsi::MEDIUM_ERROR),
             _ => self.answer(Vec::new()),
         }

@@ -513,7 +513,7 @@ impl Device for Uhci {
             }
         }
     }
-    fn disk_done(&mut self, ctx: &mut Ctx, id: u64, op: DiskOp, result: Result<Vec<u8>, i32>) {
+    fn disk_done(&mut self, ctx: &mut Ctx, id: u64, op: DiskOp, result: Result<&[u8], i32>) {
         // The guest asks again in the next frame.
         let _ = self.devices.iter_mut().flatten().any(|p| p.device.disk_done(ctx, id, &op, &result));
     }

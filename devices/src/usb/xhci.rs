@@ -530,7 +530,7 @@ impl Device for Xhci {
             }
         }
     }
-    fn disk_done(&mut self, ctx: &mut Ctx, id: u64, op: DiskOp, result: Result<Vec<u8>, i32>) {
+    fn disk_done(&mut self, ctx: &mut Ctx, id: u64, op: DiskOp, result: Result<&[u8], i32>) {
         let mut devices = self.devices.iter_mut().enumerate();
         let ready = devices.find_map(|(n, d)| d.as_mut()?.disk_done(ctx, id, &op, &result).then_some(n));
         let slot =

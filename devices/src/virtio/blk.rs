@@ -224,7 +224,7 @@ impl Model for Blk {
             }
         }
     }
-    fn disk_done(&mut self, io: &mut Io, id: u64, op: DiskOp, result: Result<Vec<u8>, i32>) {
+    fn disk_done(&mut self, io: &mut Io, id: u64, op: DiskOp, result: Result<&[u8], i32>) {
         let Some(r) = self.s.in_flight.remove(&id) else { return };
         let changes = !matches!(op, DiskOp::Read { .. } | DiskOp::Flush);
         if changes && result.is_ok() && !self.s.write_back {
@@ -235,7 +235,7 @@ impl Model for Blk {
         }
         let (code, len) = match (&op, result) {
             (DiskOp::Read { len, .. }, Ok(data)) if data.len() == *len as usize => {
-                (S_OK, scatter(io.ctx, &r.data, 0, &data) as u32)
+                (S_OK, scatter(io.ctx, &r.data, 0, data) as u32)
             }
             (DiskOp::Read { .. }, Ok(_)) | (_, Err(_)) => (S_IOERR, 0),
             _ => (S_OK, 0),

@@ -257,7 +257,7 @@ pub trait Model: Send {
     /// The driver notified queue `queue`.
     fn notify(&mut self, io: &mut Io, queue: usize);
     fn input(&mut self, io: &mut Io, input: &Input) {}
-    fn disk_done(&mut self, io: &mut Io, id: u64, op: DiskOp, result: Result<Vec<u8>, i32>) {}
+    fn disk_done(&mut self, io: &mut Io, id: u64, op: DiskOp, result: Result<&[u8], i32>) {}
     fn save(&self) -> Vec<u8>;
     fn load(&mut self, name: &str, data: &[u8]) -> Result<(), DeviceError>;
 }

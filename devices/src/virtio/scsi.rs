@@ -426,7 +426,7 @@ impl Model for Scsi {
             self.note(EVENT_TRANSPORT_RESET, place, reason);
         }
     }
-    fn disk_done(&mut self, io: &mut Io, id: u64, op: DiskOp, result: Result<Vec<u8>, i32>) {
+    fn disk_done(&mut self, io: &mut Io, id: u64, op: DiskOp, result: Result<&[u8], i32>) {
         let Some(mut r) = self.s.in_flight.remove(&id) else { return };
         let drive = self.units.iter().find(|u| u.s.place == (r.target, r.lun)).map(|u| u.s.drive);
         if let (true, true, Some(drive)) = (r.fua, result.is_ok(), drive) {
@@ -440,7 +440,7 @@ impl Model for Scsi {
         }
         match (&op, result) {
             (DiskOp::Read { len, .. }, Ok(data)) if data.len() == *len as usize => {
-                self.answer(io, &r, S_OK, GOOD, None, &data);
+                self.answer(io, &r, S_OK, GOOD, None, data);
             }
             (DiskOp::Read { .. }, Ok(_)) | (_, Err(_)) => {
                 self.answer(io, &r, S_OK, CHECK_CONDITION, Some(scsi::MEDIUM_ERROR), &[]);

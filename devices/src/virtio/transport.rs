@@ -553,7 +553,7 @@ impl Device for VirtioPci {
     fn input(&mut self, ctx: &mut Ctx, input: &Input) {
         self.run(ctx, |m, io| m.input(io, input));
     }
-    fn disk_done(&mut self, ctx: &mut Ctx, id: u64, op: DiskOp, result: Result<Vec<u8>, i32>) {
+    fn disk_done(&mut self, ctx: &mut Ctx, id: u64, op: DiskOp, result: Result<&[u8], i32>) {
         self.run(ctx, |m, io| m.disk_done(io, id, op, result));
     }
     fn timer(&mut self, ctx: &mut Ctx, _id: u8) {
