@@ -140,8 +140,8 @@ impl SoftCpu {
 
     #[inline(always)]
     pub(crate) fn ld<T: Int>(&mut self, lin: u64) -> R<u64> {
-        let e = &self.tlb[self.mmu][(lin >> 12) as usize & (TLB_SIZE - 1)];
-        if e.rtag == lin & !0xFFF && lin & 0xFFF <= 4096 - T::BYTES {
+        let e = self.tlb[self.mmu].read(lin);
+        if e.tag == lin & !0xFFF && lin & 0xFFF <= 4096 - T::BYTES {
             // SAFETY: a matching tag says that `host` is a host page of guest memory, and the access
             // lies within the page.
             return Ok(unsafe { e.host.add((lin & 0xFFF) as usize).cast::<T>().read_unaligned() }.to64());
@@ -151,8 +151,8 @@ impl SoftCpu {
 
     #[inline(always)]
     pub(crate) fn wr<T: Int>(&mut self, lin: u64, v: u64) -> R<()> {
-        let e = &self.tlb[self.mmu][(lin >> 12) as usize & (TLB_SIZE - 1)];
-        if e.wtag == lin & !0xFFF && lin & 0xFFF <= 4096 - T::BYTES {
+        let e = self.tlb[self.mmu].write(lin);
+        if e.tag == lin & !0xFFF && lin & 0xFFF <= 4096 - T::BYTES {
             // SAFETY: as in `load`; a write tag is only given to writable RAM.
             unsafe { e.host.add((lin & 0xFFF) as usize).cast::<T>().write_unaligned(T::from64(v)) };
             return Ok(());
@@ -163,22 +163,22 @@ impl SoftCpu {
     /// Host address to read at `lin`, if the TLB has its page.
     #[inline(always)]
     pub(crate) fn host_read(&self, lin: u64) -> Option<*const u8> {
-        let e = &self.tlb[self.mmu][(lin >> 12) as usize & (TLB_SIZE - 1)];
-        (e.rtag == lin & !0xFFF).then(|| e.host.wrapping_add((lin & 0xFFF) as usize).cast_const())
+        let e = self.tlb[self.mmu].read(lin);
+        (e.tag == lin & !0xFFF).then(|| e.host.wrapping_add((lin & 0xFFF) as usize).cast_const())
     }
 
     /// Host address to write at `lin`, if the TLB has its page for plain writes.
     #[inline(always)]
     pub(crate) fn host_write(&self, lin: u64) -> Option<*mut u8> {
-        let e = &self.tlb[self.mmu][(lin >> 12) as usize & (TLB_SIZE - 1)];
-        (e.wtag == lin & !0xFFF).then(|| e.host.wrapping_add((lin & 0xFFF) as usize))
+        let e = self.tlb[self.mmu].write(lin);
+        (e.tag == lin & !0xFFF).then(|| e.host.wrapping_add((lin & 0xFFF) as usize))
     }
 
     /// Read, change and write back. Faults as a write before anything changes; `f` cannot fail.
     #[inline(always)]
     pub(crate) fn rmw<T: Int>(&mut self, lin: u64, f: impl FnOnce(&mut Self, u64) -> u64) -> R<()> {
-        let e = &self.tlb[self.mmu][(lin >> 12) as usize & (TLB_SIZE - 1)];
-        if e.wtag == lin & !0xFFF && lin & 0xFFF <= 4096 - T::BYTES {
+        let e = self.tlb[self.mmu].write(lin);
+        if e.tag == lin & !0xFFF && lin & 0xFFF <= 4096 - T::BYTES {
             let p = e.host.wrapping_add((lin & 0xFFF) as usize).cast::<T>();
             // SAFETY: as in `store`.
             let v = unsafe { p.read_unaligned() }.to64();

@@ -154,7 +154,7 @@ pub struct SoftCpu {
     single: bool,
 
     // Caches, never visible.
-    tlb: [Large<TlbEntry>; 4],
+    tlb: [Tlb; 4],
     code_tlb: [Large<CodeEntry>; 2],
     /// Which entries of the two are in use.
     filled: Vec<(u8, u16)>,
@@ -511,13 +511,13 @@ impl SoftCpu {
     /// Run a block (or as much of it as the budget allows). Returns whether it ended with a fault.
     #[inline(always)]
     fn run_block(&mut self, b: &Block) -> bool {
-        let len = b.ops.len();
+        let len = b.ops().len();
         let room = self.limit - self.pos;
         let n_max = if self.single { 1 } else { (len as u64).min(room) as usize };
         let start = self.rip;
         self.st.gpr[BLOCKIP as usize] = start;
         self.rip = start.wrapping_add(b.bytes as u64) & self.ip_mask;
-        let first = b.ops.as_ptr();
+        let first = b.ops().as_ptr();
         let mut p = first;
         // SAFETY: n_max <= len.
         self.end = unsafe { first.add(n_max) };

@@ -48,18 +48,64 @@ pub const EFER_LME: u64 = 0x100;
 pub const EFER_LMA: u64 = 0x400;
 pub const EFER_NXE: u64 = 0x800;
 
-/// One TLB entry: for reads and writes with one host pointer.
+/// A way from linear to host addresses of one page.
 #[derive(Clone, Copy)]
 #[repr(C)]
-pub struct TlbEntry {
-    /// Linear page if reads may go straight to memory.
-    pub rtag: u64,
-    /// Linear page if writes may.
-    pub wtag: u64,
-    /// Host address of the page; null: empty.
+pub struct Way {
+    /// Linear page, if accesses may go straight to memory.
+    pub tag: u64,
+    /// Host address of the page.
     pub host: *mut u8,
-    /// Guest physical page.
-    pub phys: u64,
+}
+
+/// A TLB. What each access looks at lies close together, apart from the rest.
+pub struct Tlb {
+    /// For reads, then for writes.
+    ways: Large<Way>,
+    /// Guest physical pages; [`EMPTY`]: nothing was filled in.
+    phys: Large<u64>,
+}
+
+/// No guest physical page.
+const EMPTY: u64 = 1;
+/// From where a TLB has the ways for reads to where it has those for writes, in bytes.
+pub const WRITES: usize = TLB_SIZE * size_of::<Way>();
+
+/// The entry for a linear address.
+fn slot_of(lin: u64) -> usize {
+    (lin >> 12) as usize & (TLB_SIZE - 1)
+}
+
+impl Tlb {
+    fn new() -> Tlb {
+        let way = |slot: usize| Way { tag: no_tag(slot % TLB_SIZE), host: std::ptr::null_mut() };
+        Tlb { ways: (0..2 * TLB_SIZE).map(way).collect(), phys: (0..TLB_SIZE).map(|_| EMPTY).collect() }
+    }
+    /// For compiled code.
+    pub fn address(&self) -> u64 {
+        self.ways.as_ptr() as u64
+    }
+    /// How to read at a linear address.
+    #[inline(always)]
+    pub fn read(&self, lin: u64) -> &Way {
+        &self.ways[slot_of(lin)]
+    }
+    /// How to write.
+    #[inline(always)]
+    pub fn write(&self, lin: u64) -> &Way {
+        &self.ways[TLB_SIZE + slot_of(lin)]
+    }
+    fn close_writes(&mut self, slot: usize) {
+        self.ways[TLB_SIZE + slot].tag = no_tag(slot);
+    }
+    fn close(&mut self, slot: usize) {
+        self.ways[slot].tag = no_tag(slot);
+        self.close_writes(slot);
+    }
+    fn clear(&mut self, slot: usize) {
+        self.close(slot);
+        self.phys[slot] = EMPTY;
+    }
 }
 
 /// One entry of the fetch TLB.
@@ -74,12 +120,6 @@ pub struct CodeEntry {
     pub page: *const CodePage,
 }
 
-impl TlbEntry {
-    /// An entry that matches nothing.
-    pub const fn empty(slot: usize) -> TlbEntry {
-        TlbEntry { rtag: no_tag(slot), wtag: no_tag(slot), host: std::ptr::null_mut(), phys: 0 }
-    }
-}
 pub const EMPTY_CODE: CodeEntry =
     CodeEntry { tag: 1, host: std::ptr::null(), phys: 0, leaf: NO_LEAF, page: std::ptr::null() };
 
@@ -89,7 +129,7 @@ pub struct Space {
     pub epoch: u64,
     /// When it was last in use.
     used: u64,
-    tlb: [Large<TlbEntry>; 4],
+    tlb: [Tlb; 4],
     code_tlb: [Large<CodeEntry>; 2],
     filled: Vec<(u8, u16)>,
     code_filled: Vec<(u8, u16)>,
@@ -116,9 +156,10 @@ impl Space {
         let mut some = Tables::NONE;
         self.protected.iter().for_each(|&page| some.add(page));
         for &(mmu, slot) in &self.filled {
-            let e = &mut self.tlb[mmu as usize][slot as usize];
-            if some.may_have(e.phys) && self.protected.contains(&e.phys) {
-                e.wtag = no_tag(slot as usize);
+            let tlb = &mut self.tlb[mmu as usize];
+            let phys = tlb.phys[slot as usize];
+            if some.may_have(phys) && self.protected.contains(&phys) {
+                tlb.close_writes(slot as usize);
             }
         }
         self.protected.clear();
@@ -199,8 +240,8 @@ pub fn new_trails() -> Box<Trails> {
     Box::new([[Trail::NONE; TRAILS]; 2])
 }
 
-pub fn new_tlb() -> [Large<TlbEntry>; 4] {
-    std::array::from_fn(|_| (0..TLB_SIZE).map(TlbEntry::empty).collect())
+pub fn new_tlb() -> [Tlb; 4] {
+    std::array::from_fn(|_| Tlb::new())
 }
 pub fn new_leaves() -> [Large<u64>; 4] {
     std::array::from_fn(|_| (0..TLB_SIZE).map(|_| NO_LEAF).collect())
@@ -220,7 +261,7 @@ pub fn new_code_tlb() -> [Large<CodeEntry>; 2] {
 
 /// Empty the entries in use of both.
 fn drain(
-    tlb: &mut [Large<TlbEntry>; 4],
+    tlb: &mut [Tlb; 4],
     filled: &mut Vec<(u8, u16)>,
     code_tlb: &mut [Large<CodeEntry>; 2],
     code_filled: &mut Vec<(u8, u16)>,
@@ -228,7 +269,7 @@ fn drain(
 ) {
     *tables = Tables::NONE;
     for (mmu, slot) in filled.drain(..) {
-        tlb[mmu as usize][slot as usize] = TlbEntry::empty(slot as usize);
+        tlb[mmu as usize].clear(slot as usize);
     }
     for (user, slot) in code_filled.drain(..) {
         code_tlb[user as usize][slot as usize] = EMPTY_CODE;
@@ -427,9 +468,9 @@ impl SoftCpu {
         };
         let hit = |tag: u64| (tag ^ base) >> bits == 0;
         for &(mmu, slot) in filled {
-            let e = &mut tlb[mmu as usize][slot as usize];
-            if hit(e.rtag) || hit(e.wtag) {
-                (e.rtag, e.wtag) = (no_tag(slot as usize), no_tag(slot as usize));
+            let (tlb, slot) = (&mut tlb[mmu as usize], slot as usize);
+            if hit(tlb.ways[slot].tag) || hit(tlb.ways[TLB_SIZE + slot].tag) {
+                tlb.close(slot);
             }
         }
         for &(user, slot) in code_filled {
@@ -464,7 +505,7 @@ impl SoftCpu {
             for (tlb, leaves) in tlb.iter_mut().zip(leaves) {
                 for slot in (n..TLB_SIZE).step_by(ENTRIES) {
                     if leaves[leaf_place(slot)] == at {
-                        (tlb[slot].rtag, tlb[slot].wtag) = (no_tag(slot), no_tag(slot));
+                        tlb.close(slot);
                     }
                 }
             }
@@ -493,8 +534,7 @@ impl SoftCpu {
             }
             for &(mmu, slot) in filled {
                 if which(leaves[mmu as usize][leaf_place(slot as usize)]) {
-                    let e = &mut tlb[mmu as usize][slot as usize];
-                    (e.rtag, e.wtag) = (no_tag(slot as usize), no_tag(slot as usize));
+                    tlb[mmu as usize].close(slot as usize);
                 }
             }
             for &(user, slot) in code_filled {
@@ -672,16 +712,16 @@ impl SoftCpu {
 
     /// For compiled code.
     pub(crate) fn find_tlbs(&mut self) {
-        self.tlb_at = [MMU_SUP, MMU_USER].map(|mmu| self.tlb[mmu].as_ptr() as u64);
+        self.tlb_at = [MMU_SUP, MMU_USER].map(|mmu| self.tlb[mmu].address());
     }
 
     /// Drop direct write access to one physical page.
     pub(crate) fn drop_writes(&mut self, page: u64) {
         self.changes += 1;
         for &(mmu, slot) in &self.filled {
-            let e = &mut self.tlb[mmu as usize][slot as usize];
-            if e.phys == page {
-                e.wtag = no_tag(slot as usize);
+            let tlb = &mut self.tlb[mmu as usize];
+            if tlb.phys[slot as usize] == page {
+                tlb.close_writes(slot as usize);
             }
         }
         // Of the others, many are never in use again.
@@ -921,7 +961,7 @@ impl SoftCpu {
         if b.read.is_null() || mmu == MMU_USER_AC {
             return;
         }
-        let slot = (lin >> 12) as usize & (TLB_SIZE - 1);
+        let slot = slot_of(lin);
         let mut wtag = no_tag(slot);
         if w.writable && b.write.cast_const() == b.read && !b.flags.is_null() && self.watch_free(page) {
             // SAFETY: the flag byte lives as long as guest memory.
@@ -930,13 +970,15 @@ impl SoftCpu {
             }
         }
         let rtag = if self.watch_free(page) { page } else { no_tag(slot) };
-        let e = &mut self.tlb[mmu][slot];
-        if e.host.is_null() {
+        let tlb = &mut self.tlb[mmu];
+        if std::mem::replace(&mut tlb.phys[slot], phys) == EMPTY {
             self.filled.push((mmu as u8, slot as u16));
         }
+        let host = b.read.cast_mut();
+        tlb.ways[slot] = Way { tag: rtag, host };
+        tlb.ways[TLB_SIZE + slot] = Way { tag: wtag, host };
         self.leaves[mmu][leaf_place(slot)] = w.leaf;
         self.tables.add(w.leaf);
-        *e = TlbEntry { rtag, wtag, host: b.read.cast_mut(), phys };
     }
 
     /// Host page and guest physical page to fetch instructions of linear page `lin` from; the host page is

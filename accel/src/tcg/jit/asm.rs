@@ -66,8 +66,10 @@ pub struct Asm {
 pub struct Fix(usize);
 
 impl Asm {
-    pub fn new(base: u64) -> Asm {
-        Asm { buf: Vec::with_capacity(1024), base, apart: (usize::MAX, 0), holds: None }
+    /// Into `buf`, which is emptied.
+    pub fn new(base: u64, mut buf: Vec<u8>) -> Asm {
+        buf.clear();
+        Asm { buf, base, apart: (usize::MAX, 0), holds: None }
     }
     /// Start anew.
     pub fn clear(&mut self) {

@@ -1,14 +1,16 @@
 //! Compiles one block: the order of things, memory operands, ways out.
 
+use arrayvec::ArrayVec;
+
 use super::super::cache::Cache;
 use super::super::decode::MODE64;
 use super::super::op::FS;
-use super::super::paging::{TlbEntry, TLB_SIZE};
+use super::super::paging::{Way, TLB_SIZE, WRITES};
 use super::super::SoftCpu;
 use super::asm::*;
 use super::cold::Cold;
 use super::flags::Flags;
-use super::groups::{Plan, Role, Values};
+use super::groups::{Plan, Role};
 use super::kind::{classify, leaves_flags, Kind, ALL};
 use super::registers::Placing;
 use super::stubs::{mem, Stubs, HOST, NONE};
@@ -35,10 +37,11 @@ pub struct Compiler<'a> {
     loaded: u8,
     /// Where the memory operand in hand is, once its address is known.
     pub place: Rm,
-    values: Values,
     plan: Plan,
     /// Accesses compiled so far.
     asked: usize,
+    /// One was not as planned.
+    unplanned: bool,
     pub alone: bool,
     pub cache: &'a Cache,
     pub stubs: Stubs,
@@ -62,7 +65,7 @@ pub struct Compiler<'a> {
 
 /// Whether `block` may need the flags as they are before it.
 pub fn needs_flags(block: &Block, alone: bool) -> bool {
-    for op in block.ops.iter() {
+    for op in block.ops().iter() {
         let kind = classify(op, block, alone);
         let e = kind.effects();
         if e.exits || e.reads != 0 || matches!(kind, Kind::Vector { .. }) {
@@ -76,25 +79,46 @@ pub fn needs_flags(block: &Block, alone: bool) -> bool {
 }
 
 /// See [`Compiler::need`].
-fn needs(kinds: &[Kind], calm: &[bool]) -> Vec<bool> {
-    let mut need = vec![true; kinds.len() + 1];
+fn needs(kinds: &[Kind], calm: &[bool], need: &mut Vec<bool>) {
+    need.clear();
     // The first vector instruction may leave to the interpreter.
     let mut loaded = 0;
-    let mut first = Vec::with_capacity(kinds.len());
     for k in kinds {
         let level = match k {
             Kind::Vector { native, .. } => 1 + native.vex.is_some() as u8,
             _ => 0,
         };
-        first.push(level > loaded);
+        need.push(level > loaded);
         loaded = if *k == Kind::Handler { 0 } else { loaded.max(level) };
     }
+    need.push(true);
     for (i, k) in kinds.iter().enumerate().rev() {
         let e = k.effects();
         let exits = e.exits && !calm.get(i).copied().unwrap_or_default();
-        need[i] = exits || first[i] || e.reads != 0 || need[i + 1] && e.writes != ALL;
+        need[i] |= exits || e.reads != 0 || need[i + 1] && e.writes != ALL;
     }
-    need
+}
+
+/// What compiling fills again and again.
+#[derive(Default)]
+pub struct Room {
+    code: Vec<u8>,
+    need: Vec<bool>,
+    plan: Plan,
+    cold: Vec<Cold>,
+    edges: Vec<Edge>,
+    leaders: Vec<Leader>,
+    entries: Vec<(usize, u64)>,
+}
+
+impl Room {
+    fn clear(&mut self) {
+        self.plan.clear();
+        self.cold.clear();
+        self.edges.clear();
+        self.leaders.clear();
+        self.entries.clear();
+    }
 }
 
 impl SoftCpu {
@@ -116,20 +140,21 @@ impl SoftCpu {
         for _ in 0..2 {
             let Some(base) = self.jit.memory.as_ref().map(CodeMemory::next) else { return false };
             let trace = Trace::new(block, &self.cache, self.cpus == 1);
-            let keys = trace.keys();
-            let mut c = Compiler::new(trace, base, self);
+            let room = std::mem::take(&mut self.jit.room);
+            let mut c = Compiler::new(trace, base, self, room);
+            c.plan.make(&c.trace);
             c.body();
-            let plan = Plan::new(&c.trace, &c.values.requests);
-            if plan.grouped {
-                c.again(plan);
+            if !c.as_planned() {
+                c.again();
             }
             c.out_of_line();
+            let keys = c.plan.grouped.then(|| c.trace.keys());
             let made = c.finish();
             let (home, count) = (made.home, made.count);
             let first = self.jit.leaders.len();
-            let leaders = first..first + made.leaders.len();
+            let leaders = first..first + made.room.leaders.len();
             if self.jit.take(made) {
-                if !leaders.is_empty() {
+                if let Some(keys) = keys {
                     self.jit.grouped.push(Grouped { keys, leaders, code: home, failures: 0 });
                 }
                 block.code.set(home as *const u8);
@@ -147,15 +172,15 @@ impl SoftCpu {
         let Jit { memory: Some(memory), grouped, leaders, .. } = &self.jit else { return };
         let grouped = &grouped[number as usize];
         let mine = grouped.leaders.clone();
-        let entries = leaders[mine.clone()].iter().map(|l| (l.i, 0)).collect();
+        let entries: Vec<_> = leaders[mine.clone()].iter().map(|l| (l.i, 0)).collect();
         let Some(trace) = Trace::of(&grouped.keys, &self.cache, self.cpus == 1) else { return };
         let (base, home) = (memory.next(), grouped.code);
-        let mut c = Compiler::new(trace, base, self);
+        let mut c = Compiler::new(trace, base, self, Room::default());
         (c.home, c.entries) = (home, entries);
         c.body();
         c.out_of_line();
         let made = c.finish();
-        let entries = made.entries.clone();
+        let entries = made.room.entries.clone();
         if !self.jit.take(made) {
             self.drop_compiled();
             return;
@@ -171,36 +196,37 @@ impl SoftCpu {
 
 /// What was compiled.
 pub struct Made {
-    a: Asm,
-    edges: Vec<Edge>,
-    leaders: Vec<Leader>,
+    room: Room,
+    /// Where code out of line starts.
+    apart: usize,
     sites: usize,
     home: u64,
     count: u32,
-    entries: Vec<(usize, u64)>,
 }
 
 impl Jit {
     /// Add what was compiled; false when there is no room for it.
     fn take(&mut self, made: Made) -> bool {
+        self.room = made.room;
         let Some(memory) = &mut self.memory else { return false };
-        let (near, far) = made.a.parts();
+        let (near, far) = self.room.code.split_at(made.apart);
         if !memory.take_sites(made.sites) || !memory.push(near, far) {
             return false;
         }
-        self.edges.extend(made.edges);
-        self.leaders.extend(made.leaders);
+        self.edges.append(&mut self.room.edges);
+        self.leaders.append(&mut self.room.leaders);
         true
     }
 }
 
 impl<'a> Compiler<'a> {
-    fn new(trace: Trace<'a>, (base, far): (u64, u64), cpu: &'a SoftCpu) -> Compiler<'a> {
+    fn new(trace: Trace<'a>, (base, far): (u64, u64), cpu: &'a SoftCpu, mut room: Room) -> Compiler<'a> {
         let (cache, jit, alone, half) = (&cpu.cache, &cpu.jit, cpu.cpus == 1, (cpu.rip >> 63) as usize);
+        room.clear();
         Compiler {
-            a: Asm::new(base),
+            a: Asm::new(base, room.code),
             far,
-            need: needs(&trace.kinds, &[]),
+            need: room.need,
             placing: Placing::of(&trace),
             trace,
             fl: Flags::KEPT,
@@ -208,54 +234,54 @@ impl<'a> Compiler<'a> {
             inner: 0,
             loaded: 0,
             place: Rm::M(RDI, 0),
-            values: Values::new(),
-            plan: Plan::default(),
+            plan: room.plan,
             asked: 0,
+            unplanned: false,
             alone,
             cache,
             stubs: jit.stubs,
             first_site: jit.memory.as_ref().map_or(0, |m| m.site(m.sites())),
             sites: 0,
             half,
-            cold: Vec::new(),
-            edges: Vec::new(),
+            cold: room.cold,
+            edges: room.edges,
             first_edge: jit.edges.len(),
-            leaders: Vec::new(),
+            leaders: room.leaders,
             first_leader: jit.leaders.len(),
             grouped: jit.grouped.len() as u32,
             home: base,
-            entries: Vec::new(),
+            entries: room.entries,
         }
     }
 
     fn finish(self) -> Made {
-        Made {
-            a: self.a,
-            edges: self.edges,
-            leaders: self.leaders,
-            sites: self.sites,
-            home: self.home,
-            count: self.trace.count,
-            entries: self.entries,
-        }
+        let apart = self.a.parts().0.len();
+        let Compiler { a, need, plan, cold, edges, leaders, entries, .. } = self;
+        let room = Room { code: a.buf, need, plan, cold, edges, leaders, entries };
+        Made { room, apart, sites: self.sites, home: self.home, count: self.trace.count }
     }
 
-    /// Start anew, now that the accesses are known.
-    fn again(&mut self, plan: Plan) {
+    fn as_planned(&self) -> bool {
+        !self.unplanned && self.asked == self.plan.roles.len()
+    }
+
+    /// Start anew without groups: accesses were not as planned, which would be a mistake in [`Plan`].
+    #[cold]
+    fn again(&mut self) {
+        assert!(!cfg!(test) || self.as_planned(), "accesses are not as planned: {:?}", self.trace.kinds);
         self.a.clear();
-        self.need = needs(&self.trace.kinds, &plan.calm);
-        self.plan = plan;
-        self.fl = Flags::KEPT;
-        self.loaded = 0;
-        self.values = Values::new();
+        self.plan.clear();
+        (self.fl, self.host, self.place, self.loaded) = (Flags::KEPT, HOST, Rm::M(RDI, 0), 0);
         self.asked = 0;
         self.cold.clear();
         self.edges.clear();
+        self.leaders.clear();
         self.sites = 0;
         self.body();
     }
 
     fn body(&mut self) {
+        needs(&self.trace.kinds, &self.plan.calm, &mut self.need);
         if self.entries.is_empty() {
             self.a.alu_imm(8, 5, mem(LEFT), self.trace.count as i32);
             let from = self.a.jcc(cc::S);
@@ -275,7 +301,6 @@ impl<'a> Compiler<'a> {
                 self.entries[e].1 = self.a.here_is();
             }
             self.instruction(i);
-            self.values.follow(&self.trace.kinds[i], self.op(i), self.trace.word);
         }
         if !self.trace.kinds[n - 1].branches() {
             self.edge(n - 1, self.trace.next(n - 1));
@@ -365,10 +390,12 @@ impl<'a> Compiler<'a> {
         self.plan.calm.get(i).copied().unwrap_or_default()
     }
 
-    fn role(&mut self) -> Role {
-        let role = self.plan.roles.get(self.asked).copied().unwrap_or(Role::Alone);
+    /// Of the next access, which is one of instruction `i`.
+    fn role(&mut self, i: usize, size: u64, write: bool) -> Role {
+        let n = self.asked;
         self.asked += 1;
-        role
+        self.unplanned |= self.plan.requests.get(n).is_some_and(|r| !r.is(i, size, write));
+        self.plan.roles.get(n).copied().unwrap_or(Role::Alone)
     }
 
     /// Make [`Compiler::place`] the host address of instruction `i`'s memory operand of `size` bytes. Uses RDI,
@@ -377,11 +404,7 @@ impl<'a> Compiler<'a> {
         let op = self.op(i);
         let mut role = Role::Alone;
         if op.asz == self.trace.word {
-            let at = self.trace.part(i).at;
-            self.values.operand(i, op, at, size, write);
-            role = self.role();
-        } else {
-            self.values.apart(i);
+            role = self.role(i, size, write);
         }
         if let Role::Member { slot, at } = role {
             return self.member(i, slot, at);
@@ -411,16 +434,15 @@ impl<'a> Compiler<'a> {
         self.translate(i, Role::Alone, size as u64, write)
     }
 
-    /// The same for a word of memory `disp` above guest register `r`, which lives in the host's `h`.
-    pub fn stack_slot(&mut self, i: usize, r: usize, h: u8, disp: i32, write: bool) -> Access {
-        self.slot_at(i, r, h, disp, self.trace.word, write)
+    /// The same for a word of memory `disp` above the guest register that lives in the host's `h`.
+    pub fn stack_slot(&mut self, i: usize, h: u8, disp: i32, write: bool) -> Access {
+        self.slot_at(i, h, disp, self.trace.word, write)
     }
 
     /// The same for `size` bytes of memory.
-    pub fn slot_at(&mut self, i: usize, r: usize, h: u8, disp: i32, size: u8, write: bool) -> Access {
+    pub fn slot_at(&mut self, i: usize, h: u8, disp: i32, size: u8, write: bool) -> Access {
         let word = self.trace.word;
-        self.values.at_register(i, r, disp, size as u64, write);
-        let role = self.role();
+        let role = self.role(i, size as u64, write);
         match role {
             Role::Member { slot, at } => return self.member(i, slot, at),
             _ => match disp - role.lead() {
@@ -431,18 +453,13 @@ impl<'a> Compiler<'a> {
         self.translate(i, role, size as u64, write)
     }
 
-    /// No access of instruction `i` leads a group.
-    pub fn apart(&mut self, i: usize) {
-        self.values.apart(i);
-    }
-
     fn member(&mut self, i: usize, slot: usize, at: i32) -> Access {
         if self.a.holds != Some(slot) {
             self.a.load(8, RDI, mem(slot));
             self.a.holds = Some(slot);
         }
         self.place = Rm::M(RDI, at);
-        Access { slow: Vec::new(), i, flags: self.fl }
+        Access { slow: Slow::new(), i, flags: self.fl }
     }
 
     /// The linear address `lead` bytes below instruction `i`'s memory operand into RDI. Uses RAX and the flags.
@@ -469,12 +486,13 @@ impl<'a> Compiler<'a> {
 
     /// The host address of linear address RDI into RDI: that of the group's start, for its leader. Uses RAX and the flags.
     fn translate(&mut self, i: usize, role: Role, size: u64, write: bool) -> Access {
-        const SHIFT: u8 = 12 - size_of::<TlbEntry>().trailing_zeros() as u8;
+        const SHIFT: u8 = 12 - size_of::<Way>().trailing_zeros() as u8;
         let (lead, len, plainly) = match role {
             Role::Leader { lead, len, write, .. } => (lead, len, write),
             _ => (0, size as u32, write),
         };
-        let tag = if plainly { offset_of!(TlbEntry, wtag) } else { offset_of!(TlbEntry, rtag) } as i32;
+        let way = if plainly { WRITES as i32 } else { 0 };
+        let (tag, host) = (way + offset_of!(Way, tag) as i32, way + offset_of!(Way, host) as i32);
         let a = &mut self.a;
         let again = Fix::at(a.at());
         if is_x86_feature_detected!("bmi2") {
@@ -484,17 +502,17 @@ impl<'a> Compiler<'a> {
             a.load(4, RAX, Rm::R(RDI));
             a.shift(4, 5, Rm::R(RAX), SHIFT);
         }
-        a.alu_imm(4, 4, Rm::R(RAX), ((TLB_SIZE - 1) * size_of::<TlbEntry>()) as i32);
+        a.alu_imm(4, 4, Rm::R(RAX), ((TLB_SIZE - 1) * size_of::<Way>()) as i32);
         a.alu_load(8, 0, RAX, mem(TLB));
         a.alu_load(8, 6, RDI, Rm::M(RAX, tag));
         a.alu_imm(8, 7, Rm::R(RDI), 4096 - len as i32);
         let from = a.jcc(cc::A);
-        a.alu_load(8, 0, RDI, Rm::M(RAX, offset_of!(TlbEntry, host) as i32));
+        a.alu_load(8, 0, RDI, Rm::M(RAX, host));
         let flags = self.fl;
         self.fl.host = 0;
         self.place = Rm::M(RDI, lead);
         let Role::Leader { slot, .. } = role else {
-            return Access { slow: vec![from], i, flags };
+            return Access { slow: Slow::from_iter([from]), i, flags };
         };
         a.store(8, mem(slot), RDI);
         a.holds = Some(slot);
@@ -502,7 +520,7 @@ impl<'a> Compiler<'a> {
         let (op, place) = (self.op(i) as *const Op, self.place_of(i));
         self.leaders.push(Leader { grouped: self.grouped, i, op, place, len, write, plainly, jump_at: 0 });
         self.cold.push(Cold::Touch { from, again, n, flags, tag });
-        Access { slow: Vec::new(), i, flags }
+        Access { slow: Slow::new(), i, flags }
     }
 
     /// The instruction with this access is complete: slow ones come back here.
@@ -544,9 +562,12 @@ impl<'a> Compiler<'a> {
     }
 }
 
+/// The slow cases of an instruction.
+pub type Slow = ArrayVec<Fix, 8>;
+
 /// A memory access whose slow cases are still open.
 pub struct Access {
-    pub slow: Vec<Fix>,
+    pub slow: Slow,
     pub i: usize,
     pub flags: Flags,
 }

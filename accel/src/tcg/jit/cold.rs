@@ -2,12 +2,13 @@
 
 use super::super::op::{LEFT, PAGE, RIP_OUT, TOUCHED};
 use super::asm::*;
-use super::block::{Access, Compiler};
+use super::block::{Access, Compiler, Slow};
 use super::flags::Flags;
 use super::stubs::{mem, HOST};
 use super::{CHARGE, EDGE, INTERPRET};
 
 /// Code out of line.
+#[derive(Clone, Copy)]
 pub enum Cold {
     /// Instruction `i` by its handler, then on at `join`.
     Step { from: Fix, i: usize, flags: Flags, join: Fix, loaded: u8 },
@@ -43,13 +44,18 @@ impl Compiler<'_> {
     pub fn out_of_line(&mut self) {
         self.a.apart(self.far);
         // What runs now and then lies together.
-        let cold = std::mem::take(&mut self.cold).into_iter();
-        let (sides, others): (Vec<Cold>, Vec<Cold>) = cold.partition(|c| matches!(c, Cold::Side { .. }));
-        for c in sides.into_iter().chain(others) {
-            self.cold_code(c);
+        let known = self.cold.len();
+        for sides in [true, false] {
+            for n in 0..known {
+                let c = self.cold[n];
+                if matches!(c, Cold::Side { .. }) == sides {
+                    self.cold_code(c);
+                }
+            }
         }
-        while let Some(c) = self.cold.pop() {
-            self.cold_code(c);
+        while self.cold.len() > known {
+            let last = self.cold.pop();
+            last.into_iter().for_each(|c| self.cold_code(c));
         }
     }
 
@@ -83,7 +89,7 @@ impl Compiler<'_> {
             }
             Cold::Astray { from, i, by } => {
                 self.a.here(from);
-                let mut access = Access { slow: Vec::new(), i, flags: Flags::KEPT };
+                let mut access = Access { slow: Slow::new(), i, flags: Flags::KEPT };
                 self.check_target(&mut access);
                 self.join(access);
                 match by {

@@ -9,7 +9,9 @@
 //! Nothing between the accesses of a group may change translations: handlers end all groups, and an access
 //! that goes the slow way leaves the trace if it dropped any.
 
-use super::super::op::{Op, BLOCKIP, FS, RBP, RSP};
+use arrayvec::ArrayVec;
+
+use super::super::op::{Op, BLOCKIP, FS, RBP, RDI, RSI, RSP};
 use super::kind::{Kind, Val};
 use super::trace::Trace;
 
@@ -23,6 +25,17 @@ pub type Base = (u16, u16, u8, u8);
 
 const NOTHING: u16 = u16::MAX;
 const PAGE_START: u16 = u16::MAX - 1;
+
+/// A memory access, as its instruction says.
+#[derive(Clone, Copy)]
+enum Reach {
+    /// `size` bytes of the memory operand.
+    Operand { size: u64, write: bool },
+    /// `size` bytes, `disp` bytes above what register `r` holds.
+    Slot { r: usize, disp: i32, size: u8, write: bool },
+    /// One that takes no part in groups comes before those that follow.
+    Apart,
+}
 
 /// One memory access, in the order in which they are compiled.
 #[derive(Clone, Copy)]
@@ -66,24 +79,110 @@ impl Role {
     }
 }
 
+impl Request {
+    /// Whether it is what instruction `i` asks for.
+    pub fn is(&self, i: usize, size: u64, write: bool) -> bool {
+        (self.i, self.size, self.write) == (i, size as i64, write)
+    }
+}
+
+/// The accesses of an instruction, in the order in which its code asks for them.
+fn accesses(kind: &Kind, word: u8) -> ArrayVec<Reach, 3> {
+    let mut list = ArrayVec::new();
+    let operand = |size: u8, write| Reach::Operand { size: size as u64, write };
+    let push = Reach::Slot { r: RSP, disp: -(word as i32), size: word, write: true };
+    let top = |r| Reach::Slot { r, disp: 0, size: word, write: false };
+    match *kind {
+        Kind::Vector { native, mem: true, .. } if !native.align => {
+            list.push(operand(native.size, native.write))
+        }
+        Kind::Extend { from: size, s: None, .. }
+        | Kind::Load { size, .. }
+        | Kind::AluLoad { size, .. }
+        | Kind::AluStore { op: 7, size, .. }
+        | Kind::TestMem { size, .. }
+        | Kind::Bit { op: 0, size, d: None, .. }
+        | Kind::Div { size, s: None, .. }
+        | Kind::Scan { size, s: None, .. }
+        | Kind::Count { size, s: None, .. }
+        | Kind::Popcnt { size, s: None, .. }
+        | Kind::Imul { size, s: None, .. }
+        | Kind::Mul { size, s: None, .. }
+        | Kind::Cmov { size, s: None, .. } => list.push(operand(size, false)),
+        Kind::Store { size, .. }
+        | Kind::AluStore { size, .. }
+        | Kind::XchgMem { size, .. }
+        | Kind::Inc { size, d: None, .. }
+        | Kind::Not { size, d: None }
+        | Kind::Neg { size, d: None }
+        | Kind::Bit { size, d: None, .. }
+        | Kind::Cmpxchg { size, .. }
+        | Kind::Xadd { size, .. }
+        | Kind::ShiftMem { size, .. } => list.push(operand(size, true)),
+        Kind::SetccMem { .. } => list.push(operand(1, true)),
+        Kind::Push(_) | Kind::Pushf | Kind::Call { .. } => list.push(push),
+        Kind::PushMem => list.extend([operand(word, false), push]),
+        Kind::Pop(_) | Kind::Ret { .. } => list.push(top(RSP)),
+        Kind::Leave => list.push(top(RBP)),
+        Kind::Movs(size) | Kind::Stos(size) | Kind::Lods(size) => {
+            // The handler may do it all before its first access is looked at, so that it must not lead a group.
+            list.push(Reach::Apart);
+            if !matches!(kind, Kind::Stos(_)) {
+                list.push(Reach::Slot { r: RSI, disp: 0, size, write: false });
+            }
+            if !matches!(kind, Kind::Lods(_)) {
+                list.push(Reach::Slot { r: RDI, disp: 0, size, write: true });
+            }
+        }
+        Kind::Indirect { call, s } => {
+            list.extend(s.is_none().then(|| operand(word, false)));
+            list.extend(call.then_some(push));
+        }
+        _ => {}
+    }
+    list
+}
+
 /// What registers hold: the number of an unknown value, and a constant more.
-pub struct Values {
+struct Values {
     regs: [(u16, i64); 16],
     fresh: u16,
     era: u32,
-    pub requests: Vec<Request>,
+    requests: Vec<Request>,
     /// The last instruction with an access that is no request.
     apart: Option<usize>,
 }
 
 impl Values {
-    pub fn new() -> Values {
+    fn new(requests: Vec<Request>) -> Values {
         let regs = std::array::from_fn(|r| (r as u16, 0));
-        Values { regs, fresh: 16, era: 0, requests: Vec::new(), apart: None }
+        Values { regs, fresh: 16, era: 0, requests, apart: None }
+    }
+
+    /// The accesses of a trace, into `room`.
+    fn requests(trace: &Trace, mut room: Vec<Request>) -> Vec<Request> {
+        room.clear();
+        let mut values = Values::new(room);
+        for (i, kind) in trace.kinds.iter().enumerate() {
+            let op = trace.op(i);
+            for reach in accesses(kind, trace.word) {
+                match reach {
+                    Reach::Operand { size, write } if op.asz == trace.word => {
+                        values.operand(i, op, trace.part(i).at, size, write);
+                    }
+                    Reach::Operand { .. } | Reach::Apart => values.apart = Some(i),
+                    Reach::Slot { r, disp, size, write } => {
+                        values.at_register(i, r, disp, size as u64, write)
+                    }
+                }
+            }
+            values.follow(kind, op, trace.word);
+        }
+        values.requests
     }
 
     /// The memory operand of `op`, in a part of the trace that starts at `at` in its page.
-    pub fn operand(&mut self, i: usize, op: &Op, at: u64, size: u64, write: bool) {
+    fn operand(&mut self, i: usize, op: &Op, at: u64, size: u64, write: bool) {
         let part = |r: u8| match r {
             0..=15 => self.regs[r as usize],
             BLOCKIP => (PAGE_START, at as i64),
@@ -98,7 +197,7 @@ impl Values {
         self.push(i, (base.0, index.0, scale, seg), disp, size, write);
     }
     /// Memory `disp` bytes above what register `r` holds.
-    pub fn at_register(&mut self, i: usize, r: usize, disp: i32, size: u64, write: bool) {
+    fn at_register(&mut self, i: usize, r: usize, disp: i32, size: u64, write: bool) {
         let (base, more) = self.regs[r];
         self.push(i, (base, NOTHING, 0, 0), more.wrapping_add(disp as i64), size, write);
     }
@@ -106,13 +205,9 @@ impl Values {
         let second = self.apart == Some(i) || self.requests.last().is_some_and(|r| r.i == i);
         self.requests.push(Request { i, base, disp, size: size as i64, write, era: self.era, second });
     }
-    /// Instruction `i` has an access that takes no part in groups.
-    pub fn apart(&mut self, i: usize) {
-        self.apart = Some(i);
-    }
 
     /// After instruction `i`.
-    pub fn follow(&mut self, kind: &Kind, op: &Op, word: u8) {
+    fn follow(&mut self, kind: &Kind, op: &Op, word: u8) {
         let step = word as i64;
         let sp = self.regs[RSP];
         let known = match *kind {
@@ -160,66 +255,56 @@ impl Values {
 /// The roles of a trace's accesses.
 #[derive(Default)]
 pub struct Plan {
+    pub requests: Vec<Request>,
     pub roles: Vec<Role>,
     /// Instructions all of whose accesses are members: they cannot fail.
     pub calm: Vec<bool>,
     pub grouped: bool,
+    groups: Vec<Group>,
+    /// The group of each access.
+    group_of: Vec<u8>,
 }
 
+/// Accesses that one look may serve.
 struct Group {
     base: Base,
     era: u32,
-    members: Vec<usize>,
+    members: u32,
     low: i64,
     high: i64,
     write: bool,
+    /// Where the leader keeps the host address.
+    slot: Option<usize>,
+    /// The leader has been met.
+    led: bool,
 }
 
+const NO_GROUP: u8 = u8::MAX;
+
 impl Plan {
-    pub fn new(trace: &Trace, requests: &[Request]) -> Plan {
-        let mut groups: Vec<Group> = Vec::new();
-        for (n, r) in requests.iter().enumerate() {
-            let end = r.disp.wrapping_add(r.size);
-            let fits = |g: &&mut Group| {
-                g.base == r.base && g.era == r.era && g.high.max(end).wrapping_sub(g.low.min(r.disp)) <= RANGE
-            };
-            match groups.iter_mut().rev().find(fits) {
-                Some(g) => {
-                    g.members.push(n);
-                    g.low = g.low.min(r.disp);
-                    g.high = g.high.max(end);
-                    g.write |= r.write;
+    /// Plan a trace.
+    pub fn make(&mut self, trace: &Trace) {
+        let requests = Values::requests(trace, std::mem::take(&mut self.requests));
+        self.group(&requests);
+        self.roles.clear();
+        for (r, &g) in requests.iter().zip(&self.group_of) {
+            let role = match self.groups.get_mut(g as usize) {
+                Some(&mut Group { slot: Some(slot), low, high, write, ref mut led, .. }) => {
+                    let at = (r.disp - low) as i32;
+                    if std::mem::replace(led, true) {
+                        Role::Member { slot, at }
+                    } else {
+                        Role::Leader { slot, lead: at, len: (high - low) as u32, write }
+                    }
                 }
-                // The handler may do all of an instruction, should its first access go the slow way.
-                None if r.second => {}
-                None => groups.push(Group {
-                    base: r.base,
-                    era: r.era,
-                    members: vec![n],
-                    low: r.disp,
-                    high: end,
-                    write: r.write,
-                }),
-            }
+                _ => Role::Alone,
+            };
+            self.roles.push(role);
         }
-        let mut plan = Plan { roles: vec![Role::Alone; requests.len()], ..Plan::default() };
-        // The largest groups first, should there be too few slots.
-        groups.retain(|g| g.members.len() > 1);
-        groups.sort_by_key(|g| std::cmp::Reverse(g.members.len()));
-        for (g, slot) in groups.iter().zip(SLOTS) {
-            plan.grouped = true;
-            for (k, &n) in g.members.iter().enumerate() {
-                let at = (requests[n].disp - g.low) as i32;
-                plan.roles[n] = if k == 0 {
-                    Role::Leader { slot, lead: at, len: (g.high - g.low) as u32, write: g.write }
-                } else {
-                    Role::Member { slot, at }
-                };
-            }
-        }
-        plan.calm = vec![false; trace.len()];
-        for (n, r) in requests.iter().enumerate() {
-            let member = matches!(plan.roles[n], Role::Member { .. });
+        self.calm.clear();
+        self.calm.resize(trace.len(), false);
+        for (r, role) in requests.iter().zip(&self.roles) {
+            let member = matches!(role, Role::Member { .. });
             // These may need their handler for other reasons.
             let other = matches!(
                 trace.kinds[r.i],
@@ -231,8 +316,55 @@ impl Plan {
                     | Kind::Stos(_)
                     | Kind::Lods(_)
             );
-            plan.calm[r.i] = member && !other && (!r.second || plan.calm[r.i]);
+            self.calm[r.i] = member && !other && (!r.second || self.calm[r.i]);
         }
-        plan
+        self.requests = requests;
+    }
+
+    /// No groups.
+    pub fn clear(&mut self) {
+        self.requests.clear();
+        self.roles.clear();
+        self.calm.clear();
+        self.grouped = false;
+    }
+
+    fn group(&mut self, requests: &[Request]) {
+        let Plan { groups, group_of, .. } = self;
+        groups.clear();
+        group_of.clear();
+        for r in requests {
+            let end = r.disp.wrapping_add(r.size);
+            let fits = |g: &Group| {
+                g.base == r.base && g.era == r.era && g.high.max(end).wrapping_sub(g.low.min(r.disp)) <= RANGE
+            };
+            let n = match groups.iter().rposition(fits) {
+                Some(n) => {
+                    let g = &mut groups[n];
+                    g.members += 1;
+                    g.low = g.low.min(r.disp);
+                    g.high = g.high.max(end);
+                    g.write |= r.write;
+                    n as u8
+                }
+                // The handler may do all of an instruction, should its first access go the slow way.
+                None if r.second || groups.len() == NO_GROUP as usize => NO_GROUP,
+                None => {
+                    let (low, high, write) = (r.disp, end, r.write);
+                    let (base, era) = (r.base, r.era);
+                    groups.push(Group { base, era, members: 1, low, high, write, slot: None, led: false });
+                    (groups.len() - 1) as u8
+                }
+            };
+            group_of.push(n);
+        }
+        // The largest groups first, should there be too few slots.
+        self.grouped = false;
+        for slot in SLOTS {
+            let open = groups.iter_mut().rev().filter(|g| g.members > 1 && g.slot.is_none());
+            let Some(g) = open.max_by_key(|g| g.members) else { break };
+            g.slot = Some(slot);
+            self.grouped = true;
+        }
     }
 }

@@ -7,7 +7,7 @@ use super::super::op::{
 use super::super::SoftCpu;
 use super::asm::*;
 use super::at;
-use super::block::{Access, Compiler};
+use super::block::{Access, Compiler, Slow};
 use super::flags::{keep_host, Flags, Overflow, Recipe};
 use super::kind::*;
 use super::stubs::{mem, HOST, NONE};
@@ -600,7 +600,7 @@ impl Compiler<'_> {
             }
             Some(s) => {
                 self.a.load(size, RDI, self.at(s));
-                Access { slow: Vec::new(), i, flags: self.fl }
+                Access { slow: Slow::new(), i, flags: self.fl }
             }
         };
         self.fl.host = 0;
@@ -710,7 +710,7 @@ impl Compiler<'_> {
                 access
             }
             Kind::Pop(d) => {
-                let access = self.stack_slot(i, GUEST_SP, SP, 0, false);
+                let access = self.stack_slot(i, SP, 0, false);
                 match self.host[d as usize] {
                     SP => self.a.load(word, SP, self.place),
                     NONE => {
@@ -727,7 +727,7 @@ impl Compiler<'_> {
             }
             _ => {
                 // LEAVE
-                let access = self.stack_slot(i, GUEST_BP, BP, 0, false);
+                let access = self.stack_slot(i, BP, 0, false);
                 self.a.lea(word, SP, Rm::M(BP, word as i32));
                 self.a.load(word, BP, self.place);
                 access
@@ -741,11 +741,9 @@ impl Compiler<'_> {
     fn string(&mut self, i: usize, size: u8) {
         let (word, kind) = (self.trace.word, self.trace.kinds[i]);
         self.before(i, true);
-        // The handler may do it all before its first access is looked at, so that it must not lead a group.
-        self.apart(i);
         let down = Rm::M(RBP, at(offset_of!(SoftCpu, eflags)));
         self.a.test_imm(4, down, DF as i32);
-        let mut slow = vec![self.a.jcc(cc::NE)];
+        let mut slow = Slow::from_iter([self.a.jcc(cc::NE)]);
         self.fl.host = 0;
         let flags = self.fl;
         let (from, to) = (!matches!(kind, Kind::Stos(_)), !matches!(kind, Kind::Lods(_)));
@@ -781,12 +779,12 @@ impl Compiler<'_> {
     /// The access to memory at guest register `r`.
     fn register_operand(&mut self, i: usize, r: usize, size: u8, write: bool) -> Access {
         let h = self.reg(r as u8, RDI);
-        self.slot_at(i, r, h, 0, size, write)
+        self.slot_at(i, h, 0, size, write)
     }
 
     /// The access to the stack slot below the top.
     pub fn push_at(&mut self, i: usize) -> Access {
-        self.stack_slot(i, GUEST_SP, SP, -(self.trace.word as i32), true)
+        self.stack_slot(i, SP, -(self.trace.word as i32), true)
     }
 
     /// Push the address of what follows instruction `i`.
@@ -818,7 +816,7 @@ impl Compiler<'_> {
             }
             Kind::Ret { extra } => {
                 self.keep();
-                let access = self.stack_slot(i, GUEST_SP, SP, 0, false);
+                let access = self.stack_slot(i, SP, 0, false);
                 self.a.load(word, RAX, self.place);
                 self.join(access);
                 self.back(i, word as i32 + extra);
@@ -828,7 +826,7 @@ impl Compiler<'_> {
                 let mut access = match s {
                     Some(s) => {
                         self.a.load(word, RAX, self.at(s));
-                        Access { slow: Vec::new(), i, flags: self.fl }
+                        Access { slow: Slow::new(), i, flags: self.fl }
                     }
                     None => {
                         let access = self.operand(i, word as u64, false);

@@ -41,7 +41,7 @@ use super::op::{
     Block, Op, ASKED, BLOCKIP, CODE_AT, FLAGS, HOST_CSR, JUMP_TABLE, KEY, LEFT, LEVEL, NEVER, PAGE, RING_TOP,
     RIP_OUT, SHORT_KEYS, SITE, TLB, TOUCHED, WANTED, WATCHED, XMM_LIVE,
 };
-use super::paging::{Access, TLB_SIZE};
+use super::paging::Access;
 use super::SoftCpu;
 use memory::CodeMemory;
 use std::mem::offset_of;
@@ -69,7 +69,7 @@ const CHARGE: usize = 5;
 const FAILURES: u32 = 4;
 
 /// Interpreted runs before a block is compiled.
-const HOT: u32 = 30;
+const HOT: u32 = 20;
 /// The host's base register points here in the processor, so that one-byte displacements reach `gpr`.
 const ORIGIN: usize = offset_of!(SoftCpu, st.gpr) + 128;
 
@@ -147,6 +147,7 @@ pub(super) struct Jit {
     edges: Vec<Edge>,
     grouped: Vec<Grouped>,
     leaders: Vec<Leader>,
+    room: block::Room,
     random: u64,
     /// The short keys when code asked for a link.
     asked_by: u64,
@@ -166,6 +167,7 @@ impl Jit {
             edges: Vec::new(),
             grouped: Vec::new(),
             leaders: Vec::new(),
+            room: block::Room::default(),
             random: 0,
             asked_by: 0,
             era: 0,
@@ -257,7 +259,7 @@ impl SoftCpu {
         let g = &mut self.st.gpr;
         g[LEFT] = self.limit - self.pos - block.code_count.get() as u64;
         g[FLAGS] = raw_flags(f);
-        g[TLB] = self.tlb[self.mmu].as_ptr() as u64;
+        g[TLB] = self.tlb[self.mmu].address();
         g[JUMP_TABLE] = self.jumps.as_ptr() as u64;
         g[PAGE] = self.rip & !0xFFF;
         let this: *mut SoftCpu = self;
@@ -417,7 +419,7 @@ unsafe extern "sysv64" fn step(c: *mut SoftCpu, op: *const Op, place: u32) -> u3
         let g = &mut c.st.gpr;
         // The position moved on if the instruction repeated.
         g[LEFT] = c.limit - c.pos;
-        g[TLB] = c.tlb[c.mmu].as_ptr() as u64;
+        g[TLB] = c.tlb[c.mmu].address();
         g[RIP_OUT] = c.rip;
         let on = place & JUMPS == 0 && c.rip == next && !c.end.is_null() && key == c.key_of(start);
         keep(c);
@@ -459,10 +461,9 @@ unsafe extern "sysv64" fn touch(c: *mut SoftCpu, n: u32) -> u32 {
         let access = if l.write { Access::Write } else { Access::Read };
         if let Ok(w) = c.walk(lin, access, c.mmu) {
             c.fill(lin, &w, c.mmu);
-            let e = &c.tlb[c.mmu][(lin >> 12) as usize & (TLB_SIZE - 1)];
-            good = if l.plainly { e.wtag } else { e.rtag } == lin & !0xFFF
-                && changes == c.changes
-                && !c.end.is_null();
+            let tlb = &c.tlb[c.mmu];
+            let way = if l.plainly { tlb.write(lin) } else { tlb.read(lin) };
+            good = way.tag == lin & !0xFFF && changes == c.changes && !c.end.is_null();
         }
     }
     c.cur = &super::IDLE;

@@ -89,7 +89,7 @@ impl Stubs {
     /// Lay the shared code at the start of `memory`.
     pub fn build(memory: &mut CodeMemory) -> Stubs {
         let base = memory.next().0;
-        let mut a = Asm::new(base);
+        let mut a = Asm::new(base, Vec::new());
         let mut s = Stubs::default();
         let address = |a: &Asm| base + a.at() as u64;
         const SAVED: [u8; 6] = [RBX, RBP, 12, 13, 14, 15];

@@ -7,7 +7,7 @@ use super::super::paging::{CR4_TSD, EFER_SCE, MMU_SUP, MMU_USER};
 use super::super::SoftCpu;
 use super::asm::*;
 use super::at;
-use super::block::{Access, Compiler};
+use super::block::{Access, Compiler, Slow};
 use super::flags::Flags;
 use super::int::{AX, SP};
 use super::kind::*;
@@ -81,7 +81,7 @@ impl Compiler<'_> {
         self.before(i, true);
         let field = |offset: usize| Rm::M(RBP, at(offset));
         self.a.alu_imm(8, 7, field(offset_of!(SoftCpu, clock.rate)), 0);
-        let mut slow = vec![self.a.jcc(cc::E)];
+        let mut slow = Slow::from_iter([self.a.jcc(cc::E)]);
         self.a.test_imm(4, field(offset_of!(SoftCpu, st.cr4)), CR4_TSD as i32);
         slow.push(self.a.jcc(cc::NE));
         self.fl.host = 0;
@@ -108,7 +108,7 @@ impl Compiler<'_> {
         self.before(i, true);
         let field = |offset: usize| Rm::M(RBP, at(offset));
         self.a.alu_imm(1, 7, field(offset_of!(SoftCpu, cpl)), 3);
-        let mut slow = vec![self.a.jcc(cc::NE)];
+        let mut slow = Slow::from_iter([self.a.jcc(cc::NE)]);
         self.a.test_imm(4, field(offset_of!(SoftCpu, efer)), EFER_SCE as i32);
         slow.push(self.a.jcc(cc::E));
         // AC, which chooses a TLB, is cleared as a rule.
@@ -157,7 +157,7 @@ impl Compiler<'_> {
     fn supervisor(&mut self, i: usize) -> Access {
         self.before(i, true);
         self.a.alu_imm(1, 7, Rm::M(RBP, at(offset_of!(SoftCpu, cpl))), 0);
-        let slow = vec![self.a.jcc(cc::NE)];
+        let slow = Slow::from_iter([self.a.jcc(cc::NE)]);
         self.fl.host = 0;
         Access { slow, i, flags: self.fl }
     }
