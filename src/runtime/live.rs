@@ -1,5 +1,6 @@
 //! The machine thread's loop.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::RecvTimeoutError;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -15,7 +16,7 @@ use super::disk_errors::DiskErrors;
 use super::ft::{Fetch, FtSide};
 use super::idle::Idle;
 use super::pace::Pacer;
-use super::record::Recorder;
+pub use super::record::Sink;
 use super::replay::Replay;
 use super::{Event, Events, Mailbox, Outcome, Quit};
 use crate::assembly::Processors;
@@ -34,12 +35,6 @@ const CHUNK: Duration = Duration::from_micros(500);
 const HASH_EVERY_NS: u64 = 1_000_000_000;
 /// The longest sleep, so that the pair's business is looked at.
 pub(super) const NAP: Duration = Duration::from_millis(20);
-
-/// Where inputs are logged.
-pub enum Sink {
-    None,
-    File(Box<Recorder>),
-}
 
 /// Options of the host that concern the run.
 #[derive(Clone, Copy, Debug, Default)]
@@ -88,6 +83,8 @@ pub struct Runtime {
     pub replay: Option<Box<Replay>>,
     pacer: Pacer,
     idle: Idle,
+    /// See [`Outside::news`].
+    news: Arc<AtomicBool>,
     chunk: u64,
     next_hash_ns: u64,
     shutdown: bool,
@@ -127,6 +124,7 @@ impl Runtime {
         options: RunOptions,
     ) -> Self {
         let pacer = Pacer::new(&machine, options.adaptive);
+        let news = outside.news();
         Runtime {
             machine,
             outside,
@@ -151,6 +149,7 @@ impl Runtime {
             replay: None,
             pacer,
             idle: Idle::default(),
+            news,
             chunk: 20_000,
             next_hash_ns: 0,
             shutdown: false,
@@ -161,10 +160,8 @@ impl Runtime {
     pub fn run(&mut self) -> Outcome {
         loop {
             let outcome = if self.replay.is_some() {
-                self.idle.leave(&self.outside);
                 self.replay_step()
             } else if self.ft.as_ref().is_some_and(FtSide::is_following) {
-                self.idle.leave(&self.outside);
                 self.follow_step()
             } else {
                 self.live_step()
@@ -521,7 +518,12 @@ impl Runtime {
         if let Some(ft) = &mut self.ft {
             ft.flush(self.machine.stamp());
         }
-        match self.idle.wait(&self.receiver, &self.outside, at_most) {
+        let came = self.idle.wait(&self.receiver, &self.outside, at_most);
+        self.waited(came)
+    }
+
+    fn waited(&mut self, came: Result<Event, RecvTimeoutError>) -> Option<Outcome> {
+        match came {
             Ok(event) => self.event(event),
             Err(RecvTimeoutError::Timeout) => None,
             Err(RecvTimeoutError::Disconnected) => {
@@ -531,6 +533,7 @@ impl Runtime {
     }
 
     fn live_step(&mut self) -> Option<Outcome> {
+        self.news.store(false, Ordering::Relaxed);
         if let Some(outcome) = self.drain() {
             return Some(outcome);
         }
@@ -552,14 +555,14 @@ impl Runtime {
         }
         let started = Instant::now();
         let before = self.machine.stamp().position;
-        let stop = self.machine.run(self.chunk);
+        let stop = self.machine.run_until(self.chunk, &self.news);
         let ran = self.machine.stamp().position - before;
         let took = started.elapsed();
         self.route_outputs();
         self.hash_point();
         self.idle.computed(&self.outside, stop == Stop::Limit);
         match stop {
-            Stop::Limit | Stop::Output => {
+            Stop::Limit | Stop::Output | Stop::News => {
                 if stop == Stop::Limit {
                     // Aim the chunk at its time.
                     let scale = CHUNK.as_secs_f64() / took.as_secs_f64().max(1e-6);
@@ -632,13 +635,8 @@ impl Runtime {
                 }
                 let receiver = &self.receiver;
                 let at_most = if throttle > 0.0 { CHUNK } else { self.nap() };
-                match self.machine.lend(at_most, |wait| receiver.recv_timeout(wait)) {
-                    Ok(event) => self.event(event),
-                    Err(RecvTimeoutError::Timeout) => None,
-                    Err(RecvTimeoutError::Disconnected) => {
-                        Some(Outcome::Failed("the program's threads ended".into()))
-                    }
-                }
+                let came = self.machine.lend(at_most, |wait| receiver.recv_timeout(wait));
+                self.waited(came)
             }
             Stop::Request(request) => self.request(request),
             Stop::Dead => {
@@ -652,7 +650,7 @@ impl Runtime {
                 self.debug_stop(stop);
                 None
             }
-            Stop::Output | Stop::Idle { .. } => None,
+            Stop::Output | Stop::News | Stop::Idle { .. } => None,
         }
     }
 
@@ -680,6 +678,7 @@ impl Runtime {
 
     /// A backup's step: execute towards the next entry of the log.
     fn follow_step(&mut self) -> Option<Outcome> {
+        self.idle.leave(&self.outside);
         if let Some(outcome) = self.drain_following() {
             return Some(outcome);
         }
@@ -764,10 +763,10 @@ pub fn follow_entry(
         }
         // A sleeping guest's time passes without instructions: it may never reach the target.
         Some(Stop::Debug(stop)) => return Followed::Stopped(stop),
-        Some(Stop::Limit | Stop::Output | Stop::Idle { .. }) if machine.now() > target.ns => {
+        Some(Stop::Limit | Stop::Output | Stop::News | Stop::Idle { .. }) if machine.now() > target.ns => {
             return Followed::Differs(vec!["virtual time".into()]);
         }
-        Some(Stop::Limit | Stop::Output | Stop::Idle { .. }) => return Followed::NotYet,
+        Some(Stop::Limit | Stop::Output | Stop::News | Stop::Idle { .. }) => return Followed::NotYet,
         None => {}
     }
     let here = machine.stamp();

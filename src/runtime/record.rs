@@ -45,6 +45,12 @@ pub enum RecordError {
     Log(#[from] LogError),
 }
 
+/// Where inputs are logged.
+pub enum Sink {
+    None,
+    File(Box<Recorder>),
+}
+
 /// Writes a recording.
 pub struct Recorder {
     file: BufWriter<File>,

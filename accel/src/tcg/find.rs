@@ -156,9 +156,9 @@ impl SoftCpu {
                 }
             }
         }
-        b.finish(&ops);
+        let block = (!ops.is_empty()).then(|| b.finish(&ops));
         self.cache.ops = ops;
-        (b.count > 0).then(|| Kept::new(b))
+        block
     }
 
     /// The block of one instruction that starts in the page `e` and ends in the next. `None`: not in memory, or too close
@@ -196,9 +196,8 @@ impl SoftCpu {
         self.mark_cut(&b, phys);
         let mut ops = Vec::with_capacity(1);
         add_op(&mut b, &mut ops, d);
-        b.finish(&ops);
         b.second = next.phys;
-        Ok(Some(self.insert_block(Kept::new(b))))
+        Ok(Some(self.insert_block(b.finish(&ops))))
     }
 
     /// One instruction that runs into the code segment's limit, or is not in memory: looked at afresh each time.
@@ -234,8 +233,7 @@ impl SoftCpu {
                 self.mark_cut(&b, first | lin & 0xFFF);
                 let mut ops = Vec::with_capacity(1);
                 add_op(&mut b, &mut ops, d);
-                b.finish(&ops);
-                let b = Kept::new(b);
+                let b = b.finish(&ops);
                 let p: *const Block = &*b;
                 if let Some(old) = self.lone.replace(b) {
                     self.cache.graveyard.push(old);
@@ -255,5 +253,7 @@ fn add_op(b: &mut Block, ops: &mut Vec<Op>, d: decode::Decoded) {
     }
     b.bytes += op.len as u32;
     ops.push(op);
-    b.vecs.extend(d.vec);
+    if let Some(vec) = d.vec {
+        b.vecs = std::mem::take(&mut b.vecs).into_vec().into_iter().chain([vec]).collect();
+    }
 }

@@ -96,14 +96,6 @@ pub struct Large<T>(NonNull<[T]>);
 unsafe impl<T: Send> Send for Large<T> {}
 
 impl<T> Large<T> {
-    /// One element.
-    pub fn one(value: T) -> Large<T> {
-        let p = Self::room(1);
-        // SAFETY: there is room for one.
-        unsafe { p.write(value) };
-        Large(NonNull::slice_from_raw_parts(p, 1))
-    }
-
     fn room(len: usize) -> NonNull<T> {
         const { assert!(align_of::<T>() <= ALIGN) };
         let size = len * size_of::<T>();
@@ -165,27 +157,58 @@ impl<T> Drop for Large<T> {
     }
 }
 
-/// As a box.
-pub struct Kept<T>(Large<T>);
+/// As a box, perhaps with elements of another type behind the value.
+pub struct Kept<T> {
+    value: NonNull<T>,
+    /// Of the piece.
+    size: usize,
+}
+
+// SAFETY: it owns its value, as a box does.
+unsafe impl<T: Send> Send for Kept<T> {}
 
 impl<T> Kept<T> {
     pub fn new(value: T) -> Kept<T> {
-        Kept(Large::one(value))
+        Kept::with(value, &[] as &[u8], |_, _| ())
+    }
+
+    /// `value`, and a copy of `tail` behind it, of which `know` lets it know where it starts.
+    pub fn with<U: Copy>(mut value: T, tail: &[U], know: impl FnOnce(&mut T, *const U)) -> Kept<T> {
+        const { assert!(align_of::<T>() <= ALIGN && align_of::<U>() <= align_of::<T>()) };
+        let size = size_of::<T>() + size_of_val(tail);
+        let at = pool().take(size.max(1)).cast::<T>();
+        // SAFETY: there is room for the value and as many elements, whose alignment is no larger; new memory overlaps nothing.
+        unsafe {
+            let behind = at.add(1).cast::<U>().as_ptr();
+            std::ptr::copy_nonoverlapping(tail.as_ptr(), behind, tail.len());
+            know(&mut value, behind);
+            at.write(value);
+        }
+        Kept { value: at, size: size.max(1) }
     }
 }
 impl<T> Deref for Kept<T> {
     type Target = T;
     #[inline(always)]
     fn deref(&self) -> &T {
-        // SAFETY: `new` put one there.
-        unsafe { &*self.0 .0.as_ptr().cast::<T>() }
+        // SAFETY: it is there until the drop.
+        unsafe { self.value.as_ref() }
     }
 }
 impl<T> DerefMut for Kept<T> {
     #[inline(always)]
     fn deref_mut(&mut self) -> &mut T {
         // SAFETY: as above.
-        unsafe { &mut *self.0 .0.as_ptr().cast::<T>() }
+        unsafe { self.value.as_mut() }
+    }
+}
+impl<T> Drop for Kept<T> {
+    fn drop(&mut self) {
+        // SAFETY: the value is used no more, and the memory is from `take` with this size.
+        unsafe {
+            self.value.drop_in_place();
+            pool().give(self.value.cast(), self.size);
+        }
     }
 }
 impl<T: Default> Default for Kept<T> {
@@ -222,6 +245,17 @@ mod tests {
             assert_eq!(k.as_ptr() as usize % if k.is_empty() { 8 } else { ALIGN }, 0);
             let of = k.first().map_or(0, |v| v >> 32);
             assert!(k.iter().zip(0..).all(|(v, i)| *v == i | of << 32));
+        }
+    }
+
+    #[test]
+    fn what_lies_behind_a_value_is_there() {
+        for n in 0..100u64 {
+            let tail: Vec<u64> = (0..n).map(|i| i ^ n << 32).collect();
+            let kept = Kept::with(std::ptr::null(), &tail, |p, tail| *p = tail);
+            // SAFETY: so many were put there.
+            let found = unsafe { std::slice::from_raw_parts::<u64>(*kept, n as usize) };
+            assert_eq!(found, tail);
         }
     }
 

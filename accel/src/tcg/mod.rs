@@ -511,13 +511,13 @@ impl SoftCpu {
     /// Run a block (or as much of it as the budget allows). Returns whether it ended with a fault.
     #[inline(always)]
     fn run_block(&mut self, b: &Block) -> bool {
-        let len = b.ops.len();
+        let len = b.ops().len();
         let room = self.limit - self.pos;
         let n_max = if self.single { 1 } else { (len as u64).min(room) as usize };
         let start = self.rip;
         self.st.gpr[BLOCKIP as usize] = start;
         self.rip = start.wrapping_add(b.bytes as u64) & self.ip_mask;
-        let first = b.ops.as_ptr();
+        let first = b.ops().as_ptr();
         let mut p = first;
         // SAFETY: n_max <= len.
         self.end = unsafe { first.add(n_max) };

@@ -1,7 +1,7 @@
 //! Decoded instructions, blocks of them, and access to general registers by width.
 
 use super::decode::FLAT32;
-use super::large::Large;
+use super::large::Kept;
 use super::SoftCpu;
 use crate::simd::VecInsn;
 use crate::Exception;
@@ -128,15 +128,18 @@ pub struct Block {
     pub bytes: u32,
     /// Where the table by linear address has it, or had it.
     pub places: Cell<Places>,
-    pub ops: Large<Op>,
-    /// Where execution went on from here (64-bit mode).
-    pub links: [Cell<Link>; 2],
     /// The guest physical page that its only instruction runs on into (see `cache::CROSSING`).
     pub second: u64,
+    /// Its instructions, which lie behind it.
+    ops: *const Op,
+    /// Where execution went on from here (64-bit mode).
+    pub links: [Cell<Link>; 2],
     /// Owns what the vector ops' `imm` points to.
-    #[allow(clippy::vec_box)]
-    pub vecs: Vec<Box<VecOp>>,
+    pub vecs: Box<[Box<VecOp>]>,
 }
+
+// What is looked at to interpret it is one line, and its instructions follow after the next.
+const _: () = assert!(size_of::<Block>() == 128);
 
 /// Sets of the table by linear address.
 #[derive(Clone, Copy, Default)]
@@ -169,9 +172,9 @@ impl Block {
         let links = [Cell::new(Link::NONE), Cell::new(Link::NONE)];
         Block {
             key,
-            ops: Large::default(),
             bytes: 0,
-            vecs: Vec::new(),
+            ops: std::ptr::NonNull::dangling().as_ptr(),
+            vecs: Box::default(),
             second: 0,
             places: Cell::default(),
             links,
@@ -193,10 +196,17 @@ impl Block {
         self.links.iter().for_each(|l| l.set(Link::NONE));
     }
 
-    /// These are its instructions.
-    pub fn finish(&mut self, ops: &[Op]) {
-        self.ops = Large::copy(ops);
+    /// It is complete with these instructions.
+    pub fn finish(mut self, ops: &[Op]) -> Kept<Block> {
         self.count = ops.len() as u32;
+        Kept::with(self, ops, |b, ops| b.ops = ops)
+    }
+
+    /// Its instructions.
+    #[inline(always)]
+    pub fn ops(&self) -> &[Op] {
+        // SAFETY: a block with a count was made by `finish`, which put so many there for as long as it is kept.
+        unsafe { std::slice::from_raw_parts(self.ops, self.count as usize) }
     }
 }
 

@@ -65,7 +65,7 @@ pub struct Compiler<'a> {
 
 /// Whether `block` may need the flags as they are before it.
 pub fn needs_flags(block: &Block, alone: bool) -> bool {
-    for op in block.ops.iter() {
+    for op in block.ops().iter() {
         let kind = classify(op, block, alone);
         let e = kind.effects();
         if e.exits || e.reads != 0 || matches!(kind, Kind::Vector { .. }) {

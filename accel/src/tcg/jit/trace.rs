@@ -90,8 +90,8 @@ impl<'a> Trace<'a> {
     fn add(&mut self, block: &'a Block, alone: bool) {
         let at = block.key & 0xFFF;
         self.word = if block.is_flat32() { 4 } else { 8 };
-        self.kinds.extend(block.ops.iter().map(|op| classify(op, block, alone)));
-        self.part_of.extend(block.ops.iter().map(|_| self.parts.len() as u8));
+        self.kinds.extend(block.ops().iter().map(|op| classify(op, block, alone)));
+        self.part_of.extend(block.ops().iter().map(|_| self.parts.len() as u8));
         self.parts.push(Part { block, at, before: self.count });
         self.count += block.count;
     }
@@ -104,7 +104,7 @@ impl<'a> Trace<'a> {
     }
     pub fn op(&self, i: usize) -> &'a Op {
         let p = self.part(i);
-        &p.block.ops[i - p.before as usize]
+        &p.block.ops()[i - p.before as usize]
     }
     /// The offset, from the page's start, of what follows instruction `i` in memory.
     pub fn next(&self, i: usize) -> i64 {
@@ -157,7 +157,7 @@ impl<'a> Trace<'a> {
         if self.count >= ENOUGH && !on.code.get().is_null() {
             return None;
         }
-        let fits = self.count as usize + on.ops.len() <= LENGTH;
+        let fits = self.count as usize + on.ops().len() <= LENGTH;
         // What rarely follows is not worth the room.
         (fits && weight(on) >= weight(first).min(HOT) / 3).then_some(on)
     }
