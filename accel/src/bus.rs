@@ -71,6 +71,11 @@ pub trait Bus {
     /// interrupt line moved, an IPI is to be delivered, the machine asks for a stop. Checked after every
     /// access through this trait.
     fn break_requested(&self) -> bool;
+    /// Whether `run` is to end at the next chance just as if its budget did, because somebody outside waits to change the
+    /// machine. Asked after accesses; the answer may change at any time, and never shows in results.
+    fn end_wanted(&self) -> bool {
+        false
+    }
 }
 
 /// Why [`Processor::run`] returned.

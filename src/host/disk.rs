@@ -57,13 +57,16 @@ pub struct DiskWorker {
 }
 
 impl DiskWorker {
-    /// Start serving `node` as drive `index`.
+    /// Start serving `node` as drive `index`; `news`: see [`Outside::news`].
+    ///
+    /// [`Outside::news`]: super::Outside::news
     pub fn start(
         index: usize,
         name: &str,
         node: Arc<Node>,
         settings: Settings,
         events: Sender<Event>,
+        news: Arc<AtomicBool>,
     ) -> std::io::Result<Self> {
         let drive = index as u32;
         let root = Root::new(node);
@@ -101,6 +104,7 @@ impl DiskWorker {
                 }),
             };
             let _ = events.send(event);
+            news.store(true, Ordering::Relaxed);
         };
         let queue = Queue::start(name, Box::new(image), settings, Box::new(done))?;
         Ok(DiskWorker { queue, root, account, reads, shares_reads })

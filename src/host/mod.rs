@@ -31,12 +31,18 @@ pub struct Outside {
     chars: OnceLock<Vec<chars::CharSink>>,
     /// A backup does reads itself.
     shares_reads: AtomicBool,
+    news: Arc<AtomicBool>,
 }
 
 impl Outside {
     /// The character devices; disks and networks are attached when the machine is live.
     pub fn set_chars(&self, chars: Vec<chars::CharSink>) {
         let _ = self.chars.set(chars);
+    }
+
+    /// Set when a request of a disk has ended, of which the machine thread is told by an event.
+    pub fn news(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.news)
     }
 
     /// Attach drive `index`.

@@ -125,6 +125,8 @@ pub enum Stop {
     Idle { next: Option<u64> },
     /// Outputs are waiting in [`Machine::take_outputs`].
     Output,
+    /// What [`Machine::run_until`] was given is set.
+    News,
     /// The guest asks something of the machine as a whole.
     Request(MachineRequest),
     /// A debugger wanted to stop here.

@@ -1,5 +1,7 @@
 //! The run loop: which processor executes, how far, and what happens between instructions.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use ftvm_accel::bus::Ipi;
 use ftvm_accel::{Bus, ClockLine, Exit, GuestMemory};
 
@@ -13,6 +15,7 @@ struct MachineBus<'a> {
     ipis: &'a mut Vec<Ipi>,
     /// This processor is the one whose LINT0 the 8259 drives.
     boot_processor: bool,
+    news: &'a AtomicBool,
 }
 
 impl Bus for MachineBus<'_> {
@@ -51,6 +54,9 @@ impl Bus for MachineBus<'_> {
     }
     fn break_requested(&self) -> bool {
         !self.ipis.is_empty() || self.chipset.has_work()
+    }
+    fn end_wanted(&self) -> bool {
+        self.news.load(Ordering::Relaxed)
     }
 }
 
@@ -116,7 +122,13 @@ impl Machine {
 
     /// Execute at most `limit` instructions; see [`Stop`]. A paused machine must not be run.
     pub fn run(&mut self, limit: u64) -> Stop {
+        self.run_until(limit, &AtomicBool::new(false))
+    }
+
+    /// The same; where the guest looks at a device (for what it waits for, perhaps), it ends early once `news` is set.
+    pub fn run_until(&mut self, limit: u64, news: &AtomicBool) -> Stop {
         let end = self.position.saturating_add(limit);
+        let mut ended = false;
         loop {
             self.settle();
             if let Some(request) = self.chipset.take_request() {
@@ -127,6 +139,9 @@ impl Machine {
             }
             if self.position >= end {
                 return Stop::Limit;
+            }
+            if ended && news.load(Ordering::Relaxed) {
+                return Stop::News;
             }
             if !self.pick() {
                 return Stop::Idle { next: self.next_deadline() };
@@ -143,10 +158,13 @@ impl Machine {
                 clock: &self.clock,
                 ipis: &mut self.ipis,
                 boot_processor: index == 0,
+                news,
             };
             let result = self.cpus[index].run(&self.mem, &mut bus, self.position, budget);
             self.position += result.retired;
             self.schedule.slice_left = self.schedule.slice_left.saturating_sub(result.retired);
+            // A break may come between an interrupt's delivery and the next instruction, where no budget ends, and no replay.
+            ended = result.exit == Exit::Budget;
             match result.exit {
                 Exit::Budget | Exit::Break | Exit::Halt => {}
                 Exit::Pause => {
@@ -214,5 +232,29 @@ impl Machine {
             }
         }
         None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sim::guest;
+
+    #[test]
+    fn news_end_a_run_where_the_guest_looks_at_a_device() {
+        let mut machine = guest::machine().unwrap();
+        let news = AtomicBool::new(true);
+        // It does at every eighth instruction.
+        for n in 1..=3 {
+            assert_eq!(machine.run_until(1_000, &news), Stop::News);
+            assert_eq!(machine.stamp().position, 8 * n);
+        }
+        assert_eq!(machine.run_until(3, &news), Stop::Limit);
+        let mut twin = guest::machine().unwrap();
+        assert_eq!(twin.run(27), Stop::Limit);
+        assert_eq!(machine.state_hash(), twin.state_hash());
+        news.store(false, Ordering::Relaxed);
+        assert!(matches!(machine.run_until(1_000, &news), Stop::Idle { .. }));
+        assert_eq!(machine.stamp().position, 64);
     }
 }

@@ -299,8 +299,9 @@ fn attach(rt: &mut Runtime, config: DriveConfig, at: Option<usize>) -> Result<us
     let index = at.unwrap_or_else(|| rt.shared.backends().drives.len());
     if let Some(image) = image {
         let settings = queue_settings(&config, pair);
-        let worker = DiskWorker::start(index, &config.id, image, settings, rt.events.clone())
-            .map_err(|e| QmpError::generic(e.to_string()))?;
+        let worker =
+            DiskWorker::start(index, &config.id, image, settings, rt.events.clone(), rt.outside.news())
+                .map_err(|e| QmpError::generic(e.to_string()))?;
         rt.errors.set(index, &config.id, config.on_error);
         rt.outside.attach_disk(index, worker);
     }

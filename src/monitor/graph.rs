@@ -103,7 +103,8 @@ fn exchange(rt: &mut Runtime, exchanges: &[(usize, Moved)]) {
             continue;
         };
         let Some((_, node)) = rt.outside.find_node(&drive.id) else { continue };
-        match DiskWorker::start(i, &drive.id, node, Settings::default(), rt.events.clone()) {
+        let (events, news) = (rt.events.clone(), rt.outside.news());
+        match DiskWorker::start(i, &drive.id, node, Settings::default(), events, news) {
             Ok(worker) => rt.outside.attach_disk(i, worker),
             Err(e) => log::error!("drive {}: {e}", drive.id),
         }

@@ -242,7 +242,7 @@ fn attach_image(
     events: &Events,
 ) -> Result<(), String> {
     let settings = queue_settings(drive, durable);
-    let worker = DiskWorker::start(index, &drive.id, image, settings, events.clone());
+    let worker = DiskWorker::start(index, &drive.id, image, settings, events.clone(), outside.news());
     outside.attach_disk(index, worker.map_err(|e| e.to_string())?);
     Ok(())
 }

@@ -1,5 +1,6 @@
 //! The machine thread's loop.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -86,6 +87,8 @@ pub struct Runtime {
     /// The machine does again what was recorded.
     pub replay: Option<Box<Replay>>,
     pacer: Pacer,
+    /// See [`Outside::news`].
+    news: Arc<AtomicBool>,
     chunk: u64,
     next_hash_ns: u64,
     shutdown: bool,
@@ -125,6 +128,7 @@ impl Runtime {
         options: RunOptions,
     ) -> Self {
         let pacer = Pacer::new(&machine, options.adaptive);
+        let news = outside.news();
         Runtime {
             machine,
             outside,
@@ -148,6 +152,7 @@ impl Runtime {
             debugger: Debugger::default(),
             replay: None,
             pacer,
+            news,
             chunk: 20_000,
             next_hash_ns: 0,
             shutdown: false,
@@ -526,6 +531,7 @@ impl Runtime {
     }
 
     fn live_step(&mut self) -> Option<Outcome> {
+        self.news.store(false, Ordering::Relaxed);
         if let Some(outcome) = self.drain() {
             return Some(outcome);
         }
@@ -547,13 +553,13 @@ impl Runtime {
         }
         let started = Instant::now();
         let before = self.machine.stamp().position;
-        let stop = self.machine.run(self.chunk);
+        let stop = self.machine.run_until(self.chunk, &self.news);
         let ran = self.machine.stamp().position - before;
         let took = started.elapsed();
         self.route_outputs();
         self.hash_point();
         match stop {
-            Stop::Limit | Stop::Output => {
+            Stop::Limit | Stop::Output | Stop::News => {
                 if stop == Stop::Limit {
                     // Aim the chunk at its time.
                     let scale = CHUNK.as_secs_f64() / took.as_secs_f64().max(1e-6);
@@ -645,7 +651,7 @@ impl Runtime {
                 self.debug_stop(stop);
                 None
             }
-            Stop::Output | Stop::Idle { .. } => None,
+            Stop::Output | Stop::News | Stop::Idle { .. } => None,
         }
     }
 
@@ -757,10 +763,10 @@ pub fn follow_entry(
         }
         // A sleeping guest's time passes without instructions: it may never reach the target.
         Some(Stop::Debug(stop)) => return Followed::Stopped(stop),
-        Some(Stop::Limit | Stop::Output | Stop::Idle { .. }) if machine.now() > target.ns => {
+        Some(Stop::Limit | Stop::Output | Stop::News | Stop::Idle { .. }) if machine.now() > target.ns => {
             return Followed::Differs(vec!["virtual time".into()]);
         }
-        Some(Stop::Limit | Stop::Output | Stop::Idle { .. }) => return Followed::NotYet,
+        Some(Stop::Limit | Stop::Output | Stop::News | Stop::Idle { .. }) => return Followed::NotYet,
         None => {}
     }
     let here = machine.stamp();

@@ -74,6 +74,9 @@ impl Processor for Cpu {
                 if bus.break_requested() {
                     return RunResult { exit: Exit::Break, retired };
                 }
+                if bus.end_wanted() {
+                    return RunResult { exit: Exit::Budget, retired };
+                }
             }
         }
         RunResult { exit: Exit::Budget, retired }

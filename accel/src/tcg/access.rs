@@ -42,6 +42,11 @@ impl SoftCpu {
             self.brk = true;
             self.attend();
         }
+        if self.bus().end_wanted() {
+            // After the instruction in hand, unless it faults; after the next one where something is being delivered.
+            self.limit = self.limit.min(self.position() + 1);
+            self.end = std::ptr::null();
+        }
         if self.mem().has_stale_code() || self.mem().generation() != self.generation {
             self.sync_memory();
             self.end = std::ptr::null();

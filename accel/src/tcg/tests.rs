@@ -8,7 +8,7 @@ struct TestBus {
     out: Vec<(u64, u16, u32)>,
     intr: Option<u8>,
     ipis: Vec<Ipi>,
-    stop: bool,
+    end: bool,
 }
 impl Bus for TestBus {
     fn io_read(&mut self, position: u64, port: u16, _: u8) -> u32 {
@@ -43,7 +43,10 @@ impl Bus for TestBus {
         42
     }
     fn break_requested(&self) -> bool {
-        self.stop
+        false
+    }
+    fn end_wanted(&self) -> bool {
+        self.end
     }
 }
 
@@ -129,6 +132,63 @@ fn real_mode_adds_and_halts() {
     assert_eq!(m.cpu.st.gpr[RAX], 0x8000);
     // OF, SF, PF, AF.
     assert_eq!(m.cpu.st.gpr[RBX] & 0x8D5, 0x894);
+}
+
+/// Whoever replays what a machine did is given a budget up to there.
+#[test]
+fn an_end_that_was_wanted_at_an_access_is_that_of_a_budget() {
+    let ends = |make: &dyn Fn() -> Machine| {
+        let (mut m, mut twin) = (make(), make());
+        m.bus.end = true;
+        for ends in 0.. {
+            let exit = m.run(1000).exit;
+            while twin.position < m.position {
+                twin.run(m.position - twin.position);
+            }
+            assert_eq!(m.cpu.save(), twin.cpu.save(), "at {}", m.position);
+            assert_eq!(m.bus.out, twin.bus.out);
+            match exit {
+                Exit::Budget => {}
+                Exit::Halt => return (ends, m.position),
+                other => panic!("{other:?} at {}", m.position),
+            }
+        }
+        (0, 0)
+    };
+    // in al,60h; mov dx,70h; mov di,5000h; mov cx,5; rep insb; sti; in al,dx; mov si,di; mov cl,4; rep outsb; sti;
+    // out dx,al; cli; xor si,si; mov cx,9; rep movsb; add [si],ax; mov di,0F000h; movsb (which faults); hlt
+    let real = [
+        0xE4, 0x60, 0xBA, 0x70, 0x00, 0xBF, 0x00, 0x50, 0xB9, 0x05, 0x00, 0xF3, 0x6C, 0xFB, 0xEC, 0x89, 0xFE,
+        0xB1, 0x04, 0xF3, 0x6E, 0xFB, 0xEE, 0xFA, 0x31, 0xF6, 0xB9, 0x09, 0x00, 0xF3, 0xA4, 0x01, 0x04, 0xBF,
+        0x00, 0xF0, 0xA4, 0xF4,
+    ];
+    let in_real = || {
+        let mut m = Machine::real(&real);
+        // What DS reaches is a device. Interrupt 9 just returns, a fault ends it.
+        m.cpu.segs[DS].base = 0xFEB0_0000;
+        m.cpu.segs[ES].limit = 0x7FFF;
+        m.mem.write(9 * 4, &[0, 0x30, 0, 0]).unwrap();
+        m.mem.write(0x3000, &[0xCF]).unwrap();
+        m.mem.write(13 * 4, &[0, 0x31, 0, 0]).unwrap();
+        m.mem.write(0x3100, &[0xF4]).unwrap();
+        m.bus.intr = Some(9);
+        m
+    };
+    let (count, _) = ends(&in_real);
+    // The interrupt's acknowledgement is one, too.
+    assert_eq!(count, 1 + 5 + 1 + 1 + 4 + 1 + 9 + 1 + 1);
+    // mov ecx,40; a: in al,60h; add ebx,eax; out 61h,al; dec ecx; jnz a; sti; in al,60h; hlt
+    let long = [
+        0xB9, 40, 0, 0, 0, 0xE4, 0x60, 0x01, 0xC3, 0xE6, 0x61, 0xFF, 0xC9, 0x75, 0xF6, 0xFB, 0xE4, 0x60, 0xF4,
+    ];
+    for tier in [Tier::Never, Tier::AtOnce] {
+        let in_long = || {
+            let mut m = Machine::long(&long);
+            m.cpu.set_tier(tier);
+            m
+        };
+        assert_eq!(ends(&in_long), (81, 1 + 40 * 5 + 3), "{tier:?}");
+    }
 }
 
 #[test]

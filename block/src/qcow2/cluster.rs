@@ -1,7 +1,10 @@
 //! Guest data: reading and writing clusters.
 
+use std::collections::VecDeque;
 use std::io::Read;
-use std::sync::MutexGuard;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use flate2::{Decompress, FlushDecompress};
 
 use super::header::{Compression, AUTOCLEAR_RAW_DATA};
 use super::{Place, Qcow2, State, COPIED, SUBCLUSTERS, ZERO};
@@ -9,6 +12,36 @@ use crate::{BlockError, Image};
 
 /// Clusters allocated in one go at the most.
 const RUN: u64 = 64;
+/// Memory for unpacked clusters at the most (but for one, which may be larger): boot loaders and file systems read a cluster in
+/// several pieces.
+const UNPACKED: usize = 1 << 20;
+
+/// Compressed clusters that were read in part, unpacked, by their L2 entries; the one used last comes last. Nothing writes
+/// compressed clusters while an image is open, so what an entry refers to stays the same.
+#[derive(Default)]
+pub(super) struct Unpacked(Mutex<VecDeque<(u64, Arc<Vec<u8>>)>>);
+
+impl Unpacked {
+    fn get(&self, entry: u64) -> Option<Arc<Vec<u8>>> {
+        let mut kept = self.0.lock().ok()?;
+        let at = kept.iter().rposition(|(e, _)| *e == entry)?;
+        let found = kept.remove(at)?;
+        let data = Arc::clone(&found.1);
+        kept.push_back(found);
+        Some(data)
+    }
+
+    fn keep(&self, entry: u64, data: Arc<Vec<u8>>) {
+        let Ok(mut kept) = self.0.lock() else { return };
+        let most = (UNPACKED / data.len().max(1)).max(1);
+        if kept.iter().all(|(e, _)| *e != entry) {
+            kept.push_back((entry, data));
+        }
+        if kept.len() > most {
+            kept.pop_front();
+        }
+    }
+}
 
 impl Qcow2 {
     fn read_compressed(&self, entry: u64) -> Result<Vec<u8>, BlockError> {
@@ -20,9 +53,14 @@ impl Qcow2 {
             BlockError::Corrupt(format!("a compressed cluster at {offset:#x} is not readable: {e}"))
         };
         match self.header.compression {
-            Compression::Zlib => flate2::read::DeflateDecoder::new(packed.as_slice())
-                .read_exact(&mut out)
-                .map_err(|e| unreadable(&e))?,
+            Compression::Zlib => {
+                let mut unpack = Decompress::new(false);
+                // Whatever follows the cluster's contents is padding.
+                unpack.decompress(&packed, &mut out, FlushDecompress::Finish).map_err(|e| unreadable(&e))?;
+                if unpack.total_out() < self.cluster() {
+                    return Err(unreadable(&"it ends too early"));
+                }
+            }
             Compression::Zstd => ruzstd::decoding::StreamingDecoder::new(packed.as_slice())
                 .map_err(|e| unreadable(&e))?
                 .read_exact(&mut out)
@@ -75,7 +113,16 @@ impl Qcow2 {
                 Ok(())
             }
             Place::Compressed(entry) => {
-                let data = self.read_compressed(entry)?;
+                let data = match self.unpacked.get(entry) {
+                    Some(data) => data,
+                    None => {
+                        let data = Arc::new(self.read_compressed(entry)?);
+                        if buf.len() < data.len() {
+                            self.unpacked.keep(entry, Arc::clone(&data));
+                        }
+                        data
+                    }
+                };
                 let at = within as usize;
                 buf.copy_from_slice(&data[at..at + buf.len()]);
                 Ok(())

@@ -121,6 +121,7 @@ pub struct Qcow2 {
     autoclear: AtomicU64,
     bitmaps: Mutex<bitmaps::Directory>,
     state: Mutex<State>,
+    unpacked: cluster::Unpacked,
     /// A busy cluster was settled.
     settled: Condvar,
     /// One flush at a time.
@@ -303,6 +304,7 @@ impl Qcow2 {
                 autoclear: AtomicU64::new(kept),
                 bitmaps: Mutex::new(directory),
                 state: Mutex::new(state),
+                unpacked: cluster::Unpacked::default(),
                 settled: Condvar::new(),
                 flushing: Mutex::new(()),
                 gate: RwLock::new(()),

@@ -6,6 +6,7 @@ use std::process::Command;
 use crate::{open, OpenOptions};
 
 mod bitmaps;
+mod compressed;
 mod resize;
 mod snapshots;
 
