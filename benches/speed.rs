@@ -2,7 +2,7 @@
 //! while it is recorded, and while the recording is replayed; and how much of a log the recording is. Ratios of medians.
 //!
 //! `cargo bench --bench speed`; FTVM_BENCH_ROUNDS (default 3). The table is printed, and written with a plot to
-//! `build/bench/`. QEMU does not record user networking, so of Debian only ftvm's recording is there.
+//! `build/bench/`, after each round. QEMU does not record user networking, so of Debian only ftvm's recording is there.
 
 mod marked;
 
@@ -169,46 +169,16 @@ fn figure(value: f64) -> String {
     format!("{value:.places$}")
 }
 
-fn bench() -> Result<()> {
-    let rounds = std::env::var("FTVM_BENCH_ROUNDS").ok().and_then(|r| r.parse().ok()).unwrap_or(3usize);
-    let scratch = Scratch::new("speed")?;
-    let (ftvm, qemu) = (guests::ftvm()?, "qemu-system-x86_64");
-    let key = guests::run("sh", &["-c", RSA_KEY])?;
-    let (log, their_log) = (scratch.path("ftvm.rr"), scratch.path("qemu.rr"));
-    let rr = |how: &str, file: &str| format!("shift=auto,rr={how},rrfile={file}");
-    // What is compared lies close together, and who goes first changes from round to round.
-    let mut work = [
-        Way::new(qemu, &["-accel", "tcg"]),
-        Way::new(&ftvm, &[]),
-        Way::new(&ftvm, &["-icount", &rr("record", &log)]).metered(scratch.path("qmp")),
-        Way::new(qemu, &["-icount", &rr("record", &their_log)]),
-    ];
-    let mut replays = [
-        Way::new(&ftvm, &["-icount", &rr("replay", &log)]),
-        Way::new(qemu, &["-icount", &rr("replay", &their_log)]),
-    ];
-    let size = |path: &str| std::fs::metadata(path).map_or(0.0, |m| m.len() as f64 / 1e3);
-    let (mut sizes, mut failed) = ((0.0, 0.0), 0);
-    for round in 0..rounds {
-        let turns = |n: usize| (0..n).map(move |i| if round % 2 == 0 { i } else { n - 1 - i });
-        turns(4).try_for_each(|i| work[i].tiny())?;
-        for i in turns(2) {
-            let done = replays[i].tiny();
-            // QEMU's stands still for ever now and then.
-            if let (Err(e), true) = (&done, replays[i].program == qemu) {
-                eprintln!("round {round}: {e}");
-                failed += 1;
-            } else {
-                done?;
-            }
-        }
-        sizes = (size(&log), size(&their_log));
-        eprintln!("round {round}: benchmarks done");
-        turns(3).try_for_each(|i| work[i].debian(&scratch, &key))?;
-        eprintln!("round {round}: Debian done");
-    }
-    let [theirs, plain, record, their_record] = work.map(|way| way.runs);
-    let [replay, their_replay] = replays.map(|way| way.runs);
+/// Print and write what `rounds` rounds gave. So many of QEMU's replays `failed`; `sizes` are the recordings' in KB.
+fn report(
+    work: &[Way; 4],
+    replays: &[Way; 2],
+    rounds: usize,
+    failed: usize,
+    sizes: (f64, f64),
+) -> Result<()> {
+    let [theirs, plain, record, their_record] = work.each_ref().map(|way| &way.runs);
+    let [replay, their_replay] = replays.each_ref().map(|way| &way.runs);
     let mut table = String::from(
         "| guest work | QEMU TCG (s) | ftvm (s) | times as fast | recording / plain | recording vs QEMU's | \
          replaying vs QEMU's | log (Mbit/s) | log (bytes per 1,000 instructions) |\n|---|---|---|---|---|---|---|---|---|\n",
@@ -221,9 +191,9 @@ fn bench() -> Result<()> {
         let against = |a: &Runs, b: &Runs| Some(a.seconds.median(row)? / b.seconds.median(row)?);
         let all = [
             Some(other / ours),
-            against(&record, &plain),
-            against(&their_record, &record),
-            against(&their_replay, &replay),
+            against(record, plain),
+            against(their_record, record),
+            against(their_replay, replay),
         ];
         let shown = all.map(|r| r.map_or("".into(), |r| format!("{r:.2}")));
         let log = [&record.log_rate, &record.log_density].map(|l| l.median(row).map_or("".into(), figure));
@@ -250,6 +220,48 @@ fn bench() -> Result<()> {
         sizes.0, sizes.1
     );
     marked::report(&table, &[("speed.md", &table), ("speed.svg", &plot(&bars))])
+}
+
+fn bench() -> Result<()> {
+    let rounds = std::env::var("FTVM_BENCH_ROUNDS").ok().and_then(|r| r.parse().ok()).unwrap_or(3usize);
+    let scratch = Scratch::new("speed")?;
+    let (ftvm, qemu) = (guests::ftvm()?, "qemu-system-x86_64");
+    let key = guests::run("sh", &["-c", RSA_KEY])?;
+    let (log, their_log) = (scratch.path("ftvm.rr"), scratch.path("qemu.rr"));
+    let rr = |how: &str, file: &str| format!("shift=auto,rr={how},rrfile={file}");
+    // What is compared lies close together, and who goes first changes from round to round.
+    let mut work = [
+        Way::new(qemu, &["-accel", "tcg"]),
+        Way::new(&ftvm, &[]),
+        Way::new(&ftvm, &["-icount", &rr("record", &log)]).metered(scratch.path("qmp")),
+        Way::new(qemu, &["-icount", &rr("record", &their_log)]),
+    ];
+    let mut replays = [
+        Way::new(&ftvm, &["-icount", &rr("replay", &log)]),
+        Way::new(qemu, &["-icount", &rr("replay", &their_log)]),
+    ];
+    let size = |path: &str| std::fs::metadata(path).map_or(0.0, |m| m.len() as f64 / 1e3);
+    let mut failed = 0;
+    for round in 0..rounds {
+        let turns = |n: usize| (0..n).map(move |i| if round % 2 == 0 { i } else { n - 1 - i });
+        turns(4).try_for_each(|i| work[i].tiny())?;
+        for i in turns(2) {
+            let done = replays[i].tiny();
+            // QEMU's stands still for ever now and then.
+            if let (Err(e), true) = (&done, replays[i].program == qemu) {
+                eprintln!("round {round}: {e}");
+                failed += 1;
+            } else {
+                done?;
+            }
+        }
+        let sizes = (size(&log), size(&their_log));
+        eprintln!("round {round}: benchmarks done");
+        turns(3).try_for_each(|i| work[i].debian(&scratch, &key))?;
+        eprintln!("round {round}: Debian done");
+        report(&work, &replays, round + 1, failed, sizes)?;
+    }
+    Ok(())
 }
 
 fn main() {

@@ -274,9 +274,9 @@ impl Stubs {
         a.store(8, mem(SITE), RDI);
         lookup(&mut a, s.miss, true);
 
-        // Links cost more than to look a few times.
+        // A link costs as much as to look many times, and processes that start and end soon need none.
         s.across = address(&a);
-        a.alu_imm(1, 0, mem(ASKED), 32);
+        a.alu_imm(1, 0, mem(ASKED), 8);
         a.jcc_abs(cc::B ^ 1, s.lookup);
         s.ask = address(&a);
         a.store(8, mem(RIP_OUT), RAX);
