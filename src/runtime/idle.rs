@@ -2,8 +2,10 @@
 //!
 //! To fall asleep and be woken takes longer than many a request does, so the thread looks out for a short while before it
 //! sleeps, as KVM does (`halt_poll_ns`): for longer when what it waited for came soon, for a shorter time and finally not at
-//! all when it did not, and not while others want the host's processor. And it serves those networks itself that would otherwise pass on what arrives by a thread of their
-//! own; while the guest computes, that thread serves them.
+//! all when it did not, and not while others want the host's processor.
+//!
+//! And it serves those networks itself that would otherwise pass on what arrives by a thread of their own; while the guest
+//! computes, that thread serves them.
 
 use std::sync::mpsc::RecvTimeoutError;
 use std::time::{Duration, Instant};
