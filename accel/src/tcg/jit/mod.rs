@@ -69,7 +69,7 @@ const CHARGE: usize = 5;
 const FAILURES: u32 = 4;
 
 /// Interpreted runs before a block is compiled.
-const HOT: u32 = 20;
+const HOT: u32 = 30;
 /// The host's base register points here in the processor, so that one-byte displacements reach `gpr`.
 const ORIGIN: usize = offset_of!(SoftCpu, st.gpr) + 128;
 
