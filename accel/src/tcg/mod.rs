@@ -37,6 +37,7 @@ mod tests;
 mod tests_code;
 #[cfg(test)]
 mod tests_system;
+mod tlb;
 mod undefined;
 mod vec;
 
@@ -56,6 +57,7 @@ use large::{Kept, Large};
 use msr::Msrs;
 use op::*;
 use paging::*;
+use tlb::Tlb;
 
 static IDLE: Op = decode::BLANK;
 

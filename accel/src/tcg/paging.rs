@@ -9,17 +9,10 @@ use super::cache::CodePage;
 use super::flags::AC;
 use super::large::Large;
 use super::op::{Fault, R};
+use super::tlb::{self, no_tag, Tlb, TLB_SIZE};
 use super::SoftCpu;
 use crate::mem::{Backing, TABLE, WRITE_FREE};
 use crate::Exception;
-
-/// Entries of each TLB: as many pages as a compressor or a compiler goes to and fro over.
-pub const TLB_SIZE: usize = 4096;
-/// A tag that no address has whose entry is `slot`: compiled code finds the offset within a page by the
-/// exclusive or of address and tag, which must be large then.
-pub const fn no_tag(slot: usize) -> u64 {
-    (slot as u64 ^ 1) << 12
-}
 
 /// CR0 and CR4 bits.
 pub const CR0_PE: u64 = 1;
@@ -47,66 +40,6 @@ pub const EFER_SCE: u64 = 1;
 pub const EFER_LME: u64 = 0x100;
 pub const EFER_LMA: u64 = 0x400;
 pub const EFER_NXE: u64 = 0x800;
-
-/// A way from linear to host addresses of one page.
-#[derive(Clone, Copy)]
-#[repr(C)]
-pub struct Way {
-    /// Linear page, if accesses may go straight to memory.
-    pub tag: u64,
-    /// Host address of the page.
-    pub host: *mut u8,
-}
-
-/// A TLB. What each access looks at lies close together, apart from the rest.
-pub struct Tlb {
-    /// For reads, then for writes.
-    ways: Large<Way>,
-    /// Guest physical pages; [`EMPTY`]: nothing was filled in.
-    phys: Large<u64>,
-}
-
-/// No guest physical page.
-const EMPTY: u64 = 1;
-/// From where a TLB has the ways for reads to where it has those for writes, in bytes.
-pub const WRITES: usize = TLB_SIZE * size_of::<Way>();
-
-/// The entry for a linear address.
-fn slot_of(lin: u64) -> usize {
-    (lin >> 12) as usize & (TLB_SIZE - 1)
-}
-
-impl Tlb {
-    fn new() -> Tlb {
-        let way = |slot: usize| Way { tag: no_tag(slot % TLB_SIZE), host: std::ptr::null_mut() };
-        Tlb { ways: (0..2 * TLB_SIZE).map(way).collect(), phys: (0..TLB_SIZE).map(|_| EMPTY).collect() }
-    }
-    /// For compiled code.
-    pub fn address(&self) -> u64 {
-        self.ways.as_ptr() as u64
-    }
-    /// How to read at a linear address.
-    #[inline(always)]
-    pub fn read(&self, lin: u64) -> &Way {
-        &self.ways[slot_of(lin)]
-    }
-    /// How to write.
-    #[inline(always)]
-    pub fn write(&self, lin: u64) -> &Way {
-        &self.ways[TLB_SIZE + slot_of(lin)]
-    }
-    fn close_writes(&mut self, slot: usize) {
-        self.ways[TLB_SIZE + slot].tag = no_tag(slot);
-    }
-    fn close(&mut self, slot: usize) {
-        self.ways[slot].tag = no_tag(slot);
-        self.close_writes(slot);
-    }
-    fn clear(&mut self, slot: usize) {
-        self.close(slot);
-        self.phys[slot] = EMPTY;
-    }
-}
 
 /// One entry of the fetch TLB.
 #[derive(Clone, Copy)]
@@ -157,7 +90,7 @@ impl Space {
         self.protected.iter().for_each(|&page| some.add(page));
         for &(mmu, slot) in &self.filled {
             let tlb = &mut self.tlb[mmu as usize];
-            let phys = tlb.phys[slot as usize];
+            let phys = tlb.phys(slot as usize);
             if some.may_have(phys) && self.protected.contains(&phys) {
                 tlb.close_writes(slot as usize);
             }
@@ -469,7 +402,7 @@ impl SoftCpu {
         let hit = |tag: u64| (tag ^ base) >> bits == 0;
         for &(mmu, slot) in filled {
             let (tlb, slot) = (&mut tlb[mmu as usize], slot as usize);
-            if hit(tlb.ways[slot].tag) || hit(tlb.ways[TLB_SIZE + slot].tag) {
+            if tlb.tags(slot).into_iter().any(hit) {
                 tlb.close(slot);
             }
         }
@@ -720,7 +653,7 @@ impl SoftCpu {
         self.changes += 1;
         for &(mmu, slot) in &self.filled {
             let tlb = &mut self.tlb[mmu as usize];
-            if tlb.phys[slot as usize] == page {
+            if tlb.phys(slot as usize) == page {
                 tlb.close_writes(slot as usize);
             }
         }
@@ -961,7 +894,7 @@ impl SoftCpu {
         if b.read.is_null() || mmu == MMU_USER_AC {
             return;
         }
-        let slot = slot_of(lin);
+        let slot = tlb::slot_of(lin);
         let mut wtag = no_tag(slot);
         if w.writable && b.write.cast_const() == b.read && !b.flags.is_null() && self.watch_free(page) {
             // SAFETY: the flag byte lives as long as guest memory.
@@ -970,13 +903,9 @@ impl SoftCpu {
             }
         }
         let rtag = if self.watch_free(page) { page } else { no_tag(slot) };
-        let tlb = &mut self.tlb[mmu];
-        if std::mem::replace(&mut tlb.phys[slot], phys) == EMPTY {
+        if self.tlb[mmu].set(slot, [rtag, wtag], b.read.cast_mut(), phys) {
             self.filled.push((mmu as u8, slot as u16));
         }
-        let host = b.read.cast_mut();
-        tlb.ways[slot] = Way { tag: rtag, host };
-        tlb.ways[TLB_SIZE + slot] = Way { tag: wtag, host };
         self.leaves[mmu][leaf_place(slot)] = w.leaf;
         self.tables.add(w.leaf);
     }

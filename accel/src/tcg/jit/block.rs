@@ -5,7 +5,7 @@ use arrayvec::ArrayVec;
 use super::super::cache::Cache;
 use super::super::decode::MODE64;
 use super::super::op::FS;
-use super::super::paging::{Way, TLB_SIZE, WRITES};
+use super::super::tlb::{Way, TLB_SIZE, WRITES};
 use super::super::SoftCpu;
 use super::asm::*;
 use super::cold::Cold;
@@ -175,7 +175,8 @@ impl SoftCpu {
         let entries: Vec<_> = leaders[mine.clone()].iter().map(|l| (l.i, 0)).collect();
         let Some(trace) = Trace::of(&grouped.keys, &self.cache, self.cpus == 1) else { return };
         let (base, home) = (memory.next(), grouped.code);
-        let mut c = Compiler::new(trace, base, self, Room::default());
+        let room = std::mem::take(&mut self.jit.room);
+        let mut c = Compiler::new(trace, base, self, room);
         (c.home, c.entries) = (home, entries);
         c.body();
         c.out_of_line();
