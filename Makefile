@@ -26,7 +26,7 @@ test: setup
 	tests/guests/build.sh build/guests all
 	$(CARGO) build --release --manifest-path tests/second-reader/Cargo.toml --target-dir build/second-reader
 	@tests/kvm/run.sh list
-	$(CARGO) test --release --workspace --no-fail-fast
+	CARGO="$(CARGO)" tests/run.sh
 
 # All checks of -accel kvm, those that need real hardware among them; says what it could not run, and why.
 test-kvm: setup

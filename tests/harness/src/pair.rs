@@ -453,6 +453,12 @@ impl Pair {
             (vm.log().matches("is made anew").count() > seen).then_some(())
         })
         .map_err(|e| format!("{e}\n{}", self.logs()))?;
+        // Until the primary has read that its backup gives up, it is protected as far as it knows.
+        let mut qmp = self.qmp()?;
+        crate::wait_for("the primary's notice", Duration::from_secs(30), || {
+            qmp.ft().is_ok_and(|ft| ft["state"] != "protected").then_some(())
+        })
+        .map_err(|e| format!("{e}\n{}", self.logs()))?;
         self.wait_protected()
     }
 
