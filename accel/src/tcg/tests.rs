@@ -116,7 +116,7 @@ impl Machine {
         self.position += r.retired;
         r
     }
-    fn word(&self, at: u64) -> u64 {
+    pub fn word(&self, at: u64) -> u64 {
         let mut b = [0; 8];
         self.mem.read(at, &mut b).unwrap();
         u64::from_le_bytes(b)
