@@ -52,8 +52,6 @@ fn stall() -> Result<()> {
         clients.wait_progress(30, WAIT)?;
     }
     clients.finish()?;
-    // The overlay is merged when the old primary is gone.
-    std::thread::sleep(Duration::from_secs(2));
     pair.finish(false)
 }
 
@@ -135,7 +133,6 @@ fn cut() -> Result<()> {
         clients.wait_progress(30, WAIT).map_err(|e| format!("{e}\n{}", pair.logs()))?;
     }
     clients.finish()?;
-    std::thread::sleep(Duration::from_secs(2));
     pair.finish(false)
 }
 
@@ -166,7 +163,6 @@ fn moves() -> Result<()> {
     for (name, seen) in clients.finish()? {
         println!("{name}: {} answers, longest pause {:.0?}", seen.answers, seen.longest);
     }
-    std::thread::sleep(Duration::from_secs(2));
     pair.finish(guest == Guest::Debian)
 }
 
@@ -214,8 +210,6 @@ fn operations() -> Result<()> {
     for (name, seen) in clients.finish()? {
         println!("{name}: {} answers, longest pause {:.0?}", seen.answers, seen.longest);
     }
-    // The switches' overlays are merged when the old primary has gone.
-    std::thread::sleep(Duration::from_secs(2));
     pair.finish(false)
 }
 

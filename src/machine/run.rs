@@ -148,7 +148,10 @@ impl Machine {
             }
             let timer =
                 self.next_deadline().map_or(u64::MAX, |d| self.clock.instructions_until(self.position, d));
-            let budget = (end - self.position).min(timer.max(1)).min(self.schedule.slice_left);
+            // A processor that is alone has no turns, each of whose ends would cost time.
+            let turns = self.cpus.len() > 1;
+            let slice = if turns { self.schedule.slice_left } else { u64::MAX };
+            let budget = (end - self.position).min(timer.max(1)).min(slice);
             let index = self.schedule.current as usize;
             let stepped = self.step == Some(index);
             let budget = if stepped { budget.min(1) } else { budget };
@@ -162,13 +165,15 @@ impl Machine {
             };
             let result = self.cpus[index].run(&self.mem, &mut bus, self.position, budget);
             self.position += result.retired;
-            self.schedule.slice_left = self.schedule.slice_left.saturating_sub(result.retired);
+            if turns {
+                self.schedule.slice_left = self.schedule.slice_left.saturating_sub(result.retired);
+            }
             // A break may come between an interrupt's delivery and the next instruction, where no budget ends, and no replay.
             ended = result.exit == Exit::Budget;
             match result.exit {
                 Exit::Budget | Exit::Break | Exit::Halt => {}
                 Exit::Pause => {
-                    if self.cpus.len() > 1 {
+                    if turns {
                         self.schedule.slice_left = 0;
                     }
                 }

@@ -63,9 +63,6 @@ use tlb::Tlb;
 
 static IDLE: Op = decode::BLANK;
 
-/// Calls whose returns are predicted; a byte counts them in steps of 4.
-const RING: usize = 64;
-
 /// The TSC's rate on a machine that began here: one tick for each nanosecond of virtual time.
 pub(crate) const TSC_KHZ: u32 = 1_000_000;
 
@@ -193,8 +190,8 @@ pub struct SoftCpu {
     jit: jit::Jit,
     /// More slots like those behind the registers in `gpr`.
     more_slots: [u64; 16],
-    /// Where the returns of the innermost calls are expected to lead.
-    ring: [jit::Return; RING],
+    /// Where the returns of calls are expected to lead.
+    returns: jit::Returns,
 }
 
 // SAFETY: the raw pointers `mem`, `bus`, `cur` and `end` mean something only within `run`; the others point
@@ -322,7 +319,7 @@ impl SoftCpu {
             points: points::Points::new(),
             jit: jit::Jit::new(),
             more_slots: [0; 16],
-            ring: [jit::Return::NONE; RING],
+            returns: jit::Returns::NONE,
         };
         c.reset_state(false);
         c

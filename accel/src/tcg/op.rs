@@ -32,7 +32,7 @@ pub const BLOCKIP: u8 = 17;
 /// the TLB and the table by linear address, the linear page that runs, RIP on the way out,
 /// whether the host's vector registers hold the guest's (1 XMM, 2 YMM), the host's MXCSR,
 /// two for `touch`, the table's keys for both halves of linear addresses (and short forms of both in one slot), the key that is looked for,
-/// the site that asks, the code that was found, where in `SoftCpu::ring` the innermost return is, how often jumps asked in vain; between
+/// the site that asks, the code that was found, how often jumps asked in vain; between
 /// them the host addresses of groups.
 pub const LEFT: usize = 18;
 pub const FLAGS: usize = 19;
@@ -42,7 +42,6 @@ pub const PAGE: usize = 22;
 pub const RIP_OUT: usize = 24;
 pub const XMM_LIVE: usize = 25;
 pub const HOST_CSR: usize = 26;
-pub const RING_TOP: usize = 27;
 pub const TOUCHED: usize = 31;
 pub const LEVEL: usize = 40;
 pub const KEY: usize = 41;

@@ -309,10 +309,16 @@ impl Pair {
     fn expect_takeover(&mut self) -> Result<serde_json::Value> {
         let other = self.other();
         let vm = self.hosts[other].as_ref().ok_or("there is no backup")?;
-        let ft = vm
-            .qmp()?
-            .wait_ft("live", Duration::from_secs(30))
-            .map_err(|e| format!("{e}\n{}", self.logs()))?;
+        let mut qmp = vm.qmp()?;
+        // It need not be seen while it is `live`: the old primary may be its backup already.
+        let ft = crate::wait_for("the takeover", Duration::from_secs(30), || {
+            qmp.ft()
+                .map(|ft| (ft["role"] == "primary" && !ft["last-failover"].is_null()).then_some(ft))
+                .transpose()
+        })
+        .and_then(|ft| ft)
+        .map_err(|e| format!("{e}\n{}", self.logs()))?;
+        drop(qmp);
         self.live = other;
         self.taken_over = true;
         Ok(ft)
@@ -425,10 +431,9 @@ impl Pair {
 
     /// The backup is made anew on the user's wish.
     pub fn restart_backup(&mut self) -> Result<()> {
+        let before = self.pairing()?;
         self.qmp()?.command("ft-test-restart", serde_json::Value::Null)?;
-        let left = self.qmp()?.wait_ft("unprotected", Duration::from_secs(30));
-        left.map_err(|e| format!("{e}\n{}", self.logs()))?;
-        self.wait_protected()
+        self.wait_protected_anew(before)
     }
 
     /// Fault tolerance is suspended: the backup ends in order, and none is taken.
@@ -441,10 +446,27 @@ impl Pair {
         result.map(|_| ()).map_err(|e| format!("{e}\n{}", self.logs()))
     }
 
+    /// The number of the live side's pairing.
+    fn pairing(&mut self) -> Result<u64> {
+        Ok(self.qmp()?.ft()?["epoch"].as_u64().unwrap_or(0))
+    }
+
+    /// As `wait_protected`, where the machine is protected by pairing number `before` as far as the primary knows.
+    fn wait_protected_anew(&mut self, before: u64) -> Result<()> {
+        let mut qmp = self.qmp()?;
+        let mut last = serde_json::Value::Null;
+        crate::wait_for("protection by a new backup", Duration::from_secs(120), || {
+            last = qmp.ft().ok()?;
+            (last["state"] == "protected" && last["epoch"].as_u64() > Some(before)).then_some(())
+        })
+        .map_err(|e| format!("{e}; last: {last}\n{}", self.logs()))
+    }
+
     /// Change the guest's memory on the backup's host behind the program's back, as broken hardware would: the
     /// backup must notice, and be made anew by itself; the primary goes on.
     pub fn corrupt_backup(&mut self) -> Result<()> {
         let other = self.other();
+        let before = self.pairing()?;
         let vm = self.hosts[other].as_ref().ok_or("there is no backup")?;
         let seen = vm.log().matches("is made anew").count();
         flip_guest_memory(vm.pid())?;
@@ -453,13 +475,7 @@ impl Pair {
             (vm.log().matches("is made anew").count() > seen).then_some(())
         })
         .map_err(|e| format!("{e}\n{}", self.logs()))?;
-        // Until the primary has read that its backup gives up, it is protected as far as it knows.
-        let mut qmp = self.qmp()?;
-        crate::wait_for("the primary's notice", Duration::from_secs(30), || {
-            qmp.ft().is_ok_and(|ft| ft["state"] != "protected").then_some(())
-        })
-        .map_err(|e| format!("{e}\n{}", self.logs()))?;
-        self.wait_protected()
+        self.wait_protected_anew(before)
     }
 
     /// Cut the hosts from each other while both reach the storage and the clients: exactly one goes on.
@@ -484,16 +500,19 @@ impl Pair {
         self.taken_over |= self.live == ended;
         self.live = 1 - ended;
         std::thread::sleep(Duration::from_secs(1));
-        let state = self.qmp()?.ft()?["state"].clone();
+        let mut qmp = self.qmp()?;
+        let mut state = serde_json::Value::Null;
+        let alone = crate::wait_for("a survivor that goes on alone", Duration::from_secs(30), || {
+            state = qmp.ft().ok()?["state"].clone();
+            (state == "unprotected" || state == "live").then_some(())
+        });
         self.net.set_isolated(&self.place, false)?;
-        if state != "unprotected" && state != "live" {
-            return Err(format!("the survivor is {state}\n{}", self.logs()));
-        }
-        Ok(())
+        alone.map_err(|e| format!("{e}; it is {state}\n{}", self.logs()))
     }
 
     /// Power off by ACPI (Debian) or `quit`, and check the image; after a power-off the file system too.
     pub fn finish(mut self, powerdown: bool) -> Result<()> {
+        self.settle()?;
         let command = if powerdown { "system_powerdown" } else { "quit" };
         self.qmp()?.command(command, serde_json::Value::Null)?;
         let logs = self.logs();

@@ -284,10 +284,6 @@ impl Asm {
             self.buf.push(count);
         }
     }
-    /// Zero-extend the low byte of a register in place.
-    pub fn low_byte(&mut self, reg: u8) {
-        self.enc(0, false, 1, 0xB6, reg, Rm::R(reg), true);
-    }
     pub fn setcc(&mut self, cc: u8, rm: Rm) {
         let low8 = matches!(rm, Rm::R(r) if r >= 4);
         self.enc(0, false, 1, 0x90 | cc, 0, rm, low8);

@@ -96,7 +96,7 @@ impl Compiler<'_> {
                     Astray::Return(bytes) => {
                         self.pop(bytes);
                         self.give_back();
-                        self.a.jmp_abs(self.stubs.unwind);
+                        self.a.jmp_abs(self.stubs.lookup);
                     }
                     Astray::Jump(site) => {
                         self.give_back();

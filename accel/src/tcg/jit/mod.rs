@@ -13,7 +13,7 @@
 //! - Traces of one guest page are linked directly; they are dropped together. Everything else goes through
 //!   the table by linear address, whose key changes whenever a translation may have changed. What was found there is
 //!   kept with the key: in the code of direct jumps out of the page ([`Way::Across`]), for other jumps in a [`Site`];
-//!   a call leaves where its return leads ([`Return`]).
+//!   a call leaves where its return leads ([`Returns`]).
 //! - Code runs only in the half of linear addresses for which it was compiled: the keys of the halves differ.
 //! - 32-bit code is compiled where its segments are flat, which is a mode of its own ([`FLAT32`]).
 //!
@@ -38,15 +38,15 @@ use super::access::canonical;
 use super::decode::{FLAT32, MODE64};
 use super::flags::{IF, RF, TF};
 use super::op::{
-    Block, Op, ASKED, BLOCKIP, CODE_AT, FLAGS, HOST_CSR, JUMP_TABLE, KEY, LEFT, LEVEL, NEVER, PAGE, RING_TOP,
-    RIP_OUT, SHORT_KEYS, SITE, TLB, TOUCHED, WANTED, WATCHED, XMM_LIVE,
+    Block, Op, ASKED, BLOCKIP, CODE_AT, FLAGS, HOST_CSR, JUMP_TABLE, KEY, LEFT, LEVEL, NEVER, PAGE, RIP_OUT,
+    SHORT_KEYS, SITE, TLB, TOUCHED, WANTED, WATCHED, XMM_LIVE,
 };
 use super::paging::Access;
 use super::SoftCpu;
 use memory::CodeMemory;
 use std::mem::offset_of;
-pub(super) use ways::Return;
-use ways::{Edge, Way};
+pub(super) use ways::Returns;
+use ways::{Edge, Way, RETURNS};
 
 /// When blocks are compiled. The guest cannot tell.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -24,9 +24,10 @@ pub fn mem_at(n: usize, more: i32) -> Rm {
         Some(n) => Rm::M(RBP, at(offset_of!(SoftCpu, more_slots)) + 8 * n as i32 + more),
     }
 }
-/// A field of the ring's entry with index RDI.
-pub fn ring(field: usize) -> Rm {
-    Rm::X(RBP, RDI, 3, at(offset_of!(SoftCpu, ring) + field))
+/// The element with index RDI of a field of [`Returns`], whose elements have `size` bytes.
+pub fn returns(field: usize, half: usize, size: usize) -> Rm {
+    let start = offset_of!(SoftCpu, returns) + field + half * RETURNS * size;
+    Rm::X(RBP, RDI, size.trailing_zeros() as u8, at(start))
 }
 const CSR: Rm = Rm::M(RBP, at(offset_of!(SoftCpu, st.vector.mxcsr)));
 fn vector_slot(i: u8) -> Rm {
@@ -69,10 +70,8 @@ pub struct Stubs {
     pub ask: u64,
     /// Jump to the guest address in RAX; it may be time to link the edge for which EDI asks once more.
     pub across: u64,
-    /// The same after a return that was not expected to lead there.
-    pub unwind: u64,
-    /// Jump to where the return with index RDI leads.
-    pub returned: u64,
+    /// Jump to where the return in place RDI leads, of each half.
+    pub returned: [u64; 2],
     /// Leave; RIP_OUT says where to go on.
     pub miss: u64,
 }
@@ -283,27 +282,11 @@ impl Stubs {
         a.load(4, RAX, Rm::R(RDI));
         a.jmp_abs(s.exit);
 
-        // Calls and returns that were interpreted are missing: perhaps it is the return of an outer call.
-        s.unwind = address(&a);
-        a.word(4, 1, 0xB6, RDI, mem(RING_TOP)); // movzx
-        let mut found = Vec::new();
-        for _ in 0..3 {
-            a.lea(4, RDI, Rm::M(RDI, -4));
-            a.low_byte(RDI);
-            a.alu_load(8, 7, RAX, ring(offset_of!(Return, lin)));
-            found.push(a.jcc(cc::E));
+        for half in 0..2 {
+            s.returned[half] = address(&a);
+            a.load(8, RAX, returns(offset_of!(Returns, lin), half, 8));
+            a.jmp_abs(s.lookup);
         }
-        a.jmp_abs(s.lookup);
-        for f in found {
-            a.here(f);
-        }
-        a.lea(4, RDI, Rm::M(RDI, -4));
-        a.store(1, mem(RING_TOP), RDI);
-        a.jmp_abs(s.lookup);
-
-        s.returned = address(&a);
-        a.load(8, RAX, ring(offset_of!(Return, lin)));
-        a.jmp_abs(s.lookup);
 
         memory.push(&a.buf, &[]);
         s.size = memory.used();

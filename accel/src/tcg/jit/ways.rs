@@ -1,13 +1,13 @@
 //! The ways from one trace to another: jumps within the page, to other pages, returns, indirect jumps.
 
 use super::super::cache::{CROSSING, NO_KEY, SHORT};
-use super::super::op::{Block, KEY, LEFT, PAGE, RING_TOP, RSP as GUEST_SP, SHORT_KEYS};
-use super::super::{SoftCpu, RING};
+use super::super::op::{Block, KEY, LEFT, PAGE, RSP as GUEST_SP, SHORT_KEYS};
+use super::super::SoftCpu;
 use super::asm::*;
 use super::block::{needs_flags, Access, Compiler};
 use super::cold::{Astray, Cold};
 use super::memory::Site;
-use super::stubs::{mem, mem_at, ring, HOST};
+use super::stubs::{mem, mem_at, returns, HOST};
 use super::{near_hole, Jit, CHARGE, FAR};
 use std::mem::offset_of;
 
@@ -44,17 +44,24 @@ pub enum Way {
     },
 }
 
-/// Where the return of a call is expected to lead: while the short key is the same, to `code`, which charges the budget.
-#[derive(Clone, Copy)]
-#[repr(C, align(32))]
-pub struct Return {
-    pub lin: u64,
-    pub key: u32,
-    pub code: u64,
+/// Where the returns of calls are expected to lead: to address `lin`, and while the short key is the same, to `code`,
+/// which charges the budget. A return has the place of its slot on the guest's stack ([`SLOT`]), which needs no counting,
+/// and is the right one again after a switch of stacks; each half of linear addresses has places of its own.
+#[repr(C, align(64))]
+pub struct Returns {
+    pub lin: [[u64; RETURNS]; 2],
+    pub code: [[u64; RETURNS]; 2],
+    pub key: [[u32; RETURNS]; 2],
 }
 
-impl Return {
-    pub const NONE: Return = Return { lin: 0, key: NO_KEY, code: 0 };
+/// As many places as a byte can tell apart.
+pub const RETURNS: usize = 256;
+/// Bytes of stack (as a power of two) that one place stands for.
+const SLOT: u8 = 4;
+
+impl Returns {
+    pub const NONE: Returns =
+        Returns { lin: [[0; RETURNS]; 2], code: [[0; RETURNS]; 2], key: [[NO_KEY; RETURNS]; 2] };
 }
 
 impl SoftCpu {
@@ -104,7 +111,7 @@ impl SoftCpu {
             return;
         }
         self.jit.era = era;
-        self.ring = [Return::NONE; RING];
+        self.returns.key = Returns::NONE.key;
         let Jit { edges, memory: Some(memory), .. } = &mut self.jit else { return };
         for e in edges {
             if let Way::Across { key_at, .. } = e.way {
@@ -234,8 +241,9 @@ impl Compiler<'_> {
     /// On at the guest address in RAX after a return, of which the guest's stack pointer moves by `pop` bytes: where its
     /// call said; the flags are kept.
     pub fn back(&mut self, i: usize, pop: i32) {
-        self.a.word(4, 1, 0xB6, RDI, mem(RING_TOP)); // movzx
-        self.a.alu_load(8, 7, RAX, ring(offset_of!(Return, lin)));
+        self.place_of_return();
+        let half = self.half;
+        self.a.alu_load(8, 7, RAX, returns(offset_of!(Returns, lin), half, 8));
         let from = self.a.jcc(cc::NE);
         self.cold.push(Cold::Astray { from, i, by: Astray::Return(pop) });
         self.pop(pop);
@@ -244,32 +252,41 @@ impl Compiler<'_> {
         let a = &mut self.a;
         a.alu_imm(8, 4, Rm::R(RAX), -4096);
         a.store(8, mem(PAGE), RAX);
-        a.alu_imm(1, 5, mem(RING_TOP), 4);
         a.load(4, RAX, key);
-        a.alu_load(4, 7, RAX, ring(offset_of!(Return, key)));
-        a.jcc_abs(cc::NE, self.stubs.returned);
-        a.word(4, 0, 0xFF, 4, ring(offset_of!(Return, code))); // jmp
+        a.alu_load(4, 7, RAX, returns(offset_of!(Returns, key), half, 4));
+        a.jcc_abs(cc::NE, self.stubs.returned[half]);
+        a.word(4, 0, 0xFF, 4, returns(offset_of!(Returns, code), half, 8)); // jmp
     }
 
-    /// Say where the return of instruction `i`, a call, leads: to the address in RAX. Uses RDI.
+    /// The place in [`Returns`] for the address on top of the guest's stack into RDI. Leaves the flags alone.
+    fn place_of_return(&mut self) {
+        let mut sp = HOST[GUEST_SP];
+        if is_x86_feature_detected!("bmi2") {
+            self.a.vex(3, false, false, 3, 0xF0, 0, RDI, Rm::R(sp)); // rorx
+            self.a.b(&[SLOT]);
+            sp = RDI;
+        }
+        // Of older hosts the low bits, which tell fewer places apart.
+        self.a.enc(0, false, 1, 0xB6, RDI, Rm::R(sp), true); // movzx
+    }
+
+    /// Say where the return of instruction `i`, a call, leads: to the address in RAX, which is on top of the guest's stack.
+    /// Uses RDI and leaves the flags alone.
     pub fn call_site(&mut self, i: usize) {
-        // Without a change of the flags. The byte wraps around by itself.
-        self.a.word(4, 1, 0xB6, RDI, mem(RING_TOP)); // movzx
-        self.a.lea(4, RDI, Rm::M(RDI, 4));
-        self.a.store(1, mem(RING_TOP), RDI);
-        self.a.low_byte(RDI);
-        self.a.store(8, ring(offset_of!(Return, lin)), RAX);
+        let half = self.half;
+        self.place_of_return();
+        self.a.store(8, returns(offset_of!(Returns, lin), half, 8), RAX);
         self.return_code(i);
-        self.a.store(8, ring(offset_of!(Return, code)), RAX);
+        self.a.store(8, returns(offset_of!(Returns, code), half, 8), RAX);
         self.a.load(4, RAX, self.short_key());
-        self.a.store(4, ring(offset_of!(Return, key)), RAX);
+        self.a.store(4, returns(offset_of!(Returns, key), half, 4), RAX);
     }
 
     /// The code of what follows instruction `i` into RAX: from where its block is known on, an edge.
     fn return_code(&mut self, i: usize) {
         let target = self.trace.next(i);
         if !(0..4096).contains(&target) {
-            self.a.lea_abs(RAX, self.stubs.returned);
+            self.a.lea_abs(RAX, self.stubs.returned[self.half]);
             return;
         }
         let n = self.edge_number();
