@@ -38,7 +38,7 @@ impl Compiler<'_> {
             }
             Kind::FromSegment { seg, d } => {
                 self.before(i, false);
-                self.from_segment(seg, d);
+                self.selector(seg, d);
                 self.after(i, false);
             }
             Kind::Extend { s: Some(s), .. } => {

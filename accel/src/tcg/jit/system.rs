@@ -76,7 +76,7 @@ impl Compiler<'_> {
     }
 
     /// A selector into a general register; the flags stay as they are.
-    pub fn from_segment(&mut self, seg: u8, d: u8) {
+    pub fn selector(&mut self, seg: u8, d: u8) {
         let selector = seg as usize * size_of::<Segment>() + offset_of!(Segment, selector);
         self.a.word(4, 1, 0xB7, RAX, Rm::M(RBP, at(offset_of!(SoftCpu, segs) + selector))); // movzx
         self.a.store(8, self.at(d), RAX);
