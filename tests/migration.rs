@@ -238,7 +238,8 @@ fn begin_postcopy(pair: &mut Pair) -> Result<(Qmp, Qmp)> {
     here.command("migrate-set-capabilities", capability("postcopy-ram"))?;
     here.command(
         "migrate-set-parameters",
-        json!({"max-bandwidth": 8 << 20, "max-postcopy-bandwidth": 4 << 20}),
+        // The rest takes longer than what is asked meanwhile, also on a slow host; what the guest asks for comes at once.
+        json!({"max-bandwidth": 8 << 20, "max-postcopy-bandwidth": 1 << 20}),
     )?;
     let uri = pair.destination_uri();
     here.command("migrate", json!({"uri": uri}))?;
@@ -246,6 +247,8 @@ fn begin_postcopy(pair: &mut Pair) -> Result<(Qmp, Qmp)> {
     std::thread::sleep(Duration::from_millis(500));
     here.command("migrate-start-postcopy", Value::Null)?;
     wait_status(&mut here, "postcopy-active", pair)?;
+    // The other side's word for it lies behind what was sent before.
+    wait_status(&mut there, "postcopy-active", pair)?;
     Ok((here, there))
 }
 
@@ -263,7 +266,6 @@ fn postcopy() -> Result<()> {
 
     let (mut here, mut there) = begin_postcopy(&mut pair)?;
     // There it works on what has come; what needs all of it waits.
-    assert_eq!(status(&mut there).as_deref(), Some("postcopy-active"), "{}", pair.logs());
     ftvm_harness::wait_for("the machine there", WAIT, || {
         (there.command("query-status", Value::Null).ok()?["status"] == "running").then_some(())
     })?;
@@ -274,6 +276,7 @@ fn postcopy() -> Result<()> {
     assert_eq!(here.command("query-status", Value::Null)?["status"], "finish-migrate");
     here.command("migrate_cancel", Value::Null)?;
     assert_eq!(status(&mut here).as_deref(), Some("postcopy-active"), "it is too late to cancel");
+    here.command("migrate-set-parameters", json!({"max-postcopy-bandwidth": 4 << 20}))?;
     clients.wait_progress(5, WAIT)?;
     // And then it may come as fast as it can.
     here.command("migrate-set-parameters", json!({"max-postcopy-bandwidth": 0}))?;

@@ -55,6 +55,17 @@ fn stall() -> Result<()> {
     pair.finish(false)
 }
 
+/// Where the guest handles this interrupt, by its interrupt descriptor table.
+fn interrupt_handler(qmp: &mut Qmp, rsp: &mut Rsp, vector: u64) -> Result<u64> {
+    let text = qmp.command("human-monitor-command", json!({"command-line": "info registers"}))?;
+    let table = text.as_str().and_then(|t| t.split("IDT=").nth(1)?.get(..16)).unwrap_or_default();
+    let table = u64::from_str_radix(table, 16).map_err(|e| format!("{text}: {e}"))?;
+    let gate = rsp.ask(&format!("m{:x},10", table + 16 * vector))?;
+    let byte = |i: usize| gate.get(2 * i..2 * i + 2).and_then(|b| u64::from_str_radix(b, 16).ok());
+    let offset = [11, 10, 9, 8, 7, 6, 1, 0].into_iter().try_fold(0, |v, i| Some(v << 8 | byte(i)?));
+    offset.ok_or_else(|| format!("interrupt {vector:#x} has the gate '{gate}'"))
+}
+
 /// A debugger stops both sides in the same place, and the pair stays one.
 fn debugged() -> Result<()> {
     const RIP: usize = 16;
@@ -112,6 +123,16 @@ fn debugged() -> Result<()> {
     for at in &places {
         assert_eq!(rsp.ask(&format!("z0,{at:x},1"))?, "OK");
     }
+    // Where an interrupt has just been delivered, and no instruction has followed: at the handler of Linux' timer.
+    let handler = interrupt_handler(&mut here, &mut rsp, 0xEC)?;
+    assert_eq!(rsp.ask(&format!("Z0,{handler:x},1"))?, "OK");
+    for _ in 0..3 {
+        assert!(rsp.ask("vCont;c:p1.-1")?.starts_with("T05"));
+        assert_eq!(rsp.register(RIP)?, handler);
+        same_place(&mut here, &mut there)?;
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    assert_eq!(rsp.ask(&format!("z0,{handler:x},1"))?, "OK");
     assert_eq!(rsp.ask("D;1")?, "OK");
     drop((rsp, here, there));
     clients.wait_progress(20, WAIT)?;

@@ -116,6 +116,15 @@ pub trait Processor: Send {
     /// Run at most `budget` instructions from global position `position`. Pending interrupts of the
     /// local APIC and the 8259 are taken at instruction boundaries as the architecture says.
     fn run(&mut self, mem: &GuestMemory, bus: &mut dyn Bus, position: u64, budget: u64) -> RunResult;
+    /// How many interrupts and exceptions were delivered at `position` that no instruction has followed yet. No budget ends
+    /// there; [`Self::deliver`] leads there.
+    fn delivered(&self, _position: u64) -> u32 {
+        0
+    }
+    /// As [`Self::run`], to where `count` interrupts and exceptions were delivered at `position` and nothing was retired.
+    fn deliver(&mut self, _: &GuestMemory, _: &mut dyn Bus, _position: u64, _count: u32) -> RunResult {
+        RunResult { exit: Exit::Internal, retired: 0 }
+    }
     /// Power-on reset (`init` false) or INIT (`init` true: keeps what SDM vol. 3 table 10-1 keeps).
     fn reset(&mut self, init: bool);
     /// Whether the processor is halted or waits for SIPI and has no interrupt to wake it.

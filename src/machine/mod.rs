@@ -114,6 +114,8 @@ pub enum MachineInput {
     Paused(bool),
     /// The hosts' note: see [`Machine::note`].
     Note(Vec<u8>),
+    /// So many interrupts and exceptions are delivered before the next instruction: see [`Machine::delivered`].
+    Deliver(u32),
 }
 
 /// Why [`Machine::run`] returned.
@@ -311,6 +313,7 @@ impl Machine {
             MachineInput::Reset => self.reset(),
             MachineInput::Paused(paused) => self.paused = *paused,
             MachineInput::Note(note) => self.note.clone_from(note),
+            MachineInput::Deliver(count) => self.deliver(*count),
         }
         self.settle();
     }

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use ftvm_accel::bus::Ipi;
-use ftvm_accel::{Bus, ClockLine, Exit, GuestMemory};
+use ftvm_accel::{Bus, ClockLine, Exit, GuestMemory, Processor, RunResult};
 
 use super::{Chipset, DebugStop, Machine, Reason, Stamp, Stop, VirtualClock, LONE_SLICE, SLICE};
 
@@ -131,11 +131,14 @@ impl Machine {
         let mut ended = false;
         loop {
             self.settle();
-            if let Some(request) = self.chipset.take_request() {
-                return Stop::Request(request);
-            }
-            if !self.outputs.is_empty() {
-                return Stop::Output;
+            // Between a delivery and the next instruction no budget ends, and so no replay: nothing may be put in there.
+            if self.delivered() == 0 {
+                if let Some(request) = self.chipset.take_request() {
+                    return Stop::Request(request);
+                }
+                if !self.outputs.is_empty() {
+                    return Stop::Output;
+                }
             }
             if self.position >= end {
                 return Stop::Limit;
@@ -155,20 +158,9 @@ impl Machine {
             let index = self.schedule.current as usize;
             let stepped = self.step == Some(index);
             let budget = if stepped { budget.min(1) } else { budget };
-            let mut bus = MachineBus {
-                mem: &self.mem,
-                chipset: self.chipset.as_mut(),
-                clock: &self.clock,
-                ipis: &mut self.ipis,
-                boot_processor: index == 0,
-                news,
-            };
-            let result = self.cpus[index].run(&self.mem, &mut bus, self.position, budget);
-            self.position += result.retired;
-            if turns {
-                self.schedule.slice_left = self.schedule.slice_left.saturating_sub(result.retired);
-            }
-            // A break may come between an interrupt's delivery and the next instruction, where no budget ends, and no replay.
+            let result =
+                self.with_cpu(index, news, |cpu, mem, bus, position| cpu.run(mem, bus, position, budget));
+            // A break, too, may come between a delivery and the next instruction.
             ended = result.exit == Exit::Budget;
             match result.exit {
                 Exit::Budget | Exit::Break | Exit::Halt => {}
@@ -179,6 +171,8 @@ impl Machine {
                 }
                 Exit::Shutdown => {
                     log::warn!("triple fault at position {}: resetting the machine", self.position);
+                    // What led to it counts as an instruction, or else a replay could not come to where it lies behind.
+                    self.position += 1;
                     return Stop::Request(ftvm_devices::MachineRequest::Reset);
                 }
                 Exit::Debug => {
@@ -192,6 +186,50 @@ impl Machine {
             if stepped && result.retired > 0 {
                 self.step = None;
                 return Stop::Debug(DebugStop { cpu: index, reason: Reason::Step });
+            }
+        }
+    }
+
+    fn with_cpu(
+        &mut self,
+        index: usize,
+        news: &AtomicBool,
+        work: impl FnOnce(&mut dyn Processor, &GuestMemory, &mut dyn Bus, u64) -> RunResult,
+    ) -> RunResult {
+        let mut bus = MachineBus {
+            mem: &self.mem,
+            chipset: self.chipset.as_mut(),
+            clock: &self.clock,
+            ipis: &mut self.ipis,
+            boot_processor: index == 0,
+            news,
+        };
+        let result = work(self.cpus[index].as_mut(), &self.mem, &mut bus, self.position);
+        self.position += result.retired;
+        if self.cpus.len() > 1 {
+            self.schedule.slice_left = self.schedule.slice_left.saturating_sub(result.retired);
+        }
+        result
+    }
+
+    /// How many interrupts and exceptions were delivered here that no instruction has followed yet. A debugger may stop there;
+    /// a replay comes there by [`MachineInput::Deliver`] only.
+    ///
+    /// [`MachineInput::Deliver`]: super::MachineInput::Deliver
+    pub fn delivered(&self) -> u32 {
+        self.cpus.iter().map(|c| c.delivered(self.position)).max().unwrap_or(0)
+    }
+
+    /// Deliver what is due here, up to that many.
+    pub(super) fn deliver(&mut self, count: u32) {
+        self.settle();
+        while self.delivered() < count && self.pick() {
+            let (index, news) = (self.schedule.current as usize, AtomicBool::new(false));
+            let result = self.with_cpu(index, &news, |cpu, mem, bus, at| cpu.deliver(mem, bus, at, count));
+            self.settle();
+            // Not so: a log that says what was not.
+            if result.retired > 0 || !matches!(result.exit, Exit::Break | Exit::Budget) {
+                return;
             }
         }
     }

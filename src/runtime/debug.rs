@@ -11,7 +11,7 @@ use ftvm_accel::DebugPoints;
 
 use super::control::RunState;
 use super::live::{Runtime, Sink};
-use crate::machine::DebugStop;
+use crate::machine::{DebugStop, MachineInput};
 
 /// What a debugger hears.
 pub struct News {
@@ -186,6 +186,11 @@ impl Runtime {
     /// The machine came to where the debugger wanted it to stop.
     pub fn debug_stop(&mut self, stop: DebugStop) {
         self.debugger.reason = Some(stop);
+        let delivered = self.machine.delivered();
+        if delivered > 0 && self.is_logged() && self.replay.is_none() {
+            // It stopped behind a delivery, and whatever comes in while it stands still comes in there.
+            self.input(MachineInput::Deliver(delivered));
+        }
         self.stop(RunState::Debug);
     }
 

@@ -47,6 +47,8 @@ struct Cpu {
     count: u64,
     acc: u64,
     halted: bool,
+    /// The last instruction that faulted: its number.
+    faulted: u64,
 }
 
 impl Processor for Cpu {
@@ -59,8 +61,17 @@ impl Processor for Cpu {
             if self.halted {
                 return RunResult { exit: Exit::Halt, retired };
             }
+            let next = self.count + 1;
+            if next.is_multiple_of(20) && self.faulted != next {
+                // It looks at a device and faults, and its handler comes first.
+                self.faulted = next;
+                self.acc = mix(self.acc, u64::from(bus.io_read(position + retired, 1, 4)));
+                if bus.break_requested() {
+                    return RunResult { exit: Exit::Break, retired };
+                }
+            }
             retired += 1;
-            self.count += 1;
+            self.count = next;
             self.acc = mix(self.acc, self.count);
             let at = position + retired;
             if self.count.is_multiple_of(13) {
@@ -80,6 +91,9 @@ impl Processor for Cpu {
             }
         }
         RunResult { exit: Exit::Budget, retired }
+    }
+    fn delivered(&self, _: u64) -> u32 {
+        u32::from(self.faulted == self.count + 1)
     }
     fn reset(&mut self, _init: bool) {
         self.halted = false;

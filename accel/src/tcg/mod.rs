@@ -151,6 +151,8 @@ pub struct SoftCpu {
     attention: bool,
     brk: bool,
     single: bool,
+    /// `run` ends behind so many deliveries at its position; 0: it goes on.
+    deliver_only: u32,
 
     // Caches, never visible.
     tlb: [Tlb; 4],
@@ -294,6 +296,7 @@ impl SoftCpu {
             attention: true,
             brk: false,
             single: false,
+            deliver_only: 0,
             tlb: new_tlb(),
             code_tlb: new_code_tlb(),
             filled: Vec::new(),
@@ -411,6 +414,9 @@ impl SoftCpu {
                     Exit::Budget
                 };
                 return done(self, exit);
+            }
+            if self.deliver_only != 0 && self.delivered(self.pos) >= self.deliver_only {
+                return done(self, Exit::Budget);
             }
             if self.attention {
                 if let Some(exit) = self.attend_to() {
@@ -662,6 +668,21 @@ impl Processor for SoftCpu {
         let r = self.run_loop(position);
         self.bus = std::ptr::NonNull::<NoBus>::dangling().as_ptr();
         r
+    }
+
+    fn delivered(&self, position: u64) -> u32 {
+        if self.delivery_at == position {
+            self.deliveries
+        } else {
+            0
+        }
+    }
+
+    fn deliver(&mut self, mem: &GuestMemory, bus: &mut dyn Bus, position: u64, count: u32) -> RunResult {
+        self.deliver_only = count;
+        let result = self.run(mem, bus, position, 1);
+        self.deliver_only = 0;
+        result
     }
 
     fn reset(&mut self, init: bool) {

@@ -154,7 +154,7 @@ mod tests {
     use super::super::Tier;
     use super::*;
     use crate::debug::Watch;
-    use crate::{Exit, Processor};
+    use crate::{Exit, Processor, RunResult};
 
     /// mov ecx,50; mov edi,3000h; a: inc qword [2000h]; push rcx; mov ecx,5; rep stosb; pop rcx; cmp byte [2000h],40;
     /// jne b; nop; b: dec ecx; jnz a; hlt
@@ -267,6 +267,36 @@ mod tests {
         m.cpu.set_debug(Some(&DebugPoints::default()));
         assert_eq!(m.run(5).exit, Exit::Halt);
         assert_eq!(m.cpu.rip, 0xC021);
+    }
+
+    #[test]
+    fn where_a_debugger_stops_behind_deliveries_is_found_again_without_one() {
+        let mut code = CODE;
+        // UD2 for the second instruction.
+        code[5..7].copy_from_slice(&[0x0F, 0x0B]);
+        for (set_out, handler, count) in [(0, 0xC020, 1), (1, 0xC060, 1)] {
+            let make = || {
+                let mut m = Machine::long(&code);
+                m.run(set_out);
+                if set_out == 0 {
+                    m.cpu.nmi();
+                }
+                m
+            };
+            let (mut m, mut twin) = (make(), make());
+            m.cpu.set_debug(Some(&at(&[handler])));
+            assert_eq!((m.run(100).exit, m.cpu.rip), (Exit::Debug, handler));
+            assert_eq!((m.position, m.cpu.delivered(m.position)), (set_out, count));
+            assert_eq!(twin.cpu.delivered(set_out), 0);
+            assert_ne!(m.cpu.save(), twin.cpu.save());
+            assert_eq!(twin.deliver(count).retired, 0);
+            assert_eq!(m.cpu.save(), twin.cpu.save());
+            assert_eq!(m.cpu.take_debug_hit(), Some(DebugHit::Break(handler)));
+            m.cpu.set_debug(None);
+            assert_eq!(m.run(100), RunResult { exit: Exit::Halt, retired: 1 });
+            assert_eq!(twin.run(100), RunResult { exit: Exit::Halt, retired: 1 });
+            assert_eq!((m.cpu.delivered(m.position), m.cpu.save()), (0, twin.cpu.save()));
+        }
     }
 
     fn cpu(watches: &[(u64, u64)]) -> SoftCpu {

@@ -216,11 +216,15 @@ impl Console {
         Ok(Console { tty: std::os::fd::OwnedFd::from(stream).into(), text: String::new() })
     }
 
-    /// Read until `mark` is there; everything up to then.
+    /// Read until `mark` is there; everything up to its end. What has come behind it stays for the next call.
     pub fn until(&mut self, mark: &str, limit: Duration) -> Result<String> {
         let end = Instant::now() + limit;
         let mut buf = [0u8; 4096];
-        while !self.text.contains(mark) {
+        loop {
+            if let Some(at) = self.text.find(mark) {
+                let rest = self.text.split_off(at + mark.len());
+                return Ok(std::mem::replace(&mut self.text, rest));
+            }
             if Instant::now() > end {
                 return Err(format!("'{mark}' did not come; the console says:\n{}", self.text));
             }
@@ -230,7 +234,6 @@ impl Console {
                 self.text.push_str(&String::from_utf8_lossy(&buf[..n]).replace('\r', ""));
             }
         }
-        Ok(std::mem::take(&mut self.text))
     }
 
     /// Type something.
@@ -246,9 +249,7 @@ impl Console {
         self.tty.write_all(line.as_bytes()).map_err(|e| e.to_string())?;
         let mut text = self.until("END:", Duration::from_secs(60))?;
         // The status is behind the mark.
-        if text.ends_with("END:") {
-            text.push_str(&self.until("\n", Duration::from_secs(60))?);
-        }
+        text.push_str(&self.until("\n", Duration::from_secs(60))?);
         Ok(text)
     }
 }
