@@ -175,6 +175,15 @@ pub struct Backing {
     pub flags: *const AtomicU8,
 }
 
+impl Backing {
+    /// Writes may go straight to where reads come from: nobody needs to see them.
+    pub(crate) fn writes_are_free(&self) -> bool {
+        // SAFETY: the flag byte lives as long as guest memory.
+        self.write.cast_const() == self.read
+            && unsafe { self.flags.as_ref() }.is_some_and(|f| f.load(Ordering::Relaxed) == WRITE_FREE)
+    }
+}
+
 /// Guest physical memory of one machine.
 pub struct GuestMemory {
     ram: Ram,

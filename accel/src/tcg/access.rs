@@ -2,6 +2,7 @@
 
 use super::op::*;
 use super::paging::*;
+use super::tlb;
 use super::SoftCpu;
 use crate::mem::{Backing, GuestMemory, CODE, TABLE, WRITE_FREE};
 use crate::{Bus, Exception};
@@ -188,7 +189,7 @@ impl SoftCpu {
             return Ok(());
         }
         self.check_write(lin, T::BYTES)?;
-        let v = self.load_slow(lin, T::BYTES)?;
+        let v = self.ld::<T>(lin)?;
         let n = f(self, v);
         self.store_slow(lin, T::BYTES, n)
     }
@@ -220,9 +221,13 @@ impl SoftCpu {
 
     /// Raise what a write of `size` bytes would raise.
     pub(crate) fn check_write(&mut self, lin: u64, size: u64) -> R<()> {
+        let crosses = (lin & 0xFFF) + size > 4096;
+        if !crosses && self.tlb[self.mmu].permitted(lin).is_some() {
+            return Ok(());
+        }
         self.canonical_check(lin, size)?;
         self.walk(lin, Access::Write, self.mmu)?;
-        if (lin & 0xFFF) + size > 4096 {
+        if crosses {
             self.walk(self.next_page(lin), Access::Write, self.mmu)?;
         }
         Ok(())
@@ -251,9 +256,19 @@ impl SoftCpu {
     #[cold]
     #[inline(never)]
     pub(crate) fn store_slow(&mut self, lin: u64, size: u64, v: u64) -> R<()> {
+        let first = 4096 - (lin & 0xFFF);
+        if let (Some(page), true) = (self.tlb[self.mmu].permitted(lin), first >= size && !self.dr_watch) {
+            // A page whose writes must be seen, as a rule: that of a table, or of code.
+            let (b, phys) = (self.mem().backing(page), page | lin & 0xFFF);
+            let changes = self.changes;
+            self.store_to(&b, phys, size as u8, v);
+            if changes == self.changes && b.writes_are_free() {
+                self.tlb[self.mmu].open_writes(tlb::slot_of(lin));
+            }
+            return Ok(());
+        }
         self.canonical_check(lin, size)?;
         let w = self.walk(lin, Access::Write, self.mmu)?;
-        let first = 4096 - (lin & 0xFFF);
         if first < size {
             let next = self.next_page(lin);
             let w2 = self.walk(next, Access::Write, self.mmu)?;
@@ -406,7 +421,7 @@ impl SoftCpu {
             let old = GuestMemory::set_dirty_at(b);
             if old & !WRITE_FREE != 0 {
                 if old & TABLE != 0 {
-                    self.table_written(phys, size as u64);
+                    self.table_written(phys, size as u64, v);
                 }
                 if old & CODE != 0 {
                     self.code_written(phys, size as u64);
@@ -440,16 +455,22 @@ impl SoftCpu {
     }
 
     /// A page that walks read is written: if an entry changes that a walk used, translations are stale.
-    fn table_written(&mut self, phys: u64, size: u64) {
+    fn table_written(&mut self, phys: u64, size: u64, v: u64) {
         let first = phys & !7;
         let last = (phys + size - 1) & !7;
         let (mut used, mut free) = (false, true);
         let mut at = first;
         while at <= last {
             let e = self.phys_read(at, 8);
-            let this = is_used(e);
-            used |= this;
-            free &= self.table_changes(at, this);
+            let mut change = if is_used(e) { Change::Used } else { Change::Unused };
+            if change == Change::Used && first == last {
+                let shift = 8 * (phys - first);
+                let mask = u64::MAX >> (64 - 8 * size) << shift;
+                let new = e & !mask | v << shift & mask;
+                change = self.kind_of_change(at, e, new);
+            }
+            used |= change != Change::Unused;
+            free &= self.table_changes(at, change);
             at += 8;
         }
         if free {

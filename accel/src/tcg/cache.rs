@@ -400,6 +400,9 @@ impl SoftCpu {
     /// Hear what devices and other processors changed.
     pub(crate) fn sync_memory(&mut self) {
         self.forget_short_keys();
+        if self.marks.too_many() {
+            self.flush_tlb();
+        }
         let mem = self.mem();
         if mem.has_stale_code() {
             mem.collect_stale();

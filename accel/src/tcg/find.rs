@@ -28,6 +28,7 @@ impl SoftCpu {
         for n in 0..2 {
             let j = self.jumps[place].0[n];
             if j.lin == lin && j.key == key {
+                Block::fetch_ahead(j.block);
                 // SAFETY: a block in the table is in the cache or in limbo.
                 let block = unsafe { &*j.block };
                 if block.key == DEAD {
@@ -55,6 +56,7 @@ impl SoftCpu {
         for link in &from.links {
             let l = link.get();
             if l.rip == self.rip && l.key == key {
+                Block::fetch_ahead(l.block);
                 return Ok(l.block);
             }
         }

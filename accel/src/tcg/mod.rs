@@ -19,6 +19,7 @@ mod interrupt;
 mod jit;
 pub(crate) mod lapic;
 mod large;
+mod marks;
 mod mov;
 pub(crate) mod msr;
 pub(crate) mod op;
@@ -54,6 +55,7 @@ use flags::{IF, TF};
 use jit::Left;
 use lapic::Lapic;
 use large::{Kept, Large};
+use marks::Marks;
 use msr::Msrs;
 use op::*;
 use paging::*;
@@ -169,14 +171,13 @@ pub struct SoftCpu {
     spaces: Vec<Space>,
     /// Upper halves of linear addresses, which address spaces share; the first is in use.
     highs: Vec<High>,
+    /// What `highs` and `marks` were when the upper half of the address space in use was found in `highs`.
+    noted: (u64, usize, u64),
     /// Where the table entry of each entry of `tlb` lies.
     leaves: [Large<u64>; 4],
     /// In which pages those lie.
     tables: Tables,
-    /// A filter of the table entries that led walks to other tables, and how many bits of it are set.
-    upper: Box<[u64]>,
-    marks: u32,
-    uppers: Box<[Upper]>,
+    marks: Marks,
     trails: Box<Trails>,
     /// The table that was written last, how often, and when.
     table_writes: (u64, u32, u64),
@@ -307,11 +308,10 @@ impl SoftCpu {
             epochs: 2,
             spaces: Vec::new(),
             highs: vec![High::new(2)],
+            noted: (0, 0, 0),
             leaves: new_leaves(),
             tables: Tables::NONE,
-            upper: vec![0; UPPER_BITS / 64].into_boxed_slice(),
-            marks: 0,
-            uppers: vec![Upper::NONE; UPPERS].into_boxed_slice(),
+            marks: Marks::default(),
             trails: new_trails(),
             table_writes: (0, 0, 0),
             changes: 0,

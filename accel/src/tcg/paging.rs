@@ -8,10 +8,11 @@
 use super::cache::CodePage;
 use super::flags::AC;
 use super::large::Large;
+use super::marks::{Led, Spaces};
 use super::op::{Fault, R};
 use super::tlb::{self, no_tag, Tlb, TLB_SIZE};
 use super::SoftCpu;
-use crate::mem::{Backing, TABLE, WRITE_FREE};
+use crate::mem::{Backing, TABLE};
 use crate::Exception;
 
 /// CR0 and CR4 bits.
@@ -70,6 +71,8 @@ pub struct Space {
     tables: Tables,
     /// Pages that `tlb` must no longer give write access to.
     protected: Vec<u64>,
+    /// See [`SoftCpu::noted`].
+    noted: (u64, usize, u64),
 }
 
 /// So many such pages are not worth remembering.
@@ -83,17 +86,8 @@ impl Space {
 
     /// It comes into use: drop direct write access to pages that became tables or code meanwhile.
     fn protect(&mut self) {
-        if self.protected.is_empty() {
-            return;
-        }
-        let mut some = Tables::NONE;
-        self.protected.iter().for_each(|&page| some.add(page));
-        for &(mmu, slot) in &self.filled {
-            let tlb = &mut self.tlb[mmu as usize];
-            let phys = tlb.phys(slot as usize);
-            if some.may_have(phys) && self.protected.contains(&phys) {
-                tlb.close_writes(slot as usize);
-            }
+        for &page in &self.protected {
+            self.tlb.iter_mut().for_each(|tlb| tlb.close_writes_to(page));
         }
         self.protected.clear();
     }
@@ -230,57 +224,24 @@ pub struct Walk {
 /// No table entry.
 pub const NO_LEAF: u64 = u64::MAX;
 
-/// Bits of the filter of table entries that lead to other tables.
-pub const UPPER_BITS: usize = 1 << 18;
-/// Marks an entry that leads to a table of leaves: that table is all that depends on it.
-const DIRECTORY: u64 = 1 << 60;
-/// Marks an entry of a top table (of four levels).
-const TOP: u64 = 1 << 60 | 1 << 61;
-/// Marks the page of a table that has marked entries, or entries that are known exactly.
-const UPPER_PAGE: u64 = 1 << 63 | 8;
-/// Mark an entry, and its page, that code was fetched by: the table of blocks outlives the fetch TLB's entries.
-/// (One for each half of linear addresses.)
-const CODE_LEAF: [u64; 2] = [1 << 62, 1 << 62 | 1 << 61];
-const CODE_PAGE: [u64; 2] = [1 << 62 | 1 << 63 | 8, 1 << 62 | 1 << 61 | 1 << 63 | 8];
-/// Marks, with an address space, a page of entries that code in its lower half was fetched by.
-const fn space_page(leaf: u64, cr3: u64) -> u64 {
-    (leaf & PAGE_BITS ^ cr3.wrapping_mul(0x9E37_79B9_7F4A_7C15)) & !0xF | 8
+/// How an entry of a table changes, and how much that counts on the way to [`MANY_WRITES`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// No walk used it.
+    Unused = 4,
+    /// All that changes is whether, and how, its page is written to. (Processes that fork do this to all their pages, and the
+    /// code that the same table maps is in use again soon.)
+    Writes = 1,
+    Used = 32,
 }
-/// The page, in a physical address with marks.
-const PAGE_BITS: u64 = 0xF_FFFF_FFFF_F000;
-/// Writes to one table, each within so many instructions of the one before, until nothing of it is kept and its
-/// writes are free; an entry that a walk used counts as several.
-const MANY_WRITES: u32 = 16;
-const USED: u32 = 8;
+/// Writes to one table, each within so many instructions of the one before, count until nothing of it is kept and its
+/// writes are free.
+const MANY_WRITES: u32 = 64;
 const WRITES_WITHIN: u64 = 1000;
-
-/// Bits set in the filter until it says too little.
-const MARKS: u32 = 1 << 15;
-
-/// An entry of the third level that led to another table: in which address space, and from which 2^30 linear addresses.
-#[derive(Clone, Copy)]
-pub struct Upper {
-    at: u64,
-    cr3: u64,
-    base: u64,
-}
-impl Upper {
-    pub const NONE: Upper = Upper { at: NO_LEAF, cr3: 0, base: 0 };
-}
-/// As many are known exactly.
-pub const UPPERS: usize = 512;
-fn upper_slot(at: u64) -> usize {
-    (at >> 3 ^ at >> 12) as usize & (UPPERS - 1)
-}
 
 /// Whether a word of a table may be an entry that a walk used, or two.
 pub fn is_used(e: u64) -> bool {
     e & 0x21 == 0x21 || e >> 32 & 0x21 == 0x21
-}
-
-fn upper_bit(at: u64) -> (usize, u64) {
-    let n = (at >> 3).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> (64 - UPPER_BITS.trailing_zeros());
-    ((n >> 6) as usize, 1 << (n & 63))
 }
 
 /// Supervisor; supervisor with EFLAGS.AC set under SMAP; user.
@@ -308,9 +269,7 @@ impl SoftCpu {
         let (filled, code_filled) = (&mut self.filled, &mut self.code_filled);
         drain(&mut self.tlb, filled, &mut self.code_tlb, code_filled, &mut self.tables);
         self.spaces.iter_mut().for_each(Space::drain);
-        self.upper.fill(0);
-        self.marks = 0;
-        self.uppers.fill(Upper::NONE);
+        self.marks.clear();
         self.highs.truncate(1);
         self.highs[0].entries.clear();
         self.changes += 1;
@@ -319,41 +278,60 @@ impl SoftCpu {
         self.new_epoch();
     }
 
-    /// A page that walks read is about to be written, `used` says whether the entry at `at` is one that a walk
-    /// used. Drops the translations that depend on it. True: none depends on the page any more.
-    pub(crate) fn table_changes(&mut self, at: u64, used: bool) -> bool {
+    /// What it means that the entry at `at`, which a walk used, becomes `new`.
+    pub(crate) fn kind_of_change(&self, at: u64, old: u64, new: u64) -> Change {
+        // Writable, dirty, and what the processor ignores in four levels (SDM vol. 3, section 4.5.4; protection keys are
+        // not there): where the page is, who may read it or fetch from it, and that it was accessed stay as they are. In
+        // the entry of a large page, or one that leads to a table, more depends on it.
+        const WRITES: u64 = 0x42 | 0xE00 | 0x7FF << 52;
+        let page = old & 0xA1 == 0x21 && self.efer & EFER_LMA != 0;
+        if page && (old ^ new) & !WRITES == 0 && !self.marks.leads(at) {
+            Change::Writes
+        } else {
+            Change::Used
+        }
+    }
+
+    /// A page that walks read is about to be written, namely the entry at `at`. Drops the translations that depend on it.
+    /// True: none depends on the page any more.
+    pub(crate) fn table_changes(&mut self, at: u64, change: Change) -> bool {
         let page = at & !0xFFF;
         let (last, count, since) = self.table_writes;
         let again = last == page && self.pos.wrapping_sub(since) < WRITES_WITHIN;
-        let count = if again { count + if used { USED } else { 1 } } else { 0 };
+        let count = if again { count + change as u32 } else { 0 };
         self.table_writes = (page, count, self.pos);
-        // Of most tables no entry led to another.
-        let upper = self.marked(page | UPPER_PAGE);
-        if used && upper && self.entry_changes(at) {
+        if change == Change::Used && self.entry_changes(at) {
             return true;
         }
         if count <= MANY_WRITES {
-            if used {
-                self.drop_leaf(at);
+            match change {
+                Change::Unused => {}
+                Change::Writes => self.drop_leaf_writes(at),
+                Change::Used => self.drop_leaf(at),
             }
             return false;
         }
-        // The page is being filled, emptied, or no longer a table. What depends on it depends on its used entries.
-        if upper {
-            for at in (page..page + 4096).step_by(8) {
-                let e = self.phys_read(at, 8);
-                if is_used(e) && self.entry_changes(at) {
-                    return true;
-                }
+        // The page is being filled, emptied, or no longer a table.
+        for at in self.marks.leading(page) {
+            if self.entry_changes(at) {
+                return true;
             }
         }
-        self.drop_leaves(page, |leaf| leaf & !0xFFF == page, CODE_PAGE.map(|c| [page | c; 2]));
+        self.drop_leaves(page, |leaf| leaf & !0xFFF == page);
+        self.drop_codes(page);
+        self.marks.forget(page);
         true
     }
 
     /// The entry at `at` changes: drop what walks found through it in other tables. True: everything was dropped.
     fn entry_changes(&mut self, at: u64) -> bool {
-        if self.marked(at | TOP) {
+        let Some(was) = self.marks.take(at) else { return false };
+        self.changes += 1;
+        if was.on {
+            self.flush_tlb();
+            return true;
+        }
+        if was.top {
             let (top, n) = (at & !0xFFF, at >> 3 & 0x1FF);
             for k in 0..self.spaces.len() {
                 if self.spaces[k].cr3 & self.phys_mask & !0xFFF == top {
@@ -370,19 +348,13 @@ impl SoftCpu {
                 self.drop_range(self.cr3, n << 39, 39);
             }
         }
-        if self.marked(at) {
-            self.flush_tlb();
-            return true;
+        for (cr3, base) in was.ranges {
+            self.drop_range(cr3, base, 30);
         }
-        let u = self.uppers[upper_slot(at)];
-        if u.at == at {
-            self.uppers[upper_slot(at)] = Upper::NONE;
-            self.drop_range(u.cr3, u.base, 30);
-        }
-        if self.marked(at | DIRECTORY) {
+        if was.leaves {
             let table = self.phys_read(at, 8) & self.phys_mask & !0xFFF;
-            let code = CODE_PAGE.map(|c| [table | c; 2]);
-            self.drop_leaves(table, |leaf| leaf & !0xFFF == table, code);
+            self.drop_leaves(table, |leaf| leaf & !0xFFF == table);
+            self.drop_codes(table);
         }
         false
     }
@@ -393,19 +365,22 @@ impl SoftCpu {
         self.epochs += 1;
         let here = self.cr3 == cr3;
         let (tlb, filled, code_tlb, code_filled, epoch) = if here {
-            (&mut self.tlb, &self.filled, &mut self.code_tlb, &self.code_filled, &mut self.epoch)
+            (&mut self.tlb, &mut self.filled, &mut self.code_tlb, &self.code_filled, &mut self.epoch)
         } else if let Some(s) = self.spaces.iter_mut().find(|s| s.cr3 == cr3) {
-            (&mut s.tlb, &s.filled, &mut s.code_tlb, &s.code_filled, &mut s.epoch)
+            (&mut s.tlb, &mut s.filled, &mut s.code_tlb, &s.code_filled, &mut s.epoch)
         } else {
             return;
         };
         let hit = |tag: u64| (tag ^ base) >> bits == 0;
-        for &(mmu, slot) in filled {
+        // Processes that end have this done for one range after the other.
+        filled.retain(|&(mmu, slot)| {
             let (tlb, slot) = (&mut tlb[mmu as usize], slot as usize);
-            if tlb.tags(slot).into_iter().any(hit) {
-                tlb.close(slot);
+            let hit = tlb.tags(slot).into_iter().any(hit);
+            if hit {
+                tlb.clear(slot);
             }
-        }
+            !hit
+        });
         for &(user, slot) in code_filled {
             let e = &mut code_tlb[user as usize][slot as usize];
             if hit(e.tag) {
@@ -419,12 +394,35 @@ impl SoftCpu {
         }
     }
 
+    /// Close the translations for writes whose last table entry, of a page of 4 KiB, lies at `at`: the next write looks
+    /// whether it is permitted, and sets the dirty bit. What else they say stays true.
+    fn drop_leaf_writes(&mut self, at: u64) {
+        let n = (at >> 3) as usize % ENTRIES;
+        let here = (&mut self.tlb, &self.leaves, &self.tables);
+        let parked = self.spaces.iter_mut().map(|s| (&mut s.tlb, &s.leaves, &s.tables));
+        for (tlb, leaves, tables) in parked.chain([here]) {
+            if !tables.may_have(at) {
+                continue;
+            }
+            for (tlb, leaves) in tlb.iter_mut().zip(leaves) {
+                for slot in (n..TLB_SIZE).step_by(ENTRIES) {
+                    if leaves[leaf_place(slot)] == at {
+                        tlb.forbid_writes(slot);
+                    }
+                }
+            }
+        }
+        // Groups of accesses have looked already.
+        self.changes += 1;
+    }
+
     /// Drop the translations whose last table entry lies at `at`, where the old one still is.
     fn drop_leaf(&mut self, at: u64) {
         const LARGE: u64 = 0x80;
-        let code = CODE_LEAF.map(|c| [at | c; 2]);
         if self.st.cr4 & CR4_PAE == 0 || self.phys_read(at, 8) & LARGE != 0 {
-            self.drop_leaves(at, |leaf| leaf == at, code);
+            self.drop_leaves(at, |leaf| leaf == at);
+            let code = self.marks.take_code(at);
+            self.drop_code_keys(code);
             return;
         }
         // Of one page of 4 KiB: its number's low bits are known.
@@ -449,12 +447,14 @@ impl SoftCpu {
                 }
             }
         }
-        self.dropped_by(code);
+        self.changes += 1;
+        let code = self.marks.take_code(at);
+        self.drop_code_keys(code);
     }
 
-    /// Drop translations by where their last table entry lies, all in one page; `code` are the filter's keys of those that
-    /// code was fetched by, in each half.
-    fn drop_leaves(&mut self, page: u64, which: impl Fn(u64) -> bool, code: [[u64; 2]; 2]) {
+    /// Drop translations by where their last table entry lies, all in one page.
+    fn drop_leaves(&mut self, page: u64, which: impl Fn(u64) -> bool) {
+        self.changes += 1;
         let here =
             (&mut self.tlb, &self.leaves, &self.filled, &mut self.code_tlb, &self.code_filled, &self.tables);
         let parked = self
@@ -477,30 +477,31 @@ impl SoftCpu {
                 }
             }
         }
-        self.dropped_by(code);
     }
 
-    /// Translations were dropped by these keys of the filter.
-    fn dropped_by(&mut self, code: [[u64; 2]; 2]) {
-        self.changes += 1;
-        let [low, high] = code.map(|keys| keys.iter().any(|&key| self.marked(key)));
+    /// What code was fetched by entries of the table `page` is looked up anew.
+    fn drop_codes(&mut self, page: u64) {
+        let code = self.marks.take_codes(page);
+        self.drop_code_keys(code);
+    }
+
+    /// The table of blocks holds no more for code in the upper half, and in the lower half of some address spaces. (Whatever
+    /// it has got since by an entry marks it again.)
+    fn drop_code_keys(&mut self, (high, low): (bool, Spaces)) {
         if high {
             self.new_epoch();
-        } else if low {
-            let tables = code[0].map(|key| key & PAGE_BITS);
-            for k in 0..self.spaces.len() {
-                if tables.iter().any(|&t| self.marked(space_page(t, self.spaces[k].cr3))) {
-                    self.epochs += 1;
-                    self.spaces[k].epoch = self.epochs;
-                }
+        } else {
+            for s in self.spaces.iter_mut().filter(|s| low.has(s.cr3)) {
+                self.epochs += 1;
+                s.epoch = self.epochs;
             }
-            if tables.iter().any(|&t| self.marked(space_page(t, self.cr3))) {
+            if low.has(self.cr3) {
                 self.epochs += 1;
                 self.epoch = self.epochs;
                 self.update_key();
             }
         }
-        if low || high {
+        if high || !matches!(low, Spaces::None) {
             // The next instruction is fetched by the new tables.
             self.end = std::ptr::null();
         }
@@ -523,6 +524,10 @@ impl SoftCpu {
 
     /// Find the upper half of the address space that is now in use, among those known.
     fn choose_high(&mut self) {
+        // They were found here before, and any change of them since would have been noticed.
+        if self.noted == self.high_now() {
+            return;
+        }
         let fits = |c: &mut Self, at: usize| {
             (0..c.highs[at].entries.len()).all(|k| {
                 let (n, value) = c.highs[at].entries[k];
@@ -543,8 +548,13 @@ impl SoftCpu {
         for k in 0..self.highs[0].entries.len() {
             let place = self.top_entry(self.highs[0].entries[k].0);
             self.protect_table(place);
-            self.mark_upper(place, TOP);
+            self.marks.led(place, Led::Top);
         }
+        self.noted = self.high_now();
+    }
+
+    fn high_now(&self) -> (u64, usize, u64) {
+        (self.highs[0].epoch, self.highs[0].entries.len(), self.marks.tops())
     }
 
     /// Code was fetched at `lin` in the upper half.
@@ -566,28 +576,12 @@ impl SoftCpu {
 
     /// The walk to `lin` went through the third-level entry at `at`.
     fn note_upper(&mut self, at: u64, lin: u64) {
-        let (cr3, base) = (self.cr3, lin & !0x3FFF_FFFF);
-        let u = &mut self.uppers[upper_slot(at)];
-        if u.at == NO_LEAF && lin >> 63 == 0 {
-            *u = Upper { at, cr3, base };
-            self.mark(at & !0xFFF | UPPER_PAGE);
-        } else if (u.at, u.cr3, u.base) != (at, cr3, base) {
-            self.mark_upper(at, 0);
+        if lin >> 63 == 0 {
+            self.marks.led_from(at, self.cr3, lin & !0x3FFF_FFFF);
+        } else {
+            // All address spaces may have it.
+            self.marks.led(at, Led::On);
         }
-    }
-    /// The entry at `at` led to another table; `level`: see [`DIRECTORY`] and [`TOP`].
-    fn mark_upper(&mut self, at: u64, level: u64) {
-        self.mark(at | level);
-        self.mark(at & !0xFFF | UPPER_PAGE);
-    }
-    fn mark(&mut self, key: u64) {
-        let (word, bit) = upper_bit(key);
-        self.marks += (self.upper[word] & bit == 0) as u32;
-        self.upper[word] |= bit;
-    }
-    fn marked(&self, key: u64) -> bool {
-        let (word, bit) = upper_bit(key);
-        self.upper[word] & bit != 0
     }
 
     /// CR3 becomes `cr3`. Translations always agree with the tables, so none needs to be dropped: those of
@@ -597,7 +591,7 @@ impl SoftCpu {
             return;
         }
         self.switches += 1;
-        if self.marks > MARKS {
+        if self.marks.too_many() {
             self.flush_tlb();
         }
         let known = self.spaces.iter().position(|s| s.cr3 == cr3);
@@ -616,6 +610,7 @@ impl SoftCpu {
                     leaves: new_leaves(),
                     tables: Tables::NONE,
                     protected: Vec::new(),
+                    noted: (0, 0, 0),
                 });
                 self.spaces.len() - 1
             }
@@ -624,6 +619,7 @@ impl SoftCpu {
         let s = &mut self.spaces[at];
         if fresh {
             s.drain();
+            s.noted = (0, 0, 0);
             self.epochs += 1;
             s.epoch = self.epochs;
         }
@@ -635,6 +631,7 @@ impl SoftCpu {
         std::mem::swap(&mut self.filled, &mut s.filled);
         std::mem::swap(&mut self.code_filled, &mut s.code_filled);
         std::mem::swap(&mut self.epoch, &mut s.epoch);
+        std::mem::swap(&mut self.noted, &mut s.noted);
         s.used = self.switches;
         s.cr3 = self.cr3;
         self.find_tlbs();
@@ -651,12 +648,7 @@ impl SoftCpu {
     /// Drop direct write access to one physical page.
     pub(crate) fn drop_writes(&mut self, page: u64) {
         self.changes += 1;
-        for &(mmu, slot) in &self.filled {
-            let tlb = &mut self.tlb[mmu as usize];
-            if tlb.phys(slot as usize) == page {
-                tlb.close_writes(slot as usize);
-            }
-        }
+        self.tlb.iter_mut().for_each(|tlb| tlb.close_writes_to(page));
         // Of the others, many are never in use again.
         for s in self.spaces.iter_mut().filter(|s| !s.filled.is_empty()) {
             s.protected.push(page);
@@ -839,16 +831,16 @@ impl SoftCpu {
             }
             match (i + 1 < n, size, i) {
                 (false, ..) => {}
-                (_, 8, 0) if self.efer & EFER_LMA != 0 && whole => self.mark_upper(at, TOP),
+                (_, 8, 0) if self.efer & EFER_LMA != 0 && whole => self.marks.led(at, Led::Top),
                 (_, 8, _) if i + 2 == n => {
-                    self.mark_upper(at, DIRECTORY);
+                    self.marks.led(at, Led::Leaves);
                     if n == 3 && whole {
                         // A trail may lead from here to tables of leaves.
                         self.note_upper(at, lin);
                     }
                 }
                 (_, 8, _) => self.note_upper(at, lin),
-                _ => self.mark_upper(at & !7, 0),
+                _ => self.marks.led(at, Led::On),
             }
             self.set_bits(at, e, new, size);
         }
@@ -896,14 +888,11 @@ impl SoftCpu {
         }
         let slot = tlb::slot_of(lin);
         let mut wtag = no_tag(slot);
-        if w.writable && b.write.cast_const() == b.read && !b.flags.is_null() && self.watch_free(page) {
-            // SAFETY: the flag byte lives as long as guest memory.
-            if unsafe { &*b.flags }.load(std::sync::atomic::Ordering::Relaxed) == WRITE_FREE {
-                wtag = page;
-            }
+        if w.writable && self.watch_free(page) && b.writes_are_free() {
+            wtag = page;
         }
         let rtag = if self.watch_free(page) { page } else { no_tag(slot) };
-        if self.tlb[mmu].set(slot, [rtag, wtag], b.read.cast_mut(), phys) {
+        if self.tlb[mmu].set(slot, [rtag, wtag], b.read.cast_mut(), phys, w.writable) {
             self.filled.push((mmu as u8, slot as u16));
         }
         self.leaves[mmu][leaf_place(slot)] = w.leaf;
@@ -926,12 +915,9 @@ impl SoftCpu {
         let host = if self.lapic.covers(phys) { std::ptr::null() } else { self.mem().backing(phys).read };
         if w.leaf != NO_LEAF {
             let half = (lin >> 63) as usize;
-            self.mark(w.leaf | CODE_LEAF[half]);
-            self.mark(w.leaf & !0xFFF | CODE_PAGE[half]);
+            self.marks.fetched(w.leaf, half, self.cr3);
             if half == 1 {
                 self.note_high(lin);
-            } else {
-                self.mark(space_page(w.leaf, self.cr3));
             }
         }
         let mut e = CodeEntry { tag: page, host, phys, leaf: w.leaf, page: std::ptr::null() };

@@ -163,7 +163,11 @@ impl SoftCpu {
             self.load_pdptes(cr3)?;
         }
         self.st.cr4 = v;
-        self.flush_tlb();
+        // Translations agree with the tables at all times: a guest that drops them, by PGE, has none dropped. These bits
+        // change what the tables mean.
+        if (old ^ v) & (CR4_PSE | CR4_PAE | CR4_SMEP | CR4_SMAP) != 0 {
+            self.flush_tlb();
+        }
         self.update_mode();
         Ok(())
     }

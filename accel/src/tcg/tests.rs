@@ -119,7 +119,7 @@ impl Machine {
     pub fn deliver(&mut self, count: u32) -> RunResult {
         self.cpu.deliver(&self.mem, &mut self.bus, self.position, count)
     }
-    fn word(&self, at: u64) -> u64 {
+    pub fn word(&self, at: u64) -> u64 {
         let mut b = [0; 8];
         self.mem.read(at, &mut b).unwrap();
         u64::from_le_bytes(b)

@@ -433,12 +433,15 @@ fn accesses_follow_the_tables_whatever_was_translated_before() {
     const TABLES: [[u64; 2]; 3] = [[0x2_0000, 0x2_1000], [0x2_2000, 0x2_3000], [0x2_4000, 0x2_5000]];
     const TOP_ENTRIES: [u64; 2] = [1, 511];
     const PAGES: u64 = 0x3_0000;
-    // mov rbx,[rsi]; mov [rsi],rbx; mov [rdi],rax; mov cr3,rax
-    let code = [0x48, 0x8B, 0x1E, 0x48, 0x89, 0x1E, 0x48, 0x89, 0x07, 0x0F, 0x22, 0xD8];
+    // mov rbx,[rsi]; mov [rsi],rdx; mov [rdi],rax; mov cr3,rax; mov [rdi],al
+    let code = [0x48, 0x8B, 0x1E, 0x48, 0x89, 0x16, 0x48, 0x89, 0x07, 0x0F, 0x22, 0xD8, 0x88, 0x07];
     const LOAD: u64 = 0x1000;
     const STORE: u64 = 0x1003;
     const CHANGE: u64 = 0x1006;
     const SWITCH: u64 = 0x1009;
+    const CHANGE_BYTE: u64 = 0x100C;
+    // add rbx,n: what pages consist of.
+    let add = |n: u64| 0x9090_9090_00C3_8348 | (n & 0x7F) << 24;
     for seed in 1..=6u64 {
         let mut random = seed;
         let mut draw = |n: u64| {
@@ -466,23 +469,30 @@ fn accesses_follow_the_tables_whatever_was_translated_before() {
             }
         }
         for n in 0..0x1000 {
-            both(PAGES + 8 * n, n * 77);
-            both(0x20_0000 + 8 * n, n * 99);
+            both(PAGES + 8 * n, add(n / 512 + 1));
+            both(0x20_0000 + 8 * n, add(n / 512 + 9));
         }
         for step in 0..4000 {
             let near = draw(2) << 30 | draw(2) << 21 | draw(2) << 12 | draw(512) << 3;
             let lin = [1 << 39, 511 << 39 | 0xFFFF << 48][draw(2) as usize] | near;
-            let (mut rip, mut rax, mut rdi, mut times) = ([LOAD, STORE][draw(2) as usize], 0, 0, 1);
+            // (Fetched, it is the start of an instruction.)
+            let (mut rip, mut rax, mut rdi, mut times) = ([LOAD, STORE, lin][draw(3) as usize], 0, 0, 1);
+            let rdx = add(draw(128));
             match draw(16) {
                 0 => (rip, rax) = (SWITCH, TOPS[draw(2) as usize]),
-                1..=4 => {
-                    let level = 1 + draw(4) as usize;
+                change @ 1..=6 => {
+                    let level = if change > 4 { 1 } else { 1 + draw(4) as usize };
                     let n = draw(2);
                     (rip, rax) = (CHANGE, entry(level, &mut draw));
                     rdi = match level {
                         4 => TOPS[draw(2) as usize] + 8 * TOP_ENTRIES[n as usize],
                         level => TABLES[3 - level][draw(2) as usize] + 8 * n,
                     };
+                    if change > 2 {
+                        // One bit: present, writable, user, accessed, dirty, one that is ignored, no execution.
+                        rax = a.word(rdi) ^ 1 << [0, 1, 1, 1, 2, 5, 6, 6, 9, 58, 63][draw(11) as usize];
+                        rip = [CHANGE, CHANGE_BYTE][draw(2) as usize];
+                    }
                     times = if draw(20) == 0 { 30 } else { 1 };
                 }
                 _ => {}
@@ -490,7 +500,9 @@ fn accesses_follow_the_tables_whatever_was_translated_before() {
             for _ in 0..times {
                 for m in [&mut a, &mut b] {
                     m.cpu.rip = rip;
-                    (m.cpu.st.gpr[RAX], m.cpu.st.gpr[RDI], m.cpu.st.gpr[RSI]) = (rax, rdi, lin);
+                    let g = &mut m.cpu.st.gpr;
+                    (g[RAX], g[RDX], g[RDI], g[RSI], g[RSP]) = (rax, rdx, rdi, lin, 0x7800);
+                    m.cpu.halted = false;
                 }
                 // The one starts from nothing each time.
                 b.cpu.flush_tlb();
@@ -586,4 +598,44 @@ fn a_page_becomes_a_table_while_the_address_space_that_wrote_to_it_is_put_aside(
     go(store, 0x6007, 0x1_9000);
     go(switch, 0x1_6000, 0);
     assert_eq!(go(load, 0, 0), 2);
+}
+
+#[test]
+fn what_only_writes_depend_on_leaves_code_known() {
+    // mov [rdi],rax; mov [rsi],rbx; mov rbx,[rsi]; mov cr4,rax
+    let code = [0x48, 0x89, 0x07, 0x48, 0x89, 0x1E, 0x48, 0x8B, 0x1E, 0x0F, 0x22, 0xE0];
+    let [store, write, _, control] = [0x1000, 0x1003, 0x1006, 0x1009];
+    let mut m = Machine::long(&code);
+    // Entries of the code's page and of one that is written.
+    let [own, data] = [0x1_3008, 0x1_3028];
+    let go = |m: &mut Machine, rip: u64, rax: u64, rdi: u64| {
+        m.cpu.rip = rip;
+        let g = &mut m.cpu.st.gpr;
+        (g[RAX], g[RDI], g[RSI], g[RSP]) = (rax, rdi, 0x5000, 0x7800);
+        m.run(1);
+        (m.cpu.epoch, m.cpu.highs[0].epoch, m.cpu.rip)
+    };
+    go(&mut m, write, 0, 0);
+    let before = go(&mut m, store, 0, 0x6000);
+    // No longer writable, nor dirty, with a bit that is ignored: in the same table as the code, and of the code's page.
+    for (at, v) in [(own, 0x1025), (own, 0x1225), (data, 0x5025)] {
+        assert_eq!(go(&mut m, store, v, at), before);
+    }
+    // The write faults, which was permitted before: the handler halts.
+    assert_eq!(go(&mut m, write, 0, 0).2, 0xC0E1);
+    m.cpu.halted = false;
+    assert_eq!(go(&mut m, store, 0x5027, data), before);
+    assert_eq!(go(&mut m, write, 0, 0).2, write + 3);
+    assert_eq!(m.word(data), 0x5067);
+    // Translations agree with the tables whatever PGE says.
+    let cr4 = m.cpu.st.cr4;
+    let (low, high, _) = before;
+    let (now_low, now_high, _) = go(&mut m, control, cr4 | 0x80, 0);
+    assert_eq!((now_low, now_high), (low, high));
+    assert_eq!(m.cpu.st.cr4, cr4 | 0x80);
+    // Accessed no more: the next fetch must say so.
+    assert_ne!(go(&mut m, store, 0x1007, own).0, low);
+    assert_eq!(m.word(own), 0x1007);
+    go(&mut m, write, 0, 0);
+    assert_eq!(m.word(own), 0x1027);
 }

@@ -170,3 +170,25 @@ fn system_calls_are_the_same_compiled() {
     });
     assert_eq!(steps(|| make(Due::Nothing, 0, plain, 20)), steps(|| make(Due::Nothing, 0, plain, 60)));
 }
+
+#[test]
+fn selectors_are_read_the_same_compiled_and_leave_the_flags() {
+    // a: mov eax,ds; add rbx,rax; mov r9d,ss; add rbx,r9; cmp ecx,7; mov rdx,cs; adc rbx,rdx; mov r13d,fs; adc rbx,r13;
+    // dec ecx; jnz a; mov ax,es; add rbx,rax; hlt
+    let code = [
+        0x8C, 0xD8, 0x48, 0x01, 0xC3, 0x41, 0x8C, 0xD1, 0x4C, 0x01, 0xCB, 0x83, 0xF9, 0x07, 0x48, 0x8C, 0xCA,
+        0x48, 0x11, 0xD3, 0x41, 0x8C, 0xE5, 0x4C, 0x11, 0xEB, 0xFF, 0xC9, 0x75, 0xE2, 0x66, 0x8C, 0xC0, 0x48,
+        0x01, 0xC3, 0xF4,
+    ];
+    let make = |times: u64| {
+        let mut m = machine(&code, Due::Nothing);
+        m.cpu.segs[FS].selector = 0x8033;
+        let g = &mut m.cpu.st.gpr;
+        (g[RAX], g[RCX], g[RDX], g[9], g[13]) = (u64::MAX, times, u64::MAX, u64::MAX, u64::MAX);
+        m
+    };
+    let rbx = in_every_tier(|| make(20));
+    // Six times the comparison borrows.
+    assert_eq!(rbx, 20 * (0x10 + 0x10 + 8 + 0x8033) + 6 + 0x10);
+    assert_eq!(steps(|| make(20)), steps(|| make(40)));
+}

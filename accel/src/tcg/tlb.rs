@@ -24,8 +24,23 @@ pub struct Way {
 pub struct Tlb {
     /// For reads, then for writes.
     ways: Large<Way>,
-    /// Guest physical pages; [`EMPTY`]: nothing was filled in.
+    /// Guest physical pages, and [`PERMITTED`]; [`EMPTY`]: nothing was filled in.
     phys: Large<u64>,
+    /// Chains of the entries that were filled in, by guest physical page: the first, and what follows each.
+    first: Large<u16>,
+    next: Large<u16>,
+}
+
+/// The tables permit writes, and have set the dirty bit, whether or not they go straight to memory.
+const PERMITTED: u64 = 2;
+/// Chains.
+const CHAINS: usize = TLB_SIZE;
+/// A chain's end.
+const END: u16 = u16::MAX;
+
+/// The chain of a guest physical page.
+fn chain_of(phys: u64) -> usize {
+    (phys >> 12 ^ phys >> 24) as usize & (CHAINS - 1)
 }
 
 /// No guest physical page.
@@ -42,7 +57,12 @@ pub fn slot_of(lin: u64) -> usize {
 impl Tlb {
     pub fn new() -> Tlb {
         let way = |slot: usize| Way { tag: no_tag(slot % TLB_SIZE), host: std::ptr::null_mut() };
-        Tlb { ways: (0..2 * TLB_SIZE).map(way).collect(), phys: (0..TLB_SIZE).map(|_| EMPTY).collect() }
+        Tlb {
+            ways: (0..2 * TLB_SIZE).map(way).collect(),
+            phys: (0..TLB_SIZE).map(|_| EMPTY).collect(),
+            first: (0..CHAINS).map(|_| END).collect(),
+            next: (0..TLB_SIZE).map(|_| END).collect(),
+        }
     }
     /// For compiled code.
     pub fn address(&self) -> u64 {
@@ -62,28 +82,127 @@ impl Tlb {
     pub fn close_writes(&mut self, slot: usize) {
         self.ways[TLB_SIZE + slot].tag = no_tag(slot);
     }
-    /// No access does.
+    /// The tables must be asked before the next write.
+    pub fn forbid_writes(&mut self, slot: usize) {
+        self.close_writes(slot);
+        if self.phys[slot] != EMPTY {
+            self.phys[slot] &= !PERMITTED;
+        }
+    }
+    /// No access goes straight to memory, and the tables must be asked.
     pub fn close(&mut self, slot: usize) {
         self.ways[slot].tag = no_tag(slot);
-        self.close_writes(slot);
+        self.forbid_writes(slot);
+    }
+    /// Writes go straight to memory where reads do.
+    pub fn open_writes(&mut self, slot: usize) {
+        self.ways[TLB_SIZE + slot].tag = self.ways[slot].tag;
+    }
+    /// The guest physical page to write to at a linear address whose write the tables are known to permit.
+    pub fn permitted(&self, lin: u64) -> Option<u64> {
+        let slot = slot_of(lin);
+        let phys = self.phys[slot];
+        (self.ways[slot].tag == lin & !0xFFF && phys & PERMITTED != 0).then_some(phys & !0xFFF)
     }
     /// The entry is empty.
     pub fn clear(&mut self, slot: usize) {
         self.close(slot);
+        self.unchain(slot);
         self.phys[slot] = EMPTY;
     }
-    /// Fill an entry: the tags for reads and writes, and the host and guest physical page. Returns whether it was empty.
-    pub fn set(&mut self, slot: usize, [read, write]: [u64; 2], host: *mut u8, phys: u64) -> bool {
+    /// No write to a guest physical page goes straight to memory.
+    pub fn close_writes_to(&mut self, page: u64) {
+        let mut at = self.first[chain_of(page)];
+        while at != END {
+            let slot = at as usize;
+            if self.phys[slot] & !0xFFF == page {
+                self.close_writes(slot);
+            }
+            at = self.next[slot];
+        }
+    }
+    fn unchain(&mut self, slot: usize) {
+        if self.phys[slot] == EMPTY {
+            return;
+        }
+        let chain = chain_of(self.phys[slot]);
+        let after = self.next[slot];
+        let mut at = self.first[chain];
+        if at as usize == slot {
+            self.first[chain] = after;
+            return;
+        }
+        while at != END {
+            let n = at as usize;
+            if self.next[n] as usize == slot {
+                self.next[n] = after;
+                return;
+            }
+            at = self.next[n];
+        }
+    }
+    /// Fill an entry: the tags for reads and writes, the host and guest physical page, and whether the tables permit writes.
+    /// Returns whether it was empty.
+    pub fn set(
+        &mut self,
+        slot: usize,
+        [read, write]: [u64; 2],
+        host: *mut u8,
+        phys: u64,
+        permitted: bool,
+    ) -> bool {
         self.ways[slot] = Way { tag: read, host };
         self.ways[TLB_SIZE + slot] = Way { tag: write, host };
-        std::mem::replace(&mut self.phys[slot], phys) == EMPTY
+        let old = self.phys[slot];
+        if old == EMPTY || old & !0xFFF != phys {
+            self.unchain(slot);
+            let first = &mut self.first[chain_of(phys)];
+            self.next[slot] = std::mem::replace(first, slot as u16);
+        }
+        self.phys[slot] = phys | if permitted { PERMITTED } else { 0 };
+        old == EMPTY
     }
     /// The tags for reads and writes.
     pub fn tags(&self, slot: usize) -> [u64; 2] {
         [slot, TLB_SIZE + slot].map(|n| self.ways[n].tag)
     }
-    /// The guest physical page.
-    pub fn phys(&self, slot: usize) -> u64 {
-        self.phys[slot]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn writes_to_a_physical_page_are_closed_wherever_it_is() {
+        let (mut tlb, mut filled) = (Tlb::new(), vec![None; TLB_SIZE]);
+        let mut random = 1u64;
+        let mut draw = |n: u64| {
+            random = random.wrapping_mul(0x5851_F42D_4C95_7F2D).wrapping_add(1);
+            (random >> 33) % n
+        };
+        for _ in 0..20_000 {
+            // Few slots and pages, some of which share a chain.
+            let slot = draw(16) as usize;
+            let page = draw(4) << 12 | draw(3) << 24;
+            match draw(8) {
+                0 => {
+                    tlb.clear(slot);
+                    filled[slot] = None;
+                }
+                1 => {
+                    tlb.close_writes_to(page);
+                    filled.iter_mut().flatten().for_each(|f: &mut (u64, bool)| f.1 &= f.0 != page);
+                }
+                _ => {
+                    let tag = (slot as u64) << 12;
+                    let was = tlb.set(slot, [tag, tag], std::ptr::null_mut(), page, false);
+                    assert_eq!(was, filled[slot].replace((page, true)).is_none());
+                }
+            }
+            for (slot, f) in filled.iter().enumerate().take(16) {
+                let open = tlb.tags(slot)[1] == (slot as u64) << 12;
+                assert_eq!(open, f.is_some_and(|f| f.1), "{slot}: {f:?}");
+            }
+        }
     }
 }

@@ -36,6 +36,8 @@ const FINAL_PAGES: u64 = 2048;
 const ROUNDS: u32 = 12;
 /// How long a backup may take to go when its successor is there.
 const REPLACED_WITHIN: Duration = Duration::from_secs(8);
+/// One that did not fit, and has ended, may be another thread's business still: for so long the next one waits.
+const GONE_WITHIN: Duration = Duration::from_secs(1);
 /// How often the status is brought up to date.
 const STATUS_EVERY: Duration = Duration::from_millis(100);
 
@@ -283,14 +285,16 @@ fn welcome(
         );
     }
     let mut taken = busy.swap(true, Ordering::SeqCst);
+    let mut patience = GONE_WITHIN;
     if taken && replace.swap(false, Ordering::SeqCst) {
         // The successor is here: only now the present backup is let go.
         let _ = common.events.send(Event::Ft(FtEvent::Replace));
-        let until = Instant::now() + REPLACED_WITHIN;
-        while taken && Instant::now() < until {
-            std::thread::sleep(Duration::from_millis(2));
-            taken = busy.swap(true, Ordering::SeqCst);
-        }
+        patience = REPLACED_WITHIN;
+    }
+    let until = Instant::now() + patience;
+    while taken && Instant::now() < until {
+        std::thread::sleep(Duration::from_millis(2));
+        taken = busy.swap(true, Ordering::SeqCst);
     }
     if taken {
         return refuse(&mut stream, "the primary already has a backup".into());

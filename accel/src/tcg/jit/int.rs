@@ -36,6 +36,11 @@ impl Compiler<'_> {
                 self.widen(kind);
                 self.after(i, false);
             }
+            Kind::FromSegment { seg, d } => {
+                self.before(i, false);
+                self.selector(seg, d);
+                self.after(i, false);
+            }
             Kind::Extend { s: Some(s), .. } => {
                 self.before(i, false);
                 self.extend(kind, self.at(s));

@@ -133,6 +133,11 @@ pub enum Kind {
         n: u8,
         d: u8,
     },
+    /// MOV from a segment register to a general one, whose upper part becomes zero.
+    FromSegment {
+        seg: u8,
+        d: u8,
+    },
     /// RDTSC, RDTSCP.
     Rdtsc {
         aux: bool,
@@ -333,6 +338,7 @@ impl Kind {
             | Kind::Cbw(_)
             | Kind::Cwd(_)
             | Kind::Bswap { .. }
+            | Kind::FromSegment { .. }
             | Kind::ExtendHigh { .. }
             | Kind::Xchg { .. } => (0, 0, false),
         };
@@ -360,7 +366,7 @@ impl Kind {
             Kind::Inc { d, .. } | Kind::Not { d, .. } | Kind::Neg { d, .. } => d.map_or(0, bit),
             Kind::Bit { op, d, .. } if op != 0 => d.map_or(0, bit),
             Kind::Cmpxchg { .. } => bit(RAX as u8),
-            Kind::FromControl { d, .. } => bit(d),
+            Kind::FromControl { d, .. } | Kind::FromSegment { d, .. } => bit(d),
             Kind::Syscall => bit(RCX as u8) | bit(11),
             Kind::Xadd { r, .. } => bit(r),
             Kind::Bswap { d, .. }
@@ -542,6 +548,7 @@ fn known(op: &Op, at: u64, flat: bool, alone: bool) -> Option<Kind> {
         // PAUSE does nothing where no other processor waits for its turn.
         (0, 0x90) if (op.rep != 0xF3 || alone) && op.rm == 0 => Kind::Nop,
         (0, 0x91..=0x97) => exchange(size, op.rm, 0)?,
+        (0, 0x8C) if reg && op.osz >= 4 => Kind::FromSegment { seg: op.reg, d: op.rm },
         (0, 0x98) => Kind::Cbw(size),
         (0, 0x99) => Kind::Cwd(size),
         (0, 0xA0 | 0xA1) => Kind::Load { size, d: 0 },

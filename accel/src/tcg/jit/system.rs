@@ -75,6 +75,13 @@ impl Compiler<'_> {
         self.after(i, true);
     }
 
+    /// A selector into a general register; the flags stay as they are.
+    pub fn selector(&mut self, seg: u8, d: u8) {
+        let selector = seg as usize * size_of::<Segment>() + offset_of!(Segment, selector);
+        self.a.word(4, 1, 0xB7, RAX, Rm::M(RBP, at(offset_of!(SoftCpu, segs) + selector))); // movzx
+        self.a.store(8, self.at(d), RAX);
+    }
+
     /// The clock as a function of the position: see [`ClockLine`].
     fn rdtsc(&mut self, i: usize) -> Access {
         const DX: u8 = HOST[GUEST_DX];
