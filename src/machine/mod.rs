@@ -139,6 +139,8 @@ pub enum Stop {
 
 /// How often the scheduler moves on to the next runnable processor, in instructions.
 const SLICE: u64 = 20_000;
+/// The same where the others are idle: so long may one that is woken wait.
+const LONE_SLICE: u64 = 100_000;
 
 /// Deterministic round-robin of the processors on the machine thread.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

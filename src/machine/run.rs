@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use ftvm_accel::bus::Ipi;
 use ftvm_accel::{Bus, ClockLine, Exit, GuestMemory, Processor, RunResult};
 
-use super::{Chipset, DebugStop, Machine, Reason, Stamp, Stop, VirtualClock, SLICE};
+use super::{Chipset, DebugStop, Machine, Reason, Stamp, Stop, VirtualClock, LONE_SLICE, SLICE};
 
 /// What a running processor sees of the machine.
 struct MachineBus<'a> {
@@ -243,7 +243,10 @@ impl Machine {
         for step in 1..=count {
             let candidate = (self.schedule.current + step) % count;
             if !self.idle(candidate as usize) {
-                self.schedule = super::Schedule { current: candidate, slice_left: SLICE };
+                // The end of a turn costs time, and nobody waits for this one's.
+                let lone = (0..count).all(|c| c == candidate || self.idle(c as usize));
+                let slice_left = if lone { LONE_SLICE } else { SLICE };
+                self.schedule = super::Schedule { current: candidate, slice_left };
                 return true;
             }
         }
