@@ -450,7 +450,6 @@ fn failovers(kind: Kind) -> Result<()> {
     println!("{kind:?}: cut apart");
     step(&pair, 20)?;
     clients.finish()?;
-    pair.settle()?;
     pair.finish(false)
 }
 
@@ -487,7 +486,6 @@ fn long_outage() -> Result<()> {
         clients.wait_progress(20, WAIT).map_err(|e| format!("{e}\n{}", pair.logs()))?;
     }
     clients.finish()?;
-    pair.settle()?;
     pair.finish(false)
 }
 
@@ -550,7 +548,6 @@ fn disk_reads(kind: Kind) -> Result<()> {
             continue;
         }
         ensure(&format!("the reads are not in the log: {cost:?}"), read > 150e6 && logged < read / 20.0)?;
-        pair.may_leak = true;
         let clients = clients(&pair, "reads");
         // Reads race with writes of the same blocks (the file system's, and a raw one in their midst).
         let load = "(while true; do echo 3 > /proc/sys/vm/drop_caches; cat /mnt/f > /dev/null; \

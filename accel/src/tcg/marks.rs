@@ -6,7 +6,7 @@
 use super::cache::KeyMap;
 
 /// Entries of a table (of 8 bytes; those of 4 bytes are marked in pairs).
-const ENTRIES: usize = 512;
+pub const ENTRIES: usize = 512;
 /// So many address spaces, or entries of the third level, are told apart in one table.
 const MANY: usize = 64;
 /// Tables that are looked after before all marks are dropped, with what they are for.

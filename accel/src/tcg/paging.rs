@@ -8,7 +8,7 @@
 use super::cache::CodePage;
 use super::flags::AC;
 use super::large::Large;
-use super::marks::{Led, Spaces};
+use super::marks::{Led, Spaces, ENTRIES};
 use super::op::{Fault, R};
 use super::tlb::{self, no_tag, Tlb, TLB_SIZE};
 use super::SoftCpu;
@@ -177,8 +177,17 @@ pub fn new_leaves() -> [Large<u64>; 4] {
 const fn leaf_place(slot: usize) -> usize {
     (slot % ENTRIES) * (TLB_SIZE / ENTRIES) + slot / ENTRIES
 }
-/// Of a table.
-const ENTRIES: usize = 512;
+/// Do something to the slots of TLBs whose last table entry, of a page of 4 KiB, lies at `at`: its number's low bits are
+/// known.
+fn at_leaf(tlb: &mut [Tlb], leaves: &[Large<u64>], at: u64, act: impl Fn(&mut Tlb, usize)) {
+    for (tlb, leaves) in tlb.iter_mut().zip(leaves) {
+        for slot in ((at >> 3) as usize % ENTRIES..TLB_SIZE).step_by(ENTRIES) {
+            if leaves[leaf_place(slot)] == at {
+                act(tlb, slot);
+            }
+        }
+    }
+}
 /// Of each fetch TLB.
 const CODE_TLB: usize = 256;
 
@@ -397,20 +406,13 @@ impl SoftCpu {
     /// Close the translations for writes whose last table entry, of a page of 4 KiB, lies at `at`: the next write looks
     /// whether it is permitted, and sets the dirty bit. What else they say stays true.
     fn drop_leaf_writes(&mut self, at: u64) {
-        let n = (at >> 3) as usize % ENTRIES;
         let here = (&mut self.tlb, &self.leaves, &self.tables);
         let parked = self.spaces.iter_mut().map(|s| (&mut s.tlb, &s.leaves, &s.tables));
         for (tlb, leaves, tables) in parked.chain([here]) {
             if !tables.may_have(at) {
                 continue;
             }
-            for (tlb, leaves) in tlb.iter_mut().zip(leaves) {
-                for slot in (n..TLB_SIZE).step_by(ENTRIES) {
-                    if leaves[leaf_place(slot)] == at {
-                        tlb.forbid_writes(slot);
-                    }
-                }
-            }
+            at_leaf(tlb, leaves, at, Tlb::forbid_writes);
         }
         // Groups of accesses have looked already.
         self.changes += 1;
@@ -421,35 +423,31 @@ impl SoftCpu {
         const LARGE: u64 = 0x80;
         if self.st.cr4 & CR4_PAE == 0 || self.phys_read(at, 8) & LARGE != 0 {
             self.drop_leaves(at, |leaf| leaf == at);
-            let code = self.marks.take_code(at);
-            self.drop_code_keys(code);
-            return;
+        } else {
+            self.drop_small_leaf(at);
         }
-        // Of one page of 4 KiB: its number's low bits are known.
-        let n = (at >> 3) as usize % ENTRIES;
+        let code = self.marks.take_code(at);
+        self.drop_code_keys(code);
+    }
+
+    /// The same of a page of 4 KiB, but for blocks.
+    fn drop_small_leaf(&mut self, at: u64) {
+        let n = (at >> 3) as usize % CODE_TLB;
         let here = (&mut self.tlb, &self.leaves, &mut self.code_tlb, &self.tables);
         let parked = self.spaces.iter_mut().map(|s| (&mut s.tlb, &s.leaves, &mut s.code_tlb, &s.tables));
         for (tlb, leaves, code_tlb, tables) in parked.chain([here]) {
             if !tables.may_have(at) {
                 continue;
             }
-            for (tlb, leaves) in tlb.iter_mut().zip(leaves) {
-                for slot in (n..TLB_SIZE).step_by(ENTRIES) {
-                    if leaves[leaf_place(slot)] == at {
-                        tlb.close(slot);
-                    }
-                }
-            }
+            at_leaf(tlb, leaves, at, Tlb::close);
             for tlb in code_tlb {
-                let e = &mut tlb[n % CODE_TLB];
+                let e = &mut tlb[n];
                 if e.leaf == at {
                     e.tag = 1;
                 }
             }
         }
         self.changes += 1;
-        let code = self.marks.take_code(at);
-        self.drop_code_keys(code);
     }
 
     /// Drop translations by where their last table entry lies, all in one page.

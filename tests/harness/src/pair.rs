@@ -31,9 +31,9 @@ pub struct Pair {
     pub live: usize,
     /// Added to `-ft` of both sides.
     pub ft_options: String,
-    /// A host that dies while it allocates leaves clusters that are counted and not used: no harm to data, but
-    /// `qemu-img check` tells of them.
-    pub may_leak: bool,
+    /// A primary's host died: one that dies while it allocates leaves clusters that are counted and not used, which is no
+    /// harm to data, but `qemu-img check` tells of them.
+    may_leak: bool,
     /// The image is encrypted, and both hosts have the secret.
     encrypted: bool,
     /// What follows the image's name.
